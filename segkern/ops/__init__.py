@@ -1,0 +1,7 @@
+"""The ops: `segkern.ops.NAME(..., impl="kernel" | "reference")`.
+
+The specification of each is `NAME_reference` in its file.
+"""
+
+from .point_sample import point_sample as point_sample
+from .point_sample import random_points as random_points

@@ -1,0 +1,62 @@
+"""The one check of tensor arguments (kind, shape letters, device) and its one message."""
+
+import torch
+from torch import Tensor
+
+KINDS = {
+    "float": lambda t: t.is_floating_point(),
+    "int64": lambda t: t.dtype == torch.int64,
+    "int32": lambda t: t.dtype == torch.int32,
+    "bool": lambda t: t.dtype == torch.bool,
+    "bool or uint8": lambda t: t.dtype in (torch.bool, torch.uint8),
+    "float, bool or uint8": lambda t: (
+        t.is_floating_point() or t.dtype in (torch.bool, torch.uint8)
+    ),
+}
+
+
+def got(x) -> str:
+    """`[2, 5] int64` for a tensor, the type's name for anything else."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def expect(op: str, name: str, x, shape: str, kind: str, sizes: dict) -> None:
+    """Checks that `x` is a tensor of `kind` and `shape`, on the device of those checked before it.
+
+    Args:
+        shape: letters and numbers with spaces, "B Q H 2"; "B|1" allows size 1 as well. A letter
+            met for the first time is bound in `sizes`, later it must agree.
+        kind: a key of KINDS.
+        sizes: letter to size, shared by the checks of one call; holds the device under "device".
+
+    Raises:
+        TypeError: no tensor, or of another dtype.
+        ValueError: another shape or device.
+    """
+    letters = shape.split()
+    known = dict(sizes)
+    if not isinstance(x, Tensor) or not KINDS[kind](x):
+        raise TypeError(f"{op}: {name} must be [{', '.join(letters)}] {kind}, got {got(x)}")
+    fits = x.ndim == len(letters)
+    if fits:
+        for letter, size in zip(letters, x.shape):
+            letter, one, _ = letter.partition("|1")
+            if one and size == 1:
+                continue
+            want = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+            fits = fits and size == want
+    if not fits:
+        bound = ", ".join(f"{s} = {known[s]}" for s in dict.fromkeys(letters) if s in known)
+        raise ValueError(
+            f"{op}: {name} must be [{', '.join(letters)}] {kind}"
+            f"{' with ' + bound if bound else ''}, got {got(x)}"
+        )
+    if x.device != sizes.setdefault("device", x.device):
+        raise ValueError(f"{op}: {name} must be on {sizes['device']}, got {x.device}")
+
+
+def exact_dtype(t: Tensor) -> torch.dtype:
+    """float64 for float64, else float32: the dtype of coordinates and of sums."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32

@@ -1,0 +1,112 @@
+"""Finds and loads the compiled kernels, and says what is there and why something is not.
+
+An op's Python file states its schema and fake here; the C++ and CUDA libraries register kernels
+only. The device of the tensors decides which kernel runs; nothing falls back in silence.
+"""
+
+import json
+import platform
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).parent.parent
+_definitions = torch.library.Library("segkern", "DEF")
+
+
+def _build_info() -> dict:
+    path = PACKAGE / "_build_info.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _load() -> dict[str, str]:
+    """Loads `_C_cpu` and `_C_cuda`. Returns, for each device without kernels, the reason."""
+    missing = {}
+    for device in ("cpu", "cuda"):
+        path = PACKAGE / f"_C_{device}.abi3.so"
+        if not path.is_file():
+            missing[device] = BUILD.get(f"no_{device}", f"{path.name} was not built")
+            continue
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            missing[device] = f"{path.name} does not load: {error}"
+    return missing
+
+
+BUILD = _build_info()
+PURE = bool(BUILD.get("pure"))
+MISSING = {"cpu": "pure-Python install (SEGKERN_NO_BUILD=1)"} if PURE else _load()
+if PURE:
+    warnings.warn(
+        "segkern: pure-Python install (built with SEGKERN_NO_BUILD=1): the slow reference runs. "
+        "Reinstall without that variable for the kernels.",
+        stacklevel=2,
+    )
+
+
+def define(schema: str, fake: Callable) -> torch._ops.OpOverload:
+    """Declares op `segkern::<schema>` with its fake (shapes, dtypes); returns its handle."""
+    name = schema.split("(", 1)[0]
+    _definitions.define(schema)
+    torch.library.register_fake(f"segkern::{name}", fake, lib=_definitions)
+    return getattr(torch.ops.segkern, name).default
+
+
+def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:
+    """True if the kernel is to run, False for the reference.
+
+    Raises:
+        ValueError: `impl` is neither "kernel" nor "reference".
+        NotImplementedError: the tensor's device has no kernel in this install.
+    """
+    if impl not in ("kernel", "reference"):
+        raise ValueError(f"{op}: impl must be 'kernel' or 'reference', got {impl!r}")
+    if impl == "reference" or PURE:
+        return False
+    device = tensor.device.type
+    if device in MISSING or device not in ("cpu", "cuda", "meta"):
+        why = MISSING.get(device, "segkern has kernels for cpu and cuda only")
+        raise NotImplementedError(
+            f"{op}: no kernel for device '{device}': {why}; impl='reference' runs plain PyTorch"
+        )
+    return True
+
+
+def simd_level() -> str:
+    """The instruction set that the cloned CPU loops run with on this machine."""
+    if platform.machine() != "x86_64":
+        return "baseline"
+    return {"AVX512": "x86-64-v4 (AVX-512)", "AVX2": "x86-64-v3 (AVX2)"}.get(
+        torch.backends.cpu.get_cpu_capability(), "baseline"
+    )
+
+
+def info() -> dict[str, str]:
+    """What `segkern info` prints: versions, libraries, SIMD level, architectures, reasons."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(name):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    rows = {
+        name: installed(name) for name in ("segkern", "torch", "torchvision", "triton", "timm")
+    }
+    rows |= {"transformers": installed("transformers"), "python": platform.python_version()}
+    for device in ("cpu", "cuda"):
+        rows[f"{device} kernels"] = (
+            f"missing: {MISSING[device]}" if device in MISSING else "loaded"
+        )
+    rows["built with"] = ", ".join(
+        f"{k} {BUILD[k]}" for k in ("torch", "python", "compiler") if k in BUILD
+    )
+    rows["SIMD"] = simd_level()
+    rows["CUDA architectures"] = ", ".join(BUILD.get("cuda_architectures", [])) or "none"
+    rows["CPU threads"] = str(torch.get_num_threads())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    return rows | {"GPU": gpu}

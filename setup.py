@@ -1,0 +1,110 @@
+"""Builds segkern/_C_cpu.abi3.so (always) and segkern/_C_cuda.abi3.so (where nvcc and a CUDA
+build of torch are found).
+
+Both speak LibTorch's stable ABI only: one binary serves torch >= 2.11 and any Python >= 3.11.
+No GPU is needed. Environment:
+  SEGKERN_NO_BUILD=1    pure-Python install, in which the reference runs
+  SEGKERN_NO_CUDA=1     CPU library only
+  SEGKERN_SANITIZE=1    address and undefined behaviour sanitizers
+  TORCH_CUDA_ARCH_LIST  default "8.0;9.0;10.0+PTX";  CXX, MAX_JOBS as usual
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+STABLE_ABI = "0x020b000000000000"  # torch 2.11: the oldest that can load the libraries
+HELP = (
+    "\nsegkern builds C++ kernels while it is installed. {problem}\n"
+    "  {remedy}\n"
+    "  or set SEGKERN_NO_BUILD=1 for the pure-Python install, in which the slow reference runs.\n"
+)
+
+
+def stop(problem, remedy):
+    raise SystemExit(HELP.format(problem=problem, remedy=remedy))
+
+
+def flags_cpu():
+    flags = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    if os.environ.get("SEGKERN_SANITIZE") == "1":
+        checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        return flags + ["-DSEGKERN_SANITIZE", "-O1", "-g", *checks], checks
+    # no -ffast-math: NaN must leave range tests; fused multiply-adds are welcome
+    return flags + ["-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno"] + [
+        "-fno-trapping-math",
+        "-mprefer-vector-width=512",
+    ] * (os.uname().machine == "x86_64"), []
+
+
+def extensions():
+    """The extensions to build and what to write into _build_info.json."""
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        stop(
+            f"torch cannot be imported here ({error}).",
+            "Install torch >= 2.11 first, then: pip install --no-build-isolation segkern",
+        )
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        stop(f"No C++ compiler: '{compiler}' is not found.", "Install g++ >= 12 or set CXX")
+    info = {
+        "pure": False,
+        "torch": torch.__version__,
+        "compiler": compiler,
+        "cuda_architectures": [],
+    }
+    compile_flags, link_flags = flags_cpu()
+    found = [
+        cpp_extension.CppExtension(
+            "segkern._C_cpu",
+            sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp")),
+            extra_compile_args=compile_flags,
+            extra_link_args=link_flags,
+            py_limited_api=True,
+        )
+    ]
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
+    if not sources:
+        info["no_cuda"] = "this version has no CUDA source"
+    elif os.environ.get("SEGKERN_NO_CUDA") == "1":
+        info["no_cuda"] = "SEGKERN_NO_CUDA=1 was set while building"
+    elif torch.version.cuda is None:
+        info["no_cuda"] = f"torch {torch.__version__} is not a CUDA build"
+    elif cpp_extension.CUDA_HOME is None or shutil.which("nvcc") is None:
+        info["no_cuda"] = "nvcc was not found while building"
+    else:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+        info["cuda_architectures"] = (
+            os.environ["TORCH_CUDA_ARCH_LIST"].replace(",", ";").split(";")
+        )
+        defines = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
+        found.append(
+            cpp_extension.CUDAExtension(
+                "segkern._C_cuda",
+                sources,
+                extra_compile_args={
+                    "cxx": defines,
+                    "nvcc": [*defines, "-O3", "--ptxas-options=-v"],
+                },
+                py_limited_api=True,
+            )
+        )
+    return found, info, {"build_ext": cpp_extension.BuildExtension}
+
+
+if os.environ.get("SEGKERN_NO_BUILD") == "1":
+    ext_modules, build_info, cmdclass = [], {"pure": True}, {}
+else:
+    ext_modules, build_info, cmdclass = extensions()
+build_info["python"] = sys.version.split()[0]
+(ROOT / "segkern/_build_info.json").write_text(json.dumps(build_info, indent=1) + "\n")
+setup(ext_modules=ext_modules, cmdclass=cmdclass)

@@ -1,0 +1,180 @@
+"""point_sample and random_points."""
+
+import pytest
+import torch
+
+from segkern.ops import point_sample, random_points
+from segkern.ops.point_sample import point_sample_reference
+from segkern.testing import DTYPES, compare, point_sample_inputs
+
+CASES = {
+    "small": {},
+    "one point": {"P": 1},
+    "one pixel": {"h": 1, "w": 1},
+    "wide": {"h": 3, "w": 257, "C": 5, "P": 333},
+    "many channels": {"B": 1, "C": 64, "h": 32, "w": 32, "P": 1000},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_gradient(case, dtype):
+    compare(
+        point_sample, point_sample_reference, point_sample_inputs(**CASES[case], dtype=dtype), [0]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8], ids=str)
+def test_masks_are_read_in_place(dtype):
+    features, points = point_sample_inputs()
+    masks = (features > 0).to(dtype)
+    out = point_sample(masks, points)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, point_sample(masks.float(), points), rtol=0, atol=0)
+
+
+def test_gradcheck():
+    features, points = point_sample_inputs(C=2, h=4, w=5, P=7, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda f: point_sample(f, points), features.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+def test_opcheck(dtype):
+    features, points = point_sample_inputs()
+    torch.library.opcheck(torch.ops.segkern.point_sample, (features.to(dtype), points))
+    grad = torch.randn(2, 3, 50)
+    torch.library.opcheck(torch.ops.segkern.point_sample_backward, (grad, points, 17, 23))
+
+
+def test_compile():
+    features, points = point_sample_inputs()
+    features.requires_grad_()
+    compiled = torch.compile(point_sample, fullgraph=True, backend="aot_eager")
+    out = compiled(features, points)
+    torch.testing.assert_close(out, point_sample(features, points))
+    (grad,) = torch.autograd.grad(out.sum(), features)
+    torch.testing.assert_close(
+        grad, torch.autograd.grad(point_sample(features, points).sum(), features)[0]
+    )
+
+
+BAD = {
+    "features 3-d": (lambda f, p: (f[0], p), ValueError, r"features must be \[B, C, h, w\]"),
+    "features int64": (
+        lambda f, p: (f.long(), p),
+        TypeError,
+        "features must be .* float, bool or uint8, got .* int64",
+    ),
+    "points 3 columns": (
+        lambda f, p: (f, p.repeat(1, 1, 2)),
+        ValueError,
+        r"points must be \[B, P, 2\]",
+    ),
+    "points int": (lambda f, p: (f, p.long()), TypeError, "points must be .* float"),
+    "other batch": (lambda f, p: (f, p[:1]), ValueError, "with B = 2, got"),
+    "no tensor": (lambda f, p: ([1.0], p), TypeError, "features must be .* got list"),
+    "other device": (
+        lambda f, p: (f, p.to("meta")),
+        ValueError,
+        "points must be on cpu, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    change, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        point_sample(*change(*point_sample_inputs()))
+
+
+def test_unknown_impl():
+    with pytest.raises(ValueError, match="impl must be 'kernel' or 'reference', got 'fast'"):
+        point_sample(*point_sample_inputs(), impl="fast")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 3, 5, 5, 4), (2, 0, 5, 5, 4), (2, 3, 5, 5, 0)],
+    ids=["no image", "no channel", "no point"],
+)
+def test_empty(shape):
+    B, C, h, w, P = shape
+    out = point_sample(torch.zeros(B, C, h, w), torch.zeros(B, P, 2))
+    assert out.shape == (B, C, P)
+
+
+def test_non_contiguous():
+    features, points = point_sample_inputs()
+    strided = features.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(point_sample(strided, points), point_sample(features, points))
+    assert torch.equal(
+        point_sample(features.to(memory_format=torch.channels_last), points),
+        point_sample(features, points),
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
+def test_points_that_are_nowhere_read_zero(value):
+    features, points = point_sample_inputs()
+    points[:, 0] = value
+    assert (point_sample(features, points)[:, :, 0] == 0).all()
+
+
+def test_nan_in_the_map_stays_where_it_is():
+    features, points = point_sample_inputs(spread=2)
+    features[:, :, 0, 0] = float("nan")
+    away = (points * torch.tensor([23, 17]) - 0.5).amax(2) > 1
+    assert point_sample(features, points).isfinite().all(1)[away].all()
+
+
+# known answers of Philox4x32-10 (Random123): counter, key, first two words out
+PHILOX = [
+    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "want"), PHILOX, ids=["zeros", "ones", "pi"])
+def test_random_points_known_answers(counter, key, want, monkeypatch):
+    point, target, prediction, sample = counter
+    # points are counted from 0: let arange start at the wanted counter
+    monkeypatch.setattr(torch, "arange", lambda n, device=None: torch.tensor([point]))
+    seed = torch.tensor(
+        [
+            int.from_bytes(
+                key[0].to_bytes(4, "little") + key[1].to_bytes(4, "little"), "little", signed=True
+            )
+        ]
+    )
+    got = random_points(seed, torch.tensor([sample, prediction, target]), 1)
+    assert torch.equal(got, torch.tensor([[(w >> 8) * 2.0**-24 for w in want]]))
+
+
+def test_random_points_do_not_depend_on_the_batch():
+    seed, ids = torch.tensor([42]), torch.randint(0, 1000, (5, 7, 3))
+    points = random_points(seed, ids, 33)
+    assert points.shape == (5, 7, 33, 2)
+    assert torch.equal(points[3, 2], random_points(seed, ids[3, 2], 33))
+    assert torch.equal(points[:, :, :10], random_points(seed, ids, 10))
+    assert points.min() >= 0
+    assert points.max() < 1
+    assert abs(points.mean().item() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("seed", "ids", "message"),
+    [
+        (torch.tensor([1.0]), torch.zeros(3, dtype=torch.int64), "seed must be"),
+        (torch.tensor([1]), torch.zeros(3), "ids must be"),
+        (torch.tensor([1]), torch.zeros(2, dtype=torch.int64), "ids must be"),
+    ],
+)
+def test_random_points_bad_input(seed, ids, message):
+    with pytest.raises(ValueError, match=message):
+        random_points(seed, ids, 4)
