@@ -16,10 +16,24 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results.csv"
-COLUMNS = (
-    "date commit bench case dtype impl p20_ms p50_ms p80_ms runs ratio peak_mb "
-    "device threads torch transformers"
-).split()
+COLUMNS = [
+    "date",
+    "commit",
+    "bench",
+    "case",
+    "dtype",
+    "impl",
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "runs",
+    "ratio",
+    "peak_mb",
+    "device",
+    "threads",
+    "torch",
+    "transformers",
+]
 
 
 def _version(name: str) -> str:

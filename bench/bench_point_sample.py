@@ -30,8 +30,9 @@ def run(runs: int) -> list[dict]:
             "grid_sample": lambda f=features, g=grid: F.grid_sample(f, g, align_corners=False),
         }
         rows += measure("point_sample", case, "float32", impls, runs)
+        leaf = features.clone().requires_grad_()
 
-        def step(function, leaf=features.clone().requires_grad_()):
+        def step(function, leaf=leaf):
             torch.autograd.grad(function(leaf).sum(), leaf)
 
         impls = {

@@ -29,7 +29,7 @@ def assert_accurate(actual: Tensor, eager: Tensor, exact: Tensor, name: str = "o
     Args:
         actual: the kernel's result.
         eager: the reference's result in the same precision; for a float64 kernel, which has no
-            better yardstick, the float32 result, whose error is scaled by the ratio of the roundings.
+            better yardstick, the float32 result, whose error is scaled by the ratio of roundings.
         exact: the reference's result in float64 on the same (promoted) inputs.
         name: says which tensor failed.
 
