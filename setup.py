@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # torch 2.11: the oldest that can load the libraries
@@ -106,5 +107,20 @@ if os.environ.get("SEGKERN_NO_BUILD") == "1":
 else:
     ext_modules, build_info, cmdclass = extensions()
 build_info["python"] = sys.version.split()[0]
-(ROOT / "segkern/_build_info.json").write_text(json.dumps(build_info, indent=1) + "\n")
-setup(ext_modules=ext_modules, cmdclass=cmdclass)
+
+
+class BuildPy(build_py):
+    """Leaves a record of the build beside the package; `segkern info` prints it."""
+
+    def run(self):
+        super().run()
+        folder = ROOT if self.editable_mode else Path(self.build_lib)
+        text = json.dumps(build_info, indent=1)
+        (folder / "segkern" / "_build_info.json").write_text(text + "\n")
+
+
+setup(
+    ext_modules=ext_modules,
+    cmdclass=cmdclass | {"build_py": BuildPy},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if ext_modules else {},
+)

@@ -1,7 +1,7 @@
 """Times implementations in turn, in one process, and appends the rows to bench/results.csv.
 
-A row is one implementation of one case: p20/p50/p80 in milliseconds over alternating runs, the ratio of
-its median to segkern's in the same run, peak memory where it was measured, and where and when it ran.
+A row is one implementation of one case: p20/p50/p80 in milliseconds over alternating runs, the
+ratio of its median to segkern's in the same run, peak memory where measured, where and when.
 """
 
 import argparse

@@ -1,0 +1,156 @@
+"""The house: one name in five places, imports that only go down, the build and its errors."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import segkern
+from segkern.ops import _library, point_sample
+from segkern.testing import point_sample_inputs
+
+ROOT = Path(__file__).parent.parent
+OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))
+FLOORS = ["cli", "recipes", "train", "evaluate", "infer", "models", "nn", "ops"]  # from the top
+GROUND = ["weights", "data"]
+
+
+def run(*command, **variables):
+    env = os.environ | variables
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_name_in_five_places(op):
+    assert hasattr(segkern.ops, op)
+    assert hasattr(torch.ops.segkern, op)
+    for file in (f"csrc/cpu/{op}.cpp", f"tests/test_{op}.py", f"bench/bench_{op}.py"):
+        assert (ROOT / file).is_file(), f"{op} has no {file}"
+
+
+def imported(path):
+    """The first name below segkern of every import in a file."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            full = [*base, *(node.module.split(".") if node.module else [])]
+            tails = [[a.name] for a in node.names] if full == ["segkern"] else [[]]
+            names = [full + tail for tail in tails]
+        elif isinstance(node, ast.Import):
+            names = [a.name.split(".") for a in node.names]
+        else:
+            continue
+        yield from (n[1] for n in names if n[0] == "segkern" and len(n) > 1)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "segkern").rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_only_go_down(path):
+    floor = path.relative_to(ROOT / "segkern").parts[0].removesuffix(".py")
+    for name in imported(path):
+        if floor in FLOORS and name in FLOORS:
+            assert FLOORS.index(name) >= FLOORS.index(floor), f"{path} imports {name}"
+        if floor in GROUND:
+            assert name not in FLOORS[:-2], f"{path} is ground floor and imports {name}"
+
+
+@pytest.mark.parametrize("folder", ["segkern", "csrc", "tests", "bench"])
+def test_files_stay_short(folder):
+    for path in (ROOT / folder).rglob("*.[pchc]*"):
+        if path.suffix in (".py", ".cpp", ".cu", ".h"):
+            assert path.read_text().count("\n") <= 450, f"{path} has more than 450 lines"
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the clones are x86-64's")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_loops_are_compiled_for_wide_registers():
+    library = ROOT / "segkern/_C_cpu.abi3.so"
+    code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True).stdout
+    assert code.count("%zmm") > 100
+    assert code.count("%ymm") > 100
+
+
+def test_library_keeps_to_the_stable_abi():
+    library = ROOT / "segkern/_C_cpu.abi3.so"
+    symbols = subprocess.run(["nm", "-D", "-u", library], capture_output=True, text=True).stdout
+    assert "aoti_torch" in symbols
+    assert not re.search(r"\b(_ZNK?2at|_ZNK?3c10|Py[A-Z_])", symbols)
+
+
+def test_info_says_what_is_loaded():
+    info = _library.info()
+    assert info["cpu kernels"] == "loaded"
+    assert info["cuda kernels"] == "loaded" or info["cuda kernels"].startswith("missing: ")
+    assert info["torch"] == torch.__version__.split("+")[0] or info["torch"] == torch.__version__
+
+
+def test_a_device_without_kernels_is_an_error_not_a_fallback(monkeypatch):
+    features, points = (t.to("meta") for t in point_sample_inputs())
+    assert point_sample(features, points).shape == (2, 3, 50)  # shapes only: the fake
+    monkeypatch.setitem(_library.MISSING, "meta", "not built")
+    message = r"no kernel for device 'meta': not built; impl='reference' runs"
+    with pytest.raises(NotImplementedError, match=message):
+        point_sample(features, points)
+
+
+def test_build_without_a_compiler_says_what_to_do():
+    result = run(sys.executable, "setup.py", "build_ext", CXX="no-such-compiler")
+    assert result.returncode != 0
+    for word in ("No C++ compiler", "no-such-compiler", "SEGKERN_NO_BUILD=1"):
+        assert word in result.stderr
+
+
+def test_build_without_torch_says_what_to_do(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('not here')\n")
+    result = run(sys.executable, "setup.py", "build_ext", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    for word in ("torch cannot be imported", "--no-build-isolation", "SEGKERN_NO_BUILD=1"):
+        assert word in result.stderr
+
+
+PURE = """
+import warnings
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import segkern, torch
+from segkern.ops import _library
+assert segkern.__file__.startswith({folder!r}), segkern.__file__
+print([str(w.message) for w in seen if "pure-Python" in str(w.message)])
+print(segkern.ops.point_sample(torch.ones(1, 1, 2, 2), torch.full((1, 1, 2), 0.5)).item())
+print(_library.info()["cpu kernels"])
+"""
+
+
+def test_pure_python_install_runs_the_reference_and_says_so_once(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "build"]
+    built = run(*command, "--build-lib", tmp_path / "lib", SEGKERN_NO_BUILD="1")
+    assert built.returncode == 0, built.stderr
+    folder = str(tmp_path / "lib")
+    assert json.loads((tmp_path / "lib/segkern/_build_info.json").read_text())["pure"]
+    script = PURE.format(folder=folder)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": folder},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    warnings, value, kernels = result.stdout.splitlines()
+    assert warnings.count("the slow reference runs") == 1
+    assert float(value) == 1.0
+    assert kernels == "missing: pure-Python install (SEGKERN_NO_BUILD=1)"
+
+
+@pytest.mark.gpu
+def test_cuda_reference_agrees_with_the_cpu():
+    features, points = point_sample_inputs()
+    got = point_sample(features.cuda(), points.cuda(), impl="reference")
+    torch.testing.assert_close(got.cpu(), point_sample(features, points))
