@@ -1,8 +1,8 @@
-"""Builds segkern/_C_cpu.abi3.so (always) and segkern/_C_cuda.abi3.so (where nvcc and a CUDA
-build of torch are found).
+"""Builds segkern/_C_cpu.abi3.so (always), segkern/_C_cuda.abi3.so (where nvcc and a CUDA build of
+torch are found) and segkern/_host (run-length encoding, for this Python).
 
-Both speak LibTorch's stable ABI only: one binary serves torch >= 2.11 and any Python >= 3.11.
-No GPU is needed. Environment:
+The first two speak LibTorch's stable ABI only: one binary serves torch >= 2.11 and any
+Python >= 3.11. No GPU is needed. Environment:
   SEGKERN_NO_BUILD=1    pure-Python install, in which the reference runs
   SEGKERN_NO_CUDA=1     CPU library only
   SEGKERN_SANITIZE=1    address and undefined behaviour sanitizers
@@ -48,11 +48,12 @@ def extensions():
     """The extensions to build and what to write into _build_info.json."""
     try:
         import torch
+        from pybind11.setup_helpers import Pybind11Extension
         from torch.utils import cpp_extension
     except ImportError as error:
         stop(
-            f"torch cannot be imported here ({error}).",
-            "Install torch >= 2.11 first, then: pip install --no-build-isolation segkern",
+            f"torch or pybind11 cannot be imported here ({error}).",
+            "Install torch >= 2.11, pybind11 and ninja, then: pip install --no-build-isolation segkern",
         )
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
@@ -73,6 +74,10 @@ def extensions():
             py_limited_api=True,
         )
     ]
+    if os.environ.get("SEGKERN_SANITIZE") != "1":
+        # returns Python objects: built for this Python alone; without it pycocotools works
+        host = Pybind11Extension("segkern._host", ["csrc/host/rle.cpp"], cxx_std=17)
+        found.append(host)
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
     if not sources:
         info["no_cuda"] = "this version has no CUDA source"
@@ -122,5 +127,4 @@ class BuildPy(build_py):
 setup(
     ext_modules=ext_modules,
     cmdclass=cmdclass | {"build_py": BuildPy},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}} if ext_modules else {},
 )
