@@ -53,7 +53,8 @@ def extensions():
     except ImportError as error:
         stop(
             f"torch or pybind11 cannot be imported here ({error}).",
-            "Install torch >= 2.11, pybind11, ninja; then: pip install --no-build-isolation segkern",
+            "Install torch >= 2.11, pybind11 and ninja, then: "
+            "pip install --no-build-isolation segkern",
         )
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
