@@ -1,0 +1,61 @@
+"""Files that are whole or not there: written under a temporary name, then renamed."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path` to write to; renames it when the block ends well.
+
+    Args:
+        path: the file to make or to replace; its folder is made if it is not there.
+
+    Yields:
+        a path with the same suffix in the same folder. If the block raises, that file is removed
+        and whatever stood at `path` stays.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_json(path: str | Path, value) -> None:
+    """Writes `value` as JSON, whole or not at all.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON does not have.
+        OSError: the folder cannot be written to.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False)
+    with atomic(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def writable_folder(folder: str | Path) -> Path:
+    """Makes the folder and tries to write to it, before work is done whose result would go there.
+
+    Raises:
+        OSError: it cannot be made or written to; the message names it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write into folder {folder}: {error.strerror or error}") from error
+    return folder

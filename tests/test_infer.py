@@ -1,0 +1,582 @@
+"""Post-processing against the original's rules pixel by pixel; segment on any picture."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import segkern.infer as infer
+from segkern.images import prepare, read_image, target_size
+from segkern.infer import Segment, postprocess, segment
+
+BIG = 12.0  # a logit: sigmoid and softmax are as good as 0 or 1
+
+
+def scene(Q=6, K=4, h=12, w=16, B=2, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    classes = 3 * torch.randn(B, Q, K + 1, generator=g, dtype=dtype)
+    coarse = 6 * torch.randn(B, Q, 3, 4, generator=g, dtype=dtype)
+    return classes, F.interpolate(coarse, (h, w), mode="bilinear")
+
+
+def resized(masks, padded, image, output):
+    """[Q, h, w] -> [Q, *output]: the two resizes and the crop, all queries at once."""
+    up = F.interpolate(masks[None], padded, mode="bilinear")[..., : image[0], : image[1]]
+    return F.interpolate(up, output, mode="bilinear")[0]
+
+
+def plain_panoptic(classes, maps, stuff, keep, overlap):
+    """The rules of the paper's code, pixel by pixel. [Q, K + 1], [Q, H, W] -> map, {id: label}."""
+    Q, H, W = maps.shape
+    probabilities = classes.softmax(-1)
+    label = probabilities.argmax(-1).tolist()
+    score = probabilities.max(-1).values.tolist()
+    kept = [q for q in range(Q) if label[q] != classes.shape[1] - 1 and score[q] > keep]
+    inside = (maps.sigmoid() >= 0.5).tolist()
+    sigmoid = maps.sigmoid()
+    owner = [[None] * W for _ in range(H)]
+    for y in range(H):
+        for x in range(W):
+            values = [score[q] * sigmoid[q, y, x].item() for q in kept]
+            if values:
+                owner[y][x] = kept[values.index(max(values))]
+    out, found, fused = torch.zeros(H, W, dtype=torch.int32), {}, {}
+    for q in kept:
+        won = [(y, x) for y in range(H) for x in range(W) if owner[y][x] == q]
+        own = sum(inside[q][y][x] for y in range(H) for x in range(W))
+        both = [(y, x) for y, x in won if inside[q][y][x]]
+        if not (won and own and both) or len(won) / own < overlap:
+            continue
+        if label[q] in stuff and label[q] in fused:
+            number = fused[label[q]]
+        else:
+            number = len(found) + 1
+            found[number] = label[q]
+            if label[q] in stuff:
+                fused[label[q]] = number
+        for y, x in both:
+            out[y, x] = number
+    return out, found
+
+
+SIZES = {
+    "same": ((12, 16), (12, 16), (12, 16)),
+    "up": ((24, 32), (24, 32), (31, 50)),
+    "padded": ((24, 32), (20, 23), (37, 18)),
+    "down": ((48, 64), (41, 64), (9, 14)),
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize("thresholds", [(0.8, 0.8), (0.4, 0.3), (0.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("stuff", [(), (0, 2)], ids=["things", "stuff"])
+def test_panoptic_follows_the_paper(sizes, thresholds, stuff):
+    segments = 0
+    for seed in range(3):
+        classes, masks = scene(seed=seed)
+        padded, image, output = sizes
+        results = postprocess(
+            classes, masks, "panoptic", padded, [image] * 2, [output] * 2, stuff, *thresholds
+        )
+        for c, m, result in zip(classes, masks, results):
+            want, found = plain_panoptic(c, resized(m, *sizes), stuff, *thresholds)
+            assert result.segmentation.dtype == torch.int32
+            assert torch.equal(result.segmentation, want)
+            assert {s.id: s.label_id for s in result.segments} == found
+            assert [s.area for s in result.segments] == [int((want == i).sum()) for i in found]
+            assert all(s.isthing == (s.label_id not in stuff) for s in result.segments)
+            segments += len(found)
+    assert segments or thresholds[0] == 0.8 or thresholds[1] == 1.0
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_semantic_follows_the_paper(sizes):
+    classes, masks = scene()
+    padded, image, output = sizes
+    for resize in ("masks", "scores"):
+        results = postprocess(
+            classes, masks, "semantic", padded, [image] * 2, [output] * 2, resize=resize
+        )
+        for c, m, result in zip(classes, masks, results):
+            if resize == "masks":
+                maps = resized(m, *sizes).sigmoid()
+                want = torch.einsum("qk,qhw->khw", c.softmax(-1)[:, :-1], maps)
+            else:
+                maps = resized(m, padded, image, image).sigmoid()
+                want = torch.einsum("qk,qhw->khw", c.softmax(-1)[:, :-1], maps)
+                want = F.interpolate(want[None], output, mode="bilinear")[0]
+            assert torch.equal(result.segmentation, want.argmax(0).int())
+            assert sum(s.area for s in result.segments) == math.prod(output)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize("top_k", [1, 7, 24, 100])
+@pytest.mark.parametrize("stuff", [(), (1,)], ids=["all", "things"])
+def test_instance_follows_the_paper(sizes, top_k, stuff):
+    classes, masks = scene()
+    Q, K = 6, 4
+    padded, image, output = sizes
+    results = postprocess(
+        classes, masks, "instance", padded, [image] * 2, [output] * 2, stuff, top_k=top_k
+    )
+    for c, m, result in zip(classes, masks, results):
+        maps = resized(m, *sizes)
+        probabilities = c.softmax(-1)[:, :-1]
+        pairs = [(probabilities[q, k].item(), q, k) for q in range(Q) for k in range(K)]
+        want = []
+        for p, q, k in sorted(pairs, reverse=True)[:top_k]:
+            mask = maps[q] > 0
+            certainty = (maps[q].sigmoid() * mask).sum() / (mask.double().sum() + 1e-6)
+            if k not in stuff:
+                want.append((p * certainty.item(), k, mask))
+        want.sort(key=lambda row: -row[0])
+        assert result.labels.tolist() == [k for _, k, _ in want]
+        torch.testing.assert_close(
+            result.scores,
+            torch.tensor([s for s, _, _ in want], dtype=torch.float64),
+            rtol=1e-12,
+            atol=1e-15,
+        )
+        assert all(torch.equal(a, b) for a, (_, _, b) in zip(result.masks, want))
+        assert result.masks.shape == (len(want), *output)
+        assert result.masks.dtype == torch.bool
+        assert [s.area for s in result.segments] == [int(b.sum()) for _, _, b in want]
+
+
+@pytest.mark.parametrize("task", infer.TASKS)
+def test_few_queries_at_a_time_change_nothing(task, monkeypatch):
+    classes, masks = scene(Q=11)
+    args = (task, (24, 32), [(20, 23)] * 2, [(37, 18)] * 2, (1,), 0.1, 0.1)
+    whole = postprocess(classes, masks, *args)
+    monkeypatch.setattr(infer, "_PIXELS_AT_ONCE", 3 * 24 * 32)
+    parts = postprocess(classes, masks, *args)
+    for a, b in zip(whole, parts):
+        assert torch.equal(a.segmentation, b.segmentation)
+        assert [s[:2] for s in a.segments] == [s[:2] for s in b.segments]
+
+
+def boxes(labels, rectangles, size=(16, 16), K=4, sure=BIG):
+    """Queries that are certain of a label each, with masks that are rectangles y0, x0, y1, x1."""
+    classes = torch.full((1, len(labels), K + 1), -BIG)
+    masks = torch.full((1, len(labels), *size), -BIG)
+    for q, (label, (y0, x0, y1, x1)) in enumerate(zip(labels, rectangles)):
+        classes[0, q, label] = sure
+        masks[0, q, y0:y1, x0:x1] = BIG
+    return classes, masks
+
+
+def at_size(classes, masks, task="panoptic", size=(16, 16), **options):
+    return postprocess(classes, masks, task, size, [size], [size], **options)[0]
+
+
+# Where transformers departs from the paper's code, and we do not.
+
+
+def test_fault_384_detour_loses_thin_things():
+    """A line two pixels wide in a map of 1024 survives."""
+    classes, masks = boxes([1], [(0, 500, 1024, 502)], size=(1024, 1024))
+    out = at_size(classes, masks, size=(1024, 1024))
+    assert out.segments[0].area == 2 * 1024
+
+
+def test_fault_padding_stretched_into_the_result():
+    """The image is the left half of the input: its thing fills the result's width."""
+    classes, masks = boxes([1], [(0, 0, 16, 8)])
+    (out,) = postprocess(classes, masks, "panoptic", (16, 16), [(16, 8)], [(32, 16)])
+    assert (out.segmentation == 1).all()
+
+
+def test_fault_segment_ids_collide_after_merged_stuff():
+    rectangles = [(0, 0, 4, 16), (4, 0, 8, 16), (8, 0, 12, 16), (12, 0, 16, 16)]
+    classes, masks = boxes([0, 1, 0, 2], rectangles)
+    out = at_size(classes, masks, stuff=(0,))
+    assert [s[:2] for s in out.segments] == [(1, 0), (2, 1), (3, 2)]
+    assert out.segmentation[:, 0].tolist() == [1] * 4 + [2] * 4 + [1] * 4 + [3] * 4
+    assert out.segments[0].area == 2 * 4 * 16
+
+
+def test_fault_area_counted_on_scores_instead_of_masks():
+    """Mask .6 and score .81: the product is under one half, the mask is not."""
+    classes = torch.tensor([[[0.81, 0.05, 0.05, 0.05, 0.04]]]).log()
+    masks = torch.full((1, 1, 16, 16), math.log(0.6 / 0.4))
+    out = at_size(classes, masks)
+    assert out.segments[0].area == 256
+
+
+def test_fault_segment_reaches_beyond_its_mask():
+    """Pixels that a query wins with less than one half stay void."""
+    classes, masks = boxes([1], [(0, 0, 16, 10)])
+    out = at_size(classes, masks)
+    assert out.segments[0].area == 160
+    assert (out.segmentation[:, 10:] == 0).all()
+
+
+def test_fault_empty_result_of_another_kind():
+    classes, masks = boxes([4], [(0, 0, 16, 16)])  # "no object"
+    out = at_size(classes, masks)
+    assert out.segments == []
+    assert out.segmentation.dtype == torch.int32
+    assert (out.segmentation == 0).all()
+    assert out.to_json() == {"task": "panoptic", "size": [16, 16], "segments": []}
+
+
+def test_fault_instances_overwrite_each_other():
+    """Overlapping instances keep their masks; the map shows the better one."""
+    classes, masks = boxes([1, 2], [(0, 0, 16, 10), (0, 6, 16, 16)])
+    classes[0, 1, 2] = -BIG + 2
+    out = at_size(classes, masks, "instance", top_k=2)
+    assert out.labels.tolist() == [1, 2]
+    assert out.masks.sum((1, 2)).tolist() == [160, 160]
+    assert out.segmentation[0].tolist() == [1] * 10 + [2] * 6
+
+
+def test_fault_instance_masks_thresholded_before_they_are_resized():
+    """A slanted edge is smooth at the output's size: thresholded first, it would be in steps."""
+    slope = torch.arange(8.0)[None, :] - torch.arange(8.0)[:, None] / 2 - 2.25
+    classes, _ = boxes([1], [(0, 0, 1, 1)])
+    (out,) = postprocess(classes, slope[None, None], "instance", (64, 64), [(64, 64)], [(64, 64)])
+    firsts = out.masks[0, 8:56].int().argmax(1)
+    assert set(firsts.diff().tolist()) <= {0, 1}
+    assert firsts.unique().numel() > 20
+
+
+def test_panoptic_share_counts_every_pixel_won():
+    """Void pixels won help a query pass the overlap test, as in the paper."""
+    classes, masks = boxes([1, 2], [(0, 0, 16, 8), (0, 0, 16, 6)])
+    masks[0, 0, :, :6] = (
+        1.0  # query 0 loses six of its eight columns, and wins the eight void ones
+    )
+    out = at_size(classes, masks, overlap_threshold=0.8)
+    assert [s.label_id for s in out.segments] == [1, 2]
+    assert out.segments[0].area == 2 * 16
+
+
+def test_void_image_and_no_thing():
+    classes, masks = boxes([0], [(0, 0, 16, 16)])
+    out = at_size(classes, masks, "instance", stuff=(0, 1, 2, 3))
+    assert out.masks.shape == (0, 16, 16)
+    assert out.segments == []
+    assert (out.segmentation == 0).all()
+
+
+def test_half_precision_is_computed_in_float32():
+    classes, masks = scene(dtype=torch.float32)
+    classes, masks = classes.bfloat16(), masks.bfloat16()
+    args = ("instance", (24, 32), [(24, 32)] * 2, [(24, 32)] * 2)
+    a, b = postprocess(classes, masks, *args), postprocess(classes.float(), masks.float(), *args)
+    assert a[0].scores.dtype == torch.float32
+    assert torch.equal(a[0].scores, b[0].scores)
+
+
+SIZE = ((16, 16), [(16, 16)], [(16, 16)])
+BAD = {
+    "task": (
+        ("cubist", *SIZE),
+        {},
+        "task must be one of panoptic, instance, semantic, got 'cubist'",
+    ),
+    "threshold": (
+        ("panoptic", *SIZE),
+        {"object_mask_threshold": 1.5},
+        r"object_mask_threshold must be in \[0, 1\], got 1.5",
+    ),
+    "overlap": (
+        ("panoptic", *SIZE),
+        {"overlap_threshold": -0.1},
+        r"overlap_threshold must be in \[0, 1\], got -0.1",
+    ),
+    "nan threshold": (
+        ("panoptic", *SIZE),
+        {"overlap_threshold": math.nan},
+        r"overlap_threshold must be in \[0, 1\], got nan",
+    ),
+    "top_k": (("instance", *SIZE), {"top_k": 0}, "top_k must be at least 1, got 0"),
+    "resize": (("panoptic", *SIZE), {"resize": "scores"}, "resize must be"),
+    "stuff": (
+        ("panoptic", *SIZE),
+        {"stuff": (4,)},
+        r"stuff must be labels in \[0, 4\), got \[4\]",
+    ),
+    "image_sizes": (
+        ("panoptic", (16, 16), [], [(16, 16)]),
+        {},
+        "image_sizes must be 1 pairs of positive",
+    ),
+    "output_sizes": (
+        ("panoptic", (16, 16), [(16, 16)], [(0, 3)]),
+        {},
+        "output_sizes must be 1 pairs of positive",
+    ),
+    "padded": (
+        ("panoptic", (16, 16), [(16, 17)], [(16, 16)]),
+        {},
+        r"image_sizes must fit into padded_size \(16, 16\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("args", "options", "message"), BAD.values(), ids=BAD.keys())
+def test_postprocess_names_what_is_wrong(args, options, message):
+    with pytest.raises(ValueError, match=message):
+        postprocess(*boxes([1], [(0, 0, 4, 4)]), *args, **options)
+
+
+def test_postprocess_names_wrong_logits():
+    classes, masks = boxes([1], [(0, 0, 4, 4)])
+    with pytest.raises(ValueError, match=r"mask_logits must be \[B, Q, h, w\] float"):
+        postprocess(classes, masks[0], "panoptic", *SIZE)
+    with pytest.raises(ValueError, match=r"mask_logits must be .* with B = 1, Q = 1"):
+        postprocess(classes, masks.repeat(1, 2, 1, 1), "panoptic", *SIZE)
+    with pytest.raises(TypeError, match=r"class_logits must be .* float, got .* int64"):
+        postprocess(classes.long(), masks, "panoptic", *SIZE)
+    with pytest.raises(ValueError, match="class_logits must be finite"):
+        postprocess(classes * math.nan, masks, "panoptic", *SIZE)
+
+
+# segment
+
+
+class Squares(nn.Module):
+    """Finds the bright part of the picture (label 1) and the rest (label 0); keeps its input."""
+
+    def __init__(self, **config):
+        super().__init__()
+        self.config = SimpleNamespace(
+            **{
+                "size_divisor": 16,
+                "shortest_edge": None,
+                "longest_edge": None,
+                "image_mean": (0.5, 0.5, 0.5),
+                "image_std": (0.25, 0.25, 0.25),
+                "id2label": {0: "ground", 1: "square"},
+                "stuff": (0,),
+            }
+            | config
+        )
+        self.weight = nn.Parameter(torch.ones(()))
+        self.inner = nn.BatchNorm2d(3)
+        self.seen = []
+
+    def forward(self, pixel_values):
+        assert not self.training
+        assert not self.inner.training
+        assert not torch.is_grad_enabled()
+        self.seen.append(pixel_values)
+        bright = self.weight * pixel_values.mean(1) * BIG
+        masks = torch.stack((-bright, bright), 1)[..., ::2, ::2]
+        classes = torch.full((len(masks), 2, 3), -BIG)
+        classes[:, 0, 0] = classes[:, 1, 1] = BIG
+        return SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+
+
+def half_bright(h=40, w=60):
+    image = np.zeros((h, w, 3), np.uint8)
+    image[:, : w // 2] = 255
+    return image
+
+
+def kinds_of_picture():
+    rgb = half_bright()
+    grey = rgb[..., 0]
+    alpha = np.full_like(grey, 255)
+    clear = np.dstack((np.zeros_like(rgb), 255 - grey))  # black, the left half transparent
+    palette = Image.fromarray(grey).convert("P")
+    palette.info["transparency"] = 255  # white is transparent: shows white
+    return {
+        "numpy": rgb,
+        "numpy grey": grey,
+        "numpy grey channel": grey[..., None],
+        "numpy bool": grey > 0,
+        "numpy float64": rgb / 255,
+        "numpy uint16": grey.astype(np.uint16) * 257,
+        "numpy rgba": np.dstack((rgb, alpha)),
+        "numpy flipped view": rgb[:, ::-1][:, ::-1],
+        "numpy read-only": np.broadcast_to(grey[..., None], (*grey.shape, 3)),
+        "transparent": clear,
+        "tensor uint8": torch.from_numpy(rgb).movedim(2, 0),
+        "tensor float": torch.from_numpy(rgb).movedim(2, 0) / 255,
+        "tensor half": torch.from_numpy(rgb).movedim(2, 0).half() / 255,
+        "tensor grey": torch.from_numpy(grey),
+        "tensor grey, alpha": torch.from_numpy(np.stack((grey, alpha))),
+        "pil": Image.fromarray(rgb),
+        "pil L": Image.fromarray(grey),
+        "pil LA": Image.fromarray(grey).convert("LA"),
+        "pil RGBA": Image.fromarray(clear),
+        "pil 1": Image.fromarray(grey).convert("1"),
+        "pil P": palette,
+        "pil CMYK": Image.fromarray(rgb).convert("CMYK"),
+        "pil I;16": Image.fromarray(grey.astype(np.uint16) * 257),
+        "pil F": Image.fromarray(grey).convert("F"),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds_of_picture())
+def test_segment_takes_any_picture(kind):
+    model = Squares().train()
+    out = segment(model, kinds_of_picture()[kind])
+    assert out.segmentation.shape == (40, 60)
+    assert [(s.label_id, s.area, s.isthing) for s in out.segments] == [
+        (0, 1200, False),
+        (1, 1200, True),
+    ]
+    assert out.name(1) == "square"
+    assert model.training
+    assert model.inner.training
+    (x,) = model.seen
+    assert x.shape == (1, 3, 48, 64)  # padded below and to the right with zeros
+    assert (x[:, :, 40:] == 0).all()
+    assert (x[..., 60:] == 0).all()
+    assert x[0, :, 0, 0].tolist() == [2.0, 2.0, 2.0]
+    assert x[0, :, 0, 59].tolist() == [-2.0, -2.0, -2.0]
+
+
+def test_segment_keeps_mixed_modes():
+    model = Squares().train()
+    model.inner.eval()
+    segment(model, half_bright())
+    assert model.training
+    assert not model.inner.training
+
+
+def test_segment_list_is_independent_of_company():
+    model = Squares()
+    images = [half_bright(h, w) for h, w in ((40, 60), (90, 31), (33, 64), (40, 60), (1, 1))]
+    together = segment(model, images, batch_size=2)
+    assert sorted(len(x) for x in model.seen) == [1, 1, 1, 2]
+    for image, result in zip(images, together):
+        alone = segment(model, image)
+        assert result.segmentation.shape == image.shape[:2]
+        assert torch.equal(result.segmentation, alone.segmentation)
+    assert segment(model, []) == []
+    assert isinstance(segment(model, images[:1]), list)
+
+
+def test_segment_resizes_as_configured_and_answers_at_the_original_size():
+    model = Squares(shortest_edge=20, longest_edge=64)
+    out = segment(model, half_bright(400, 600), task="semantic")
+    assert model.seen[0].shape == (1, 3, 32, 32)  # 20 x 30, padded
+    assert out.segmentation.shape == (400, 600)
+    assert out.segmentation[0, [0, 599]].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("size", "shortest", "longest", "want"),
+    [
+        ((480, 640), 800, 1333, (800, 1067)),
+        ((640, 480), 800, 1333, (1067, 800)),
+        ((300, 900), 800, 1333, (444, 1333)),
+        ((300, 900), None, 450, (150, 450)),
+        ((300, 900), None, 1000, (300, 900)),
+        ((300, 900), 150, None, (150, 450)),
+        ((300, 900), None, None, (300, 900)),
+        ((1, 5000), 64, 128, (1, 128)),
+    ],
+)
+def test_target_size(size, shortest, longest, want):
+    assert target_size(size, shortest, longest) == want
+
+
+def test_prepare_resizes_like_pil():
+    g = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 50, 70), generator=g, dtype=torch.uint8)
+    config = Squares(shortest_edge=25, image_mean=(0,) * 3, image_std=(1,) * 3).config
+    small = prepare(image, config) * 255
+    pil = Image.fromarray(image.movedim(0, 2).numpy()).resize((35, 25), Image.Resampling.BILINEAR)
+    assert (small - torch.from_numpy(np.array(pil)).movedim(2, 0)).abs().max() <= 1.001
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (np.zeros((2, 3, 8, 8), np.uint8), ValueError, r"image: must be \[H, W\] or \[H, W, C\]"),
+        (np.zeros((3, 8, 8), np.uint8), ValueError, r"\[H, W, C\] .* got \[3, 8, 8\]"),
+        (np.zeros((0, 8, 3), np.uint8), ValueError, "not empty"),
+        (torch.zeros(5, 8, 8), ValueError, r"\[C, H, W\] with 1 to 4 channels .* got \[5, 8, 8\]"),
+        (torch.full((3, 8, 8), math.nan), ValueError, "image: pixels must be finite, got NaN"),
+        (torch.full((3, 8, 8), 200.0), ValueError, r"must be in \[0, 1\], got 200 to 200"),
+        (
+            torch.zeros(3, 8, 8, dtype=torch.int64),
+            TypeError,
+            "bool, uint8, uint16 or floating, got int64",
+        ),
+        ({"image": 1}, TypeError, "must be a path, PIL image, array or tensor, got dict"),
+    ],
+    ids=["4d", "chw array", "empty", "channels", "nan", "range", "int64", "dict"],
+)
+def test_bad_pictures_are_named(image, error, message):
+    with pytest.raises(error, match=message):
+        segment(Squares(), image)
+    with pytest.raises(error, match="image 1: "):
+        segment(Squares(), [half_bright(), image])
+
+
+def test_segment_options_are_checked_first():
+    with pytest.raises(ValueError, match="task must be one of"):
+        segment(Squares(), [], task="x")
+
+
+def test_file_that_is_no_image(tmp_path):
+    text, cut, gone = tmp_path / "text.png", tmp_path / "cut.png", tmp_path / "gone.png"
+    text.write_text("no picture")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-3000])
+    for path, why in (
+        (text, "not an image"),
+        (cut, "not a readable image"),
+        (gone, "no such file"),
+        (tmp_path, "not a readable image"),
+    ):
+        with pytest.raises(ValueError, match=f"{path.name}: {why}"):
+            segment(Squares(), path)
+
+
+def test_photos_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    Image.fromarray(half_bright()).save(tmp_path / "photo.jpg", exif=exif)
+    assert read_image(tmp_path / "photo.jpg").shape == (3, 60, 40)
+
+
+# JSON
+
+
+def test_json_round_trip():
+    from pycocotools import mask as coco
+
+    classes, masks = scene(dtype=torch.float32)
+    for task in infer.TASKS:
+        (out, _) = postprocess(
+            classes, masks, task, (24, 32), [(20, 23)] * 2, [(37, 18)] * 2, (1,), 0.1, 0.1
+        )
+        out.names = {0: "zero", 3: "three"}
+        read = json.loads(json.dumps(out.to_json()))
+        assert read["size"] == [37, 18]
+        assert len(read["segments"]) == len(out.segments) > 0
+        for i, (row, s) in enumerate(zip(read["segments"], out.segments)):
+            assert isinstance(row["segmentation"]["counts"], str)
+            decoded = torch.from_numpy(coco.decode(row["segmentation"])).bool()
+            assert torch.equal(decoded, out.mask(i))
+            assert row["area"] == int(decoded.sum()) == s.area
+            assert row["label"] == {0: "zero", 3: "three"}.get(s.label_id, str(s.label_id))
+            if s.area:
+                ys, xs = decoded.nonzero().T
+                box = [xs.min(), ys.min(), xs.max() - xs.min() + 1, ys.max() - ys.min() + 1]
+                assert row["bbox"] == [float(x) for x in box]
+
+
+def test_above_keeps_the_better_instances():
+    classes, masks = scene()
+    out = postprocess(classes, masks, "instance", (12, 16), [(12, 16)] * 2, [(12, 16)] * 2)[0]
+    cut = out.scores[5].item()
+    few = out.above(cut)
+    assert len(few.masks) == len(few.segments) == 6
+    assert few.segmentation.max() <= 6
+    assert out.above(0.0).segments == out.segments
+    assert isinstance(few.segments[0], Segment)
