@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .images import prepare, read_image
 from .ops._checks import expect
+from .rle import encode
 
 TASKS = ("panoptic", "instance", "semantic")
 _PIXELS_AT_ONCE = 2**23  # of all maps that are resized together: 32 MB in float32
@@ -100,26 +101,24 @@ class Segmentation:
         Returns:
             task, size [H, W], and segments: id, label_id, label, score, isthing, area, bbox
             [x, y, width, height] and segmentation, a COCO RLE with its counts as text.
-
-        Raises:
-            ImportError: pycocotools is missing.
         """
-        segments = []
-        for i, s in enumerate(self.segments):
-            rle, box = _rle(self.mask(i))
-            score = None if s.score is None else round(s.score, 6)
-            segments.append(
-                {
-                    "id": s.id,
-                    "label_id": s.label_id,
-                    "label": self.name(s.label_id),
-                    "score": score,
-                    "isthing": s.isthing,
-                    "area": s.area,
-                    "bbox": box,
-                    "segmentation": rle,
-                }
-            )
+        if self.masks is None:
+            codes = encode(self.segmentation.cpu().numpy(), [s.id for s in self.segments])
+        else:
+            codes = [encode(mask.byte().cpu().numpy(), [1])[0] for mask in self.masks]
+        segments = [
+            {
+                "id": s.id,
+                "label_id": s.label_id,
+                "label": self.name(s.label_id),
+                "score": None if s.score is None else round(s.score, 6),
+                "isthing": s.isthing,
+                "area": s.area,
+                "bbox": _box(self.mask(i)),
+                "segmentation": code,
+            }
+            for i, (s, code) in enumerate(zip(self.segments, codes))
+        ]
         return {"task": self.task, "size": list(self.segmentation.shape), "segments": segments}
 
 
@@ -417,14 +416,9 @@ def _bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
-def _rle(mask: Tensor) -> tuple[dict, list[float]]:
-    """COCO's run-length code of a mask [H, W] bool, and its box [x, y, width, height]."""
-    try:
-        from pycocotools import mask as coco
-    except ImportError as error:
-        raise ImportError(
-            "Segmentation.to_json needs pycocotools: pip install 'segkern[train]'"
-        ) from error
-    code = coco.encode(mask.byte().cpu().numpy().astype("uint8", order="F"))
-    box = [float(x) for x in coco.toBbox(code)]
-    return {"size": list(mask.shape), "counts": code["counts"].decode("ascii")}, box
+def _box(mask: Tensor) -> list[int]:
+    """x, y, width and height of the smallest box around a mask [H, W] bool; zeros if empty."""
+    rows, columns = (mask.any(d).nonzero().flatten().tolist() for d in (1, 0))
+    if not rows:
+        return [0, 0, 0, 0]
+    return [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]

@@ -1,0 +1,348 @@
+"""Drawings: segments over a picture, label maps, rows of scenes, curves, confusion matrices.
+
+Letters: H W picture size, K class.
+
+A label has one hue wherever it is drawn, so truth and prediction can be compared by colour;
+further instances of it differ in lightness. A result is anything with `segmentation`, `segments`
+and `name(label)` like infer.Segmentation. Matplotlib is imported by the functions that need it.
+"""
+
+import colorsys
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .files import atomic
+
+# far apart for the first labels; later ones turn these hues by the golden ratio
+_BASE = (
+    (31, 136, 229),
+    (255, 143, 0),
+    (67, 190, 80),
+    (229, 40, 55),
+    (150, 85, 220),
+    (0, 190, 190),
+    (240, 98, 180),
+    (250, 215, 40),
+    (150, 100, 60),
+    (170, 230, 50),
+    (110, 125, 145),
+    (60, 80, 190),
+)
+_THING, _STUFF = 0.55, 0.25  # opacity
+
+
+def colour(label: int, nth: int = 0) -> tuple[int, int, int]:
+    """Colour of the nth instance of a label: red, green, blue in [0, 255]."""
+    turn, place = divmod(label, len(_BASE))
+    hue, saturation, value = colorsys.rgb_to_hsv(*(x / 255 for x in _BASE[place]))
+    shade = colorsys.hsv_to_rgb((hue + turn * 0.618034) % 1.0, saturation, value)
+    goal, share = ((0.0, 0.0), (1.0, 0.4), (0.0, 0.35))[nth % 3]  # as it is, lighter, darker
+    return tuple(round(255 * (x + share * (goal - x))) for x in shade)
+
+
+def colours(segments) -> list[tuple[int, int, int]]:
+    """A colour for each segment."""
+    count: dict[int, int] = {}
+    out = []
+    for s in segments:
+        out.append(colour(s.label_id, count.get(s.label_id, 0)))
+        count[s.label_id] = count.get(s.label_id, 0) + 1
+    return out
+
+
+def overlay(
+    image: np.ndarray,  # [H, W, 3]
+    result,
+    least_side: int = 384,
+    label_stuff: bool = True,
+) -> Image.Image:
+    """The picture with its segments in colour, contours, names and scores.
+
+    Args:
+        image: [H, W, 3] uint8.
+        result: a `Segmentation` of the same size.
+        least_side: a picture with a shorter side is enlarged by a whole number, so that names can
+            be read; larger ones keep their resolution.
+        label_stuff: write the names of stuff, too.
+
+    Returns:
+        an RGB image of a multiple of [H, W].
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    ids = result.segmentation.cpu().numpy()
+    if image.shape != (*ids.shape, 3):
+        raise ValueError(
+            f"overlay: image must be [{ids.shape[0]}, {ids.shape[1]}, 3] as its result, "
+            f"got {list(image.shape)}"
+        )
+    times = max(1, -(-least_side // min(ids.shape)))
+    if times > 1:
+        image = np.asarray(
+            Image.fromarray(image).resize((ids.shape[1] * times, ids.shape[0] * times), 0)
+        )
+        ids = ids.repeat(times, 0).repeat(times, 1)
+    line = max(1, round(min(ids.shape) / 200))
+    shades = colours(result.segments)
+    top = max([0, *(s.id for s in result.segments), int(ids.max())]) + 1
+    table = np.zeros((top, 4), np.float32)  # of an id: colour and opacity
+    for s, shade in zip(result.segments, shades):
+        table[s.id] = (*shade, _THING if s.isthing else _STUFF)
+    table[:, :3] *= table[:, 3:]
+    out = np.empty_like(image)
+    edges = _edges(ids, line)
+    for rows in np.array_split(np.arange(len(ids)), -(-ids.size // 2**20)):
+        tint = table[ids[rows]]
+        mixed = image[rows] * (1 - tint[..., 3:]) + tint[..., :3]
+        strong = tint[..., :3] / np.maximum(tint[..., 3:], 1e-6)
+        edge = (edges[rows] & (tint[..., 3] == np.float32(_THING)))[..., None]
+        out[rows] = np.where(edge, 0.9 * strong + 25, mixed).clip(0, 255).astype(np.uint8)
+    picture = Image.fromarray(out)
+    _write_names(picture, result, shades, ids, label_stuff)
+    return picture
+
+
+def save_label_map(path: str | Path, result) -> None:
+    """Writes the label map as PNG: the pixel values are the ids.
+
+    With ids up to 255 it is a palette picture in the colours of `overlay` (id 0 black unless a
+    segment has it), else 16 bits of grey.
+
+    Raises:
+        ValueError: an id above 65535.
+    """
+    ids = result.segmentation.cpu().numpy()
+    if ids.max(initial=0) > 65535:
+        raise ValueError(f"save_label_map: ids must fit 16 bits, got {ids.max()}")
+    if ids.max(initial=0) > 255:
+        picture = Image.fromarray(ids.astype(np.uint16))
+    else:
+        picture = Image.fromarray(ids.astype(np.uint8), "L")
+        palette = np.zeros((256, 3), np.uint8)
+        for s, shade in zip(result.segments, colours(result.segments)):
+            if s.id < 256:
+                palette[s.id] = shade
+        picture.putpalette(palette.tobytes())
+    with atomic(path) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def save_picture(path: str | Path, picture: Image.Image) -> None:
+    """Writes a picture in the format of the path's suffix, whole or not at all."""
+    with atomic(path) as temporary:
+        picture.save(temporary)
+
+
+def save_scenes(path: str | Path, rows, title: str | None = None, notes=None) -> None:
+    """Draws rows of input, truth and prediction.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        rows: (image [H, W, 3] uint8, truth, prediction) with two results each.
+        title: above all.
+        notes: a line of text beneath each row.
+    """
+    rows = list(rows)
+    height, width = rows[0][0].shape[:2] if rows else (1, 1)
+    side = 2.6
+    figure = _figure(3 * side * min(2.0, width / height) + 0.3, (side + 0.22) * len(rows) + 0.6)
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for r, (image, truth, prediction) in enumerate(rows):
+        views = (
+            _enlarged(image),
+            overlay(image, truth, label_stuff=False),
+            overlay(image, prediction, label_stuff=False),
+        )
+        for axis, view, name in zip(axes[r], views, ("input", "truth", "prediction")):
+            axis.imshow(view)
+            axis.set_axis_off()
+            if r == 0:
+                axis.set_title(name, fontsize=12)
+        if notes:
+            axes[r, 1].text(
+                0.5, -0.03, notes[r], transform=axes[r, 1].transAxes, ha="center", va="top", size=8
+            )
+    if title:
+        figure.suptitle(title, fontsize=13)
+    _save(figure, path)
+
+
+def save_curves(path: str | Path, log: str | Path) -> None:
+    """Draws losses, learning rate and metrics of a training log.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        log: JSON lines; each an object with "step" and any of "loss" (number), "losses" (name to
+            number), "lr" (number), "metrics" (name to number). A cut last line is left out.
+
+    Raises:
+        ValueError: no line with a step.
+    """
+    lines = _read_log(log)
+    series: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}, "lr": {}, "metrics": {}}
+    for line in lines:
+        step = line["step"]
+        for name, value in (("total", line.get("loss")), *line.get("losses", {}).items()):
+            _add(series["loss"], name, step, value)
+        _add(series["lr"], "learning rate", step, line.get("lr"))
+        for name, value in line.get("metrics", {}).items():
+            _add(series["metrics"], name, step, value)
+    panels = [name for name, lines in series.items() if lines]
+    if not panels:
+        raise ValueError(f"{log}: no losses, rates or metrics to draw")
+    figure = _figure(4.6 * len(panels), 3.6)
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for i, (name, points) in enumerate(series[panel].items()):
+            steps, values = (np.asarray(x, dtype=float) for x in zip(*points))
+            shade = [x / 255 for x in colour(i)]
+            if panel == "loss" and len(values) >= 20:
+                axis.plot(steps, values, color=shade, alpha=0.2, linewidth=0.8)
+                values = _smooth(values)
+            marker = "o" if len(values) < 20 else None
+            axis.plot(steps, values, color=shade, label=name, linewidth=1.6, marker=marker, ms=3)
+        axis.set_title(panel)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        if panel == "loss":
+            axis.set_yscale("log")
+        if panel == "metrics":
+            axis.set_ylim(0, 1)
+        if len(series[panel]) > 1:
+            axis.legend(fontsize=8, framealpha=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def save_confusion(path: str | Path, matrix, names: list[str]) -> None:
+    """Draws a confusion matrix, each row as shares of its sum, with the counts written in.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        matrix: [K + 1, K + 1] counts: truth by prediction; the last of each is "nothing".
+        names: K names.
+    """
+    matrix = np.asarray(matrix, dtype=float)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    size = max(4.0, 0.42 * len(matrix) + 1.6)
+    figure = _figure(size, size)
+    axis = figure.subplots()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    labels = [*names, "nothing"]
+    axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_xlabel("prediction")
+    axis.set_ylabel("truth")
+    if len(matrix) <= 32:
+        for y, x in zip(*matrix.nonzero()):
+            shade = "white" if shares[y, x] > 0.6 else "black"
+            axis.text(x, y, f"{matrix[y, x]:.0f}", ha="center", va="center", color=shade, size=7)
+    _save(figure, path)
+
+
+def _enlarged(image: np.ndarray, least_side: int = 384) -> Image.Image:
+    times = max(1, -(-least_side // min(image.shape[:2])))
+    return Image.fromarray(image).resize((image.shape[1] * times, image.shape[0] * times), 0)
+
+
+def _edges(ids: np.ndarray, line: int) -> np.ndarray:
+    """[H, W] bool: pixels that have another id within `line` pixels beside or above them."""
+    out = np.zeros(ids.shape, bool)
+    for d in range(1, line + 1):
+        across, down = ids[:, d:] != ids[:, :-d], ids[d:] != ids[:-d]
+        out[:, d:] |= across
+        out[:, :-d] |= across
+        out[d:] |= down
+        out[:-d] |= down
+    return out
+
+
+def _write_names(picture: Image.Image, result, shades, ids: np.ndarray, label_stuff: bool) -> None:
+    draw = ImageDraw.Draw(picture)
+    height, width = ids.shape
+    font = ImageFont.load_default(max(11, round(min(height, width) / 26)))
+    taken: list[tuple[float, float, float, float]] = []
+    order = sorted(range(len(result.segments)), key=lambda i: -result.segments[i].area)
+    for i in order:
+        s = result.segments[i]
+        if not s.area or not (s.isthing or label_stuff):
+            continue
+        ys, xs = np.nonzero(ids == s.id)
+        if not len(ys):
+            continue
+        text = result.name(s.label_id) + ("" if s.score is None else f" {s.score:.2f}")
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        w, h = right - left + 8, bottom - top + 6
+        x0, y0, x1, y1 = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
+        middle = ys[len(ys) // 2], xs[len(xs) // 2]
+        beside = [(x0, y0 - h), (x0, y1), (x1 - w, y0 - h), (x1 - w, y1), (x1, y0), (x0 - w, y0)]
+        inside = [(middle[1] - w / 2, middle[0] - h / 2), (x0, y0)]
+        large = s.area > 0.04 * ids.size or not s.isthing
+        places = [
+            (min(max(0, x), max(0, width - w)), min(max(0, y), max(0, height - h)))
+            for x, y in (inside + beside if large else beside + inside)
+        ]
+        x, y = min(places, key=lambda p: _overlap((*p, p[0] + w, p[1] + h), taken))
+        box = (x, y, x + w, y + h)
+        taken.append(box)
+        draw.rounded_rectangle(box, radius=3, fill=shades[i])
+        light = np.dot(shades[i], (0.299, 0.587, 0.114)) > 140
+        draw.text((x + 4 - left, y + 3 - top), text, fill="black" if light else "white", font=font)
+
+
+def _overlap(box, taken) -> float:
+    """Area of `box` (x0, y0, x1, y1) that other boxes cover."""
+    return sum(
+        max(0, min(box[2], t[2]) - max(box[0], t[0]))
+        * max(0, min(box[3], t[3]) - max(box[1], t[1]))
+        for t in taken
+    )
+
+
+def _read_log(path: str | Path) -> list[dict]:
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # a run that was killed may leave half a line
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    if not lines:
+        raise ValueError(f"{path}: no line with a step")
+    return lines
+
+
+def _add(series: dict, name: str, step: int, value) -> None:
+    if isinstance(value, (int, float)) and np.isfinite(value):
+        series.setdefault(name, []).append((step, value))
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over a twentieth of the points."""
+    reach = max(1, len(values) // 40)
+    sums = np.concatenate(([0.0], values.cumsum()))
+    places = np.arange(len(values))
+    low, high = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def _figure(width: float, height: float):
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "drawing curves needs matplotlib: pip install 'segkern[train]'"
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)  # no display and no global state
+    return figure
+
+
+def _save(figure, path: str | Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130)

@@ -1,0 +1,101 @@
+"""Pictures in files to overlays, label maps and JSON in files."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from .files import writable_folder, write_json
+from .images import open_image, read_image
+from .infer import check_options, segment
+from .pictures import overlay, save_label_map, save_picture
+
+
+def predict_files(
+    model: nn.Module,
+    paths: Sequence[str | Path],
+    out_dir: str | Path,
+    task: str = "panoptic",
+    object_mask_threshold: float = 0.8,
+    overlap_threshold: float = 0.8,
+    top_k: int = 100,
+    report: Callable[[Path, str | None], None] | None = None,
+) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Segments every picture and writes NAME_overlay.png, NAME_labels.png and NAME.json for each.
+
+    A picture that cannot be read does not keep the others from being written. Two of the same name
+    get NAME and NAME_2.
+
+    Args:
+        model: a `Mask2Former`.
+        paths: pictures, and folders whose pictures are taken (not those of folders inside).
+        out_dir: is made if it is not there.
+        task, overlap_threshold, top_k: as in `infer.postprocess`.
+        object_mask_threshold: there as well; of instance results those below it are left out.
+        report: called after each picture with its path and None, or what went wrong.
+
+    Returns:
+        the JSON files written, and the pictures that failed with the reasons.
+
+    Raises:
+        ValueError: an option out of range, no path, or a folder without pictures.
+        OSError: nothing can be written to `out_dir`; found before the model runs.
+    """
+    check_options(task, object_mask_threshold, overlap_threshold, top_k)
+    pictures = image_files(paths)
+    folder = writable_folder(out_dir)
+    written, failed = [], []
+    for path, name in zip(pictures, _names(pictures)):
+        try:
+            image = open_image(path)
+            result = segment(
+                model, image, task, object_mask_threshold, overlap_threshold, top_k
+            ).above(object_mask_threshold)
+        except ValueError as error:
+            failed.append((path, str(error)))
+        else:
+            pixels = read_image(image)
+            pixels = pixels if not pixels.is_floating_point() else (pixels * 255).round().byte()
+            pixels = np.ascontiguousarray(pixels.movedim(0, 2).numpy())
+            save_picture(folder / f"{name}_overlay.png", overlay(pixels, result))
+            save_label_map(folder / f"{name}_labels.png", result)
+            write_json(folder / f"{name}.json", {"image": path.name, **result.to_json()})
+            written.append(folder / f"{name}.json")
+        if report is not None:
+            report(path, failed[-1][1] if failed and failed[-1][0] is path else None)
+    return written, failed
+
+
+def image_files(paths: Iterable[str | Path]) -> list[Path]:
+    """Files as given, and of each folder the files with a suffix that PIL knows, sorted.
+
+    Raises:
+        ValueError: no path, or a folder without pictures.
+    """
+    known = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    out = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            out.append(path)
+            continue
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in known and p.is_file())
+        if not found:
+            raise ValueError(f"folder {path} holds no image")
+        out += found
+    if not out:
+        raise ValueError("predict: no image given")
+    return out
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """File stems, made unique by _2, _3 and so on."""
+    names: list[str] = []
+    for path in paths:
+        name, n = path.stem, 1
+        while name in names:
+            n += 1
+            name = f"{path.stem}_{n}"
+        names.append(name)
+    return names
