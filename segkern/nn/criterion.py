@@ -1,0 +1,162 @@
+"""The training loss: all predictions of all images, matched to their targets and scored.
+
+Letters: B image, R prediction, Q query, T target slot, K class, P point,
+M channels and h w size of the mask features.
+
+    cost         class + cross-entropy + dice cost of all pairs at P random points  [B, R, Q, T]
+    assignment   the cheapest one-to-one assignment of targets to queries
+    class loss   weighted cross-entropy of all queries, "no object" where none is assigned
+    mask losses  cross-entropy and dice of the assigned pairs, at uncertain points, over the
+                 number of all targets
+    loss         weighted sum over losses and predictions
+
+Two things keep it small: matching samples the mask features and multiplies then, and the loss
+builds the logits of assigned queries only. Nothing is read back by the host and no shape depends
+on a value, so a step can be captured in a CUDA graph. Padded slots weigh zero.
+Source: Mask2Former (Cheng et al., CVPR 2022), section 3.3; DETR (Carion et al., ECCV 2020).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import linear_assignment, matching_cost, point_mask_loss, random_points
+from ..ops.point_sample import MATCHING
+from .targets import Targets
+
+
+class Criterion(nn.Module):
+    """Mask2Former's loss.
+
+    Args:
+        num_labels: K.
+        class_weight, mask_weight, dice_weight: of the three losses, and of a pair's three costs.
+        no_object_weight: of "no object" in the class loss, where a label weighs 1.
+        num_points: P, in matching and in the mask losses.
+        oversample_ratio: candidates drawn for each point of the mask losses, at least 1.
+        importance_sample_ratio: share of the points taken from the most uncertain candidates, in
+            [0, 1].
+        impl: "kernel", or "reference" for plain PyTorch.
+    """
+
+    def __init__(
+        self,
+        num_labels: int,
+        class_weight: float = 2.0,
+        mask_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        no_object_weight: float = 0.1,
+        num_points: int = 12544,
+        oversample_ratio: float = 3.0,
+        importance_sample_ratio: float = 0.75,
+        impl: str = "kernel",
+    ):
+        super().__init__()
+        self.weights = (class_weight, mask_weight, dice_weight)
+        self.points = (num_points, oversample_ratio, importance_sample_ratio)
+        self.impl = impl
+        empty_weight = torch.ones(num_labels + 1)
+        empty_weight[-1] = no_object_weight
+        self.register_buffer("empty_weight", empty_weight)
+        self.register_buffer("seed", torch.zeros(1, dtype=torch.int64))
+
+    def forward(
+        self,
+        class_logits: Tensor,  # [B, R, Q, K + 1]
+        mask_embed: Tensor,  # [B, R, Q, M]
+        features: Tensor,  # [B, M, h, w]
+        targets: Targets,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Matches and scores.
+
+        In training mode the seed of the random points then advances by one.
+
+        Args:
+            class_logits: [B, R, Q, K + 1] floating; the last class is "no object".
+            mask_embed: [B, R, Q, M] floating; mask logits are its product with the features.
+            features: [B, M, h, w] floating.
+            targets: of the same B images, on the same device.
+
+        Returns:
+            The loss [], and unweighted "loss_cross_entropy", "loss_mask", "loss_dice", each [R],
+            the last prediction at the end; float32 (float64 for float64 logits).
+        """
+        assigned = self.match(class_logits, mask_embed, features, targets)
+        query_of_target, target_of_query = assigned
+        R, T = class_logits.shape[1], targets.labels.shape[1]
+        slots = torch.arange(T, device=features.device)
+        active = (query_of_target >= 0) & (slots < targets.count[:, None, None])  # [B, R, T]
+        losses = {"loss_cross_entropy": self._class_loss(class_logits, target_of_query, targets)}
+        index = query_of_target.clamp(min=0)[..., None].expand(-1, -1, -1, mask_embed.shape[3])
+        chosen = mask_embed.gather(2, index).flatten(1, 2)  # [B, R * T, M]
+        logits = chosen @ features.flatten(2).to(chosen.dtype)  # [B, R * T, h * w]
+        bce, dice = point_mask_loss(
+            logits.unflatten(1, (R, T)).unflatten(3, features.shape[2:]),
+            targets.masks,
+            active,
+            targets.ids,
+            self.seed,
+            *self.points,
+            impl=self.impl,
+        )
+        total = self._number_of_targets(targets).to(bce.dtype)
+        losses |= {"loss_mask": bce.sum((0, 2)) / total, "loss_dice": dice.sum((0, 2)) / total}
+        loss = sum(w * value.sum() for w, value in zip(self.weights, losses.values()))
+        if self.training:
+            with torch.no_grad():
+                self.seed += 1
+        return loss, losses
+
+    @torch.no_grad()
+    def match(
+        self, class_logits: Tensor, mask_embed: Tensor, features: Tensor, targets: Targets
+    ) -> tuple[Tensor, Tensor]:
+        """The assignment of least cost; arguments as in `forward`.
+
+        Returns:
+            The query of each target [B, R, T] and the target of each query [B, R, Q], int64, -1
+            where there is none.
+        """
+        B, R = class_logits.shape[:2]
+        prediction = torch.arange(R, device=features.device).expand(B, R)
+        ids = torch.stack(
+            (targets.ids[:, None].expand(B, R), prediction, torch.full_like(prediction, MATCHING)),
+            -1,
+        )
+        points = random_points(self.seed, ids, self.points[0])  # [B, R, P, 2]
+        cost = matching_cost(
+            class_logits,
+            mask_embed,
+            features,
+            targets.labels,
+            targets.masks,
+            points,
+            targets.count,
+            *self.weights,
+            impl=self.impl,
+        )
+        n_targets = targets.count[:, None].expand(B, R)
+        return linear_assignment(cost, n_targets, check=False, impl=self.impl)
+
+    def _class_loss(
+        self, class_logits: Tensor, target_of_query: Tensor, targets: Targets
+    ) -> Tensor:
+        """[R]: the mean over images and queries, each weighted by its class."""
+        B, R, Q, _ = class_logits.shape
+        nothing = class_logits.shape[3] - 1
+        label = targets.labels[:, None].expand(B, R, -1).gather(2, target_of_query.clamp(min=0))
+        label = label.where(target_of_query >= 0, nothing)  # [B, R, Q]
+        exact = torch.promote_types(class_logits.dtype, torch.float32)
+        weight = self.empty_weight.to(exact)
+        each = F.cross_entropy(
+            class_logits.to(exact).flatten(0, 2), label.flatten(), weight, reduction="none"
+        )
+        return each.view(B, R, Q).sum((0, 2)) / weight[label].sum((0, 2))
+
+    def _number_of_targets(self, targets: Targets) -> Tensor:
+        """The mean over processes of the number of targets in the batch, at least 1; []."""
+        total = targets.count.sum().float()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+            total = total / torch.distributed.get_world_size()
+        return total.clamp(min=1)
