@@ -103,3 +103,16 @@ def point_sample_inputs(
         features,
         points.to(device, torch.float64 if dtype == torch.float64 else torch.float32),
     ]
+
+
+def point_mask_loss_inputs(
+    B=2, R=3, T=4, h=9, w=12, H=31, W=45, dtype=torch.float32, device="cpu", seed=0
+) -> list[Tensor]:
+    """mask_logits [B, R, T, h, w], masks [B, T, H, W], active [B, R, T], ids [B], seed [1]."""
+    g = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(B, R, T, h, w, generator=g)
+    masks = (torch.rand(B, T, H, W, generator=g) > 0.6).byte()
+    active = torch.rand(B, R, T, generator=g) > 0.3
+    sample_ids = torch.randint(0, 10**6, (B,), generator=g)
+    key = torch.tensor([0x123456789AB])
+    return [x.to(device) for x in (logits.to(dtype), masks, active, sample_ids, key)]

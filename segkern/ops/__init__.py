@@ -3,5 +3,6 @@
 The specification of each is `NAME_reference` in its file.
 """
 
+from .point_mask_loss import point_mask_loss as point_mask_loss
 from .point_sample import point_sample as point_sample
 from .point_sample import random_points as random_points

@@ -1,0 +1,193 @@
+"""point_mask_loss: losses and gradients at the points that the reference chooses."""
+
+import pytest
+import torch
+
+from segkern.ops import point_mask_loss, point_sample, random_points
+from segkern.ops.point_mask_loss import point_mask_loss_reference
+from segkern.testing import DTYPES, compare, point_mask_loss_inputs
+
+FEW = (40, 3.0, 0.75)  # points, oversample ratio, importance ratio
+CASES = {
+    "usual": ({}, FEW),
+    "one slot": ({"B": 1, "R": 1, "T": 1}, FEW),
+    "one point": ({}, (1, 3.0, 1.0)),
+    "all important": ({}, (33, 2.0, 1.0)),
+    "all random": ({}, (33, 2.0, 0.0)),
+    "no oversampling": ({}, (50, 1.0, 0.75)),
+    "map of one pixel": ({"h": 1, "w": 1, "H": 4, "W": 4}, FEW),
+    "mask smaller than map": ({"h": 33, "w": 20, "H": 5, "W": 3}, FEW),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradient(case, dtype):
+    sizes, settings = CASES[case]
+    inputs = [*point_mask_loss_inputs(**sizes, dtype=dtype), *settings]
+    inputs[2][0, 0, 0] = True
+    compare(point_mask_loss, point_mask_loss_reference, inputs, [0])
+
+
+def test_as_many_points_as_in_the_paper():
+    compare(
+        point_mask_loss,
+        point_mask_loss_reference,
+        point_mask_loss_inputs(dtype=torch.float64),
+        [0],
+    )
+
+
+def test_gradcheck():
+    sizes = {"B": 1, "R": 2, "T": 2, "h": 3, "w": 4}
+    logits, *rest = point_mask_loss_inputs(**sizes, dtype=torch.float64)
+    rest[1][:] = True
+
+    def losses(x):  # all random: the choice of points does not move with the logits
+        return point_mask_loss(x, *rest, 30, 1.0, 0.0)
+
+    assert torch.autograd.gradcheck(losses, logits.requires_grad_())
+
+
+def test_opcheck():
+    inputs = point_mask_loss_inputs()
+    torch.library.opcheck(torch.ops.segkern.point_mask_loss, (*inputs, 120, 30, 10))
+    state = torch.ops.segkern.point_mask_loss(*inputs, 120, 30, 10)[2]
+    grads = torch.randn(2, 2, 3, 4).unbind()
+    arguments = (*grads, state, *inputs, 120, 30, 10)
+    torch.library.opcheck(torch.ops.segkern.point_mask_loss_backward, arguments)
+
+
+def test_compile():
+    logits, *rest = point_mask_loss_inputs()
+    logits.requires_grad_()
+
+    def loss(x):
+        return sum(v.sum() for v in point_mask_loss(x, *rest, *FEW))
+
+    out = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits)
+    torch.testing.assert_close(out, loss(logits))
+    torch.testing.assert_close(
+        torch.autograd.grad(out, logits), torch.autograd.grad(loss(logits), logits)
+    )
+
+
+BAD = {
+    "logits 4-d": (
+        lambda i: i.__setitem__(0, i[0][0]),
+        ValueError,
+        r"mask_logits must be \[B, R, T, h, w\]",
+    ),
+    "logits int": (
+        lambda i: i.__setitem__(0, i[0].long()),
+        TypeError,
+        "mask_logits must be .* float",
+    ),
+    "masks float": (
+        lambda i: i.__setitem__(1, i[1].float()),
+        TypeError,
+        "masks must be .* bool or uint8",
+    ),
+    "masks of other T": (
+        lambda i: i.__setitem__(1, i[1][:, 1:]),
+        ValueError,
+        "masks must be .* T = 4",
+    ),
+    "active int": (lambda i: i.__setitem__(2, i[2].long()), TypeError, "active must be .* bool"),
+    "ids of other batch": (
+        lambda i: i.__setitem__(3, i[3][:1]),
+        ValueError,
+        "sample_ids must be .* B = 2",
+    ),
+    "seed of two": (lambda i: i.__setitem__(4, i[4].repeat(2)), ValueError, r"seed must be \[1\]"),
+    "no points": (lambda i: i.append(0), ValueError, "num_points must be >= 1, got 0"),
+    "undersampling": (
+        lambda i: i.extend([10, 0.5]),
+        ValueError,
+        "oversample_ratio must be >= 1, got 0.5",
+    ),
+    "importance": (lambda i: i.extend([10, 3, 1.5]), ValueError, r"must be in \[0, 1\], got 1.5"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    change, error, message = BAD[case]
+    inputs = point_mask_loss_inputs()
+    change(inputs)
+    with pytest.raises(error, match=message):
+        point_mask_loss(*inputs)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"B": 0}, {"R": 0}, {"T": 0}], ids=["no image", "no prediction", "no target"]
+)
+def test_empty(sizes):
+    inputs = point_mask_loss_inputs(**sizes)
+    for loss in point_mask_loss(*inputs, *FEW):
+        assert loss.shape == inputs[2].shape
+
+
+def test_inactive_slots_are_zero_and_not_read():
+    logits, masks, active, *rest = point_mask_loss_inputs()
+    want = point_mask_loss(logits, masks, active, *rest, *FEW)
+    logits = logits.where(active[..., None, None], float("nan")).requires_grad_()
+    got = point_mask_loss(logits, masks, active, *rest, *FEW)
+    for g, w in zip(got, want):
+        assert torch.equal(g, w)
+        assert (g[~active] == 0).all()
+    (grad,) = torch.autograd.grad(sum(g.sum() for g in got), logits)
+    assert (grad[~active] == 0).all()
+    assert (grad[active] != 0).any()
+
+
+def test_ties_go_to_the_point_drawn_first():
+    logits, masks, active, ids, seed = point_mask_loss_inputs(B=1, R=1, T=1, dtype=torch.float64)
+    flat, active = torch.full_like(logits, 2.0), torch.ones_like(active)
+    points = random_points(seed, torch.stack((ids, ids * 0, ids * 0), -1), 130)
+    # on a constant map the candidates away from the border tie; those at the border have less
+    level = point_sample(flat[:, 0], points.double())[0, 0]
+    order = level[:120].sort(stable=True).indices[:30]
+    chosen = torch.cat((points[0, :120][order], points[0, 120:]))[None].double()
+    x = point_sample(flat[:, 0], chosen)[0, 0]
+    t = point_sample(masks.double(), chosen)[0, 0]
+    want = torch.nn.functional.binary_cross_entropy_with_logits(x, t)
+    got = point_mask_loss(flat, masks, active, ids, seed, 40, 3.0, 0.75)[0]
+    torch.testing.assert_close(got.squeeze(), want, rtol=1e-12, atol=0)
+
+
+def test_a_slot_does_not_depend_on_the_batch():
+    logits, masks, active, ids, seed = point_mask_loss_inputs()
+    swapped = [x.flip(0) for x in (logits, masks, active, ids)]
+    for got, want in zip(
+        point_mask_loss(*swapped, seed, *FEW),
+        point_mask_loss(logits, masks, active, ids, seed, *FEW),
+    ):
+        assert torch.equal(got.flip(0), want)
+
+
+def test_non_contiguous_and_bool_masks():
+    logits, masks, *rest = point_mask_loss_inputs()
+    want = point_mask_loss(logits, masks, *rest, *FEW)
+    strided = logits.transpose(3, 4).contiguous().transpose(3, 4)
+    got = point_mask_loss(
+        strided, masks.bool().transpose(2, 3).contiguous().transpose(2, 3), *rest, *FEW
+    )
+    for g, w in zip(got, want):
+        assert torch.equal(g, w)
+
+
+def test_seed_may_advance_before_the_gradient_is_taken():
+    logits, *rest, seed = point_mask_loss_inputs(dtype=torch.float64)
+    logits.requires_grad_()
+    (want,) = torch.autograd.grad(point_mask_loss(logits, *rest, seed, *FEW)[0].sum(), logits)
+    loss = point_mask_loss(logits, *rest, seed, *FEW)[0].sum()
+    seed += 1
+    assert torch.equal(torch.autograd.grad(loss, logits)[0], want)
+
+
+def test_nan_logits_give_nan_losses():
+    logits, masks, active, *rest = point_mask_loss_inputs(dtype=torch.float32)
+    active[0, 0, 0] = True
+    logits[0, 0, 0] = float("nan")
+    assert point_mask_loss(logits, masks, active, *rest, *FEW)[0][0, 0, 0].isnan()
