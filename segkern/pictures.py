@@ -145,9 +145,14 @@ def save_scenes(path: str | Path, rows, title: str | None = None, notes=None) ->
         rows: (image [H, W, 3] uint8, truth, prediction) with two results each.
         title: above all.
         notes: a line of text beneath each row.
+
+    Raises:
+        ValueError: no row.
     """
     rows = list(rows)
-    height, width = rows[0][0].shape[:2] if rows else (1, 1)
+    if not rows:
+        raise ValueError("save_scenes: rows must not be empty")
+    height, width = rows[0][0].shape[:2]
     side = 2.6
     figure = _figure(3 * side * min(2.0, width / height) + 0.3, (side + 0.22) * len(rows) + 0.6)
     axes = figure.subplots(len(rows), 3, squeeze=False)
