@@ -43,12 +43,12 @@ BLOCKED = -100.0  # added where two tokens of a window are no neighbours on the 
 
 
 class Windows(NamedTuple):
-    """Where the tokens of B maps of h x w go when they are cut into windows.
+    """Where the T tokens of B maps of h x w go when they are cut into windows.
 
     Attributes:
-        token: [B N S] the token at each place of a window; T, one past the last, at padding.
-        place: [T] the place of each token.
-        padded: whether there is padding.
+        token: [B N S] the token at each place of the windows; T, the zero row, at padding.
+        place: [B N S] the place of each token, then those of the padding.
+        count: T.
         into: [3 B N H S] rows of q, k, v [T (+ 1), 3, H, D] in the order [3, B N, H, S].
         back: [T H] rows of windows [B N, H, S, D] in the order [T, H].
         grid: images, rows and columns of windows.
@@ -56,7 +56,7 @@ class Windows(NamedTuple):
 
     token: Tensor
     place: Tensor
-    padded: bool
+    count: int
     into: Tensor
     back: Tensor
     grid: tuple[int, int, int]
@@ -66,26 +66,24 @@ def cut(
     b: int, h: int, w: int, side: int, shift: int, heads: int, device: torch.device
 ) -> Windows:
     """The windows of maps that are padded at the right and below, then rolled by `shift`."""
-    rows, columns = -(-h // side), -(-w // side)
+    rows, columns, count = -(-h // side), -(-w // side), b * h * w
     image = torch.arange(b, device=device)[:, None, None]
+    y = torch.arange(rows * side, device=device)[:, None]
+    x = torch.arange(columns * side, device=device)
 
-    y = ((torch.arange(rows * side, device=device) + shift) % (rows * side))[:, None]
-    x = ((torch.arange(columns * side, device=device) + shift) % (columns * side))[None]
-    token = torch.where((y < h) & (x < w), (image * h + y) * w + x, b * h * w)
+    from_y, from_x = (y + shift) % (rows * side), (x + shift) % (columns * side)
+    inside = (from_y < h) & (from_x < w)
+    token = torch.where(inside, (image * h + from_y) * w + from_x, count)
     token = token.view(b, rows, side, columns, side).transpose(2, 3).flatten()
 
-    y = ((torch.arange(h, device=device) - shift) % (rows * side))[:, None]
-    x = ((torch.arange(w, device=device) - shift) % (columns * side))[None]
-    window = (image * rows + y // side) * columns + x // side
-    place = ((window * side + y % side) * side + x % side).flatten()
-    return Windows(
-        token,
-        place,
-        token.numel() > place.numel(),
-        window_rows(token, side, 3, heads),
-        token_rows(place, b * rows * columns, side, 1, heads),
-        (b, rows, columns),
-    )
+    to_y, to_x = (y - shift) % (rows * side), (x - shift) % (columns * side)
+    place = (image * rows + to_y // side) * columns + to_x // side
+    place = (place * side + to_y % side) * side + to_x % side
+    parts = place[:, :h, :w], place[:, h:], place[:, :h, w:]
+    place = torch.cat([part.flatten() for part in parts])
+    into = window_rows(token, side, 3, heads)
+    back = token_rows(place[:count], b * rows * columns, side, 1, heads)
+    return Windows(token, place, count, into, back, (b, rows, columns))
 
 
 def window_rows(token: Tensor, side: int, groups: int, heads: int) -> Tensor:
@@ -104,47 +102,42 @@ def token_rows(place: Tensor, windows: int, side: int, groups: int, heads: int) 
 
 
 class _ToWindows(torch.autograd.Function):
-    """Tokens [T (+ 1), G H D] to windows [G, B N, H, S, D]."""
+    """Tokens [T (+ 1), 3 H D] to windows [3, B N, H, S, D]."""
 
     @staticmethod
-    def forward(ctx, tokens, rows, token, place, side, heads, groups):
-        ctx.save_for_backward(token, place)
-        ctx.sizes = side, heads, groups, tokens.shape[0]
-        d = tokens.shape[1] // (groups * heads)
-        out = tokens.view(-1, d).index_select(0, rows)
-        return out.view(groups, -1, heads, side * side, d)
+    def forward(ctx, tokens, into, place, side, heads):
+        ctx.save_for_backward(place)
+        ctx.sizes = tokens.shape[0], side, heads
+        d = tokens.shape[1] // (3 * heads)
+        return tokens.view(-1, d).index_select(0, into).view(3, -1, heads, side * side, d)
 
     @staticmethod
     def backward(ctx, grad):
-        (token, place), (side, heads, groups, count) = ctx.saved_tensors, ctx.sizes
-        rows = token_rows(place, grad.shape[1], side, groups, heads)
+        (place,), (count, side, heads) = ctx.saved_tensors, ctx.sizes
+        rows = token_rows(place, grad.shape[1], side, 3, heads)
         out = grad.reshape(-1, grad.shape[-1]).index_select(0, rows).view(place.numel(), -1)
-        if count > place.numel():  # the zero row got the gradients of all padding
-            padding = (token == place.numel()).to(grad.dtype).view(-1, 1, side * side, 1)
-            rest = (grad * padding).sum((1, 3)).flatten()
-            out = torch.cat((out, rest[None]))
-        return out, None, None, None, None, None, None
+        # without padding this is the last token itself; with it, the zero row shared by all
+        out[count - 1] = out[count - 1 :].sum(0)
+        return out[:count], None, None, None, None
 
 
 class _ToTokens(torch.autograd.Function):
     """Windows [B N, H, S, D] to tokens [T, H D]; what lies at padding is dropped."""
 
     @staticmethod
-    def forward(ctx, windows, rows, token, place, side, heads, padded):
-        ctx.save_for_backward(token, place)
-        ctx.sizes = side, heads, padded
+    def forward(ctx, windows, back, token, count):
+        ctx.save_for_backward(token)
+        ctx.shape = windows.shape
         d = windows.shape[-1]
-        return windows.view(-1, d).index_select(0, rows).view(place.numel(), heads * d)
+        return windows.view(-1, d).index_select(0, back).view(count, -1)
 
     @staticmethod
     def backward(ctx, grad):
-        (token, _), (side, heads, padded) = ctx.saved_tensors, ctx.sizes
-        d = grad.shape[1] // heads
-        if padded:
+        (token,), (_, heads, size, d) = ctx.saved_tensors, ctx.shape
+        if token.numel() > grad.shape[0]:
             grad = F.pad(grad, (0, 0, 0, 1))
-        rows = window_rows(token, side, 1, heads)
-        out = grad.reshape(-1, d).index_select(0, rows).view(-1, heads, side * side, d)
-        return out, None, None, None, None, None, None
+        rows = window_rows(token, math.isqrt(size), 1, heads)
+        return grad.reshape(-1, d).index_select(0, rows).view(ctx.shape), None, None, None
 
 
 class WindowAttention(nn.Module):
@@ -172,9 +165,10 @@ class WindowAttention(nn.Module):
         offsets: Tensor,  # [S, S] rows of the bias table
         edges: Tensor | None,  # [2, S, S] what to add in the last row and column of windows
     ) -> Tensor:  # [T, C]
-        token, place, padded, into, back, grid = windows
+        token, place, count, into, back, grid = windows
+        padded = token.numel() > count
         qkv = self.qkv(F.pad(x, (0, 0, 0, 1)) if padded else x)
-        q, k, v = _ToWindows.apply(qkv, into, token, place, self.window, self.heads, 3)
+        q, k, v = _ToWindows.apply(qkv, into, place, self.window, self.heads)
         bias = F.embedding(offsets, self.relative_position_bias_table).permute(2, 0, 1)
         scores = torch.add(bias.contiguous(), q @ k.transpose(-1, -2), alpha=self.scale)
         if edges is not None:
@@ -182,9 +176,7 @@ class WindowAttention(nn.Module):
             last[:, -1] += edges[0]
             last[:, :, -1] += edges[1]
         out = scores.softmax(-1).to(v.dtype) @ v
-        return self.proj(
-            _ToTokens.apply(out, back, token, place, self.window, self.heads, padded)
-        )
+        return self.proj(_ToTokens.apply(out, back, token, count))
 
 
 class Block(nn.Module):
