@@ -213,7 +213,9 @@ class Block(nn.Module):
         if not self.training or self.drop_path == 0:
             return x
         keep = torch.rand(images, 1, 1, device=x.device) >= self.drop_path
-        return (x.view(images, -1, x.shape[1]) * (keep / (1 - self.drop_path)).to(x.dtype)).view_as(x)
+        return (
+            x.view(images, -1, x.shape[1]) * (keep / (1 - self.drop_path)).to(x.dtype)
+        ).view_as(x)
 
 
 class Downsample(nn.Module):
@@ -247,9 +249,7 @@ class Stage(nn.Module):
         last: whether there is no next stage.
     """
 
-    def __init__(
-        self, channels: int, heads: int, window: int, drop_path: list[float], last: bool
-    ):
+    def __init__(self, channels: int, heads: int, window: int, drop_path: list[float], last: bool):
         super().__init__()
         self.heads, self.window = heads, window
         self.blocks = nn.ModuleList(
