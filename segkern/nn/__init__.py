@@ -1,0 +1,1 @@
+"""Parts of models; they know ops and nothing above."""

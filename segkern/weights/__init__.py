@@ -1,0 +1,1 @@
+"""Checkpoints of other projects: one file a format, plain functions on dicts."""
