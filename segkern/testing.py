@@ -116,3 +116,23 @@ def point_mask_loss_inputs(
     sample_ids = torch.randint(0, 10**6, (B,), generator=g)
     key = torch.tensor([0x123456789AB])
     return [x.to(device) for x in (logits.to(dtype), masks, active, sample_ids, key)]
+
+
+def random_targets(counts: Sequence[int], labels: int, H: int, W: int, seed: int = 3) -> tuple:
+    """Smooth random shapes, as Hugging Face's lists.
+
+    Returns:
+        masks, for each image [T_b, H, W] float32 of 0 and 1; labels, [T_b] int64 below `labels`.
+    """
+    g = torch.Generator().manual_seed(seed)
+    masks, classes = [], []
+    for n in counts:
+        coarse = torch.randn(n, 1, 5, 5, generator=g)
+        smooth = (
+            torch.nn.functional.interpolate(coarse, (H, W), mode="bicubic")
+            if n
+            else coarse.new_empty(0, 1, H, W)
+        )
+        masks.append((smooth[:, 0] > 0.3).float())
+        classes.append(torch.randint(labels, (n,), generator=g))
+    return masks, classes

@@ -1,0 +1,442 @@
+"""Mask2Former: one model for panoptic, instance and semantic segmentation.
+
+Letters: B image, H W image size, h w size of the finest map, R prediction, Q query, T target,
+K class, M channels of the mask features.
+
+    maps                           = backbone(image)
+    mask features, pixels          = pixel decoder(maps)
+    class logits, mask embeddings  = query decoder(pixels, mask features)
+    mask logits                    = mask embeddings . mask features
+
+Training never builds the mask logits of all queries: matching samples the mask features at its
+points, and the loss builds the logits of the matched queries alone.
+Source: Mask2Former (Cheng et al., CVPR 2022). Names of arguments, results and most settings are
+those of Hugging Face transformers.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..nn.backbone import build_backbone
+from ..nn.criterion import Criterion
+from ..nn.pixel_decoder import PixelDecoder
+from ..nn.query_decoder import QueryDecoder
+from ..nn.targets import Targets
+from ..ops._checks import expect, got
+from ..weights import huggingface
+
+_LABELS = {
+    ("coco", "panoptic"): 133,
+    ("coco", "instance"): 80,
+    ("ade20k", "panoptic"): 150,
+    ("ade20k", "instance"): 100,
+    ("ade20k", "semantic"): 150,
+    ("cityscapes", "panoptic"): 19,
+    ("cityscapes", "instance"): 8,
+    ("cityscapes", "semantic"): 19,
+}
+_HOME = {"panoptic": "coco", "instance": "coco", "semantic": "ade20k"}
+_STUFF = {"coco": tuple(range(80, 133)), "cityscapes": tuple(range(11))}
+_EDGES = {"coco": (800, 1333), "ade20k": (512, 2048), "cityscapes": (1024, 2048)}
+_BACKBONES = {
+    "resnet50": {"backbone": "resnet50"},
+    "resnet101": {"backbone": "resnet101"},
+    "swin_tiny": {"backbone": "swin_tiny", "drop_path_rate": 0.3},
+    "swin_small": {"backbone": "swin_small", "drop_path_rate": 0.3},
+    "swin_base": {"backbone": "swin_base", "drop_path_rate": 0.3},
+    "swin_base_in21k": {"backbone": "swin_base", "drop_path_rate": 0.3},
+    "swin_large": {"backbone": "swin_large", "drop_path_rate": 0.3},
+}
+
+
+@dataclass
+class Mask2FormerConfig:
+    """Everything that shapes a `Mask2Former` and its loss.
+
+    Attributes:
+        num_labels: K, at least 1; "no object" is not counted.
+        backbone: "swin_tiny", "swin_small", "swin_base", "swin_large", "resnet_digits", or any
+            timm model with four feature maps.
+        backbone_pretrained: start from timm's pretrained weights (downloads them; not for our own
+            Swin).
+        backbone_options: further arguments of the backbone, such as Swin's depths.
+        drop_path_rate: rate of dropped residual branches of the last block, in [0, 1).
+        num_queries: Q.
+        hidden_dim: channels of the query decoder, a multiple of 32 and of `num_attention_heads`.
+        feature_size: channels of the pixel decoder; must equal `hidden_dim`, as in every published
+            model.
+        mask_feature_size: M.
+        encoder_layers: layers of the pixel decoder.
+        decoder_layers: layers of the query decoder (Hugging Face counts one more).
+        num_attention_heads: heads of both decoders.
+        num_points_encoder: places that a head looks at in each level.
+        encoder_feedforward_dim: width of the pixel decoder's feed-forward networks.
+        dim_feedforward: width of the query decoder's feed-forward networks.
+        dropout: probability in both decoders, on the outputs of attention and of the feed-forward
+            networks.
+        train_num_points: points of a mask in matching and loss.
+        oversample_ratio: candidates drawn for each point of the loss, at least 1.
+        importance_sample_ratio: share of the points that are the most uncertain candidates, in [0,
+            1].
+        class_weight: weight of the class loss and cost.
+        mask_weight: weight of the masks' cross-entropy loss and cost.
+        dice_weight: weight of the masks' dice loss and cost.
+        no_object_weight: weight of "no object" in the class loss.
+        id2label: name of each label.
+        stuff: labels that have no instances.
+        image_mean: of the pixels in [0, 1], red, green, blue.
+        image_std: likewise.
+        shortest_edge: pixels, to which an image's short side is resized for prediction.
+        longest_edge: pixels, the most that the long side may get.
+        size_divisor: sides of a batch are padded to a multiple of it.
+    """
+
+    num_labels: int = 133
+    backbone: str = "swin_tiny"
+    backbone_pretrained: bool = False
+    backbone_options: dict = field(default_factory=dict)
+    drop_path_rate: float = 0.0
+    num_queries: int = 100
+    hidden_dim: int = 256
+    feature_size: int = 256
+    mask_feature_size: int = 256
+    encoder_layers: int = 6
+    decoder_layers: int = 9
+    num_attention_heads: int = 8
+    num_points_encoder: int = 4
+    encoder_feedforward_dim: int = 1024
+    dim_feedforward: int = 2048
+    dropout: float = 0.0
+    train_num_points: int = 12544
+    oversample_ratio: float = 3.0
+    importance_sample_ratio: float = 0.75
+    class_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    no_object_weight: float = 0.1
+    id2label: dict[int, str] | None = None
+    stuff: tuple[int, ...] = ()
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    shortest_edge: int = 800
+    longest_edge: int = 1333
+    size_divisor: int = 32
+
+    def __post_init__(self):
+        positive = (
+            "num_labels num_queries hidden_dim mask_feature_size decoder_layers "
+            "num_attention_heads num_points_encoder train_num_points oversample_ratio size_divisor"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"Mask2FormerConfig: {name} must be >= 1, got {getattr(self, name)}"
+                )
+        if self.hidden_dim % 32 or self.hidden_dim % self.num_attention_heads:
+            raise ValueError(
+                "Mask2FormerConfig: hidden_dim must be a multiple of 32 and of "
+                f"num_attention_heads ({self.num_attention_heads}), got {self.hidden_dim}"
+            )
+        if self.feature_size != self.hidden_dim:
+            raise ValueError(
+                f"Mask2FormerConfig: feature_size must equal hidden_dim ({self.hidden_dim}), "
+                f"got {self.feature_size}"
+            )
+        for name, top in (("importance_sample_ratio", 1), ("dropout", 1), ("drop_path_rate", 1)):
+            if not 0 <= getattr(self, name) <= top:
+                raise ValueError(
+                    f"Mask2FormerConfig: {name} must be in [0, {top}], got {getattr(self, name)}"
+                )
+
+    @classmethod
+    def preset(cls, backbone: str, task: str = "panoptic", dataset: str | None = None):
+        """The configurations of the paper.
+
+        Args:
+            backbone: "resnet50", "resnet101", "swin_tiny", "swin_small", "swin_base",
+                "swin_base_in21k" or "swin_large".
+            task: "panoptic", "instance" or "semantic".
+            dataset: "coco", "ade20k" or "cityscapes"; None for COCO, or ADE20K where the task is
+                semantic.
+
+        Returns:
+            A `Mask2FormerConfig`. ADE20K's stuff classes are not listed: set `stuff` for its
+            panoptic task.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        dataset = dataset or _HOME.get(task)
+        if backbone not in _BACKBONES or (dataset, task) not in _LABELS:
+            raise ValueError(
+                f"Mask2FormerConfig.preset: backbone must be one of {', '.join(_BACKBONES)}, "
+                f"dataset and task one of {', '.join('/'.join(k) for k in _LABELS)}, "
+                f"got {backbone}, {dataset}/{task}"
+            )
+        shortest, longest = _EDGES[dataset]
+        return cls(
+            num_labels=_LABELS[dataset, task],
+            num_queries=200 if backbone == "swin_large" and task != "semantic" else 100,
+            stuff=_STUFF.get(dataset, ()) if task == "panoptic" else (),
+            shortest_edge=shortest,
+            longest_edge=longest,
+            **_BACKBONES[backbone],
+        )
+
+    @classmethod
+    def tiny(cls, num_labels: int):
+        """A model for images of about 64 x 64 pixels that trains on a laptop: 1.5 million weights,
+        masks at half the image's size.
+
+        Args:
+            num_labels: K.
+
+        Returns:
+            A `Mask2FormerConfig`.
+        """
+        return cls(
+            num_labels=num_labels,
+            backbone="resnet_digits",
+            num_queries=8,
+            hidden_dim=64,
+            feature_size=64,
+            mask_feature_size=64,
+            encoder_layers=1,
+            decoder_layers=3,
+            encoder_feedforward_dim=256,
+            dim_feedforward=256,
+            train_num_points=512,
+            class_weight=5.0,
+            mask_weight=2.0,
+            dice_weight=5.0,
+            shortest_edge=64,
+            longest_edge=128,
+            size_divisor=16,
+        )
+
+
+@dataclass
+class Mask2FormerOutput:
+    """What `Mask2Former.forward` returns.
+
+    Attributes:
+        class_queries_logits: [B, Q, K + 1]; the last class is "no object".
+        masks_queries_logits: [B, Q, h, w]; None in training with targets, unless
+            `auxiliary_logits` was asked for.
+        loss: [], weighted sum of `losses`; None without targets.
+        losses: unweighted, each [R], one value a prediction; None without targets.
+        auxiliary_logits: class_queries_logits and masks_queries_logits of every prediction but the
+            last, if asked for.
+    """
+
+    class_queries_logits: Tensor
+    masks_queries_logits: Tensor | None
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    auxiliary_logits: list[dict[str, Tensor]] | None = None
+
+
+class Mask2Former(nn.Module):
+    """Backbone, pixel decoder, query decoder and criterion.
+
+    Args:
+        config: what to build; weights are random, as the paper initialises them.
+    """
+
+    def __init__(self, config: Mask2FormerConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = build_backbone(config)
+        self.pixel_decoder = PixelDecoder(
+            self.backbone.channels,
+            channels=config.hidden_dim,
+            mask_channels=config.mask_feature_size,
+            layers=config.encoder_layers,
+            heads=config.num_attention_heads,
+            points=config.num_points_encoder,
+            feedforward=config.encoder_feedforward_dim,
+            dropout=config.dropout,
+        )
+        self.query_decoder = QueryDecoder(
+            config.num_labels,
+            channels=config.hidden_dim,
+            mask_channels=config.mask_feature_size,
+            queries=config.num_queries,
+            layers=config.decoder_layers,
+            heads=config.num_attention_heads,
+            feedforward=config.dim_feedforward,
+            dropout=config.dropout,
+        )
+        self.criterion = Criterion(
+            config.num_labels,
+            class_weight=config.class_weight,
+            mask_weight=config.mask_weight,
+            dice_weight=config.dice_weight,
+            no_object_weight=config.no_object_weight,
+            num_points=config.train_num_points,
+            oversample_ratio=config.oversample_ratio,
+            importance_sample_ratio=config.importance_sample_ratio,
+        )
+
+    def predict(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All predictions, with the masks as two factors.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised, zero-padded to the right and below.
+
+        Returns:
+            class logits [B, R, Q, K + 1], mask embeddings [B, R, Q, M] and mask features [B, M, h,
+            w]; mask logits are the product of the last two over M.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        expect("Mask2Former", "pixel_values", pixel_values, "B 3 H W", "float", {})
+        if 0 in pixel_values.shape:
+            raise ValueError(
+                f"Mask2Former: pixel_values must not be empty, got {got(pixel_values)}"
+            )
+        mask_features, pixels, shapes = self.pixel_decoder(self.backbone(pixel_values))
+        class_logits, embeddings = self.query_decoder(pixels, shapes, mask_features)
+        return class_logits, embeddings, mask_features
+
+    def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised.
+            targets: of the same B images, on the same device.
+
+        Returns:
+            the weighted sum [], and each loss of each prediction.
+        """
+        return self.criterion(*self.predict(pixel_values), targets)
+
+    def forward(
+        self,
+        pixel_values: Tensor,  # [B, 3, H, W]
+        pixel_mask: Tensor | None = None,  # [B, H, W]
+        mask_labels: list[Tensor] | None = None,  # B of [T_b, H, W]
+        class_labels: list[Tensor] | None = None,  # B of [T_b]
+        targets: Targets | None = None,
+        auxiliary_logits: bool = False,
+    ) -> Mask2FormerOutput:
+        """Predictions, and the loss if there are targets.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised, zero-padded to the right and below.
+            pixel_mask: taken for Hugging Face's sake and not used: padding is not masked in
+                Mask2Former.
+            mask_labels: for each image [T_b, H, W] float, bool or uint8; together with
+                `class_labels`.
+            class_labels: for each image [T_b] int64 in [0, K).
+            targets: the same, packed; not together with the lists.
+            auxiliary_logits: also return the logits of the earlier predictions.
+
+        Returns:
+            A `Mask2FormerOutput`.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape or combination of arguments.
+        """
+        if mask_labels is not None or class_labels is not None:
+            if targets is not None or mask_labels is None or class_labels is None:
+                raise ValueError(
+                    "Mask2Former: give mask_labels and class_labels together, or targets alone"
+                )
+            targets = Targets.from_lists(
+                mask_labels, class_labels, pixel_values.shape[2:], self.config.num_labels
+            ).to(pixel_values.device)
+        class_logits, embeddings, mask_features = self.predict(pixel_values)
+        out = Mask2FormerOutput(class_logits[:, -1], None)
+        if targets is not None:
+            out.loss, out.losses = self.criterion(class_logits, embeddings, mask_features, targets)
+        if targets is None or not self.training or auxiliary_logits:
+            out.masks_queries_logits = mask_logits(embeddings[:, -1], mask_features)
+        if auxiliary_logits:
+            out.auxiliary_logits = [
+                {
+                    "class_queries_logits": class_logits[:, r],
+                    "masks_queries_logits": mask_logits(embeddings[:, r], mask_features),
+                }
+                for r in range(class_logits.shape[1] - 1)
+            ]
+        return out
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_folder: str | Path, num_labels: int | None = None
+    ) -> "Mask2Former":
+        """Opens a checkpoint in Hugging Face's format.
+
+        Args:
+            name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
+                `save_pretrained`.
+            num_labels: K of the new task; where it differs from the checkpoint's, the class head
+                starts anew. None keeps the checkpoint's.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            ValueError: the weights are not those of the configured model (names the keys); nothing
+                is loaded then.
+        """
+        settings, weights = huggingface.read_folder(name_or_folder)
+        known = {f.name for f in fields(Mask2FormerConfig)}
+        config = Mask2FormerConfig(**{k: v for k, v in settings.items() if k in known})
+        config.backbone_pretrained = False
+        fresh = num_labels is not None and num_labels != config.num_labels
+        if fresh:
+            config.num_labels, config.id2label, config.stuff = num_labels, None, ()
+        model = cls(config)
+        own = model.state_dict()
+        if fresh:
+            head = ("query_decoder.class_embed.weight", "query_decoder.class_embed.bias")
+            weights = weights | {k: own[k] for k in (*head, "criterion.empty_weight")}
+        weights = {"criterion.seed": own["criterion.seed"]} | weights
+        _check_weights(weights, own, str(name_or_folder))
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors as transformers reads them.
+
+        Args:
+            folder: is made if it is not there.
+        """
+        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        huggingface.write_folder(folder, settings, self.state_dict())
+
+
+def mask_logits(embeddings: Tensor, mask_features: Tensor) -> Tensor:
+    """Product of mask embeddings and mask features.
+
+    Args:
+        embeddings: [B, Q, M].
+        mask_features: [B, M, h, w].
+
+    Returns:
+        [B, Q, h, w].
+    """
+    return (embeddings @ mask_features.flatten(2)).unflatten(2, mask_features.shape[2:])
+
+
+def _check_weights(weights: dict[str, Tensor], own: dict[str, Tensor], name: str) -> None:
+    def listed(keys):
+        return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+    faults = {
+        "missing": [k for k in own if k not in weights],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [
+            f"{k} {list(weights[k].shape)} instead of {list(own[k].shape)}"
+            for k in own
+            if k in weights and weights[k].shape != own[k].shape
+        ],
+    }
+    found = [f"{what}: {listed(keys)}" for what, keys in faults.items() if keys]
+    if found:
+        raise ValueError(f"Mask2Former: {name} does not fit the model; {'; '.join(found)}")

@@ -1,0 +1,206 @@
+"""The pixel decoder: multi-scale deformable attention, then one step of a feature pyramid.
+
+Letters: B image, S pixels of all levels, C channels, M channels of the mask features, H head,
+D channels a head, L level, P point, h w size of a level.
+
+    x = the backbone's maps 4, 3, 2, each norm(1x1(map)), flattened and put together    [B, S, C]
+    six times:  x = norm1(x + attention of x + position + level_embed to x)
+                x = norm2(x + linear2(relu(linear1(x))))
+    y = norm(1x1(the backbone's map 1)) + the finest level of x, upsampled         [B, C, h1, w1]
+    mask features = 1x1(relu(norm(3x3(y))))                                        [B, M, h1, w1]
+
+Everything is channels-last: the flattened levels are views of the maps and the other way round, no
+transposed copy is made.
+Source: Deformable DETR (Zhu et al., ICLR 2021), Mask2Former (Cheng et al., CVPR 2022).
+Differs: half precision goes through the whole decoder, only the sampling offsets stay in float32
+(a bfloat16 offset of ten pixels is off by up to 0.03).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import ms_deform_attn
+from .position import pixel_centres, sine_position
+
+LEVELS = 3
+GROUPS = 32
+
+
+def _linear_exact(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)` in float32 at least, whatever autocast or the weights' dtype say."""
+    exact = torch.promote_types(torch.promote_types(x.dtype, layer.weight.dtype), torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(exact), layer.weight.to(exact), layer.bias.to(exact))
+
+
+class DeformableAttention(nn.Module):
+    """Attention of each pixel to H * L * P places that it chooses itself.
+
+    Args:
+        channels: C = H * D.
+        heads: H.
+        levels: L.
+        points: P, places of a head in a level.
+    """
+
+    def __init__(self, channels: int, heads: int, levels: int, points: int):
+        super().__init__()
+        self.grid = (heads, levels, points)
+        self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(channels, heads * levels * points)
+        self.value_proj = nn.Linear(channels, channels)
+        self.output_proj = nn.Linear(channels, channels)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """At the start head i looks into direction i of H, its point p at a distance of p + 1
+        pixels, all weights equal."""
+        heads, levels, points = self.grid
+        angle = torch.arange(heads) * (2.0 * math.pi / heads)
+        direction = torch.stack((angle.cos(), angle.sin()), -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)  # onto the square's edge
+        distance = torch.arange(1, points + 1)[:, None]
+        bias = (direction[:, None, None] * distance).expand(heads, levels, points, 2)
+        self.sampling_offsets.bias.copy_(bias.flatten())
+        for zero in (self.sampling_offsets.weight, *self.attention_weights.parameters()):
+            nn.init.zeros_(zero)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, S, C]
+        position: Tensor,  # [S, C]
+        shapes: tuple[tuple[int, int], ...],  # (h, w) of L levels
+        reference: Tensor,  # [1, S, 1, 2]
+    ) -> Tensor:  # [B, S, C]
+        heads, levels, points = self.grid
+        query = x + position
+        value = self.value_proj(x).unflatten(-1, (heads, -1))
+        offsets = _linear_exact(self.sampling_offsets, query).unflatten(
+            -1, (heads, levels, points, 2)
+        )
+        logits = self.attention_weights(query).unflatten(-1, (heads, levels, points))
+        return self.output_proj(ms_deform_attn(value, shapes, reference, offsets, logits))
+
+
+class PixelDecoderLayer(nn.Module):
+    """Deformable attention and a feed-forward network, normalised after each.
+
+    Args:
+        channels: C.
+        heads: H.
+        points: P.
+        feedforward: width of the feed-forward network.
+        dropout: probability.
+    """
+
+    def __init__(self, channels: int, heads: int, points: int, feedforward: int, dropout: float):
+        super().__init__()
+        self.attn = DeformableAttention(channels, heads, LEVELS, points)
+        self.norm1 = nn.LayerNorm(channels)
+        self.linear1 = nn.Linear(channels, feedforward)
+        self.linear2 = nn.Linear(feedforward, channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, S, C]
+        position: Tensor,  # [S, C]
+        shapes: tuple[tuple[int, int], ...],  # (h, w) of L levels
+        reference: Tensor,  # [1, S, 1, 2]
+    ) -> Tensor:  # [B, S, C]
+        x = self.norm1(x + self.dropout(self.attn(x, position, shapes, reference)))
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
+        return self.norm2(x + self.dropout(self.linear2(hidden)))
+
+
+class PixelDecoder(nn.Module):
+    """From the four maps of a backbone to three levels for the queries and the features of the
+    masks.
+
+    Args:
+        in_channels: channels of the backbone's maps, finest first.
+        channels: C, a multiple of 32.
+        mask_channels: M, channels of the mask features.
+        layers: number of attention layers.
+        heads: H.
+        points: P.
+        feedforward: width of the feed-forward networks.
+        dropout: probability.
+    """
+
+    def __init__(
+        self,
+        in_channels: tuple[int, int, int, int],
+        channels: int = 256,
+        mask_channels: int = 256,
+        layers: int = 6,
+        heads: int = 8,
+        points: int = 4,
+        feedforward: int = 1024,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(n, channels, 1), nn.GroupNorm(GROUPS, channels))
+            for n in reversed(in_channels[1:])
+        )
+        self.level_embed = nn.Parameter(torch.randn(LEVELS, channels))
+        self.layers = nn.ModuleList(
+            PixelDecoderLayer(channels, heads, points, feedforward, dropout) for _ in range(layers)
+        )
+        self.adapter = nn.Sequential(
+            nn.Conv2d(in_channels[0], channels, 1, bias=False), nn.GroupNorm(GROUPS, channels)
+        )
+        self.output_conv = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(GROUPS, channels)
+        )
+        self.mask_features = nn.Conv2d(channels, mask_channels, 1)
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+        for convolution in (self.adapter[0], self.output_conv[0], self.mask_features):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+        nn.init.zeros_(self.mask_features.bias)
+
+    def forward(
+        self, features: list[Tensor]
+    ) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...]]:
+        """Runs the decoder.
+
+        Args:
+            features: four maps [B, C_i, h_i, w_i], finest first.
+
+        Returns:
+            mask features [B, M, h, w] at the finest map's size; the attended pixels [B, S, C] of
+            the three other maps, coarsest first; the (h, w) of those three.
+        """
+        maps = [
+            project(feature.contiguous(memory_format=torch.channels_last))
+            for project, feature in zip(self.input_proj, reversed(features[1:]))
+        ]
+        shapes = tuple((m.shape[2], m.shape[3]) for m in maps)
+        x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        reference = pixel_centres(shapes, x.device, exact)
+        position = sine_position(shapes, x.shape[2], x.device, x.dtype)
+        sizes = [h * w for h, w in shapes]
+        position = position + torch.cat(
+            [e.expand(n, -1) for e, n in zip(self.level_embed, sizes)]
+        ).to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, position, shapes, reference)
+        finest = x[:, -sizes[-1] :].unflatten(1, shapes[-1]).permute(0, 3, 1, 2)
+        lateral = self.adapter(features[0].contiguous(memory_format=torch.channels_last))
+        up = F.interpolate(finest, lateral.shape[2:], mode="bilinear", align_corners=False)
+        pyramid = F.relu(self.output_conv(lateral + up), inplace=True)
+        return self.mask_features(pyramid), x, shapes
