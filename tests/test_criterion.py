@@ -1,0 +1,117 @@
+"""Criterion: invariances and edges. Its equality with transformers' losses is in test_parity.py."""
+
+import pytest
+import torch
+
+from segkern.nn.criterion import Criterion
+from segkern.nn.targets import Targets
+from segkern.testing import promote, random_targets
+
+B, R, Q, K, M, P = 2, 3, 6, 4, 8, 40
+
+
+def setting(counts=(3, 2), dtype=torch.float64):
+    g = torch.Generator().manual_seed(1)
+    class_logits = torch.randn(B, R, Q, K + 1, generator=g)
+    mask_embed = torch.randn(B, R, Q, M, generator=g)
+    features = torch.randn(B, M, 9, 12, generator=g)
+    targets = Targets.from_lists(*random_targets(counts, K, 36, 48), num_labels=K, ids=[4, 9])
+    return [*promote([class_logits, mask_embed, features], dtype), targets]
+
+
+def criterion(**options):
+    return Criterion(K, num_points=P, **options).double()
+
+
+def padded(targets, slots):
+    """The same targets with more padding, whose contents must not matter."""
+    more = slots - targets.labels.shape[1]
+    labels = torch.nn.functional.pad(targets.labels, (0, more), value=99)
+    masks = torch.nn.functional.pad(targets.masks, (0, 0, 0, 0, 0, more), value=1)
+    return Targets(labels, masks, targets.count, targets.ids)
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (0, 4), (0, 0), (Q + 3, 1)], ids=str)
+def test_kernels_equal_references(counts):
+    *values, targets = setting(counts)
+    leaves = [[v.clone().requires_grad_() for v in values] for _ in range(2)]
+    results = []
+    for impl, inputs in zip(("kernel", "reference"), leaves):
+        loss, losses = criterion(impl=impl)(*inputs, targets)
+        loss.backward()
+        results.append([loss, *losses.values(), *(v.grad for v in inputs)])
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_padding_does_not_matter():
+    *values, targets = setting()
+    got, want = (criterion()(*values, t) for t in (padded(targets, 16), targets))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+def test_order_of_the_batch_does_not_matter():
+    *values, targets = setting()
+    swapped = Targets(**{k: v.flip(0) for k, v in vars(targets).items()})
+    got = criterion()(*(v.flip(0) for v in values), swapped)
+    torch.testing.assert_close(got, criterion()(*values, targets), rtol=1e-12, atol=0)
+
+
+def test_each_target_gets_its_own_query():
+    *values, targets = setting((Q + 3, 2))
+    query_of_target, target_of_query = criterion().match(*values, targets)
+    assert (target_of_query[0] >= 0).all()  # more targets than queries: every query is taken
+    for r in range(R):
+        found = query_of_target[1, r, :2]
+        assert sorted(target_of_query[1, r, found].tolist()) == [0, 1]
+        assert (query_of_target[1, r, 2:] == -1).all()
+
+
+def test_no_target_leaves_the_class_loss_alone():
+    *values, targets = setting((0, 0))
+    loss, losses = criterion()(*values, targets)
+    assert losses["loss_mask"].tolist() == losses["loss_dice"].tolist() == [0.0] * R
+    nothing = torch.nn.functional.cross_entropy(
+        values[0].flatten(0, 2), torch.full((B * R * Q,), K)
+    )
+    torch.testing.assert_close(loss, 2 * R * nothing)
+
+
+def test_seed_advances_in_training_only():
+    *values, targets = setting()
+    loss = criterion()
+    first = loss.train()(*values, targets)[0]
+    second = loss(*values, targets)[0]
+    assert loss.seed.item() == 2
+    assert first != second
+    loss.eval()
+    assert loss(*values, targets)[0] == loss(*values, targets)[0]
+    assert loss.seed.item() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_logits(dtype):
+    *values, targets = setting(dtype=torch.float32)
+    want, _ = Criterion(K, num_points=P)(*values, targets)
+    leaves = [v.to(dtype).requires_grad_() for v in values]
+    got, losses = Criterion(K, num_points=P)(*leaves, targets)
+    got.backward()
+    assert {v.dtype for v in losses.values()} == {torch.float32}
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0)
+    assert all(v.grad.isfinite().all() for v in leaves)
+
+
+def test_logits_that_are_not_finite_do_not_stop_the_matching():
+    *values, targets = setting()
+    values[0][0, 0] = float("nan")
+    loss, _ = criterion()(*values, targets)
+    assert loss.isnan()
+
+
+def test_compiles_as_one_graph():
+    *values, targets = setting()
+    loss = criterion()
+    want = loss(*values, targets)
+    loss.seed.zero_()
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(*values, targets)
+    torch.testing.assert_close(got, want)
