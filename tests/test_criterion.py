@@ -1,4 +1,4 @@
-"""Criterion: invariances and edges. Its equality with transformers' losses is in test_parity.py."""
+"""Criterion: invariances and edges; test_parity.py holds its equality with transformers."""
 
 import pytest
 import torch
