@@ -119,8 +119,8 @@ def _compile(pairs: list[tuple[str, str]]) -> list[tuple[re.Pattern, str]]:
     rules = []
     for source, target in pairs:
         pattern = re.escape(source).replace(r"\#", r"(\d+)")
-        numbers = iter(range(1, 10))
-        template = re.sub("#", lambda _: rf"\g<{next(numbers)}>", target)
+        template, *rest = target.split("#")
+        template += "".join(rf"\g<{i}>{part}" for i, part in enumerate(rest, 1))
         rules.append((re.compile(rf"^{pattern}(?=$|\.[a-z_]+$)"), template))
     return rules
 
