@@ -119,8 +119,8 @@ def _compile(pairs: list[tuple[str, str]]) -> list[tuple[re.Pattern, str]]:
     rules = []
     for source, target in pairs:
         pattern = re.escape(source).replace(r"\#", r"(\d+)")
-        first, *rest = target.split("#")
-        template = first + "".join(rf"\g<{i}>{part}" for i, part in enumerate(rest, 1))
+        template, *rest = target.split("#")
+        template += "".join(rf"\g<{i}>{part}" for i, part in enumerate(rest, 1))
         rules.append((re.compile(rf"^{pattern}(?=$|\.[a-z_]+$)"), template))
     return rules
 
