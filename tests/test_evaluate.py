@@ -209,6 +209,14 @@ def test_miou_by_hand():
     assert value["pixel_accuracy"] == pytest.approx(right / pixels)
 
 
+def test_labels_that_the_model_does_not_have_are_void():
+    ones = np.ones((16, 16), int)
+    scene = sample(ones, [1], ones, [1])
+    scene["semantic"][:4] = K
+    value = run(Scenes([scene]), tasks=("semantic",))
+    assert value["pixel_accuracy"] == value["miou"] == 1.0
+
+
 def test_perfect_predictions_score_one():
     rng = np.random.default_rng(0)
     scenes = []

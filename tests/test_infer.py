@@ -252,6 +252,19 @@ def test_panoptic_share_counts_every_pixel_won():
     assert out.segments[0].area == 2 * 16
 
 
+def test_logit_zero_is_inside_for_panoptic_and_outside_for_instance():
+    classes, masks = boxes([1], [(0, 0, 16, 16)])
+    assert at_size(classes, 0 * masks).segments[0].area == 256
+    assert at_size(classes, 0 * masks, "instance", top_k=1).segments[0].area == 0
+
+
+@pytest.mark.parametrize("at_once", [1, 2**23], ids=["one by one", "together"])
+def test_of_equal_queries_the_first_wins(at_once, monkeypatch):
+    monkeypatch.setattr(infer, "_PIXELS_AT_ONCE", at_once)
+    classes, masks = boxes([3, 1, 2], [(0, 0, 16, 16)] * 3)
+    assert [s.label_id for s in at_size(classes, masks).segments] == [3]
+
+
 def test_void_image_and_no_thing():
     classes, masks = boxes([0], [(0, 0, 16, 16)])
     out = at_size(classes, masks, "instance", stuff=(0, 1, 2, 3))

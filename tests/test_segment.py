@@ -164,6 +164,7 @@ def test_prepare_resizes_like_pil():
     small = prepare(image, config) * 255
     pil = Image.fromarray(image.movedim(0, 2).numpy()).resize((35, 25), Image.Resampling.BILINEAR)
     assert (small - torch.from_numpy(np.array(pil)).movedim(2, 0)).abs().max() <= 1.001
+    torch.testing.assert_close(small, small.round())  # 8 bits, as PIL has it
 
 
 @pytest.mark.parametrize(
