@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import find_objects
 from torch import Tensor, nn
 
 from .images import prepare, read_image
@@ -103,9 +104,14 @@ class Segmentation:
             [x, y, width, height] and segmentation, a COCO RLE with its counts as text.
         """
         if self.masks is None:
-            codes = encode(self.segmentation.cpu().numpy(), [s.id for s in self.segments])
+            ids = self.segmentation.cpu().numpy()
+            codes = encode(ids, [s.id for s in self.segments])
+            found = find_objects(ids + 1)  # of id 0, 1, ...; it takes 0 for nothing
+            boxes = [_box(found[s.id]) for s in self.segments]
         else:
-            codes = [encode(mask.byte().cpu().numpy(), [1])[0] for mask in self.masks]
+            masks = [mask.byte().cpu().numpy() for mask in self.masks]
+            codes = [encode(mask, [1])[0] for mask in masks]
+            boxes = [_box(next(iter(find_objects(mask)), None)) for mask in masks]
         segments = [
             {
                 "id": s.id,
@@ -114,10 +120,10 @@ class Segmentation:
                 "score": None if s.score is None else round(s.score, 6),
                 "isthing": s.isthing,
                 "area": s.area,
-                "bbox": _box(self.mask(i)),
+                "bbox": box,
                 "segmentation": code,
             }
-            for i, (s, code) in enumerate(zip(self.segments, codes))
+            for s, code, box in zip(self.segments, codes, boxes)
         ]
         return {"task": self.task, "size": list(self.segmentation.shape), "segments": segments}
 
@@ -416,9 +422,9 @@ def _bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
-def _box(mask: Tensor) -> list[int]:
-    """x, y, width and height of the smallest box around a mask [H, W] bool; zeros if empty."""
-    rows, columns = (mask.any(d).nonzero().flatten().tolist() for d in (1, 0))
-    if not rows:
+def _box(found: tuple[slice, slice] | None) -> list[int]:
+    """x, y, width and height of a segment's rows and columns; zeros where there are none."""
+    if found is None:
         return [0, 0, 0, 0]
-    return [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+    rows, columns = found
+    return [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start]

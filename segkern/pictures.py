@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import find_objects
 
 from .files import atomic
 
@@ -86,7 +87,7 @@ def overlay(
             Image.fromarray(image).resize((ids.shape[1] * times, ids.shape[0] * times), 0)
         )
         ids = ids.repeat(times, 0).repeat(times, 1)
-    line = max(1, round(min(ids.shape) / 200))
+    line = max(2, round(min(ids.shape) / 500))
     shades = colours(result.segments)
     top = max([0, *(s.id for s in result.segments), int(ids.max())]) + 1
     table = np.zeros((top, 4), np.float32)  # of an id: colour and opacity
@@ -271,17 +272,18 @@ def _write_names(picture: Image.Image, result, shades, ids: np.ndarray, label_st
     font = ImageFont.load_default(max(11, round(min(height, width) / 26)))
     taken: list[tuple[float, float, float, float]] = []
     order = sorted(range(len(result.segments)), key=lambda i: -result.segments[i].area)
+    boxes = find_objects(ids + 1)  # of id 0, 1, ...; it takes 0 for nothing
     for i in order:
         s = result.segments[i]
-        if not s.area or not (s.isthing or label_stuff):
+        box = boxes[s.id] if s.id < len(boxes) else None  # None: hidden under other instances
+        if box is None or not (s.isthing or label_stuff):
             continue
-        ys, xs = np.nonzero(ids == s.id)
-        if not len(ys):
-            continue
+        ys, xs = np.nonzero(ids[box] == s.id)
+        ys, xs = ys + box[0].start, xs + box[1].start
         text = result.name(s.label_id) + ("" if s.score is None else f" {s.score:.2f}")
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         w, h = right - left + 8, bottom - top + 6
-        x0, y0, x1, y1 = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
+        (y0, y1), (x0, x1) = ((side.start, side.stop) for side in box)
         middle = ys[len(ys) // 2], xs[len(xs) // 2]
         beside = [(x0, y0 - h), (x0, y1), (x1 - w, y0 - h), (x1 - w, y1), (x1, y0), (x0 - w, y0)]
         inside = [(middle[1] - w / 2, middle[0] - h / 2), (x0, y0)]
@@ -291,9 +293,8 @@ def _write_names(picture: Image.Image, result, shades, ids: np.ndarray, label_st
             for x, y in (inside + beside if large else beside + inside)
         ]
         x, y = min(places, key=lambda p: _overlap((*p, p[0] + w, p[1] + h), taken))
-        box = (x, y, x + w, y + h)
-        taken.append(box)
-        draw.rounded_rectangle(box, radius=3, fill=shades[i])
+        taken.append((x, y, x + w, y + h))
+        draw.rounded_rectangle(taken[-1], radius=3, fill=shades[i])
         light = np.dot(shades[i], (0.299, 0.587, 0.114)) > 140
         draw.text((x + 4 - left, y + 3 - top), text, fill="black" if light else "white", font=font)
 
