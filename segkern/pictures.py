@@ -287,7 +287,8 @@ def _write_names(picture: Image.Image, result, shades, ids: np.ndarray, label_st
         middle = ys[len(ys) // 2], xs[len(xs) // 2]
         beside = [(x0, y0 - h), (x0, y1), (x1 - w, y0 - h), (x1 - w, y1), (x1, y0), (x0 - w, y0)]
         inside = [(middle[1] - w / 2, middle[0] - h / 2), (x0, y0)]
-        large = s.area > 0.04 * ids.size or not s.isthing
+        scattered = len(ys) < 0.15 * (y1 - y0) * (x1 - x0)
+        large = s.area > 0.04 * ids.size or scattered or not s.isthing
         places = [
             (min(max(0, x), max(0, width - w)), min(max(0, y), max(0, height - h)))
             for x, y in (inside + beside if large else beside + inside)
