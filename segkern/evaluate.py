@@ -149,16 +149,14 @@ def truth(sample: dict, stuff: Sequence[int], names: Sequence[str]) -> Segmentat
 
 def table(value: dict, title: str = "evaluation") -> Table:
     """The result of `evaluate` for the terminal: a row for each class, the means beneath."""
-    columns = [
-        c
-        for c in ("pq", "sq", "rq", "ap", "iou", "instances", "class_accuracy", "dice")
-        if c in value["classes"][0]
-    ]
+    names = {c: c for c in ("pq", "sq", "rq", "ap", "iou", "dice")}
+    names |= {"class_accuracy": "accuracy", "instances": "n"}
+    columns = [c for c in names if c in value["classes"][0]]
     out = Table(title=f"{title}: {value['images']} images", show_footer=True)
     means = value | {"iou": value.get("miou")}
-    out.add_column("class", footer="all")
-    for name in columns:
-        out.add_column(name.replace("_", " "), footer=_text(means[name]), justify="right")
+    out.add_column("class", footer="all", no_wrap=True)
+    for c in columns:
+        out.add_column(names[c], footer=_text(means[c]), justify="right")
     for row in value["classes"]:
         out.add_row(row["name"], *(_text(row[c]) for c in columns))
     return out

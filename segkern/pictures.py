@@ -60,7 +60,7 @@ def overlay(
     least_side: int = 384,
     label_stuff: bool = True,
 ) -> Image.Image:
-    """The picture with its segments in colour, contours, names and scores.
+    """The picture with its segments in colour over grey, contours, names and scores.
 
     Args:
         image: [H, W, 3] uint8.
@@ -98,7 +98,10 @@ def overlay(
     edges = _edges(ids, line)
     for rows in np.array_split(np.arange(len(ids)), -(-ids.size // 2**20)):
         tint = table[ids[rows]]
-        mixed = image[rows] * (1 - tint[..., 3:]) + tint[..., :3]
+        # colours mean labels: under a segment only the picture's brightness stays
+        grey = image[rows] @ np.array((0.299, 0.587, 0.114), np.float32)
+        base = np.where(tint[..., 3:] > 0, grey[..., None], image[rows])
+        mixed = base * (1 - tint[..., 3:]) + tint[..., :3]
         strong = tint[..., :3] / np.maximum(tint[..., 3:], 1e-6)
         edge = (edges[rows] & (tint[..., 3] == np.float32(_THING)))[..., None]
         out[rows] = np.where(edge, 0.9 * strong + 25, mixed).clip(0, 255).astype(np.uint8)
@@ -155,7 +158,9 @@ def save_scenes(path: str | Path, rows, title: str | None = None, notes=None) ->
         raise ValueError("save_scenes: rows must not be empty")
     height, width = rows[0][0].shape[:2]
     side = 2.6
-    figure = _figure(3 * side * min(2.0, width / height) + 0.3, (side + 0.22) * len(rows) + 0.6)
+    figure = _figure(
+        3 * side * min(2.0, width / height) + 0.3, (side + 0.2 * bool(notes)) * len(rows) + 0.5
+    )
     axes = figure.subplots(len(rows), 3, squeeze=False)
     for r, (image, truth, prediction) in enumerate(rows):
         views = (

@@ -341,7 +341,7 @@ def test_table_lists_every_class():
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(table(run(random_scenes(3))))
     text = console.export_text()
-    for word in (*Scenes.classes, "all", "class accuracy", "3 images"):
+    for word in (*Scenes.classes, "all", "accuracy", "3 images"):
         assert word in text
 
 
