@@ -125,7 +125,7 @@ def save_label_map(path: str | Path, result) -> None:
     if ids.max(initial=0) > 255:
         picture = Image.fromarray(ids.astype(np.uint16))
     else:
-        picture = Image.fromarray(ids.astype(np.uint8), "L")
+        picture = Image.fromarray(ids.astype(np.uint8))
         palette = np.zeros((256, 3), np.uint8)
         for s, shade in zip(result.segments, colours(result.segments)):
             if s.id < 256:
