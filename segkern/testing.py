@@ -136,3 +136,58 @@ def random_targets(counts: Sequence[int], labels: int, H: int, W: int, seed: int
         masks.append((smooth[:, 0] > 0.3).float())
         classes.append(torch.randint(labels, (n,), generator=g))
     return masks, classes
+
+
+def ms_deform_attn_inputs(
+    B=2,
+    H=3,
+    D=8,
+    P=2,
+    shapes=((5, 7), (3, 4)),
+    Q=11,
+    one_image=False,
+    one_level=False,
+    spread=1.5,
+    margin=0.0,
+    dtype=torch.float32,
+    device="cpu",
+    seed=0,
+) -> list:
+    """value, shapes, reference, offsets, logits of ms_deform_attn.
+
+    Args:
+        Q: queries; None for one a pixel, with its centre as the reference (the encoder's case).
+        spread: standard deviation of the offsets in pixels; samples leave the maps.
+        margin: moves samples that lie nearer than this to the kinks of bilinear sampling (pixel
+            centres) to that distance, for the comparison of gradients.
+    """
+    g = torch.Generator().manual_seed(seed)
+    L, S = len(shapes), sum(h * w for h, w in shapes)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    if Q is None:
+        Q = S
+        centres = [
+            torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(1)
+            for h, w in shapes
+        ]
+        reference = torch.cat(centres)[None, :, None].repeat(B, 1, L, 1).double()
+    else:
+        size = (1 if one_image else B, Q, 1 if one_level else L, 2)
+        reference = torch.rand(size, generator=g, dtype=torch.float64)
+    reference = reference[:1] if one_image else reference
+    sides = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]  # [L, 1, 2]
+    offsets = torch.randn(B, Q, H, L, P, 2, generator=g, dtype=torch.float64) * spread
+    if margin:
+        start = reference[:, :, None, :, None] * sides - 0.5
+        place = start + offsets
+        low = place.floor()
+        offsets = low + (place - low).clamp(margin, 1 - margin) - start
+    value = torch.randn(B, S, H, D, generator=g)
+    logits = torch.randn(B, Q, H, L, P, generator=g)
+    return [
+        value.to(device, dtype),
+        tuple(shapes),
+        reference.to(device, exact),
+        offsets.to(device, exact),
+        logits.to(device, dtype),
+    ]

@@ -3,6 +3,10 @@
 The specification of each is `NAME_reference` in its file.
 """
 
+from .ms_deform_attn import ms_deform_attn as ms_deform_attn
+from .ms_deform_attn import (
+    multi_scale_deformable_attention as multi_scale_deformable_attention,
+)
 from .point_mask_loss import point_mask_loss as point_mask_loss
 from .point_sample import point_sample as point_sample
 from .point_sample import random_points as random_points
