@@ -3,5 +3,7 @@
 The specification of each is `NAME_reference` in its file.
 """
 
+from .mask_bits import mask_bits as mask_bits
+from .masked_attn import masked_attn as masked_attn
 from .point_sample import point_sample as point_sample
 from .point_sample import random_points as random_points
