@@ -191,3 +191,43 @@ def ms_deform_attn_inputs(
         offsets.to(device, exact),
         logits.to(device, dtype),
     ]
+
+
+def mask_bits_inputs(B=2, Q=13, C=24, S=70, dtype=torch.float32, device="cpu", seed=0):
+    """queries [B, Q, C], features [B, C, S], standard normal."""
+    g = torch.Generator().manual_seed(seed)
+    queries, features = torch.randn(B, Q, C, generator=g), torch.randn(B, C, S, generator=g)
+    return [queries.to(device, dtype), features.to(device, dtype)]
+
+
+def masked_attn_inputs(
+    B=2,
+    Q=13,
+    S=70,
+    H=3,
+    D=16,
+    density=0.2,
+    compact=True,
+    dtype=torch.float32,
+    device="cpu",
+    seed=0,
+) -> list[Tensor]:
+    """q [B, Q, H, D], k and v [B, S, H, D], bits, open.
+
+    Args:
+        density: share of the keys that a row may attend to; 0 closes all rows.
+        compact: the open keys of a row form a disc on a map of about sqrt(S) x sqrt(S) pixels,
+            as masks of objects do; else they are scattered.
+    """
+    from .ops.mask_bits import pack_bits
+
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, n, H, D, generator=g).to(device, dtype) for n in (Q, S, S))
+    side = max(1, round(S**0.5))
+    pixel = torch.arange(S)
+    place = torch.stack((pixel % side, pixel // side), -1)  # [S, 2]
+    centre = torch.rand(B, Q, 1, 2, generator=g) * side
+    distance = (place - centre).square().sum(-1) if compact else torch.rand(B, Q, S, generator=g)
+    nearest = distance.argsort(-1).argsort(-1)  # rank of each key
+    bits, open = pack_bits(nearest < round(density * S))
+    return [q, k, v, bits.to(device), open.to(device)]

@@ -3,6 +3,8 @@
 The specification of each is `NAME_reference` in its file.
 """
 
+from .mask_bits import mask_bits as mask_bits
+from .masked_attn import masked_attn as masked_attn
 from .ms_deform_attn import ms_deform_attn as ms_deform_attn
 from .ms_deform_attn import (
     multi_scale_deformable_attention as multi_scale_deformable_attention,

@@ -1,0 +1,65 @@
+// Small matrix products on tiles of 64 bytes across (16 keys in float, 8 in double), with sums
+// held in vector registers. gcc splits a wide vector type before it clones a function, so
+// target_clones cannot serve here: tile_body.h is compiled once per instruction set and one is
+// picked at load.
+#pragma once
+
+#include <utility>
+
+#include "../common.h"
+
+namespace segkern {
+
+template <class T>
+constexpr int64_t kLanes = 64 / sizeof(T);
+
+// row[r] names the line of `x` or `out` (lines of `ld` elements) that the r-th of n rows works on.
+template <class T>
+struct Tiles {
+  // out[r, j] = sum_d x[row[r], d] tile[d, j]
+  void (*dot)(const T* x, int64_t ld, const int32_t* row, int64_t n, const T* tile /*[D, lanes]*/,
+              int64_t D, T* out /*[n, lanes]*/);
+  // out[row[r], d] += sum_j p[r, j] y[j, d], for d in [0, D), D a multiple of the lanes
+  void (*accumulate)(const T* p /*[n, lanes]*/, const int32_t* row, int64_t n,
+                     const T* y /*[lanes, D]*/, int64_t ldy, int64_t D, T* out, int64_t ld);
+  // out[j, d] = sum_r p[r, j] x[row[r], d], for d in [0, D), D a multiple of the lanes
+  void (*reduce)(const T* p /*[n, lanes]*/, const T* x, int64_t ld, const int32_t* row, int64_t n,
+                 int64_t D, T* out /*[lanes, D]*/);
+  // out[d, j] = y[j, d], for d in [0, D), D a multiple of the lanes
+  void (*transpose)(const T* y /*[lanes, D]*/, int64_t ldy, int64_t D, T* out /*[D, lanes]*/);
+};
+
+#if defined(__x86_64__) && defined(__linux__) && !defined(SEGKERN_SANITIZE)
+#define SEGKERN_ISA v4
+#define SEGKERN_TARGET __attribute__((target("arch=x86-64-v4")))
+#define SEGKERN_WIDTH 64
+#define SEGKERN_ROWS 12
+#define SEGKERN_KEYS 8
+#include "tile_body.h"
+#define SEGKERN_ISA v3
+#define SEGKERN_TARGET __attribute__((target("arch=x86-64-v3")))
+#define SEGKERN_WIDTH 32
+#define SEGKERN_ROWS 6
+#define SEGKERN_KEYS 4
+#include "tile_body.h"
+#endif
+#define SEGKERN_ISA baseline
+#define SEGKERN_TARGET
+#define SEGKERN_WIDTH 16
+#define SEGKERN_ROWS 3
+#define SEGKERN_KEYS 2
+#include "tile_body.h"
+
+template <class T>
+const Tiles<T>& tiles() {
+#if defined(__x86_64__) && defined(__linux__) && !defined(SEGKERN_SANITIZE)
+  static const Tiles<T> best = __builtin_cpu_supports("x86-64-v4")   ? v4::tiles<T>()
+                               : __builtin_cpu_supports("x86-64-v3") ? v3::tiles<T>()
+                                                                     : baseline::tiles<T>();
+#else
+  static const Tiles<T> best = baseline::tiles<T>();
+#endif
+  return best;
+}
+
+}  // namespace segkern

@@ -1,0 +1,171 @@
+// The products of tile.h for one instruction set; included by tile.h only, once for each.
+// SEGKERN_WIDTH bytes a vector register, SEGKERN_ROWS rows (SEGKERN_KEYS keys) summed at a time.
+
+namespace SEGKERN_ISA {
+
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(SEGKERN_WIDTH)));
+};
+template <class T>
+using V = typename Vector<T>::type;
+template <class T>
+constexpr int kWide = SEGKERN_WIDTH / sizeof(T);  // elements a register
+constexpr int kParts = 64 / SEGKERN_WIDTH;        // registers a line of a tile
+
+// R rows of dot
+template <class T, int R>
+SEGKERN_TARGET void dot_rows(const T* x, int64_t ld, const int32_t* row, const T* tile, int64_t D,
+                             T* out) {
+  const T* line[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) line[r] = x + row[r] * ld;
+  V<T> sum[R][kParts] = {};
+#pragma GCC unroll 4
+  for (int64_t d = 0; d < D; ++d) {
+    V<T> t[kParts];
+    std::memcpy(t, tile + d * kLanes<T>, 64);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int k = 0; k < kParts; ++k) sum[r][k] += line[r][d] * t[k];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) std::memcpy(out + r * kLanes<T>, sum[r], 64);
+}
+
+// R rows of accumulate
+template <class T, int R>
+SEGKERN_TARGET void accumulate_rows(const T* p, const int32_t* row, const T* y, int64_t ldy,
+                                    int64_t D, T* out, int64_t ld) {
+  for (int64_t d = 0; d < D; d += kLanes<T>) {
+    V<T> sum[R][kParts] = {};  // added to out as a whole: shorter chains round less
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kLanes<T>; ++j) {
+      V<T> t[kParts];
+      std::memcpy(t, y + j * ldy + d, 64);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int k = 0; k < kParts; ++k) sum[r][k] += p[r * kLanes<T> + j] * t[k];
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      V<T> before[kParts];
+      std::memcpy(before, out + row[r] * ld + d, 64);
+#pragma GCC unroll 4
+      for (int k = 0; k < kParts; ++k) before[k] += sum[r][k];
+      std::memcpy(out + row[r] * ld + d, before, 64);
+    }
+  }
+}
+
+// Calls f<R> with R = min(n, SEGKERN_ROWS), the rest split evenly, so that no call has few rows.
+#define SEGKERN_ROW_CASE(R, CALL)             \
+  case R:                                     \
+    if constexpr (R <= SEGKERN_ROWS) CALL(R); \
+    break;
+#define SEGKERN_EACH_ROWS(CALL)                                                       \
+  for (int64_t r = 0, left = (n + SEGKERN_ROWS - 1) / SEGKERN_ROWS, take; r < n;      \
+       r += take, --left) {                                                           \
+    take = (n - r + left - 1) / left;                                                 \
+    switch (take) {                                                                   \
+      SEGKERN_ROW_CASE(1, CALL)                                                       \
+      SEGKERN_ROW_CASE(2, CALL)                                                       \
+      SEGKERN_ROW_CASE(3, CALL)                                                       \
+      SEGKERN_ROW_CASE(4, CALL)                                                       \
+      SEGKERN_ROW_CASE(5, CALL)                                                       \
+      SEGKERN_ROW_CASE(6, CALL)                                                       \
+      SEGKERN_ROW_CASE(7, CALL)                                                       \
+      SEGKERN_ROW_CASE(8, CALL)                                                       \
+      SEGKERN_ROW_CASE(9, CALL) SEGKERN_ROW_CASE(10, CALL) SEGKERN_ROW_CASE(11, CALL) \
+          SEGKERN_ROW_CASE(12, CALL)                                                  \
+    }                                                                                 \
+  }
+
+template <class T>
+SEGKERN_TARGET void dot(const T* x, int64_t ld, const int32_t* row, int64_t n, const T* tile,
+                        int64_t D, T* out) {
+#define SEGKERN_DOT(R) dot_rows<T, R>(x, ld, row + r, tile, D, out + r * kLanes<T>)
+  SEGKERN_EACH_ROWS(SEGKERN_DOT)
+#undef SEGKERN_DOT
+}
+
+template <class T>
+SEGKERN_TARGET void accumulate(const T* p, const int32_t* row, int64_t n, const T* y, int64_t ldy,
+                               int64_t D, T* out, int64_t ld) {
+#define SEGKERN_ACCUMULATE(R) accumulate_rows<T, R>(p + r * kLanes<T>, row + r, y, ldy, D, out, ld)
+  SEGKERN_EACH_ROWS(SEGKERN_ACCUMULATE)
+#undef SEGKERN_ACCUMULATE
+}
+#undef SEGKERN_EACH_ROWS
+#undef SEGKERN_ROW_CASE
+
+template <class T>
+SEGKERN_TARGET void reduce(const T* p, const T* x, int64_t ld, const int32_t* row, int64_t n,
+                           int64_t D, T* out) {
+  constexpr int K = SEGKERN_KEYS < kLanes<T> ? SEGKERN_KEYS : kLanes<T>;
+  for (int64_t j = 0; j < kLanes<T>; j += K) {
+    for (int64_t d = 0; d < D; d += kLanes<T>) {
+      V<T> sum[K][kParts] = {};
+      for (int64_t r = 0; r < n; ++r) {
+        V<T> t[kParts];
+        std::memcpy(t, x + row[r] * ld + d, 64);
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i)
+#pragma GCC unroll 4
+          for (int k = 0; k < kParts; ++k) sum[i][k] += p[r * kLanes<T> + j + i] * t[k];
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < K; ++i) std::memcpy(out + (j + i) * D + d, sum[i], 64);
+    }
+  }
+}
+
+// One step of a transpose: exchanges the off-diagonal blocks of size S of rows a and b.
+template <int S, class T, int... I>
+SEGKERN_TARGET inline __attribute__((always_inline)) void exchange(
+    V<T>& a, V<T>& b, std::integer_sequence<int, I...>) {
+  constexpr int L = kWide<T>;
+  const V<T> low = __builtin_shufflevector(a, b, (I & S ? L + I - S : I)...);
+  b = __builtin_shufflevector(a, b, (I & S ? L + I : I + S)...);
+  a = low;
+}
+
+template <int S, class T>
+SEGKERN_TARGET inline __attribute__((always_inline)) void transpose_step(V<T>* v) {
+  if constexpr (S < kWide<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWide<T>; ++i)
+      if (!(i & S)) exchange<S, T>(v[i], v[i + S], std::make_integer_sequence<int, kWide<T>>{});
+    transpose_step<2 * S, T>(v);
+  }
+}
+
+template <class T>
+SEGKERN_TARGET void transpose(const T* y, int64_t ldy, int64_t D, T* out) {
+  constexpr int L = kWide<T>;
+  for (int64_t d = 0; d < D; d += L) {
+    for (int64_t j = 0; j < kLanes<T>; j += L) {
+      V<T> v[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) std::memcpy(&v[i], y + (j + i) * ldy + d, SEGKERN_WIDTH);
+      transpose_step<1, T>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) std::memcpy(out + (d + i) * kLanes<T> + j, &v[i], SEGKERN_WIDTH);
+    }
+  }
+}
+
+template <class T>
+Tiles<T> tiles() {
+  return {dot<T>, accumulate<T>, reduce<T>, transpose<T>};
+}
+
+}  // namespace SEGKERN_ISA
+
+#undef SEGKERN_ISA
+#undef SEGKERN_TARGET
+#undef SEGKERN_WIDTH
+#undef SEGKERN_ROWS
+#undef SEGKERN_KEYS

@@ -1,0 +1,96 @@
+r"""The keys that each query may attend to, packed 32 to a word.
+
+    bit j of bits[b, q, w] = sum_c queries[b, q, c] features[b, c, 32 w + j] >= threshold
+    open[b, q]             = number of bits set in row q
+
+Letters: B image, Q query, C channel, S key (pixel of one level), W = ceil(S / 32) words.
+
+The mask logits of a level are the product of the mask embeddings with that level's features; only
+their sign against the threshold is kept, at 1/32 of a byte mask that all heads share. The kernel
+multiplies, compares and packs a panel of keys at a time, so that no product is stored.
+A product that is NaN closes its key; bits beyond S are 0. A row without one open key is left so:
+`masked_attn` lets it attend to every key.
+Bytes: (Q C + C S) values read, Q S / 8 written; FLOPs: 2 Q C S.
+Source: Masked-attention Mask Transformer (Cheng et al., CVPR 2022), section 3.2.1.
+Differs: compares the logit with 0 and not its sigmoid with 1/2; resizes the features and not the
+logits, which is the same (both are linear).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _library
+from ._checks import exact_dtype, expect
+
+
+def pack_bits(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Packs a mask as `mask_bits` does.
+
+    Args:
+        mask: [..., S] bool, true where attention is allowed.
+
+    Returns:
+        bits [..., ceil(S / 32)] int32 and open [...] int32.
+    """
+    words = F.pad(mask, (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 32)).long()
+    word = (words << torch.arange(32, device=mask.device)).sum(-1)
+    signed = torch.where(word >= 2**31, word - 2**32, word)  # int32 holds the same 32 bits
+    return signed.int(), mask.sum(-1, dtype=torch.int32)
+
+
+def unpack_bits(bits: Tensor, S: int) -> Tensor:
+    """The mask [..., S] bool of `bits` [..., ceil(S / 32)] int32."""
+    shift = torch.arange(32, device=bits.device)
+    return (bits.long().unsqueeze(-1) >> shift & 1).flatten(-2)[..., :S].bool()
+
+
+def mask_bits_reference(
+    queries: Tensor, features: Tensor, threshold: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The specification, in plain PyTorch; arguments as `mask_bits`."""
+    exact = exact_dtype(queries)
+    with torch.autocast(queries.device.type, enabled=False):
+        return pack_bits(queries.to(exact) @ features.to(exact) >= threshold)
+
+
+def _fake(queries: Tensor, features: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    (B, Q, _), S = queries.shape, features.shape[2]
+    words = queries.new_empty((B, Q, (S + 31) // 32), dtype=torch.int32)
+    return words, queries.new_empty((B, Q), dtype=torch.int32)
+
+
+_forward = _library.define(
+    "mask_bits(Tensor queries, Tensor features, float threshold) -> (Tensor, Tensor)", _fake
+)
+
+
+def mask_bits(
+    queries: Tensor, features: Tensor, threshold: float = 0.0, impl: str = "kernel"
+) -> tuple[Tensor, Tensor]:
+    """The keys that each query may attend to.
+
+    Args:
+        queries: [B, Q, C] floating: mask embeddings.
+        features: [B, C, S] in the queries' dtype: mask features at the resolution of the keys.
+        threshold: a key is open where the product is at least this; 0 is a probability of 1/2.
+            Compared with the product in float32 (float64 where the inputs are float64).
+        impl: "kernel", or "reference" for plain PyTorch.
+
+    Returns:
+        bits [B, Q, ceil(S / 32)] int32 and open [B, Q] int32, without gradient.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device.
+    """
+    sizes = {}
+    expect("mask_bits", "queries", queries, "B Q C", "float", sizes)
+    expect("mask_bits", "features", features, "B C S", "float", sizes)
+    if features.dtype != queries.dtype:
+        raise TypeError(
+            f"mask_bits: features must be {queries.dtype} as queries, got {features.dtype}"
+        )
+    queries, features = queries.detach(), features.detach()
+    if _library.use_kernel("mask_bits", impl, queries):
+        return _forward(queries, features, threshold)
+    return mask_bits_reference(queries, features, threshold)
