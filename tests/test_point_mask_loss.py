@@ -52,9 +52,9 @@ def test_gradcheck():
 def test_opcheck():
     inputs = point_mask_loss_inputs()
     torch.library.opcheck(torch.ops.segkern.point_mask_loss, (*inputs, 120, 30, 10))
-    state = torch.ops.segkern.point_mask_loss(*inputs, 120, 30, 10)[2]
+    kept = torch.ops.segkern.point_mask_loss(*inputs, 120, 30, 10)[2:]
     grads = torch.randn(2, 2, 3, 4).unbind()
-    arguments = (*grads, state, *inputs, 120, 30, 10)
+    arguments = (*grads, *kept, *inputs, 120, 30, 10)
     torch.library.opcheck(torch.ops.segkern.point_mask_loss_backward, arguments)
 
 

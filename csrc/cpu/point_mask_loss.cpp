@@ -1,13 +1,15 @@
 // point_mask_loss on the CPU. A slot is one (image, prediction, target) with its own logit map;
-// slots run in parallel. Letters: B image, R prediction, T target, h w logit map, H W mask, n
-// candidates, k important points, P all points.
+// slots run in parallel, their points in blocks that stay in the first cache. Letters: B image,
+// R prediction, T target, h w logit map, H W mask, n candidates, k important, P all points.
 //
-// forward:  draw the n candidates, sample |logit| at them, keep the k smallest, draw the P - k
-// random ones,
-//           sample the mask at all P, sum. Kept for backward: the k-th |logit|, how many of that
-//           value count, sums.
-// backward: draw and sample again, put each point's derivative on its four corners.
+// forward:  draw the n candidates, sample |logit| at them, mark the k smallest, draw these and the
+//           P - k random ones, sample logits and mask, sum. Kept for backward: marks and two sums.
+// backward: draw and sample the P points again, put each point's derivative on its four corners.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <algorithm>
+#include <bit>
 
 #include "../philox.h"
 #include "bilinear.h"
@@ -16,237 +18,340 @@
 namespace segkern {
 namespace {
 
-// What a slot leaves for its backward: threshold, ties that count, sum p t, sum p + sum t
-constexpr int64_t kState = 4;
+using c10::BFloat16;
+using c10::Half;
 
-// The order of |x| as integers; NaN comes last
-SEGKERN_INLINE uint32_t magnitude(float x) {
-  return static_cast<uint32_t>(float_to_bits(x)) & 0x7FFFFFFFu;
-}
-SEGKERN_INLINE uint64_t magnitude(double x) {
-  uint64_t i;
-  std::memcpy(&i, &x, 8);
-  return i & 0x7FFFFFFFFFFFFFFFull;
-}
+constexpr int64_t kBlock = 512;  // points drawn and sampled at a time
+constexpr int64_t kBins = 2048;  // of the histogram of |logit|: exponent, and 3 bits of a float
+constexpr int64_t kSums = 2;     // kept for backward: sum p t, sum p + sum t
 
 template <class T>
-SEGKERN_CLONES void draw_points(uint64_t seed, uint32_t sample, uint32_t prediction,
-                                uint32_t target, int64_t first, int64_t n, T* points /*[n, 2]*/) {
+using Key = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+
+struct Stream {  // the points of a slot
+  uint64_t seed;
+  uint32_t target, prediction, sample;
+};
+
+struct Counts {
+  int64_t candidates, important, random;
+  int64_t points() const { return important + random; }
+  int64_t words() const { return (candidates + 31) / 32; }
+};
+
+template <class T>
+SEGKERN_CLONES void draw_points(const Stream& stream, const uint32_t* index /*[n]*/, int64_t n,
+                                T* points /*[n, 2]*/) {
+  const auto [seed, target, prediction, sample] = stream;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const Point p =
-        random_point(seed, static_cast<uint32_t>(first + i), target, prediction, sample);
+    const Point p = random_point(seed, index[i], target, prediction, sample);
     points[2 * i] = static_cast<T>(p.x);
     points[2 * i + 1] = static_cast<T>(p.y);
   }
 }
 
+// The order of |x| as integers; NaN comes last
+template <class T>
+SEGKERN_CLONES void magnitudes(const T* x /*[n]*/, int64_t n, Key<T>* keys /*[n]*/) {
+  for (int64_t i = 0; i < n; ++i) keys[i] = std::bit_cast<Key<T>>(x[i]) & (~Key<T>(0) >> 1);
+}
+
+// Bit j of word w: is key 32 w + j less than `low`; is it in [low, low + width)
+template <class K>
+SEGKERN_CLONES void compare(const K* keys /*[words, 32]*/, int64_t words, K low, K width,
+                            uint32_t* below /*[words]*/, uint32_t* inside /*[words]*/) {
+  for (int64_t w = 0; w < words; ++w) {
+    uint32_t a = 0, b = 0;
+#pragma omp simd reduction(| : a, b)
+    for (int j = 0; j < 32; ++j) {
+      const K key = keys[32 * w + j];
+      a |= static_cast<uint32_t>(key < low) << j;
+      b |= static_cast<uint32_t>(static_cast<K>(key - low) < width) << j;
+    }
+    below[w] = a;
+    inside[w] = b;
+  }
+}
+
+template <class S, class T>
+SEGKERN_CLONES void convert(const S* from /*[n]*/, int64_t n, T* to /*[n]*/) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
+}
+
 template <class T>
 struct Sums {
-  T bce, pt, p, t;
+  T bce = 0, pt = 0, p = 0, t = 0;
 };
 
 template <class T>
-SEGKERN_CLONES Sums<T> sum_points(const T* x /*[P]*/, const T* t /*[P]*/, int64_t P) {
-  Sums<T> total = {0, 0, 0, 0};
-  for (int64_t begin = 0; begin < P; begin += 256) {  // short sums first: less rounding
-    const int64_t end = begin + 256 < P ? begin + 256 : P;
-    T bce = 0, pt = 0, sum_p = 0, sum_t = 0;
+SEGKERN_CLONES void add_points(const T* x /*[n]*/, const T* t /*[n]*/, int64_t n, Sums<T>& total) {
+  T bce = 0, pt = 0, sum_p = 0, sum_t = 0;  // of this block first: less rounding
 #pragma omp simd reduction(+ : bce, pt, sum_p, sum_t)
-    for (int64_t i = begin; i < end; ++i) {
-      const T e = simd_exp(x[i] < T(0) ? x[i] : -x[i]);  // exp(-|x|)
-      const T s = T(1) / (T(1) + e);
-      const T p = x[i] < T(0) ? e * s : s;
-      bce += (x[i] > T(0) ? x[i] : T(0)) + simd_log1p(e) - x[i] * t[i];
-      pt += p * t[i];
-      sum_p += p;
-      sum_t += t[i];
-    }
-    total.bce += bce, total.pt += pt, total.p += sum_p, total.t += sum_t;
+  for (int64_t i = 0; i < n; ++i) {
+    const T e = simd_exp(x[i] < T(0) ? x[i] : -x[i]);  // exp(-|x|)
+    const T s = T(1) / (T(1) + e);
+    const T p = x[i] < T(0) ? e * s : s;
+    bce += (x[i] > T(0) ? x[i] : T(0)) + simd_log1p(e) - x[i] * t[i];
+    pt += p * t[i];
+    sum_p += p;
+    sum_t += t[i];
   }
-  return total;
+  total.bce += bce, total.pt += pt, total.p += sum_p, total.t += sum_t;
 }
 
-// d loss / d logit at each point, over x: bce gives (p - t) / P, dice -(2 t (c + 1) - (2 a + 1)) /
-// (c + 1)^2 p (1 - p), with a = sum p t and c = sum p + sum t
+// d loss / d logit at each point, over x. bce gives (p - t) / P; dice, with a = sum p t and
+// c = sum p + sum t, gives ((2 a + 1) - 2 t (c + 1)) / (c + 1)^2 p (1 - p)
 template <class T>
-SEGKERN_CLONES void differentiate(T* x /*[P]*/, const T* t /*[P]*/, int64_t P, T grad_bce,
+SEGKERN_CLONES void differentiate(T* x /*[n]*/, const T* t /*[n]*/, int64_t n, T grad_bce,
                                   T grad_dice, T a, T c) {
   const T scale = grad_dice / ((c + T(1)) * (c + T(1)));
 #pragma omp simd
-  for (int64_t i = 0; i < P; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const T p = simd_sigmoid(x[i]);
     const T dice = (T(2) * a + T(1)) - T(2) * t[i] * (c + T(1));
     x[i] = grad_bce * (p - t[i]) + scale * dice * p * (T(1) - p);
   }
 }
 
-struct Counts {
-  int64_t candidates, important, random;
-  int64_t points() const { return important + random; }
-};
-
+// Working memory of one thread, and the steps of a slot
 template <class T>
-struct Slot {
-  Slot(const Counts& n)
+struct Worker {
+  explicit Worker(const Counts& n)
       : n(n),
-        drawn(2 * n.candidates),
-        points(2 * n.points()),
-        on_all(n.candidates),
-        all(n.candidates),
-        on_map(n.points()),
-        on_mask(n.points()),
-        x(n.points()),
-        t(n.points()) {}
+        index(std::max(n.points(), kBlock)),
+        keys(32 * n.words()),
+        border(n.candidates),
+        inside(n.words()),
+        bins(kBins),
+        points(2 * kBlock),
+        on_map(kBlock),
+        on_mask(kBlock),
+        x(kBlock),
+        t(kBlock) {}
 
-  void draw(uint64_t seed, int64_t sample, int64_t prediction, int64_t target) {
-    draw_points(seed, sample, prediction, target, 0, n.candidates, drawn.get());
-    draw_points(seed, sample, prediction, target, n.candidates, n.random,
-                points.get() + 2 * n.important);
+  // Sets the bits of the k candidates with the smallest |logit|; of equal ones the first drawn
+  void mark(const Stream& stream, const T* map, int64_t h, int64_t w, uint32_t* marks) {
+    std::fill(keys.get(), keys.get() + 32 * n.words(), ~Key<T>(0));  // behind n: never marked
+    for (int64_t begin = 0; begin < n.candidates; begin += kBlock) {
+      const int64_t m = std::min(kBlock, n.candidates - begin);
+      for (int64_t i = 0; i < m; ++i) index[i] = static_cast<uint32_t>(begin + i);
+      draw_points(stream, index.get(), m, points.get());
+      on_map.n = m;
+      find_corners(points.get(), h, w, on_map);
+      gather(map, on_map.offset.get(), on_map.weight.get(), m, x.get());
+      magnitudes(x.get(), m, keys.get() + begin);
+    }
+    // the bin that holds the k-th key splits the rest; only its own keys must be ordered
+    constexpr int shift = 8 * sizeof(T) - 12;
+    std::fill(bins.get(), bins.get() + kBins, 0);
+    for (int64_t i = 0; i < n.candidates; ++i) ++bins[keys[i] >> shift];
+    int64_t left = n.important, bin = 0;
+    while (left > bins[bin]) left -= bins[bin++];
+    const Key<T> width = Key<T>(1) << shift;
+    compare(keys.get(), n.words(), static_cast<Key<T>>(bin * width), width, marks, inside.get());
+    uint32_t* end = border.get();
+    for (int64_t w = 0; w < n.words(); ++w)
+      for (uint32_t m = inside[w]; m; m &= m - 1) *end++ = 32 * w + std::countr_zero(m);
+    std::nth_element(border.get(), border.get() + left, end, [&](uint32_t i, uint32_t j) {
+      return keys[i] < keys[j] || (keys[i] == keys[j] && i < j);
+    });
+    for (int64_t i = 0; i < left; ++i) marks[border[i] / 32] |= 1u << border[i] % 32;
   }
 
-  void sample_candidates(const T* map, int64_t h, int64_t w) {
-    find_corners(drawn.get(), h, w, on_all);
-    gather(map, on_all.offset.get(), on_all.weight.get(), n.candidates, all.get());
-  }
-
-  // The k-th smallest |logit| of the candidates, and how many candidates of just that value belong
-  // to the k
-  std::pair<T, int64_t> threshold() const {
-    if (n.important == 0) return {T(0), 0};
-    using Key = decltype(magnitude(T{}));
-    Scratch<Key> keys(n.candidates);
-    for (int64_t i = 0; i < n.candidates; ++i) keys[i] = magnitude(all[i]);
-    Key* kth = keys.get() + n.important - 1;
-    std::nth_element(keys.get(), kth, keys.get() + n.candidates);
-    const int64_t equal_below = std::count(keys.get(), kth + 1, *kth);
-    T value;
-    std::memcpy(&value, kth, sizeof(T));
-    return {value, equal_below};
-  }
-
-  // Puts the important candidates, in the order in which they were drawn, before the random points
-  void choose(T threshold, int64_t ties) {
-    const auto limit = magnitude(threshold);
+  // Samples logits and mask at the marked candidates, then at the random points, and calls
+  // f(points in the block) for each block; the values are in x and t, the corners in on_map
+  template <class F>
+  void each_block(const Stream& stream, const uint32_t* marks, const T* map, int64_t h, int64_t w,
+                  const uint8_t* mask, int64_t H, int64_t W, const F& f) {
     int64_t at = 0;
-    for (int64_t i = 0; i < n.candidates && at < n.important; ++i) {
-      const auto key = magnitude(all[i]);
-      if (!(key < limit || (key == limit && ties-- > 0))) continue;
-      points[2 * at] = drawn[2 * i];
-      points[2 * at + 1] = drawn[2 * i + 1];
-      ++at;
+    for (int64_t w = 0; w < n.words(); ++w)
+      for (uint32_t m = marks[w]; m && at < n.important; m &= m - 1)
+        index[at++] = 32 * w + std::countr_zero(m);
+    for (int64_t i = 0; i < n.random; ++i) index[n.important + i] = n.candidates + i;
+    for (int64_t begin = 0; begin < n.points(); begin += kBlock) {
+      const int64_t m = std::min(kBlock, n.points() - begin);
+      draw_points(stream, index.get() + begin, m, points.get());
+      on_map.n = on_mask.n = m;
+      find_corners(points.get(), h, w, on_map);
+      find_corners(points.get(), H, W, on_mask);
+      gather(map, on_map.offset.get(), on_map.weight.get(), m, x.get());
+      gather(mask, on_mask.offset.get(), on_mask.weight.get(), m, t.get());
+      f(m);
     }
   }
 
-  void sample(const T* map, int64_t h, int64_t w, const uint8_t* mask, int64_t H, int64_t W) {
-    find_corners(points.get(), h, w, on_map);
-    find_corners(points.get(), H, W, on_mask);
-    gather(map, on_map.offset.get(), on_map.weight.get(), n.points(), x.get());
-    gather(mask, on_mask.offset.get(), on_mask.weight.get(), n.points(), t.get());
-  }
-
   Counts n;
-  Scratch<T> drawn, points;  // [candidates, 2], [points, 2]
-  Corners<T> on_all;
-  Scratch<T> all;  // [candidates]
-  Corners<T> on_map, on_mask;
-  Scratch<T> x, t;  // [points]
+  Scratch<uint32_t> index;           // [P] (at least a block): counters of the points
+  Scratch<Key<T>> keys;              // [words, 32]
+  Scratch<uint32_t> border, inside;  // [n], [words]
+  Scratch<int32_t> bins;             // [kBins]
+  Scratch<T> points;                 // [kBlock, 2]
+  Corners<T> on_map, on_mask;        // [kBlock]
+  Scratch<T> x, t;                   // [kBlock]
 };
 
-// The arguments of both directions, dense
-template <class T>
+// The arguments of both directions. S stores the logits, T computes.
+template <class S, class T>
 struct Problem {
   Problem(const Tensor& mask_logits, const Tensor& masks, const Tensor& active,
-          const Tensor& sample_ids, const Tensor& seed)
-      : logits(dense<T>(mask_logits)),
+          const Tensor& sample_ids, const Tensor& seed, const Counts& n)
+      : logits(torch::stable::contiguous(mask_logits)),
         masks(torch::stable::contiguous(masks)),
         active(torch::stable::contiguous(active)),
         ids(torch::stable::contiguous(sample_ids)),
         seed(static_cast<uint64_t>(*data<int64_t>(seed))),
+        n(n),
         B(logits.size(0)),
         R(logits.size(1)),
-        T_(logits.size(2)),
+        slots(logits.size(2)),
         h(logits.size(3)),
         w(logits.size(4)),
         H(masks.size(2)),
         W(masks.size(3)) {}
 
-  // Calls f(slot index, image, prediction, target, logit map, mask) for the active slots
+  bool is_active(int64_t i) const { return data<uint8_t>(active)[i] != 0; }
+
+  // Calls f(slot index, worker, stream, logit map, mask) for the active slots, in parallel
   template <class F>
-  void each(const Counts& n, const F& f) const {
-    parallel_for(0, B * R * T_, 1, [&](int64_t begin, int64_t end) {
-      Slot<T> slot(n);
+  void each_slot(const F& f) const {
+    parallel_for(0, B * R * slots, 1, [&](int64_t begin, int64_t end) {
+      Worker<T> worker(n);
+      Scratch<T> converted(std::is_same_v<S, T> ? 0 : h * w);
       for (int64_t i = begin; i < end; ++i) {
-        if (!static_cast<const uint8_t*>(active.const_data_ptr())[i]) continue;
-        const int64_t t = i % T_, r = i / T_ % R, b = i / T_ / R;
-        slot.draw(seed, data<int64_t>(ids)[b], r, t);
-        const T* map = data<T>(logits) + i * h * w;
-        slot.sample_candidates(map, h, w);
-        f(slot, i, map,
-          static_cast<const uint8_t*>(masks.const_data_ptr()) + (b * T_ + t) * H * W);
+        if (!is_active(i)) continue;
+        const int64_t t = i % slots, r = i / slots % R, b = i / slots / R;
+        const Stream stream = {seed, static_cast<uint32_t>(t), static_cast<uint32_t>(r),
+                               static_cast<uint32_t>(data<int64_t>(ids)[b])};
+        const S* stored = data<S>(logits) + i * h * w;
+        const T* map = converted.get();
+        if constexpr (std::is_same_v<S, T>)
+          map = stored;
+        else
+          convert(stored, h * w, converted.get());
+        f(i, worker, stream, map, data<uint8_t>(masks) + (b * slots + t) * H * W);
       }
     });
   }
 
   Tensor logits, masks, active, ids;
   uint64_t seed;
-  int64_t B, R, T_, h, w, H, W;
+  Counts n;
+  int64_t B, R, slots, h, w, H, W;
 };
 
-template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Problem<T>& p, const Counts& n) {
-  Tensor bce = zeros<T>(p.logits, {p.B, p.R, p.T_}), dice = zeros<T>(p.logits, {p.B, p.R, p.T_});
-  Tensor state = zeros<T>(p.logits, {p.B, p.R, p.T_, kState});
-  p.each(n, [&](Slot<T>& slot, int64_t i, const T* map, const uint8_t* mask) {
-    const auto [threshold, ties] = slot.threshold();
-    slot.choose(threshold, ties);
-    slot.sample(map, p.h, p.w, mask, p.H, p.W);
-    const Sums<T> s = sum_points(slot.x.get(), slot.t.get(), n.points());
-    mutable_data<T>(bce)[i] = s.bce / T(n.points());
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class S, class T>
+Results forward(const Problem<S, T>& p) {
+  const IntList shape = {p.B, p.R, p.slots};
+  Tensor bce = zeros<T>(p.logits, shape), dice = zeros<T>(p.logits, shape);
+  Tensor sums = zeros<T>(p.logits, {p.B, p.R, p.slots, kSums});
+  Tensor marks = zeros<int32_t>(p.logits, {p.B, p.R, p.slots, p.n.words()});
+  p.each_slot([&](int64_t i, Worker<T>& worker, const Stream& stream, const T* map,
+                  const uint8_t* mask) {
+    uint32_t* bits = mutable_data<uint32_t>(marks) + i * p.n.words();
+    worker.mark(stream, map, p.h, p.w, bits);
+    Sums<T> s;
+    worker.each_block(stream, bits, map, p.h, p.w, mask, p.H, p.W, [&](int64_t m) {
+      add_points(worker.x.get(), worker.t.get(), m, s);
+    });
+    mutable_data<T>(bce)[i] = s.bce / T(p.n.points());
     mutable_data<T>(dice)[i] = T(1) - (T(2) * s.pt + T(1)) / (s.p + s.t + T(1));
-    T* keep = mutable_data<T>(state) + i * kState;
-    keep[0] = threshold, keep[1] = T(ties), keep[2] = s.pt, keep[3] = s.p + s.t;
+    mutable_data<T>(sums)[i * kSums] = s.pt;
+    mutable_data<T>(sums)[i * kSums + 1] = s.p + s.t;
   });
-  return {bce, dice, state};
+  return {bce, dice, sums, marks};
 }
 
-template <class T>
-Tensor backward(const Problem<T>& p, const Counts& n, const Tensor& grad_bce,
-                const Tensor& grad_dice, const Tensor& state) {
-  const Tensor gb = dense<T>(grad_bce), gd = dense<T>(grad_dice), kept = dense<T>(state);
-  Tensor out = zeros<T>(p.logits, {p.B, p.R, p.T_, p.h, p.w});
-  p.each(n, [&](Slot<T>& slot, int64_t i, const T* map, const uint8_t* mask) {
-    const T* keep = data<T>(kept) + i * kState;
-    slot.choose(keep[0], static_cast<int64_t>(keep[1]));
-    slot.sample(map, p.h, p.w, mask, p.H, p.W);
-    differentiate(slot.x.get(), slot.t.get(), n.points(), data<T>(gb)[i] / T(n.points()),
-                  data<T>(gd)[i], keep[2], keep[3]);
-    scatter(slot.x.get(), slot.on_map, mutable_data<T>(out) + i * p.h * p.w);
+template <class S, class T>
+Tensor backward(const Problem<S, T>& p, const Tensor& grad_bce, const Tensor& grad_dice,
+                const Tensor& sums, const Tensor& marks) {
+  const Tensor gb = dense<T>(grad_bce), gd = dense<T>(grad_dice), kept = dense<T>(sums);
+  const Tensor chosen = torch::stable::contiguous(marks);
+  const int64_t area = p.h * p.w;
+  Tensor out = torch::stable::new_zeros(p.logits, {p.B, p.R, p.slots, p.h, p.w});
+  p.each_slot([&](int64_t i, Worker<T>& worker, const Stream& stream, const T* map,
+                  const uint8_t* mask) {
+    const uint32_t* bits = data<uint32_t>(chosen) + i * p.n.words();
+    const T* sum = data<T>(kept) + i * kSums;
+    S* stored = mutable_data<S>(out) + i * area;
+    Scratch<T> wide(std::is_same_v<S, T> ? 0 : area);
+    T* grad = wide.get();
+    if constexpr (std::is_same_v<S, T>)
+      grad = stored;
+    else
+      std::fill(grad, grad + area, T(0));
+    worker.each_block(stream, bits, map, p.h, p.w, mask, p.H, p.W, [&](int64_t m) {
+      differentiate(worker.x.get(), worker.t.get(), m, data<T>(gb)[i] / T(p.n.points()),
+                    data<T>(gd)[i], sum[0], sum[1]);
+      scatter(worker.x.get(), worker.on_map, grad);
+    });
+    if constexpr (!std::is_same_v<S, T>) convert(grad, area, stored);
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> point_mask_loss(Tensor mask_logits, Tensor masks, Tensor active,
-                                                   Tensor sample_ids, Tensor seed,
-                                                   int64_t candidates, int64_t important,
-                                                   int64_t random) {
-  std::tuple<Tensor, Tensor, Tensor> out;
-  dispatch_accumulate(mask_logits, "point_mask_loss", [&](auto zero) {
-    const Problem<decltype(zero)> p(mask_logits, masks, active, sample_ids, seed);
-    out = forward(p, {candidates, important, random});
+// What lies outside would be read or written outside the tensors
+void check(const Tensor& logits, const Tensor& masks, const Tensor& active, const Tensor& ids,
+           const Tensor& seed, const Counts& n) {
+  const char* op = "point_mask_loss: ";
+  STD_TORCH_CHECK(logits.dim() == 5 && masks.dim() == 4 && active.dim() == 3 && ids.dim() == 1, op,
+                  "wrong number of dimensions");
+  const int64_t B = logits.size(0), R = logits.size(1), T = logits.size(2);
+  STD_TORCH_CHECK(masks.size(0) == B && masks.size(1) == T && ids.size(0) == B, op, "wrong sizes");
+  STD_TORCH_CHECK(active.numel() == B * R * T && seed.numel() == 1, op, "wrong sizes");
+  STD_TORCH_CHECK(masks.element_size() == 1 && active.element_size() == 1, op, "wrong dtype");
+  STD_TORCH_CHECK(ids.element_size() == 8 && seed.element_size() == 8, op, "wrong dtype");
+  STD_TORCH_CHECK(logits.size(3) * logits.size(4) <= INT32_MAX, op, "logit map too large");
+  STD_TORCH_CHECK(masks.size(2) * masks.size(3) <= INT32_MAX, op, "mask too large");
+  STD_TORCH_CHECK(0 <= n.important && n.important <= n.candidates && 0 <= n.random, op,
+                  "more important points than candidates");
+  STD_TORCH_CHECK(n.candidates + n.random <= UINT32_MAX, op, "too many points");
+}
+
+template <class F>
+void dispatch_stored(const Tensor& logits, const F& f) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Double:
+      return f(double{}, double{});
+    case ScalarType::Float:
+      return f(float{}, float{});
+    case ScalarType::Half:
+      return f(Half{}, float{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{}, float{});
+    default:
+      STD_TORCH_CHECK(false, "point_mask_loss: floating point logits expected");
+  }
+}
+
+Results point_mask_loss(Tensor mask_logits, Tensor masks, Tensor active, Tensor sample_ids,
+                        Tensor seed, int64_t candidates, int64_t important, int64_t random) {
+  const Counts n = {candidates, important, random};
+  check(mask_logits, masks, active, sample_ids, seed, n);
+  Results out;
+  dispatch_stored(mask_logits, [&]<class S, class T>(S, T) {
+    out = forward(Problem<S, T>(mask_logits, masks, active, sample_ids, seed, n));
   });
   return out;
 }
 
-Tensor point_mask_loss_backward(Tensor grad_bce, Tensor grad_dice, Tensor state,
+Tensor point_mask_loss_backward(Tensor grad_bce, Tensor grad_dice, Tensor sums, Tensor marks,
                                 Tensor mask_logits, Tensor masks, Tensor active, Tensor sample_ids,
                                 Tensor seed, int64_t candidates, int64_t important,
                                 int64_t random) {
+  const Counts n = {candidates, important, random};
+  check(mask_logits, masks, active, sample_ids, seed, n);
+  const int64_t slots = active.numel();
+  STD_TORCH_CHECK(
+      grad_bce.numel() == slots && grad_dice.numel() == slots && sums.numel() == slots * kSums &&
+          marks.numel() == slots * n.words() && marks.element_size() == 4,
+      "point_mask_loss_backward: wrong sizes");
   Tensor out;
-  dispatch_accumulate(mask_logits, "point_mask_loss_backward", [&](auto zero) {
-    const Problem<decltype(zero)> p(mask_logits, masks, active, sample_ids, seed);
-    out = cast_to(backward(p, {candidates, important, random}, grad_bce, grad_dice, state),
-                  mask_logits.scalar_type());
+  dispatch_stored(mask_logits, [&]<class S, class T>(S, T) {
+    const Problem<S, T> p(mask_logits, masks, active, sample_ids, seed, n);
+    out = backward(p, grad_bce, grad_dice, sums, marks);
   });
   return out;
 }

@@ -9,8 +9,8 @@ Letters: B image, R prediction, T target slot, h w logit map, H W mask, P point.
 The points of a slot (PointRend's): of `int(P * oversample_ratio)` random candidates the
 k = `int(importance_sample_ratio * P)` with the smallest |logit|, and P - k random ones more; of
 equal |logit| the one drawn first. Loss and gradient are sums over points, so no order is needed:
-the kernel finds the k-th |logit|, keeps it with three sums, and draws the same points again for
-the gradient (`random_points`). No point, sample or float mask is ever stored.
+the kernel marks the k candidates, one bit each, keeps marks and two sums, and draws the P points
+again for the gradient (`random_points`). No point, sample or float mask is ever stored.
 Bytes: one logit map and about 40 P random reads a slot; FLOPs: about 500 P.
 Source: PointRend (Kirillov et al., CVPR 2020); Mask2Former (Cheng et al., CVPR 2022), section 3.3.
 Differs: points depend on sample, prediction and target alone, not on the place in the batch.
@@ -68,10 +68,11 @@ def _fake(mask_logits, masks, active, sample_ids, seed, candidates, important, r
     def slot(*more):
         return mask_logits.new_empty((*active.shape, *more), dtype=exact_dtype(mask_logits))
 
-    return slot(), slot(), slot(4)
+    marks = mask_logits.new_empty((*active.shape, (candidates + 31) // 32), dtype=torch.int32)
+    return slot(), slot(), slot(2), marks
 
 
-def _fake_backward(grad_bce, grad_dice, state, mask_logits, *rest):
+def _fake_backward(grad_bce, grad_dice, sums, marks, mask_logits, *rest):
     return torch.empty_like(mask_logits, memory_format=torch.contiguous_format)
 
 
@@ -79,10 +80,12 @@ _ARGUMENTS = (
     "Tensor mask_logits, Tensor masks, Tensor active, Tensor sample_ids, Tensor seed, "
     "int candidates, int important, int random"
 )
-_forward = _library.define(f"point_mask_loss({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _fake)
+_forward = _library.define(
+    f"point_mask_loss({_ARGUMENTS}) -> (Tensor bce, Tensor dice, Tensor sums, Tensor marks)", _fake
+)
 _backward = _library.define(
-    "point_mask_loss_backward(Tensor grad_bce, Tensor grad_dice, Tensor state, "
-    f"{_ARGUMENTS}) -> Tensor",
+    "point_mask_loss_backward(Tensor grad_bce, Tensor grad_dice, Tensor sums, "
+    f"Tensor marks, {_ARGUMENTS}) -> Tensor",
     _fake_backward,
 )
 
@@ -92,8 +95,8 @@ class _PointMaskLoss(torch.autograd.Function):
     def forward(ctx, mask_logits, masks, active, sample_ids, seed, counts):
         # the caller may advance the seed in place before the gradient is asked for
         arguments = (mask_logits, masks, active, sample_ids, seed.clone())
-        bce, dice, state = _forward(*arguments, *counts)
-        ctx.save_for_backward(state, *arguments)
+        bce, dice, sums, marks = _forward(*arguments, *counts)
+        ctx.save_for_backward(sums, marks, *arguments)
         ctx.counts = counts
         return bce, dice
 
