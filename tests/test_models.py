@@ -12,6 +12,9 @@ from segkern.testing import random_targets
 
 LABELS = 7
 
+with torch.device("meta"):
+    torch.empty(0)  # torch keeps a list of its constructors, before conftest replaces this one
+
 
 @pytest.fixture
 def tiny():
@@ -91,7 +94,7 @@ def test_every_weight_gets_a_gradient(tiny):
     total, losses = tiny.train().loss(images(2, 64, 64), targets)
     total.backward()
     assert total.isfinite()
-    assert len(losses) == 3 * 4
+    assert [v.shape for v in losses.values()] == [(4,)] * 3
     assert [
         n for n, p in tiny.named_parameters() if p.grad is None or not p.grad.isfinite().all()
     ] == []

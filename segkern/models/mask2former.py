@@ -14,6 +14,7 @@ Source: Mask2Former (Cheng et al., CVPR 2022). Names of arguments, results and m
 those of Hugging Face transformers.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -41,8 +42,8 @@ _HOME = {"panoptic": "coco", "instance": "coco", "semantic": "ade20k"}
 _STUFF = {"coco": tuple(range(80, 133)), "cityscapes": tuple(range(11))}
 _EDGES = {"coco": (800, 1333), "ade20k": (512, 2048), "cityscapes": (1024, 2048)}
 _BACKBONES = {
-    "resnet50": {"backbone": "resnet50"},
-    "resnet101": {"backbone": "resnet101"},
+    "resnet50": {"backbone": "resnet50", "backbone_options": {"freeze_norm": True}},
+    "resnet101": {"backbone": "resnet101", "backbone_options": {"freeze_norm": True}},
     "swin_tiny": {"backbone": "swin_tiny", "drop_path_rate": 0.3},
     "swin_small": {"backbone": "swin_small", "drop_path_rate": 0.3},
     "swin_base": {"backbone": "swin_base", "drop_path_rate": 0.3},
@@ -182,7 +183,7 @@ class Mask2FormerConfig:
             stuff=_STUFF.get(dataset, ()) if task == "panoptic" else (),
             shortest_edge=shortest,
             longest_edge=longest,
-            **_BACKBONES[backbone],
+            **deepcopy(_BACKBONES[backbone]),
         )
 
     @classmethod
@@ -226,7 +227,8 @@ class Mask2FormerOutput:
         masks_queries_logits: [B, Q, h, w]; None in training with targets, unless
             `auxiliary_logits` was asked for.
         loss: [], weighted sum of `losses`; None without targets.
-        losses: unweighted, each [R], one value a prediction; None without targets.
+        losses: "loss_cross_entropy", "loss_mask" and "loss_dice" of each prediction, [R] each,
+            unweighted; None without targets.
         auxiliary_logits: class_queries_logits and masks_queries_logits of every prediction but the
             last, if asked for.
     """
@@ -310,7 +312,8 @@ class Mask2Former(nn.Module):
             targets: of the same B images, on the same device.
 
         Returns:
-            the weighted sum [], and each loss of each prediction.
+            the weighted sum [], and "loss_cross_entropy", "loss_mask" and "loss_dice" of each
+            prediction, [R] each, unweighted.
         """
         return self.criterion(*self.predict(pixel_values), targets)
 
@@ -384,7 +387,7 @@ class Mask2Former(nn.Module):
             ValueError: the weights are not those of the configured model (names the keys); nothing
                 is loaded then.
         """
-        settings, weights = huggingface.read_folder(name_or_folder)
+        settings, weights = huggingface.read_folder(name_or_folder, num_labels)
         known = {f.name for f in fields(Mask2FormerConfig)}
         config = Mask2FormerConfig(**{k: v for k, v in settings.items() if k in known})
         config.backbone_pretrained = False
