@@ -8,7 +8,6 @@ Letters: B image, C channels, h w map size.
 
 import difflib
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,6 +107,8 @@ class TimmBackbone(nn.Module):
         options: dict | None = None,
     ):
         super().__init__()
+        import timm  # here, because it takes as long to import as torch
+
         if ":" not in name and not timm.is_model(name):
             known = [*VARIANTS, _DIGITS, *timm.list_models(), *timm.list_pretrained()]
             close = difflib.get_close_matches(name, known, 3)
