@@ -128,6 +128,15 @@ Group<T> group_rows(const View<S>& x, const Sizes& n, int64_t b, int64_t g, int6
   return {buffer, n.E};
 }
 
+// Rows of a head lie far apart; the hardware does not guess the next ones.
+template <class S>
+void prefetch_rows(const View<S>& x, const Sizes& n, int64_t b, int64_t s, int64_t h,
+                   int64_t rows) {
+  for (int64_t r = s; r < std::min(s + rows, n.S); ++r)
+    for (int64_t d = 0; d < n.D; d += 64 / int64_t(sizeof(S)))
+      __builtin_prefetch(x.at(b, r, h) + d);
+}
+
 // For each group of keys the queries that may attend to one of them; all heads share it.
 template <class T>
 struct Lists {
@@ -167,32 +176,56 @@ Lists<T> make_lists(const Tensor& bits, const Tensor& open, const Sizes& n) {
   return lists;
 }
 
-// Online softmax of n rows of scores: x becomes exp(x - top), the sums so far follow a new top.
+// simd_exp for x <= kSlack without its range tests: what is below -87 comes out as 1e-38
+SEGKERN_INLINE double exp_low(double x) { return std::exp(x); }
+SEGKERN_INLINE float exp_low(float x) {
+  const float c = x < -87.0f ? -87.0f : x;
+  const float shifted = c * 1.44269504f + 12582912.0f;  // rounds to the nearest integer n
+  const float n = shifted - 12582912.0f;
+  float r = c - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * bits_to_float((float_to_bits(shifted) - 0x4B400000 + 127) << 23);
+}
+
+// Online softmax of n rows of scores: x becomes exp(x - top). A row's top follows its maximum only
+// when that is kSlack ahead, and then the sums so far are scaled: almost always once.
+constexpr int kSlack = 8;
+
 template <class T>
 SEGKERN_CLONES void softmax_rows(const int32_t* row, const uint32_t* open, int64_t n,
                                  T* x /*[n, lanes]*/, T* top /*[Q]*/, T* sum /*[Q, lanes]*/,
                                  T* out /*[Q, E]*/, int64_t E) {
   constexpr int64_t G = kLanes<T>;
-  for (int64_t i = 0; i < n; ++i, x += G) {
+  constexpr T low = -std::numeric_limits<T>::infinity();
+  for (int64_t i = 0; i < n; ++i) {
     const int64_t q = row[i];
-    T most = -std::numeric_limits<T>::infinity();
+    T most = low;
 #pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < G; ++j) {
-      x[j] = open[i] >> j & 1 ? x[j] : -std::numeric_limits<T>::infinity();
-      most = x[j] > most ? x[j] : most;
+      const T score = open[i] >> j & 1 ? x[i * G + j] : low;
+      most = score > most ? score : most;
     }
-    T* s = sum + q * G;
-    if (most > top[q]) {
+    if (most > top[q] + T(kSlack)) {
       const T factor = simd_exp(top[q] - most);
       top[q] = most;
-      for (int64_t j = 0; j < G; ++j) s[j] *= factor;
+      for (int64_t j = 0; j < G; ++j) sum[q * G + j] *= factor;
       for (int64_t d = 0; d < E; ++d) out[q * E + d] *= factor;
     }
-    const T shift = top[q];
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    T *p = x + i * G, *s = sum + row[i] * G;
+    const T shift = top[row[i]] == low ? T(0) : top[row[i]];  // -inf - -inf would be NaN
 #pragma omp simd
     for (int64_t j = 0; j < G; ++j) {
-      x[j] = simd_exp(x[j] - shift);
-      s[j] += x[j];
+      p[j] = open[i] >> j & 1 ? exp_low(p[j] - shift) : T(0);
+      s[j] += p[j];
     }
   }
 }
@@ -245,6 +278,10 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bi
     for (int64_t g = c * kChunk / G; g < end; ++g) {
       const int64_t at = b * n.groups + g, rows = lists.count[at];
       if (rows == 0) continue;
+      if (g + 1 < end && lists.count[at + 1] > 0) {
+        prefetch_rows(keys, n, b, (g + 1) * G, h, G);
+        prefetch_rows(values, n, b, (g + 1) * G, h, G);
+      }
       const int32_t* row = lists.row.get() + at * n.Q;
       const Group<T> kg = group_rows<S, T>(keys, n, b, g, h, memory.k.get());
       const Group<T> vg = group_rows<S, T>(values, n, b, g, h, memory.v.get());
@@ -285,7 +322,7 @@ SEGKERN_CLONES void softmax_gradient(const int32_t* row, const uint32_t* open, i
     const T top = norm[2 * row[i]], factor = norm[2 * row[i] + 1], mean = delta[row[i]];
 #pragma omp simd
     for (int64_t j = 0; j < G; ++j) {
-      const T p = simd_exp(x[j] - top) * factor;
+      const T p = exp_low(x[j] - top) * factor;
       x[j] = open[i] >> j & 1 ? p : T(0);
       dp[j] = open[i] >> j & 1 ? p * (dp[j] - mean) : T(0);
     }

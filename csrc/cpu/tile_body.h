@@ -65,22 +65,22 @@ SEGKERN_TARGET void accumulate_rows(const T* p, const int32_t* row, const T* y, 
   case R:                                     \
     if constexpr (R <= SEGKERN_ROWS) CALL(R); \
     break;
-#define SEGKERN_EACH_ROWS(CALL)                                                       \
-  for (int64_t r = 0, left = (n + SEGKERN_ROWS - 1) / SEGKERN_ROWS, take; r < n;      \
-       r += take, --left) {                                                           \
-    take = (n - r + left - 1) / left;                                                 \
-    switch (take) {                                                                   \
-      SEGKERN_ROW_CASE(1, CALL)                                                       \
-      SEGKERN_ROW_CASE(2, CALL)                                                       \
-      SEGKERN_ROW_CASE(3, CALL)                                                       \
-      SEGKERN_ROW_CASE(4, CALL)                                                       \
-      SEGKERN_ROW_CASE(5, CALL)                                                       \
-      SEGKERN_ROW_CASE(6, CALL)                                                       \
-      SEGKERN_ROW_CASE(7, CALL)                                                       \
-      SEGKERN_ROW_CASE(8, CALL)                                                       \
-      SEGKERN_ROW_CASE(9, CALL) SEGKERN_ROW_CASE(10, CALL) SEGKERN_ROW_CASE(11, CALL) \
-          SEGKERN_ROW_CASE(12, CALL)                                                  \
-    }                                                                                 \
+#define SEGKERN_EACH_ROWS(CALL)                                                        \
+  for (int64_t r = 0, left = (n + SEGKERN_ROWS - 1) / SEGKERN_ROWS, take; r < n;       \
+       r += take, --left) {                                                            \
+    take = (n - r + left - 1) / left;                                                  \
+    switch (take) {                                                                    \
+      SEGKERN_ROW_CASE(1, CALL)                                                        \
+      SEGKERN_ROW_CASE(2, CALL)                                                        \
+      SEGKERN_ROW_CASE(3, CALL)                                                        \
+      SEGKERN_ROW_CASE(4, CALL)                                                        \
+      SEGKERN_ROW_CASE(5, CALL)                                                        \
+      SEGKERN_ROW_CASE(6, CALL)                                                        \
+      SEGKERN_ROW_CASE(7, CALL)                                                        \
+      SEGKERN_ROW_CASE(8, CALL)                                                        \
+      SEGKERN_ROW_CASE(9, CALL)                                                        \
+      SEGKERN_ROW_CASE(10, CALL) SEGKERN_ROW_CASE(11, CALL) SEGKERN_ROW_CASE(12, CALL) \
+    }                                                                                  \
   }
 
 template <class T>
