@@ -3,10 +3,10 @@
 // D channels a sample, read from a copy of value in which a head's pixels lie together. In the
 // backward a thread owns heads, so it needs no atomics.
 // Letters: B image, Q query, S pixels of all levels, H head, D channels a head, L level, P point;
-// M = L * P samples of a query and head, G heads of a thread, R queries of a tile,
-// n = R * G * M samples of a tile.
+// M = L * P samples of a query and head; a tile is R queries and G heads, n = R * G * M samples.
 #include <algorithm>
 
+#include "pages.h"
 #include "simd_math.h"
 
 namespace segkern {
@@ -18,73 +18,60 @@ typedef float Row __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float Half __attribute__((vector_size(32)));
 typedef float Quarter __attribute__((vector_size(16), aligned(4), may_alias));
 
-struct Sizes {
-  Sizes(const Tensor& value, const Tensor& reference, const Tensor& offsets)
-      : B(value.size(0)),
-        S(value.size(1)),
-        H(value.size(2)),
-        D(value.size(3)),
-        Q(offsets.size(1)),
-        L(offsets.size(3)),
-        P(offsets.size(4)),
-        M(L * P),
-        one_image(reference.size(0) == 1),
-        one_level(reference.size(2) == 1) {
+// The arguments of one call, dense, in the type that computes.
+template <class T>
+struct Call {
+  Call(const Tensor& value, const IntList& shapes, const Tensor& reference, const Tensor& offsets,
+       const Tensor& logits, bool normalized)
+      : value(dense<T>(value)),
+        reference(dense<T>(reference)),
+        offsets(dense<T>(offsets)),
+        logits(dense<T>(logits)),
+        shapes(shapes),
+        normalized(normalized) {
     STD_TORCH_CHECK(S <= INT32_MAX, "ms_deform_attn: more than 2^31 pixels");
   }
-  int64_t B, S, H, D, Q, L, P, M;
-  bool one_image, one_level;  // the reference is the same for all images, for all levels
+  const Tensor value, reference, offsets, logits;
+  const IntList& shapes;
+  const bool normalized;
+  const int64_t B = value.size(0), S = value.size(1), H = value.size(2), D = value.size(3);
+  const int64_t Q = offsets.size(1), L = offsets.size(3), P = offsets.size(4), M = L * P;
+  const bool one_image = reference.size(0) == 1, one_level = reference.size(2) == 1;
+  const bool any = B * Q * H * D * M > 0;
+  // a copy in which the rows of a head share cache lines and pages pays from many reads a pixel
+  const bool copies = any && Q * M * 4 > 20 * S;
+  const int64_t stride = copies ? D : H * D, head_stride = copies ? S * D : D;
 };
 
 // The samples of R queries and G heads.
 template <class T>
 struct Tile {
-  Tile(const Sizes& s, const IntList& shapes, int64_t G)
-      : G(G),
-        R(std::max<int64_t>(1, kTile / (G * s.M))),
-        n(R * G * s.M),
-        w(G * s.M),
-        h(G * s.M),
-        start(G * s.M),
-        cx(G * s.M),
-        cy(G * s.M),
-        pixel(n),
-        right(n),
-        down(n),
-        offsets(2 * n),
-        e(n),
-        left_w(n),
-        right_w(n),
-        top_w(n),
-        bottom_w(n),
-        corner(4 * n),
-        dots(4 * n),
-        grad_weight(n),
-        scale(R * G) {
-    for (int64_t i = 0; i < G * s.M;) {
+  Tile(const Call<T>& c, int64_t G)
+      : G(G), R(std::max<int64_t>(1, kTile / (G * c.M))), n(R * G * c.M), per_query(G * c.M) {
+    for (int64_t i = 0; i < per_query;) {
       int64_t first = 0;
-      for (int64_t l = 0; l < s.L; ++l) {
-        for (int64_t p = 0; p < s.P; ++p, ++i) {
-          h[i] = static_cast<int32_t>(shapes[2 * l]);
-          w[i] = static_cast<int32_t>(shapes[2 * l + 1]);
+      for (int64_t l = 0; l < c.L; ++l) {
+        for (int64_t p = 0; p < c.P; ++p, ++i) {
+          h[i] = static_cast<int32_t>(c.shapes[2 * l]);
+          w[i] = static_cast<int32_t>(c.shapes[2 * l + 1]);
           start[i] = static_cast<int32_t>(first);
         }
-        first += shapes[2 * l] * shapes[2 * l + 1];
+        first += c.shapes[2 * l] * c.shapes[2 * l + 1];
       }
     }
   }
-  int64_t G, R, n;
-  Scratch<int32_t> w, h, start;  // [G * M] level of each sample of a query
-  Scratch<T> cx, cy;             // [G * M] reference in pixels of the level, minus a half
-  Scratch<int32_t> pixel;        // [n] upper left pixel; -1 where all four lie outside
-  Scratch<int32_t> right, down;  // [n] pixels from there to the others; 0 at an edge
-  Scratch<T> offsets;            // [n, 2]; in the backward their gradient too
-  Scratch<T> e;                  // [n] logits, then attention weights up to `scale`
-  Scratch<T> left_w, right_w, top_w, bottom_w;  // [n] bilinear factors; 0 outside
-  Scratch<T> corner;                            // [4, n] e times the corners' bilinear weights
-  Scratch<T> dots;                              // [n, 4] gradient of the output . corner's row
-  Scratch<T> grad_weight;                       // [n]
-  Scratch<T> scale;                             // [R, G]
+  const int64_t G, R, n, per_query;
+  Scratch<int32_t> w{per_query}, h{per_query}, start{per_query};  // level of a query's samples
+  Scratch<T> cx{per_query}, cy{per_query};  // reference in pixels of the level, minus a half
+  Scratch<int32_t> pixel{n};                // upper left pixel; -1 where all four lie outside
+  Scratch<int32_t> right{n}, down{n};       // pixels from there to the others; 0 at an edge
+  Scratch<T> offsets{2 * n};                // [n, 2]; in the backward their gradient too
+  Scratch<T> e{n};                          // logits, then attention weights up to `scale`
+  Scratch<T> left_w{n}, right_w{n}, top_w{n}, bottom_w{n};  // bilinear factors; 0 outside
+  Scratch<T> corner{4 * n};   // [4, n] e times the corners' bilinear weights
+  Scratch<T> dots{4 * n};     // [n, 4] gradient of the output . corner's row
+  Scratch<T> grad_weight{n};  // gradient of the attention weights, then of the logits
+  Scratch<T> scale{R * G};    // [R, G]
 };
 
 // e = exp(logits - max), scale = 1 / sum
@@ -220,6 +207,11 @@ SEGKERN_CLONES void scatter(const T* value, T* grad_value, int64_t stride /*of a
                             const T* grad /*[rows, ., D]*/, int64_t grad_stride) {
   const int32_t *pixel = t.pixel.get(), *right = t.right.get(), *down = t.down.get();
   const T* corner = t.corner.get();
+  T* all_dots = t.dots.get();
+  const int64_t n = t.n;
+  // the rows of one head lie too far apart for the hardware to fetch ahead
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < D; d += kLanes) __builtin_prefetch(grad + r * grad_stride + d);
   for (int64_t r = 0; r < rows; ++r, grad += grad_stride) {
     constexpr int N = kD ? kD / kLanes : 1;
     Row g[N];
@@ -227,7 +219,7 @@ SEGKERN_CLONES void scatter(const T* value, T* grad_value, int64_t stride /*of a
       for (int k = 0; k < N; ++k) g[k] = reinterpret_cast<const Row*>(grad)[k];
     const int64_t first = (r * t.G + head) * M;
     for (int64_t i = first; i < first + M; ++i) {
-      T* dots = t.dots.get() + 4 * i;
+      T* dots = all_dots + 4 * i;
       if (pixel[i] < 0) {
         for (int c = 0; c < 4; ++c) dots[c] = T(0);
         continue;
@@ -238,7 +230,7 @@ SEGKERN_CLONES void scatter(const T* value, T* grad_value, int64_t stride /*of a
       for (int c = 0; c < 4; ++c) {
         const T* v = value + at[c];
         T* gv = grad_value + at[c];
-        const T a = corner[c * t.n + i];
+        const T a = corner[c * n + i];
         if constexpr (kD == 0) {
           T sum = T(0);
 #pragma omp simd reduction(+ : sum)
@@ -291,91 +283,60 @@ SEGKERN_CLONES void softmax_gradient(int64_t rows, int64_t M, const T* e /*[rows
   }
 }
 
-// The arguments of one call, dense, in the type that computes.
+// Softmax, places and bilinear weights of queries [q, q + rows), heads [h, h + G) of image b.
 template <class T>
-struct Call {
-  Call(const Tensor& value_, const IntList& shapes, const Tensor& reference_,
-       const Tensor& offsets_, const Tensor& logits_, bool normalized)
-      : s(value_, reference_, offsets_),
-        shapes(shapes),
-        value(dense<T>(value_)),
-        reference(dense<T>(reference_)),
-        offsets(dense<T>(offsets_)),
-        logits(dense<T>(logits_)),
-        normalized(normalized) {}
-  Sizes s;
-  const IntList& shapes;
-  Tensor value, reference, offsets, logits;
-  bool normalized;
-
-  bool some() const { return s.B * s.Q * s.H * s.D * s.M > 0; }
-
-  // in the copy a head's rows share cache lines and pages: it pays from many reads a pixel
-  bool copies() const {
-    return some() && s.Q * s.M * 4 > (std::getenv("CR") ? std::atoi(std::getenv("CR")) : 20) * s.S;
-  }
-
-  // softmax, places and bilinear weights of queries [q, q + rows), heads [h, h + G)
-  void prepare(const Tile<T>& t, int64_t b, int64_t h, int64_t q, int64_t rows) const {
-    const int64_t per_query = t.G * s.M;
-    const T* ref =
-        data<T>(reference) + ((s.one_image ? 0 : b) * s.Q + q) * (s.one_level ? 1 : s.L) * 2;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t from = ((b * s.Q + q + r) * s.H + h) * s.M, to = r * per_query;
-      std::memcpy(t.offsets.get() + 2 * to, data<T>(offsets) + 2 * from,
-                  2 * per_query * sizeof(T));
-      std::memcpy(t.e.get() + to, data<T>(logits) + from, per_query * sizeof(T));
-      for (int64_t l = 0, j = 0; l < s.L; ++l) {
-        const T x = ref[0] * T(shapes[2 * l + 1]) - T(0.5), y = ref[1] * T(shapes[2 * l]) - T(0.5);
-        for (int64_t p = 0; p < s.P; ++p, ++j) t.cx[j] = x, t.cy[j] = y;
-        if (!s.one_level || l == s.L - 1) ref += 2;
-      }
-      for (int64_t g = 1; g < t.G; ++g) {
-        std::memcpy(t.cx.get() + g * s.M, t.cx.get(), s.M * sizeof(T));
-        std::memcpy(t.cy.get() + g * s.M, t.cy.get(), s.M * sizeof(T));
-      }
-      locate(t, r, per_query);
+void prepare(const Call<T>& c, const Tile<T>& t, int64_t b, int64_t h, int64_t q, int64_t rows) {
+  const int64_t n = t.per_query, levels = c.one_level ? 1 : c.L;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t from = ((b * c.Q + q + r) * c.H + h) * c.M, to = r * n;
+    std::memcpy(t.offsets.get() + 2 * to, data<T>(c.offsets) + 2 * from, 2 * n * sizeof(T));
+    std::memcpy(t.e.get() + to, data<T>(c.logits) + from, n * sizeof(T));
+    const T* ref = data<T>(c.reference) + ((c.one_image ? 0 : b) * c.Q + q + r) * levels * 2;
+    for (int64_t l = 0, j = 0; l < c.L; ++l) {
+      const T* xy = ref + (c.one_level ? 0 : 2 * l);
+      const T x = xy[0] * T(c.shapes[2 * l + 1]) - T(0.5), y = xy[1] * T(c.shapes[2 * l]) - T(0.5);
+      for (int64_t p = 0; p < c.P; ++p, ++j) t.cx[j] = x, t.cy[j] = y;
     }
-    if (normalized)
-      std::fill(t.scale.get(), t.scale.get() + rows * t.G, T(1));
-    else
-      softmax(rows * t.G, s.M, t.e.get(), t.scale.get());
+    for (int64_t g = 1; g < t.G; ++g) {
+      std::memcpy(t.cx.get() + g * c.M, t.cx.get(), c.M * sizeof(T));
+      std::memcpy(t.cy.get() + g * c.M, t.cy.get(), c.M * sizeof(T));
+    }
+    locate(t, r, n);
   }
-};
+  if (c.normalized)
+    std::fill(t.scale.get(), t.scale.get() + rows * t.G, T(1));
+  else
+    softmax(rows * t.G, c.M, t.e.get(), t.scale.get());
+}
 
-// [S, H, D] to [H, S, D] or back
+// [S, H, D] to [H, S, D] or back; returns `to`
 template <class T>
-void swap_heads(const Sizes& s, const T* from, T* to, bool back) {
-  parallel_for(0, s.S, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t h = 0; h < s.H; ++h) {
-        const int64_t by_pixel = (i * s.H + h) * s.D, by_head = (h * s.S + i) * s.D;
-        std::memcpy(to + (back ? by_pixel : by_head), from + (back ? by_head : by_pixel),
-                    s.D * sizeof(T));
-      }
+T* swap_heads(const Call<T>& c, const T* from, T* to, bool back) {
+  parallel_for(0, c.S, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin * c.H; k < end * c.H; ++k) {
+      const int64_t by_pixel = k * c.D, by_head = (k % c.H * c.S + k / c.H) * c.D;
+      std::memcpy(to + (back ? by_pixel : by_head), from + (back ? by_head : by_pixel),
+                  c.D * sizeof(T));
     }
   });
+  return to;
 }
 
 template <class T, int kD>
 void forward(const Call<T>& c, T* out) {
-  const Sizes& s = c.s;
-  const bool copies = c.copies();
-  const Scratch<T> by_head(copies ? s.S * s.H * s.D : 0);
-  const int64_t stride = copies ? s.D : s.H * s.D, head_stride = copies ? s.S * s.D : s.D;
-  for (int64_t b = 0; b < s.B; ++b) {
-    const T* value = data<T>(c.value) + b * s.S * s.H * s.D;
-    if (copies) swap_heads(s, value, by_head.get(), false);
-    if (copies) value = by_head.get();
-    parallel_for(0, s.Q, 1 + kTile / (s.H * s.M), [&](int64_t begin, int64_t end) {
-      const Tile<T> t(s, c.shapes, s.H);
+  const Pages<T> by_head(c.copies ? c.S * c.H * c.D : 0);
+  for (int64_t b = 0; b < c.B; ++b) {
+    const T* value = data<T>(c.value) + b * c.S * c.H * c.D;
+    if (c.copies) value = swap_heads(c, value, by_head.get(), false);
+    parallel_for(0, c.Q, 1 + kTile / (c.H * c.M), [&](int64_t begin, int64_t end) {
+      const Tile<T> t(c, c.H);
       for (int64_t q = begin; q < end; q += t.R) {
         const int64_t rows = std::min(t.R, end - q);
-        c.prepare(t, b, 0, q, rows);
-        weigh_corners(t, rows * s.H * s.M);
-        for (int64_t h = 0; h < s.H; ++h)
-          gather<T, kD>(value + h * head_stride, stride, t, h, rows, s.M, s.D,
-                        out + ((b * s.Q + q) * s.H + h) * s.D, s.H * s.D);
+        prepare(c, t, b, 0, q, rows);
+        weigh_corners(t, rows * c.H * c.M);
+        for (int64_t h = 0; h < c.H; ++h)
+          gather<T, kD>(value + h * c.head_stride, c.stride, t, h, rows, c.M, c.D,
+                        out + ((b * c.Q + q) * c.H + h) * c.D, c.H * c.D);
       }
     });
   }
@@ -384,48 +345,41 @@ void forward(const Call<T>& c, T* out) {
 // Heads [h, h + G) of image b; value and grad_value begin at head 0.
 template <class T, int kD>
 void backward_heads(const Call<T>& c, int64_t b, int64_t h, int64_t G, const T* value,
-                    T* grad_value, int64_t stride, int64_t head_stride, const T* grad,
-                    T* grad_offsets, T* grad_logits) {
-  const Sizes& s = c.s;
-  const Tile<T> t(s, c.shapes, G);
-  const int64_t per_query = G * s.M;
-  for (int64_t q = 0; q < s.Q; q += t.R) {
-    const int64_t rows = std::min(t.R, s.Q - q), row = (b * s.Q + q) * s.H + h;
-    c.prepare(t, b, h, q, rows);
+                    T* grad_value, const T* grad, T* grad_offsets, T* grad_logits) {
+  const Tile<T> t(c, G);
+  for (int64_t q = 0; q < c.Q; q += t.R) {
+    const int64_t rows = std::min(t.R, c.Q - q), row = (b * c.Q + q) * c.H + h;
+    prepare(c, t, b, h, q, rows);
     for (int64_t k = 0; k < rows * G; ++k)
-      for (int64_t j = 0; j < s.M; ++j) t.e[k * s.M + j] *= t.scale[k];
-    weigh_corners(t, rows * per_query);
+      for (int64_t j = 0; j < c.M; ++j) t.e[k * c.M + j] *= t.scale[k];
+    weigh_corners(t, rows * t.per_query);
     for (int64_t g = 0; g < G; ++g)
-      scatter<T, kD>(value + (h + g) * head_stride, grad_value + (h + g) * head_stride, stride, t,
-                     g, rows, s.M, s.D, grad + (row + g) * s.D, s.H * s.D);
-    sample_gradients(t, rows * per_query);
-    if (!c.normalized) softmax_gradient(rows * G, s.M, t.e.get(), t.grad_weight.get());
+      scatter<T, kD>(value + (h + g) * c.head_stride, grad_value + (h + g) * c.head_stride,
+                     c.stride, t, g, rows, c.M, c.D, grad + (row + g) * c.D, c.H * c.D);
+    sample_gradients(t, rows * t.per_query);
+    if (!c.normalized) softmax_gradient(rows * G, c.M, t.e.get(), t.grad_weight.get());
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t to = (row + r * s.H) * s.M, from = r * per_query;
-      std::memcpy(grad_logits + to, t.grad_weight.get() + from, per_query * sizeof(T));
-      std::memcpy(grad_offsets + 2 * to, t.offsets.get() + 2 * from, 2 * per_query * sizeof(T));
+      const int64_t to = (row + r * c.H) * c.M, from = r * t.per_query;
+      std::memcpy(grad_logits + to, t.grad_weight.get() + from, t.per_query * sizeof(T));
+      std::memcpy(grad_offsets + 2 * to, t.offsets.get() + 2 * from, 2 * t.per_query * sizeof(T));
     }
   }
 }
 
 template <class T, int kD>
 void backward(const Call<T>& c, const T* grad, T* grad_value, T* grad_offsets, T* grad_logits) {
-  const Sizes& s = c.s;
-  const bool copies = c.copies();
-  const int64_t image = s.S * s.H * s.D;
-  const Scratch<T> by_head(copies ? image : 0), grad_by_head(copies ? image : 0);
-  const int64_t stride = copies ? s.D : s.H * s.D, head_stride = copies ? s.S * s.D : s.D;
-  for (int64_t b = 0; b < s.B; ++b) {
+  const int64_t image = c.S * c.H * c.D;
+  const Pages<T> by_head(c.copies ? image : 0), grad_by_head(c.copies ? image : 0);
+  for (int64_t b = 0; b < c.B; ++b) {
     const T* value = data<T>(c.value) + b * image;
     T* out = grad_value + b * image;
-    if (copies) swap_heads(s, value, by_head.get(), false);
-    parallel_for(0, s.H, 1, [&](int64_t begin, int64_t end) {
-      T* sum = copies ? grad_by_head.get() : out;
-      if (copies) std::fill(sum + begin * head_stride, sum + end * head_stride, T(0));
-      backward_heads<T, kD>(c, b, begin, end - begin, copies ? by_head.get() : value, sum, stride,
-                            head_stride, grad, grad_offsets, grad_logits);
+    if (c.copies) value = swap_heads(c, value, by_head.get(), false);
+    parallel_for(0, c.H, 1, [&](int64_t begin, int64_t end) {
+      T* sum = c.copies ? grad_by_head.get() : out;
+      if (c.copies) std::fill(sum + begin * c.head_stride, sum + end * c.head_stride, T(0));
+      backward_heads<T, kD>(c, b, begin, end - begin, value, sum, grad, grad_offsets, grad_logits);
     });
-    if (copies) swap_heads(s, grad_by_head.get(), out, true);
+    if (c.copies) swap_heads(c, grad_by_head.get(), out, true);
   }
 }
 
@@ -446,10 +400,10 @@ Tensor ms_deform_attn(Tensor value, IntList shapes, Tensor reference, Tensor off
   dispatch_accumulate(value, "ms_deform_attn", [&](auto zero) {
     using T = decltype(zero);
     const Call<T> c(value, shapes, reference, offsets, logits, normalized);
-    const IntList sizes{c.s.B, c.s.Q, c.s.H * c.s.D};
-    const Tensor out = c.some() ? empty<T>(c.value, sizes) : zeros<T>(c.value, sizes);
-    if (c.some()) {
-      dispatch_channels<T>(c.s.D, [&](auto channels) {
+    const IntList sizes{c.B, c.Q, c.H * c.D};
+    const Tensor out = c.any ? empty<T>(c.value, sizes) : zeros<T>(c.value, sizes);
+    if (c.any) {
+      dispatch_channels<T>(c.D, [&](auto channels) {
         forward<T, decltype(channels)::value>(c, mutable_data<T>(out));
       });
     }
@@ -467,15 +421,14 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad, Tensor v
   dispatch_accumulate(value, "ms_deform_attn_backward", [&](auto zero) {
     using T = decltype(zero);
     const Call<T> c(value, shapes, reference, offsets, logits, normalized);
-    const Sizes& s = c.s;
-    const auto make = c.some() ? empty<T> : zeros<T>;
-    grad_offsets = make(c.value, {s.B, s.Q, s.H, s.L, s.P, 2});
-    grad_logits = make(c.value, {s.B, s.Q, s.H, s.L, s.P});
+    const auto make = c.any ? empty<T> : zeros<T>;
+    grad_offsets = make(c.value, {c.B, c.Q, c.H, c.L, c.P, 2});
+    grad_logits = make(c.value, {c.B, c.Q, c.H, c.L, c.P});
     // in place it is added to, through the copy it is written
-    grad_value = (c.copies() ? empty<T> : zeros<T>)(c.value, {s.B, s.S, s.H, s.D});
-    if (c.some()) {
+    grad_value = (c.copies ? empty<T> : zeros<T>)(c.value, {c.B, c.S, c.H, c.D});
+    if (c.any) {
       const Tensor g = dense<T>(grad);
-      dispatch_channels<T>(s.D, [&](auto channels) {
+      dispatch_channels<T>(c.D, [&](auto channels) {
         backward<T, decltype(channels)::value>(c, data<T>(g), mutable_data<T>(grad_value),
                                                mutable_data<T>(grad_offsets),
                                                mutable_data<T>(grad_logits));
