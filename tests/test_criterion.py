@@ -1,10 +1,14 @@
-"""Criterion: invariances and edges; test_parity.py holds its equality with transformers."""
+"""Criterion: equality with transformers' loss, invariances and edges."""
 
 import pytest
 import torch
+from transformers import Mask2FormerConfig
+from transformers.models.mask2former import modeling_mask2former as peer
 
 from segkern.nn.criterion import Criterion
 from segkern.nn.targets import Targets
+from segkern.ops import random_points
+from segkern.ops.point_sample import MATCHING
 from segkern.testing import promote, random_targets
 
 B, R, Q, K, M, P = 2, 3, 6, 4, 8, 40
@@ -29,6 +33,68 @@ def padded(targets, slots):
     labels = torch.nn.functional.pad(targets.labels, (0, more), value=99)
     masks = torch.nn.functional.pad(targets.masks, (0, 0, 0, 0, 0, more), value=1)
     return Targets(labels, masks, targets.count, targets.ids)
+
+
+WEIGHTS = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+
+
+def transformers_losses(class_logits, mask_logits, masks, labels, ids, monkeypatch):
+    """Losses of each prediction by transformers, whose torch.rand gives our points.
+
+    Of each prediction it matches image by image, then draws the candidates and the random rest of
+    all matched pairs, image by image.
+    """
+    theirs = peer.Mask2FormerLoss(
+        Mask2FormerConfig(num_labels=K, train_num_points=P), WEIGHTS
+    ).double()
+    state = {}
+
+    def rand(n, points, two, device=None):
+        state["calls"] += 1
+        if state["calls"] <= B:
+            slots = [(ids[state["calls"] - 1], state["r"], MATCHING)]
+        else:
+            pairs = enumerate(state["matched"])
+            slots = [(ids[b], state["r"], t) for b, (_, ts) in pairs for t in ts.tolist()]
+        assert n == len(slots)
+        skip = 3 * P if state["calls"] == B + 2 else 0
+        slots = torch.tensor(slots, dtype=torch.int64).view(-1, 3)
+        return random_points(torch.tensor([0]), slots, skip + points)[:, skip:].double()
+
+    def matcher(*inputs, match=theirs.matcher.forward):
+        state["matched"] = match(*inputs)
+        return state["matched"]
+
+    monkeypatch.setattr(theirs.matcher, "forward", matcher)
+    monkeypatch.setattr(peer.torch, "rand", rand)
+    for r in range(R):
+        state.update(calls=0, r=r)
+        yield theirs(mask_logits[:, r], class_logits[:, r], masks, labels)
+
+
+@pytest.mark.parametrize("impl", ["kernel", "reference"])
+@pytest.mark.parametrize("counts", [(3, 2), (0, 4), (Q + 3, 1)], ids=str)
+def test_losses_and_gradients_equal_transformers(counts, impl, monkeypatch):
+    *values, targets = setting(counts)
+    ours, theirs = ([v.clone().requires_grad_() for v in values] for _ in range(2))
+    loss, losses = criterion(impl=impl)(*ours, targets)
+    loss.backward()
+
+    masks, labels = random_targets(counts, K, 36, 48)
+    class_logits, mask_embed, features = theirs
+    mask_logits = torch.einsum("brqm,bmhw->brqhw", mask_embed, features)
+    masks = [m.double() for m in masks]
+    total = 0
+    for r, want in enumerate(
+        transformers_losses(class_logits, mask_logits, masks, labels, [4, 9], monkeypatch)
+    ):
+        for name, weight in WEIGHTS.items():
+            torch.testing.assert_close(losses[name][r], want[name], rtol=1e-8, atol=1e-12)
+            total = total + weight * want[name]
+    torch.testing.assert_close(loss, total, rtol=1e-8, atol=0)
+    total.backward()
+    for have, want in zip(ours, theirs):
+        assert (have.grad - want.grad).norm() <= 1e-8 * want.grad.norm()
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (0, 4), (0, 0), (Q + 3, 1)], ids=str)

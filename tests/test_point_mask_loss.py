@@ -191,3 +191,38 @@ def test_nan_logits_give_nan_losses():
     active[0, 0, 0] = True
     logits[0, 0, 0] = float("nan")
     assert point_mask_loss(logits, masks, active, *rest, *FEW)[0][0, 0, 0].isnan()
+
+
+RAW = {
+    "masks of another batch": (1, lambda m: m[:1], "wrong sizes"),
+    "active of other T": (2, lambda a: a[:, :, 1:], "wrong sizes"),
+    "masks int64": (1, lambda m: m.long(), "wrong dtype"),
+    "more important than drawn": (6, lambda k: 200, "more important points than candidates"),
+}
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_raw_op_does_not_leave_its_tensors(case):
+    place, change, message = RAW[case]
+    arguments = [*point_mask_loss_inputs(), 120, 30, 10]
+    arguments[place] = change(arguments[place])
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.segkern.point_mask_loss(*arguments)
+
+
+def test_backward_may_get_any_marks():
+    """More marks than points: what is too much is left out, nothing is written beside."""
+    inputs = point_mask_loss_inputs()
+    bce, dice, sums, marks = torch.ops.segkern.point_mask_loss(*inputs, 120, 30, 10)
+    marks.fill_(-1)
+    grad = torch.ops.segkern.point_mask_loss_backward(bce, dice, sums, marks, *inputs, 120, 30, 10)
+    assert grad.isfinite().all()
+
+
+def test_half_maps_choose_the_points_of_their_values():
+    logits, *rest = point_mask_loss_inputs(dtype=torch.bfloat16)
+    for got, want in zip(
+        point_mask_loss(logits, *rest, *FEW), point_mask_loss(logits.float(), *rest, *FEW)
+    ):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, want)

@@ -248,19 +248,18 @@ Results forward(const Problem<S, T>& p) {
   Tensor bce = zeros<T>(p.logits, shape), dice = zeros<T>(p.logits, shape);
   Tensor sums = zeros<T>(p.logits, {p.B, p.R, p.slots, kSums});
   Tensor marks = zeros<int32_t>(p.logits, {p.B, p.R, p.slots, p.n.words()});
-  p.each_slot([&](int64_t i, Worker<T>& worker, const Stream& stream, const T* map,
-                  const uint8_t* mask) {
-    uint32_t* bits = mutable_data<uint32_t>(marks) + i * p.n.words();
-    worker.mark(stream, map, p.h, p.w, bits);
-    Sums<T> s;
-    worker.each_block(stream, bits, map, p.h, p.w, mask, p.H, p.W, [&](int64_t m) {
-      add_points(worker.x.get(), worker.t.get(), m, s);
-    });
-    mutable_data<T>(bce)[i] = s.bce / T(p.n.points());
-    mutable_data<T>(dice)[i] = T(1) - (T(2) * s.pt + T(1)) / (s.p + s.t + T(1));
-    mutable_data<T>(sums)[i * kSums] = s.pt;
-    mutable_data<T>(sums)[i * kSums + 1] = s.p + s.t;
-  });
+  p.each_slot(
+      [&](int64_t i, Worker<T>& worker, const Stream& stream, const T* map, const uint8_t* mask) {
+        uint32_t* bits = mutable_data<uint32_t>(marks) + i * p.n.words();
+        worker.mark(stream, map, p.h, p.w, bits);
+        Sums<T> s;
+        worker.each_block(stream, bits, map, p.h, p.w, mask, p.H, p.W,
+                          [&](int64_t m) { add_points(worker.x.get(), worker.t.get(), m, s); });
+        mutable_data<T>(bce)[i] = s.bce / T(p.n.points());
+        mutable_data<T>(dice)[i] = T(1) - (T(2) * s.pt + T(1)) / (s.p + s.t + T(1));
+        mutable_data<T>(sums)[i * kSums] = s.pt;
+        mutable_data<T>(sums)[i * kSums + 1] = s.p + s.t;
+      });
   return {bce, dice, sums, marks};
 }
 
@@ -271,24 +270,24 @@ Tensor backward(const Problem<S, T>& p, const Tensor& grad_bce, const Tensor& gr
   const Tensor chosen = torch::stable::contiguous(marks);
   const int64_t area = p.h * p.w;
   Tensor out = torch::stable::new_zeros(p.logits, {p.B, p.R, p.slots, p.h, p.w});
-  p.each_slot([&](int64_t i, Worker<T>& worker, const Stream& stream, const T* map,
-                  const uint8_t* mask) {
-    const uint32_t* bits = data<uint32_t>(chosen) + i * p.n.words();
-    const T* sum = data<T>(kept) + i * kSums;
-    S* stored = mutable_data<S>(out) + i * area;
-    Scratch<T> wide(std::is_same_v<S, T> ? 0 : area);
-    T* grad = wide.get();
-    if constexpr (std::is_same_v<S, T>)
-      grad = stored;
-    else
-      std::fill(grad, grad + area, T(0));
-    worker.each_block(stream, bits, map, p.h, p.w, mask, p.H, p.W, [&](int64_t m) {
-      differentiate(worker.x.get(), worker.t.get(), m, data<T>(gb)[i] / T(p.n.points()),
-                    data<T>(gd)[i], sum[0], sum[1]);
-      scatter(worker.x.get(), worker.on_map, grad);
-    });
-    if constexpr (!std::is_same_v<S, T>) convert(grad, area, stored);
-  });
+  p.each_slot(
+      [&](int64_t i, Worker<T>& worker, const Stream& stream, const T* map, const uint8_t* mask) {
+        const uint32_t* bits = data<uint32_t>(chosen) + i * p.n.words();
+        const T* sum = data<T>(kept) + i * kSums;
+        S* stored = mutable_data<S>(out) + i * area;
+        Scratch<T> wide(std::is_same_v<S, T> ? 0 : area);
+        T* grad = wide.get();
+        if constexpr (std::is_same_v<S, T>)
+          grad = stored;
+        else
+          std::fill(grad, grad + area, T(0));
+        worker.each_block(stream, bits, map, p.h, p.w, mask, p.H, p.W, [&](int64_t m) {
+          differentiate(worker.x.get(), worker.t.get(), m, data<T>(gb)[i] / T(p.n.points()),
+                        data<T>(gd)[i], sum[0], sum[1]);
+          scatter(worker.x.get(), worker.on_map, grad);
+        });
+        if constexpr (!std::is_same_v<S, T>) convert(grad, area, stored);
+      });
   return out;
 }
 
@@ -344,10 +343,10 @@ Tensor point_mask_loss_backward(Tensor grad_bce, Tensor grad_dice, Tensor sums, 
   const Counts n = {candidates, important, random};
   check(mask_logits, masks, active, sample_ids, seed, n);
   const int64_t slots = active.numel();
-  STD_TORCH_CHECK(
-      grad_bce.numel() == slots && grad_dice.numel() == slots && sums.numel() == slots * kSums &&
-          marks.numel() == slots * n.words() && marks.element_size() == 4,
-      "point_mask_loss_backward: wrong sizes");
+  STD_TORCH_CHECK(grad_bce.numel() == slots && grad_dice.numel() == slots &&
+                      sums.numel() == slots * kSums && marks.numel() == slots * n.words() &&
+                      marks.element_size() == 4,
+                  "point_mask_loss_backward: wrong sizes");
   Tensor out;
   dispatch_stored(mask_logits, [&]<class S, class T>(S, T) {
     const Problem<S, T> p(mask_logits, masks, active, sample_ids, seed, n);
