@@ -231,3 +231,72 @@ def masked_attn_inputs(
     nearest = distance.argsort(-1).argsort(-1)  # rank of each key
     bits, open = pack_bits(nearest < round(density * S))
     return [q, k, v, bits.to(device), open.to(device)]
+
+
+def linear_assignment_inputs(
+    N=5, Q=12, T=7, kind="uniform", dtype=torch.float32, device="cpu", seed=0
+) -> list[Tensor]:
+    """cost [N, Q, T] of one `kind`, n_targets [N] from 0 to T; every problem can be solved.
+
+    Args:
+        kind: "uniform"; "integers" (0 to 4, many ties); "constant rows"; "small" and "large"
+            (1e-12 and 1e12 times); "forbidden" (a third of the pairs +inf); "degenerate"
+            (a_q + b_t + noise, the costs of an untrained model); "constant".
+    """
+    g = torch.Generator().manual_seed(seed)
+    cost = torch.rand(N, Q, T, generator=g)
+    counts = torch.randint(0, T + 1, (N,), generator=g)
+    if kind == "integers":
+        cost = torch.randint(0, 5, (N, Q, T), generator=g).float()
+    elif kind == "constant rows":
+        cost = torch.randn(N, Q, 1, generator=g).expand(N, Q, T).clone()
+    elif kind in ("small", "large"):
+        cost = (cost - 0.5) * (1e-12 if kind == "small" else 1e12)
+    elif kind == "forbidden":
+        open_ = torch.rand(N, Q, T, generator=g) > 1 / 3
+        # every diagonal that a full assignment may need stays open
+        open_ |= torch.arange(Q)[:, None] % T == torch.arange(T) % Q if T else open_
+        cost = cost.masked_fill(~open_, float("inf"))
+    elif kind == "degenerate":
+        a, b = torch.rand(N, Q, 1, generator=g), torch.rand(N, 1, T, generator=g)
+        cost = a + b + 0.05 * cost
+    elif kind == "constant":
+        cost = torch.full((N, Q, T), -2.5)
+    elif kind != "uniform":
+        raise ValueError(f"linear_assignment_inputs: no kind '{kind}'")
+    return [cost.to(device, dtype), counts.to(device)]
+
+
+def matching_cost_inputs(
+    B=2,
+    R=3,
+    Q=7,
+    K=5,
+    C=8,
+    h=9,
+    w=11,
+    T=4,
+    H=33,
+    W=41,
+    P=60,
+    dtype=torch.float32,
+    device="cpu",
+    seed=0,
+) -> list[Tensor]:
+    """The seven tensors of matching_cost: targets are ellipses, the first image has all T."""
+    g = torch.Generator().manual_seed(seed)
+    class_logits = 2 * torch.randn(B, R, Q, K + 1, generator=g)
+    mask_embed = 2 * torch.randn(B, R, Q, C, generator=g) / C**0.5
+    features = 2 * torch.randn(B, C, h, w, generator=g)
+    labels = torch.randint(0, K, (B, T), generator=g)
+    y, x = torch.meshgrid(torch.linspace(0, 1, H), torch.linspace(0, 1, W), indexing="ij")
+    centre, radius = torch.rand(2, B, T, 2, 1, 1, generator=g)
+    away = ((x - centre[:, :, 0]) ** 2 + (y - centre[:, :, 1]) ** 2).sqrt()
+    masks = (away < 0.1 + 0.4 * radius[:, :, 0]).to(torch.uint8)
+    points = torch.rand(B, R, P, 2, generator=g)
+    n_targets = torch.randint(0, T + 1, (B,), generator=g)
+    n_targets[:1] = T
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = [t.to(device, dtype) for t in (class_logits, mask_embed, features)]
+    others = (labels, masks, points.to(exact), n_targets)
+    return tensors + [t.to(device) for t in others]

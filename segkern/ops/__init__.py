@@ -3,8 +3,10 @@
 The specification of each is `NAME_reference` in its file.
 """
 
+from .linear_assignment import linear_assignment as linear_assignment
 from .mask_bits import mask_bits as mask_bits
 from .masked_attn import masked_attn as masked_attn
+from .matching_cost import matching_cost as matching_cost
 from .ms_deform_attn import ms_deform_attn as ms_deform_attn
 from .ms_deform_attn import (
     multi_scale_deformable_attention as multi_scale_deformable_attention,
