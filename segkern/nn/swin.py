@@ -16,6 +16,7 @@ one window covers the whole map.
 """
 
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -331,7 +332,8 @@ class Swin(nn.Module):
         Returns:
             maps [B, C_i, ceil(H / s_i), ceil(W / s_i)], finest first, channels last in memory.
         """
-        h, w = x.shape[2:]
+        # the size is a constant of a compiled graph: symbols in the cuts take minutes to compile
+        h, w = operator.index(x.shape[2]), operator.index(x.shape[3])
         if h % PATCH or w % PATCH:
             x = F.pad(x, (0, -w % PATCH, 0, -h % PATCH))
         x = self.patch_embed["proj"](x).permute(0, 2, 3, 1)

@@ -195,4 +195,9 @@ def to_huggingface(state: dict[str, Tensor], family: str) -> dict[str, Tensor]:
         elif name != "criterion.seed" and not re.search(r"\.cross_attn\.[kv]_proj\.", name):
             split[name] = value
     names = _rename(list(split), family, back=True)
-    return {names[name]: value for name, value in split.items()}
+    out = {names[name]: value for name, value in split.items()}
+    if family == "swin":  # transformers 5 has, and never uses, one more norm, and misses it
+        last = state["backbone.norms.3.weight"]
+        out[f"{_ENCODER}.swin.layernorm.weight"] = torch.ones_like(last)
+        out[f"{_ENCODER}.swin.layernorm.bias"] = torch.zeros_like(last)
+    return out
