@@ -1,0 +1,120 @@
+"""From samples to batches, and which samples come when.
+
+Letters: B image, H W size of the batch, h w size of a sample.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..nn.targets import Targets
+
+
+@dataclass
+class Batch:
+    """Images and what the model is to find in them.
+
+    Attributes:
+        pixel_values: [B, 3, H, W] float32, normalised, zero-padded to the right and below.
+        targets: of the same images.
+    """
+
+    pixel_values: Tensor
+    targets: Targets
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return replace(
+            self,
+            pixel_values=self.pixel_values.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+        )
+
+
+def collate(samples: Sequence[dict], num_labels: int | None = None, divisor: int = 32) -> Batch:
+    """Packs samples into a batch.
+
+    Args:
+        samples: dicts with pixel_values [3, h, w] float, masks [n, h, w], labels [n] and id, as
+            arrays or tensors; n may be 0.
+        num_labels: K; None leaves the labels' upper bound unchecked.
+        divisor: H and W are multiples of it.
+
+    Returns:
+        a `Batch` on the CPU.
+
+    Raises:
+        ValueError: pixels that are not finite, a label out of range, or masks of another size or
+            number than the image or labels; the message names the sample.
+    """
+    ids = [int(s["id"]) for s in samples]
+    images = [torch.as_tensor(s["pixel_values"]) for s in samples]
+    masks = [torch.as_tensor(s["masks"]) for s in samples]
+    size = tuple(-(-max(x.shape[i] for x in images) // divisor) * divisor for i in (1, 2))
+    for name, image, mask in zip(ids, images, masks):
+        if mask.shape[1:] != image.shape[1:]:
+            raise ValueError(
+                f"collate: masks of sample {name} must be [n, {image.shape[1]}, {image.shape[2]}], "
+                f"the size of its image, got {list(mask.shape)}"
+            )
+    pixels = torch.stack([_pad(x, size) for x in images])
+    if not pixels.isfinite().all():
+        bad = [name for name, x in zip(ids, images) if not x.isfinite().all()]
+        raise ValueError(f"collate: pixels of sample {bad[0]} must be finite, got NaN or infinity")
+    labels = [torch.as_tensor(s["labels"]) for s in samples]
+    try:
+        targets = Targets.from_lists(
+            [_pad(x, size) for x in masks], labels, size, num_labels=num_labels, ids=ids
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} (images 0 to {len(ids) - 1} are samples {ids})") from error
+    return Batch(pixels, targets)
+
+
+def _pad(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """[c, h, w] -> [c, *size] with zeros to the right and below."""
+    return F.pad(x, (0, size[1] - x.shape[2], 0, size[0] - x.shape[1]))
+
+
+class Order:
+    """The samples of each training step, a function of seed and step alone.
+
+    Every pass over the data is a new permutation; a batch may span two passes. Resuming at a step
+    therefore needs no state. Serves as a DataLoader's batch_sampler.
+
+    Args:
+        length: samples of the data set, at least 1.
+        batch_size: samples a step.
+        seed: of the permutations.
+        start, stop: steps to yield.
+
+    Raises:
+        ValueError: an empty data set.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, start: int, stop: int):
+        if length < 1:
+            raise ValueError("training: the data set is empty")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.stop = start, stop
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            places = range(step * self.batch_size, (step + 1) * self.batch_size)
+            yield [
+                int(_permutation(self.length, self.seed, place // self.length)[place % self.length])
+                for place in places
+            ]
+
+
+@lru_cache(maxsize=2)
+def _permutation(length: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(length, generator=generator)

@@ -208,7 +208,7 @@ def _place(rng, inks, size, hard, hidden) -> np.ndarray:
 
 
 def _place_near(rng, shapes, sides, room, size, hidden) -> np.ndarray:
-    """Corners of overlapping digits: each but the first lies near an earlier one."""
+    """Corners of overlapping digits: the second lies near the first, half of the others near one."""
     areas = np.array([shape.sum() for shape in shapes])
     best, most = None, -np.inf
     for _ in range(_TRIES):
@@ -216,9 +216,12 @@ def _place_near(rng, shapes, sides, room, size, hidden) -> np.ndarray:
         step = np.stack((np.sin(angle * 2 * np.pi), np.cos(angle * 2 * np.pi)), -1)
         step *= ((0.3 + 0.5 * reach) * sides)[:, None]
         layout = np.empty((len(shapes), 2))
-        layout[0] = (place[0], angle[0]) * room[0]
+        spots = np.stack((angle, reach), -1) * room
+        layout[0] = spots[0]
         for i in range(1, len(shapes)):
-            layout[i] = (layout[int(place[i] * i)] + step[i]).clip(0, room[i] - 1)
+            near = place[i] < 0.5 or i == 1
+            layout[i] = layout[int(2 * place[i] % 1 * i)] + step[i] if near else spots[i]
+            layout[i] = layout[i].clip(0, room[i] - 1)
         layout = layout.astype(int)
         owner = np.zeros(size, np.uint8)
         for i, (shape, (y, x)) in enumerate(zip(shapes, layout), 1):

@@ -1,0 +1,79 @@
+"""Checkpoints of a training run: one file, whole or not there, checked before it is used."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .files import atomic
+
+FORMAT = 1
+FILE = "last.pt"
+
+
+def save(folder: str | Path, state: dict) -> None:
+    """Writes `folder`/last.pt; a stop in the middle leaves the file that was there before."""
+    with atomic(Path(folder) / FILE) as temporary:
+        torch.save({"format": FORMAT, **state}, temporary)
+
+
+def load(path: str | Path) -> dict:
+    """Reads a checkpoint to the CPU.
+
+    Args:
+        path: of the file, or of its folder.
+
+    Raises:
+        ValueError: no such file, cut short, or no checkpoint of segkern.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for foreign and cut files
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a whole checkpoint of segkern train ({reason})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of segkern train")
+    return state
+
+
+def differences(stored: dict, wanted: dict, free: tuple[str, ...] = (), prefix="") -> list[str]:
+    """What differs between two nested dicts of settings.
+
+    Args:
+        stored, wanted: settings by name.
+        free: names at the top that may differ.
+        prefix: put before the names.
+
+    Returns:
+        lines such as "model.num_queries is 8 there, 10 here".
+    """
+    out = []
+    for name in sorted((stored.keys() | wanted.keys()) - set(free)):
+        there, here = stored.get(name), wanted.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            out += differences(there, here, prefix=f"{prefix}{name}.")
+        elif there != here:
+            out.append(f"{prefix}{name} is {there} there, {here} here")
+    return out
+
+
+def misfits(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """Why `weights` cannot be loaded over `own`: missing, unexpected and misshapen keys."""
+
+    def short(keys):
+        return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+
+    found = {
+        "missing": [k for k in own if k not in weights],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [
+            f"{k} {list(weights[k].shape)} for {list(own[k].shape)}"
+            for k in own
+            if k in weights and weights[k].shape != own[k].shape
+        ],
+    }
+    return [f"{what}: {short(keys)}" for what, keys in found.items() if keys]

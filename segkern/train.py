@@ -1,0 +1,419 @@
+"""Training: one loop for every model and data set.
+
+    batch -> loss -> backward -> clip -> AdamW -> log -> checkpoint
+
+The samples of a step depend on seed and step alone, the random points of the loss on a seed inside
+the model, and dropout on the generators' states in the checkpoint: a resumed run gives the weights
+of one that was never stopped. No value is read back from the device except where it is logged.
+Recipe: Mask2Former (Cheng et al., CVPR 2022): AdamW without decay on norms, embeddings and position
+tables, a smaller rate for the backbone, the gradient's norm clipped over the whole model.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from . import checkpoint
+from .data import DigitsConfig, Order, build_dataset, collate
+from .evaluate import evaluate
+from .files import writable_folder
+from .models.mask2former import Mask2Former, Mask2FormerConfig
+from .ops import _library
+from .trainlog import Log, Meter
+
+# settings that a resumed run may change: they do not touch the weights after a step
+_FREE = (
+    "output overwrite steps device workers threads log_every checkpoint_every evaluate_every "
+    "evaluate_scenes tensorboard"
+)
+
+
+@dataclass
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        output: folder of the run: last.pt, log.jsonl and, at the end, model/.
+        overwrite: start anew in a folder that holds a run.
+        steps: batches to train on.
+        batch_size: images of a step.
+        lr: highest learning rate.
+        backbone_lr_factor: the backbone's rate over the others'.
+        weight_decay: of AdamW.
+        schedule: "cosine" or "poly" (power 0.9) to zero, or "steps": a tenth at 8/9 of the steps and
+            again at 26/27.
+        warmup: steps in which the rate rises.
+        clip: largest norm of the gradient; 0 does not clip.
+        precision: "fp32", or "bf16" for autocast.
+        seed: of the weights, the order of the samples and dropout.
+        device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
+        threads: of the CPU; 0 keeps torch's own choice.
+        workers: processes that load data; 0 loads in this one.
+        log_every: steps between lines of the log.
+        checkpoint_every: steps between checkpoints; the last step has one.
+        evaluate_every: steps between evaluations on the val split; 0 for none.
+        evaluate_scenes: images of each.
+        tensorboard: write curves for it, too, where it is installed.
+        data: the data set.
+        model: the model.
+    """
+
+    output: Path = Path("runs/digits")
+    overwrite: bool = False
+    steps: int = 2000
+    batch_size: int = 8
+    lr: float = 1e-4
+    backbone_lr_factor: float = 0.1
+    weight_decay: float = 0.05
+    schedule: Literal["cosine", "poly", "steps"] = "cosine"
+    warmup: int = 10
+    clip: float = 0.01
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    workers: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    evaluate_every: int = 0
+    evaluate_scenes: int = 100
+    tensorboard: bool = True
+    data: DigitsConfig = field(default_factory=DigitsConfig)
+    model: Mask2FormerConfig = field(default_factory=lambda: Mask2FormerConfig.tiny(11))
+
+    def __post_init__(self):
+        self.output = Path(self.output)
+        for names, least in (
+            ("steps batch_size log_every checkpoint_every evaluate_scenes", 1),
+            ("lr backbone_lr_factor weight_decay warmup clip seed", 0),
+            ("threads workers evaluate_every", 0),
+        ):
+            for name in names.split():
+                if not getattr(self, name) >= least:
+                    raise ValueError(
+                        f"TrainConfig: {name} must be >= {least}, got {getattr(self, name)}"
+                    )
+        for name, known in (
+            ("schedule", ("cosine", "poly", "steps")),
+            ("precision", ("fp32", "bf16")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"TrainConfig: {name} must be one of {', '.join(known)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+
+    def to_dict(self) -> dict:
+        """Nested plain types, as checkpoints keep it."""
+        return asdict(self) | {"output": str(self.output)}
+
+    @classmethod
+    def from_dict(cls, settings: dict) -> "TrainConfig":
+        """The config that `to_dict` described."""
+        parts = {
+            "data": DigitsConfig(**settings["data"]),
+            "model": Mask2FormerConfig(**settings["model"]),
+        }
+        return cls(**(settings | parts))
+
+
+@dataclass
+class Trained:
+    """What `train` returns.
+
+    Attributes:
+        model: in eval mode.
+        steps: trained in all, also before a resume.
+        seconds: spent on them, evaluation left out.
+        images_per_second: over that time.
+    """
+
+    model: Mask2Former
+    steps: int
+    seconds: float
+    images_per_second: float
+
+
+def train(
+    config: TrainConfig,
+    resume: str | Path | None = None,
+    dataset=None,
+    progress: bool = True,
+) -> Trained:
+    """Trains a model and writes checkpoints, log and the final weights to `config.output`.
+
+    Args:
+        config: what and how.
+        resume: checkpoint, or folder of a run, to go on from.
+        dataset: the training samples, with a length, `classes` and samples as `collate` takes them;
+            None builds those of `config.data`.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a setting that does not fit the data, the checkpoint or the folder; a bad
+            sample.
+        OSError: the folder cannot be written to; found before work starts.
+        FloatingPointError: the loss or the weights are not finite.
+        KeyboardInterrupt: Ctrl-C. The step is finished and a checkpoint written before; a second
+            Ctrl-C does not wait.
+    """
+    folder = writable_folder(config.output)
+    state = None if resume is None else _open(resume, config)
+    if state is None and (folder / checkpoint.FILE).exists() and not config.overwrite:
+        raise ValueError(
+            f"{folder} holds a run: go on with --resume {folder}, choose another --output, "
+            "or start anew with --overwrite"
+        )
+    data = build_dataset(config.data, "train") if dataset is None else dataset
+    if len(data.classes) != config.model.num_labels:
+        raise ValueError(
+            f"train: model.num_labels must be {len(data.classes)}, the classes of the data, "
+            f"got {config.model.num_labels}"
+        )
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = _device(config.device)
+    torch.manual_seed(config.seed)
+    model = Mask2Former(config.model).to(device).train()
+    optimizer = torch.optim.AdamW(
+        _groups(model, config),
+        lr=torch.tensor(config.lr, device=device),
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+    start, seconds = 0, 0.0
+    if state is not None:
+        start, seconds = _restore(state, model, optimizer, resume)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    batches = _batches(data, config, start)
+    log = Log(folder, start, config.tensorboard)
+    with log, Meter(config.steps, start, config.batch_size, progress) as meter, _Interrupt() as stop:
+        for step in range(start, config.steps):
+            began = time.perf_counter()
+            batch = next(batches).to(device)
+            rate = _rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"].fill_(config.lr * rate * group["factor"])
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss, losses = model.loss(batch.pixel_values, batch.targets)
+            loss.backward()
+            if config.clip:
+                nn.utils.clip_grad_norm_(parameters, config.clip)
+            optimizer.step()
+            done = step + 1
+            due = stop.asked or done == config.steps or done % config.checkpoint_every == 0
+            line = None
+            if due or done % config.log_every == 0 or done == start + 1:
+                line = _line(done, loss, losses, config.lr * rate)
+            seconds += time.perf_counter() - began
+            meter.advance(line)
+            if config.evaluate_every and done % config.evaluate_every == 0:
+                line = (line or {"step": done}) | {"metrics": _metrics(model, config)}
+            if line is not None:
+                log.write(line | {"seconds": round(seconds, 3)})
+            if due:
+                _save(folder, model, optimizer, config, done, seconds)
+            if stop.asked and done < config.steps:
+                model.eval().save_pretrained(folder / "model")
+                raise KeyboardInterrupt(
+                    f"stopped after step {done} of {config.steps}; "
+                    f"go on with: segkern train --resume {folder}"
+                )
+    model.eval().save_pretrained(folder / "model")
+    return Trained(
+        model, config.steps, seconds, config.steps * config.batch_size / max(seconds, 1e-9)
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        found = torch.cuda.is_available() and "cuda" not in _library.MISSING
+        return torch.device("cuda" if found else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"train: device {name!r} cannot be used: {reason}") from error
+    return device
+
+
+def _groups(model: Mask2Former, config: TrainConfig) -> list[dict]:
+    """Parameters by rate and decay: norms, embeddings and position tables do not decay."""
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.Embedding)
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            free = isinstance(module, norms) or name == "relative_position_bias_table"
+            decay = 0.0 if free else config.weight_decay
+            factor = config.backbone_lr_factor if path.startswith("backbone") else 1.0
+            if parameter.requires_grad:
+                groups.setdefault((factor, decay), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": decay,
+            "factor": factor,
+            "lr": torch.tensor(config.lr * factor, device=parameters[0].device),
+        }
+        for (factor, decay), parameters in groups.items()
+    ]
+
+
+def _rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of a step (from 0) over the highest one."""
+    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    gone = step / config.steps
+    if config.schedule == "cosine":
+        return rise * 0.5 * (1 + math.cos(math.pi * gone))
+    if config.schedule == "poly":
+        return rise * (1 - gone) ** 0.9
+    return rise * 0.1 ** ((gone >= 8 / 9) + (gone >= 26 / 27))
+
+
+def _batches(data, config: TrainConfig, start: int) -> Iterator:
+    order = Order(len(data), config.batch_size, config.seed, start, config.steps)
+    pack = partial(
+        collate, num_labels=config.model.num_labels, divisor=config.model.size_divisor
+    )
+    loader = DataLoader(
+        data,
+        batch_sampler=order,
+        collate_fn=pack,
+        num_workers=config.workers,
+        worker_init_fn=_leave_interrupts_to_parent,
+        generator=torch.Generator(),  # or the loader would draw from the global one
+    )
+    return iter(loader)
+
+
+def _leave_interrupts_to_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float) -> dict:
+    """A line of the log: the total, and the parts of the last prediction.
+
+    Raises:
+        FloatingPointError: one of them is not finite.
+    """
+    last = [value.detach()[-1].double() for value in losses.values()]
+    total, *parts = torch.stack([loss.detach().double(), *last]).tolist()
+    names = [name.removeprefix("loss_").replace("cross_entropy", "class") for name in losses]
+    values = dict(zip(names, parts))
+    if not all(math.isfinite(x) for x in (total, *parts)):
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+        raise FloatingPointError(
+            f"the loss is not finite at step {step} (total {total:.4g}; {shown}): lower --lr, raise "
+            "--warmup, clip harder or use --precision fp32; earlier checkpoints are kept"
+        )
+    return {"step": step, "loss": total, "losses": values, "lr": lr}
+
+
+def _metrics(model: Mask2Former, config: TrainConfig) -> dict[str, float]:
+    task = config.data.task
+    with torch.random.fork_rng():
+        data = build_dataset(config.data, "val")
+        value = evaluate(model, data, (task,), limit=config.evaluate_scenes, progress=False)
+    if task == "panoptic":
+        value |= {"pq": value["things"]["pq"]}
+    names = {"panoptic": ("pq", "class_accuracy", "dice"), "instance": ("ap", "ap50")}
+    found = {name: value[name] for name in names.get(task, ("miou", "pixel_accuracy"))}
+    return {name.replace("_", " "): x for name, x in found.items() if x is not None}
+
+
+def _save(folder, model, optimizer, config: TrainConfig, step: int, seconds: float) -> None:
+    """Writes a checkpoint, unless the weights are spoilt: the one before stays then.
+
+    Raises:
+        FloatingPointError: weights that are not finite.
+    """
+    weights = model.state_dict()
+    spoilt = [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
+    if spoilt:
+        raise FloatingPointError(
+            f"weights are not finite after step {step} ({spoilt[0]} and {len(spoilt) - 1} more): "
+            "lower --lr or clip harder; earlier checkpoints are kept"
+        )
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    checkpoint.save(
+        folder,
+        {
+            "config": config.to_dict(),
+            "step": step,
+            "seconds": seconds,
+            "seed": config.seed,
+            "model": weights,
+            "optimizer": optimizer.state_dict(),
+            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        },
+    )
+
+
+def _open(path: str | Path, config: TrainConfig) -> dict:
+    """A checkpoint that the config may go on from.
+
+    Raises:
+        ValueError: it is of another model, data set or recipe, or has all the steps.
+    """
+    state = checkpoint.load(path)
+    found = checkpoint.differences(state["config"], config.to_dict(), tuple(_FREE.split()))
+    if found:
+        raise ValueError(f"{path}: cannot go on from it: {'; '.join(found)}")
+    if state["step"] >= config.steps:
+        raise ValueError(
+            f"{path}: has its {state['step']} steps; --steps must be larger to go on, "
+            f"got {config.steps}"
+        )
+    return state
+
+
+def _restore(state: dict, model: Mask2Former, optimizer, name) -> tuple[int, float]:
+    """Loads weights, optimizer and generators. Returns steps and seconds done.
+
+    Raises:
+        ValueError: the weights are not of this model; nothing is loaded then.
+    """
+    found = checkpoint.misfits(state["model"], model.state_dict())
+    if found:
+        raise ValueError(f"{name}: the weights are of another model; {'; '.join(found)}")
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{name}: the optimizer's state is of another model ({error})") from error
+    model.load_state_dict(state["model"])
+    torch.set_rng_state(state["random"]["cpu"])
+    if torch.cuda.is_available() and state["random"]["cuda"]:
+        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    return state["step"], state["seconds"]
+
+
+class _Interrupt:
+    """Inside, a first Ctrl-C only sets `asked`; a second one raises."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt("stopped at once; the last checkpoint is whole")
+        self.asked = True
+
+    def __exit__(self, *error) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
