@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from segkern.data import Digits, DigitsConfig
+from segkern.evaluate import evaluate
 from segkern.images import prepare, read_image, target_size
 from segkern.infer import segment
+from segkern.models import Mask2Former, Mask2FormerConfig
 from segkern.predict import predict_files
 
 BIG = 12.0
@@ -328,3 +331,29 @@ def test_all_void_picture_gives_whole_files(tmp_path):
     assert not np.array(Image.open(tmp_path / "out/a_labels.png")).any()
     shown = np.array(Image.open(tmp_path / "out/a_overlay.png"))
     assert (shown[::10, ::10] == half_bright()).all()
+
+
+# a real model
+
+
+def test_a_real_model_finds_evaluates_and_predicts(tmp_path):
+    """Untrained: every picture gets a whole result of its own size, and every metric a value."""
+    model = Mask2Former(Mask2FormerConfig.tiny(11)).train()
+    model.config.stuff = (10,)
+    pictures = [half_bright(h, w) for h, w in ((64, 64), (90, 200), (33, 40), (64, 64))]
+    for task in ("panoptic", "instance", "semantic"):
+        together = segment(model, pictures, task, 0.0, 0.0)
+        for picture, result in zip(pictures, together):
+            assert result.segmentation.shape == picture.shape[:2]
+            assert len(result.segments) > 0
+    scenes = Digits(DigitsConfig(), "val")
+    value = evaluate(model, scenes, limit=5, progress=False, object_mask_threshold=0.0)
+    assert value["images"] == 5
+    assert value["instances"] >= 5
+    assert 0 <= value["pq"] < 0.5
+    assert 0 <= value["ap"] < 0.5
+    assert 0 <= value["miou"] < 0.5
+    folder = folder_of_pictures(tmp_path / "in")
+    written, failed = predict_files(model, [folder], tmp_path / "out", object_mask_threshold=0.0)
+    assert (len(written), failed) == (5, [])
+    assert model.training
