@@ -168,12 +168,15 @@ class QueryDecoder(nn.Module):
 
     @torch.no_grad()
     def _level_features(self, mask_features: Tensor, shapes: tuple) -> list[Tensor]:
-        """The mask features [B, M, S] at the three levels; no gradient flows through an attention
-        mask."""
-        return [
-            F.interpolate(mask_features, size, mode="bilinear", align_corners=False).flatten(2)
+        """The mask features [B, M, S] at the three levels, without gradient as masks are.
+
+        Contiguous, because each is read by several layers.
+        """
+        resized = (
+            F.interpolate(mask_features, size, mode="bilinear", align_corners=False)
             for size in shapes
-        ]
+        )
+        return [x.flatten(2).contiguous() for x in resized]
 
     def _keys_values(self, pixels: Tensor, shapes: tuple) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values [B, S, H, D] of every layer, those of a level in one product each."""
