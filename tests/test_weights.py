@@ -1,0 +1,424 @@
+"""Hugging Face's format both ways: names, folders, settings, and what is refused."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    ResNetConfig,
+    SwinConfig,
+    TimmBackboneConfig,
+)
+
+from segkern.weights import huggingface
+from segkern.weights.huggingface import read_config, read_folder, write_config, write_folder
+from segkern.weights.huggingface_keys import from_huggingface, to_huggingface
+
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+SEED = {"criterion.seed": torch.zeros(1, dtype=torch.int64)}
+IMAGES = {
+    "image_mean": (0.4, 0.5, 0.6),
+    "image_std": (0.1, 0.2, 0.3),
+    "shortest_edge": 96,
+    "longest_edge": 160,
+    "size_divisor": 16,
+}
+BACKBONES = {
+    "swin": SwinConfig(
+        embed_dim=24, depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 6], out_features=STAGES
+    ),
+    "resnet": ResNetConfig(depths=[1, 1, 1, 1], out_features=STAGES),
+    "timm_backbone": TimmBackboneConfig(backbone="resnet10t", out_indices=[1, 2, 3, 4]),
+}
+
+
+def their_config(backbone, **settings):
+    sizes = {"hidden_dim": 64, "feature_size": 64, "mask_feature_size": 64, "num_queries": 5}
+    widths = {"encoder_feedforward_dim": 32, "dim_feedforward": 48, "decoder_layers": 4}
+    return Mask2FormerConfig(
+        backbone_config=backbone,
+        **{"encoder_layers": 1, "num_labels": 7, **sizes, **widths, **settings},
+    )
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """transformers' model of each family with random weights, made once."""
+    models = {}
+
+    def get(family):
+        if family not in models:
+            torch.manual_seed(1)
+            model = Mask2FormerForUniversalSegmentation(their_config(BACKBONES[family])).double()
+            with torch.no_grad():
+                for name, value in model.named_parameters():
+                    # at the start samples sit on the kinks of bilinear interpolation
+                    value += torch.randn_like(value) * (0.3 if "offsets.bias" in name else 0.02)
+            models[family] = model.eval()
+        return models[family]
+
+    return get
+
+
+@pytest.fixture
+def folder(theirs, tmp_path):
+    """A folder that transformers wrote; of the Swin family."""
+    theirs("swin").save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+def rewrite(folder, change):
+    """The same folder with other weights."""
+    state = change(load_file(folder / "model.safetensors"))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def v4(state):
+    """The spelling of the hub and of transformers 4, out of that of transformers 5 on disk."""
+    out = {k: v for k, v in state.items() if ".swin.layernorm." not in k}
+    for name in list(out):
+        if name.endswith("relative_position_bias_table"):
+            index = name.replace("bias_table", "index")
+            out[index] = torch.zeros(49, 49, dtype=torch.int64)
+    return out
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# names
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_three_spellings_are_one(theirs, family, tmp_path):
+    model = theirs(family)
+    model.save_pretrained(tmp_path)
+    disk = load_file(tmp_path / "model.safetensors")
+    memory = model.state_dict()
+    ours = from_huggingface(disk, family)
+    assert_equal(from_huggingface(memory, family), ours)
+    assert_equal(from_huggingface(v4(disk), family), ours)
+    parts = r"(backbone|pixel_decoder|query_decoder|criterion)\."
+    assert all(re.match(parts, name) for name in ours)
+    back = to_huggingface(ours | SEED, family)
+    assert back.keys() == disk.keys()
+    for name, value in disk.items():  # float64 to the bit; one norm is never used
+        assert ".swin.layernorm." in name or torch.equal(back[name], value), name
+
+
+def test_queries_keys_and_values_keep_their_places(theirs):
+    state = theirs("swin").state_dict()
+    ours = from_huggingface(state, "swin")
+    block = "model.pixel_level_module.encoder.swin.encoder.layers.2.blocks.1.attention"
+    parts = [state[f"{block}.{p}_proj.weight"] for p in "qkv"]
+    assert torch.equal(ours["backbone.layers.2.blocks.1.attn.qkv.weight"], torch.cat(parts))
+    cross = state["model.transformer_module.decoder.layers.1.cross_attn.in_proj_bias"].chunk(3)
+    for part, value in zip("qkv", cross):
+        assert torch.equal(ours[f"query_decoder.layers.1.cross_attn.{part}_proj.bias"], value)
+
+
+# settings
+
+
+PUBLISHED = [
+    ("swin_tiny", {}),
+    ("swin_small", {"depths": [2, 2, 18, 2]}),
+    (
+        "swin_base",
+        {
+            "embed_dim": 128,
+            "depths": [2, 2, 18, 2],
+            "num_heads": [4, 8, 16, 32],
+            "window_size": 12,
+        },
+    ),
+    (
+        "swin_large",
+        {
+            "embed_dim": 192,
+            "depths": [2, 2, 18, 2],
+            "num_heads": [6, 12, 24, 48],
+            "window_size": 12,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes"), PUBLISHED, ids=[p[0] for p in PUBLISHED])
+def test_settings_of_published_swins(name, sizes):
+    labels = {i: f"thing {i}" for i in range(9)}
+    config = Mask2FormerConfig(
+        backbone_config=SwinConfig(out_features=STAGES, drop_path_rate=0.3, **sizes),
+        id2label=labels,
+        num_queries=200,
+    )
+    for written in (config.to_dict(), config.to_diff_dict()):
+        settings = read_config(json.loads(json.dumps(written)))
+        assert settings["backbone"] == name
+        assert settings["backbone_options"] == {}
+        assert settings["drop_path_rate"] == 0.3
+        assert settings["decoder_layers"] == 9
+        assert settings["num_queries"] == 200
+        assert settings["num_labels"] == 9
+        assert settings["id2label"] == labels
+
+
+@pytest.mark.parametrize(
+    ("name", "depths"), [("resnet50", [3, 4, 6, 3]), ("resnet101", [3, 4, 23, 3])]
+)
+def test_settings_of_published_resnets(name, depths):
+    config = Mask2FormerConfig(backbone_config=ResNetConfig(depths=depths, out_features=STAGES))
+    settings = read_config(config.to_dict())
+    assert (settings["backbone"], settings["backbone_options"]) == (name, {})
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_settings_come_back(family):
+    settings = read_config(their_config(BACKBONES[family]).to_dict()) | {"stuff": (1, 3)}
+    again = read_config(json.loads(json.dumps(write_config(settings))))
+    assert again["stuff"] == (1, 3)
+    assert json.dumps(again, sort_keys=True) == json.dumps(settings, sort_keys=True)
+
+
+def test_stuff_of_coco_is_known():
+    names = [*(f"thing {i}" for i in range(79)), "toothbrush", "banner", *map(str, range(81, 133))]
+    config = Mask2FormerConfig(id2label=dict(enumerate(names)))
+    assert read_config(config.to_dict())["stuff"] == tuple(range(80, 133))
+    assert read_config(their_config(BACKBONES["swin"]).to_dict())["stuff"] == ()
+
+
+PREPROCESSORS = [
+    ("edges", {"size": {"shortest_edge": 640, "longest_edge": 2560}}, (640, 2560)),
+    ("old", {"size": 800, "max_size": 1333}, (800, 1333)),
+    ("square", {"size": {"height": 384, "width": 384}}, (384, 384)),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "edges"), [p[1:] for p in PREPROCESSORS], ids=[p[0] for p in PREPROCESSORS]
+)
+def test_preprocessors(config, edges):
+    config |= {"reduce_labels": True, "ignore_index": 255, "image_mean": [0.1, 0.2, 0.3]}
+    settings = huggingface.read_preprocessor(config)
+    assert (settings["shortest_edge"], settings["longest_edge"]) == edges
+    assert settings["image_mean"] == (0.1, 0.2, 0.3)
+    assert settings["do_reduce_labels"] is True
+    assert settings["ignore_index"] == 255
+
+
+def test_transformers_reads_our_preprocessor(folder, tmp_path):
+    settings, weights = read_folder(folder)
+    settings |= IMAGES | {"ignore_index": 255, "do_reduce_labels": True}
+    write_folder(tmp_path / "ours", settings, weights | SEED)
+    processor = Mask2FormerImageProcessor.from_pretrained(tmp_path / "ours")
+    assert (processor.size.shortest_edge, processor.size.longest_edge) == (96, 160)
+    assert processor.size_divisor == 16
+    assert tuple(processor.image_mean) == IMAGES["image_mean"]
+    assert (processor.ignore_index, processor.do_reduce_labels) == (255, True)
+    again = read_folder(tmp_path / "ours")[0]
+    assert {k: again[k] for k in settings} == settings
+
+
+# folders
+
+
+def test_every_layout_of_a_folder(theirs, folder, tmp_path):
+    state = load_file(folder / "model.safetensors")
+    expected = from_huggingface(state, "swin")
+    layouts = {name: tmp_path / name for name in ("shards", "bin", "v4", "memory")}
+    for path in layouts.values():
+        path.mkdir()
+        shutil.copy(folder / "config.json", path)
+    theirs("swin").save_pretrained(layouts["shards"], max_shard_size="1MB")
+    assert len(list(layouts["shards"].glob("*.safetensors"))) > 1
+    torch.save(state, layouts["bin"] / "pytorch_model.bin")
+    save_file(v4(state), layouts["v4"] / "model.safetensors")
+    save_file(theirs("swin").state_dict(), layouts["memory"] / "model.safetensors")
+    for path in (folder, *layouts.values()):
+        settings, weights = read_folder(path)
+        assert settings["num_labels"] == 7
+        assert_equal(weights, expected)
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_transformers_opens_what_we_write(theirs, family, tmp_path):
+    theirs(family).save_pretrained(tmp_path / "theirs")
+    settings, weights = read_folder(tmp_path / "theirs")
+    write_folder(tmp_path / "ours", settings | IMAGES, weights | SEED)
+    model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    unused = {k for k in model.state_dict() if ".swin.layernorm." in k}
+    for name, value in theirs(family).state_dict().items():
+        assert name in unused or torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_save_that_fails_leaves_the_folder_as_it_was(folder, tmp_path, monkeypatch):
+    settings, weights = read_folder(folder)
+    settings |= IMAGES
+    ours = tmp_path / "ours"
+    write_folder(ours, settings, weights | SEED)
+    (ours / "notes.txt").write_text("mine")
+    before = {p.name: p.read_bytes() for p in ours.iterdir()}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    more = {k: v + 1 for k, v in weights.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface, "_write_json", interrupted)  # the weights are written by then
+        with pytest.raises(KeyboardInterrupt):
+            write_folder(ours, settings, more)
+    assert {p.name: p.read_bytes() for p in ours.iterdir()} == before
+    (ours / "pytorch_model.bin").write_bytes(b"old")
+    write_folder(ours, settings, more)
+    assert {p.name for p in ours.iterdir()} == before.keys()
+    assert torch.equal(
+        read_folder(ours)[1]["criterion.empty_weight"], weights["criterion.empty_weight"] + 1
+    )
+
+
+# what is refused
+
+
+def edit_config(change):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def broken_bin(data):
+    def damage(folder):
+        (folder / "model.safetensors").unlink()
+        if isinstance(data, bytes):
+            (folder / "pytorch_model.bin").write_bytes(data)
+        else:
+            torch.save(data, folder / "pytorch_model.bin")
+
+    return damage
+
+
+def lose_shard(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+BROKEN = [
+    ("truncated", truncate, r"model\.safetensors is broken or missing"),
+    ("truncated bin", broken_bin(b"PK\3\4 and no more"), r"pytorch_model\.bin is broken"),
+    ("pickled code", broken_bin({"a": Path("x")}), r"pytorch_model\.bin is broken"),
+    ("no dict", broken_bin([1, 2]), r"pytorch_model\.bin must hold a dict of tensors"),
+    ("lost shard", lose_shard, r"model-2\.safetensors is broken or missing"),
+    ("no weights", lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors"),
+    ("no config", lambda f: (f / "config.json").unlink(), "has no config.json"),
+    ("half a config", lambda f: (f / "config.json").write_text('{"a'), "is not valid JSON"),
+    ("no object", lambda f: (f / "config.json").write_text("[]"), "must hold an object"),
+    (
+        "another model",
+        edit_config(lambda c: c.update(model_type="detr")),
+        "model_type must be mask2former, got detr",
+    ),
+    (
+        "pre_norm",
+        edit_config(lambda c: c.update(pre_norm=True)),
+        "pre_norm must be False, got True",
+    ),
+    (
+        "input projection",
+        edit_config(lambda c: c.update(enforce_input_projection=True)),
+        "enforce_input_projection must be False, got True",
+    ),
+    (
+        "another backbone",
+        edit_config(lambda c: c["backbone_config"].update(model_type="focalnet")),
+        "the backbone must be swin, resnet or timm_backbone, got focalnet",
+    ),
+    (
+        "another patch",
+        edit_config(lambda c: c["backbone_config"].update(patch_size=2)),
+        "patch_size must be 4, got 2",
+    ),
+    (
+        "three maps",
+        edit_config(lambda c: c["backbone_config"].update(out_features=STAGES[:3])),
+        r"out_features must be stage1, .*, got",
+    ),
+    (
+        "class count",
+        edit_config(lambda c: c.update(id2label={str(i): "x" for i in range(4)})),
+        "config.json names 4 classes, the weights have 7; num_labels=",
+    ),
+    (
+        "label ids",
+        edit_config(lambda c: c.update(id2label={"1": "a", "2": "b"})),
+        "id2label must name labels 0, 1, 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN]
+)
+def test_broken_folders_are_refused(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        read_folder(folder)
+
+
+def test_class_count_may_differ_if_the_caller_knows(folder):
+    edit_config(lambda c: c.update(id2label={str(i): "x" for i in range(4)}))(folder)
+    settings, _ = read_folder(folder, num_labels=4)
+    assert (settings["num_labels"], settings["id2label"]) == (7, None)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "a/b/c", Path("nowhere")], ids=str)
+def test_no_such_folder(name):
+    with pytest.raises(ValueError, match="from_pretrained: no such folder: "):
+        read_folder(name)
+
+
+def test_a_name_that_the_hub_does_not_give(monkeypatch):
+    def snapshot_download(name, **_):
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface, "snapshot_download", snapshot_download)
+    with pytest.raises(
+        ValueError, match=r"someone/model is no folder here, and the hub .*offline"
+    ):
+        read_folder("someone/model")
+
+
+def test_the_hub_is_asked_for_safetensors_first(folder, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, "pytorch_model*" in allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface, "snapshot_download", snapshot_download)
+    read_folder("someone/model")
+    assert asked == [("someone/model", False)]
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    read_folder("someone/model")
+    assert asked[1:] == [("someone/model", False), ("someone/model", True)]
