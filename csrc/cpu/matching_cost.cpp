@@ -83,22 +83,11 @@ SEGKERN_CLONES void sigmoid_row(const T* x /*[n]*/, int64_t n, T* s /*[n]*/, dou
   }
 }
 
-// out[p] = bilinear sample of a mask at point p; returns their sum. Bytes are collected first,
-// because no instruction gathers them; then all else is done in wide registers.
 template <class T>
-SEGKERN_CLONES double gather_mask(const uint8_t* mask /*[H*W]*/, const int32_t* offset /*[4, n]*/,
-                                  const T* weight /*[4, n]*/, int64_t n,
-                                  uint8_t* corner /*[4, n]*/, T* out /*[n]*/) {
-  for (int64_t i = 0; i < 4 * n; ++i) corner[i] = mask[offset[i]];
+SEGKERN_CLONES double total(const T* x, int64_t n) {
   T sum = T(0);
 #pragma omp simd reduction(+ : sum)
-  for (int64_t p = 0; p < n; ++p) {
-    const T value = weight[p] * T(corner[p]) + weight[n + p] * T(corner[n + p]) +
-                    weight[2 * n + p] * T(corner[2 * n + p]) +
-                    weight[3 * n + p] * T(corner[3 * n + p]);
-    out[p] = value;
-    sum += value;
-  }
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
   return sum;
 }
 
@@ -172,7 +161,6 @@ void add_range(const Image& image, const Tensor& embed /*[Q, C]*/, const T* poin
   const int64_t Q = sums.Q, n = sums.n, C = embed.size(1);
   const Scratch<T> sorted(2 * count);
   sort_by_row(points, count, image.h, sorted.get());
-  const Scratch<uint8_t> corner(4 * kBlock);
   Tensor sample_block = empty<T>(embed, {kBlock, C});
   for (int64_t first = 0; first < count; first += kBlock) {
     const int64_t size = std::min(kBlock, count - first);
@@ -190,9 +178,10 @@ void add_range(const Image& image, const Tensor& embed /*[Q, C]*/, const T* poin
     find_corners(here, image.H, image.W, corners);
     const Tensor targets = empty<T>(embed, {n, size});
     for (int64_t t = 0; t < n; ++t) {
-      sums.target()[t] += gather_mask(image.masks + t * image.H * image.W, corners.offset.get(),
-                                      corners.weight.get(), size, corner.get(),
-                                      mutable_data<T>(targets) + t * size);
+      T* row = mutable_data<T>(targets) + t * size;
+      gather(image.masks + t * image.H * image.W, corners.offset.get(), corners.weight.get(), size,
+             row);
+      sums.target()[t] += total(row, size);
     }
     const Tensor columns = torch::stable::transpose(targets, 0, 1);
     add(data<T>(torch::stable::matmul(logits, columns)), Q * n, sums.logit_target());

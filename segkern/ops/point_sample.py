@@ -63,7 +63,8 @@ def random_points(seed: Tensor, ids: Tensor, n: int) -> Tensor:
 def point_sample_reference(features: Tensor, points: Tensor) -> Tensor:
     """The specification, in plain PyTorch; arguments as `point_sample`."""
     exact = exact_dtype(features)
-    grid = (2 * points.to(exact) - 1).unsqueeze(2)  # [B, P, 1, 2]
+    points = points.to(exact).nan_to_num(nan=-1.0, posinf=2.0, neginf=-1.0)  # all outside
+    grid = (2 * points - 1).unsqueeze(2)  # [B, P, 1, 2]
     # contiguous: torch's CPU grid_sample has been seen to misread strided half-precision maps
     samples = F.grid_sample(features.to(exact).contiguous(), grid, align_corners=False)
     return samples.squeeze(3).to(features.dtype if features.is_floating_point() else exact)
