@@ -13,6 +13,18 @@ template <class T>
 constexpr int kWide = SEGKERN_WIDTH / sizeof(T);  // elements a register
 constexpr int kParts = 64 / SEGKERN_WIDTH;        // registers a line of a tile
 
+// A line of a tile to and from registers, one by one: a copy of 64 bytes would pass through memory
+template <class T>
+SEGKERN_TARGET inline __attribute__((always_inline)) void load(V<T>* v, const T* from) {
+#pragma GCC unroll 4
+  for (int k = 0; k < kParts; ++k) std::memcpy(&v[k], from + k * kWide<T>, SEGKERN_WIDTH);
+}
+template <class T>
+SEGKERN_TARGET inline __attribute__((always_inline)) void store(T* to, const V<T>* v) {
+#pragma GCC unroll 4
+  for (int k = 0; k < kParts; ++k) std::memcpy(to + k * kWide<T>, &v[k], SEGKERN_WIDTH);
+}
+
 // R rows of dot
 template <class T, int R>
 SEGKERN_TARGET void dot_rows(const T* x, int64_t ld, const int32_t* row, const T* tile, int64_t D,
@@ -24,14 +36,14 @@ SEGKERN_TARGET void dot_rows(const T* x, int64_t ld, const int32_t* row, const T
 #pragma GCC unroll 4
   for (int64_t d = 0; d < D; ++d) {
     V<T> t[kParts];
-    std::memcpy(t, tile + d * kLanes<T>, 64);
+    load<T>(t, tile + d * kLanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int k = 0; k < kParts; ++k) sum[r][k] += line[r][d] * t[k];
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) std::memcpy(out + r * kLanes<T>, sum[r], 64);
+  for (int r = 0; r < R; ++r) store<T>(out + r * kLanes<T>, sum[r]);
 }
 
 // R rows of accumulate
@@ -43,7 +55,7 @@ SEGKERN_TARGET void accumulate_rows(const T* p, const int32_t* row, const T* y, 
 #pragma GCC unroll 4
     for (int64_t j = 0; j < kLanes<T>; ++j) {
       V<T> t[kParts];
-      std::memcpy(t, y + j * ldy + d, 64);
+      load<T>(t, y + j * ldy + d);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -52,10 +64,10 @@ SEGKERN_TARGET void accumulate_rows(const T* p, const int32_t* row, const T* y, 
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       V<T> before[kParts];
-      std::memcpy(before, out + row[r] * ld + d, 64);
+      load<T>(before, out + row[r] * ld + d);
 #pragma GCC unroll 4
       for (int k = 0; k < kParts; ++k) before[k] += sum[r][k];
-      std::memcpy(out + row[r] * ld + d, before, 64);
+      store<T>(out + row[r] * ld + d, before);
     }
   }
 }
@@ -110,14 +122,14 @@ SEGKERN_TARGET void reduce(const T* p, const T* x, int64_t ld, const int32_t* ro
       V<T> sum[K][kParts] = {};
       for (int64_t r = 0; r < n; ++r) {
         V<T> t[kParts];
-        std::memcpy(t, x + row[r] * ld + d, 64);
+        load<T>(t, x + row[r] * ld + d);
 #pragma GCC unroll 16
         for (int i = 0; i < K; ++i)
 #pragma GCC unroll 4
           for (int k = 0; k < kParts; ++k) sum[i][k] += p[r * kLanes<T> + j + i] * t[k];
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < K; ++i) std::memcpy(out + (j + i) * D + d, sum[i], 64);
+      for (int i = 0; i < K; ++i) store<T>(out + (j + i) * D + d, sum[i]);
     }
   }
 }
