@@ -17,9 +17,14 @@ from transformers import (
     TimmBackboneConfig,
 )
 
+from segkern.models import Mask2Former
+from segkern.models import Mask2FormerConfig as OurConfig
 from segkern.weights import huggingface
 from segkern.weights.huggingface import read_config, read_folder, write_config, write_folder
 from segkern.weights.huggingface_keys import from_huggingface, to_huggingface
+
+with torch.device("meta"):
+    torch.empty(0)  # torch keeps a list of its constructors, before conftest replaces this one
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SEED = {"criterion.seed": torch.zeros(1, dtype=torch.int64)}
@@ -422,3 +427,93 @@ def test_the_hub_is_asked_for_safetensors_first(folder, monkeypatch):
     (folder / "model.safetensors").unlink()
     read_folder("someone/model")
     assert asked[1:] == [("someone/model", False), ("someone/model", True)]
+
+
+# with the model
+
+
+@pytest.mark.parametrize("backbone", ["swin_tiny", "swin_base", "resnet50"])
+def test_published_models_have_a_place_for_every_key(backbone):
+    """Names and shapes of whole checkpoints, without their weights."""
+    config = OurConfig.preset(backbone, task="panoptic", dataset="ade20k")
+    settings = write_config({**vars(config)})
+    family = settings["backbone_config"]["model_type"]
+    with torch.device("meta"):
+        ours = Mask2Former(config).state_dict()
+        theirs = Mask2FormerForUniversalSegmentation(Mask2FormerConfig.from_dict(settings))
+    expected = from_huggingface(theirs.state_dict(), family)
+    expected = {k: list(v.shape) for k, v in expected.items()}
+    assert expected == {k: list(v.shape) for k, v in ours.items() if k != "criterion.seed"}
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_the_same_logits_both_ways(theirs, family, tmp_path):
+    theirs(family).save_pretrained(tmp_path / "theirs")
+    ours = Mask2Former.from_pretrained(tmp_path / "theirs").double()
+    ours.load_state_dict(read_folder(tmp_path / "theirs")[1] | SEED)  # float64 again
+    ours.save_pretrained(tmp_path / "ours")
+    again = Mask2FormerForUniversalSegmentation.from_pretrained(
+        tmp_path / "ours", dtype=torch.float64
+    ).eval()
+    x = torch.randn(2, 3, 70, 96, dtype=torch.float64)
+    with torch.no_grad():
+        results = [model(x) for model in (theirs(family), ours, again)]
+    for other in results[1:]:
+        for field in ("class_queries_logits", "masks_queries_logits"):
+            expected = getattr(results[0], field)
+            torch.testing.assert_close(getattr(other, field), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_folder_in_the_spelling_of_the_hub_opens(folder):
+    expected = Mask2Former.from_pretrained(folder).state_dict()
+    rewrite(folder, v4)
+    assert_equal(Mask2Former.from_pretrained(folder).state_dict(), expected)
+
+
+def test_the_tiny_model_comes_back(tmp_path):
+    model = Mask2Former(OurConfig.tiny(3)).eval()
+    model.config.id2label, model.config.stuff = {0: "a", 1: "b", 2: "c"}, (1,)
+    model.save_pretrained(tmp_path)
+    again = Mask2Former.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert_equal(again.state_dict() | SEED, model.state_dict() | SEED)
+
+
+QUERY = "model.pixel_level_module.encoder.encoder.layers.0.blocks.0.attention.self.query.weight"
+SPOILED = [
+    ("foreign", lambda s: s | {"bert.layer": torch.zeros(2)}, "unexpected: bert.layer"),
+    (
+        "missing",
+        lambda s: {k: v for k, v in s.items() if k != "class_predictor.bias"},
+        "missing: query_decoder.class_embed.bias",
+    ),
+    (
+        "a third of a product",
+        lambda s: {k: v for k, v in s.items() if k != QUERY},
+        "missing: backbone.layers.0.blocks.0.attn.qkv.weight",
+    ),
+    (
+        "another shape",
+        lambda s: s | {"model.transformer_module.queries_features.weight": torch.zeros(4, 64)},
+        r"query_decoder.query_feat.weight \[4, 64\] instead of \[5, 64\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [s[1:] for s in SPOILED], ids=[s[0] for s in SPOILED]
+)
+def test_weights_that_do_not_fit_are_named(folder, spoil, message):
+    rewrite(folder, spoil)
+    with pytest.raises(ValueError, match=message):
+        Mask2Former.from_pretrained(folder)
+
+
+def test_another_number_of_classes(folder):
+    edit_config(lambda c: c.update(id2label={str(i): "x" for i in range(4)}))(folder)
+    with pytest.raises(ValueError, match="names 4 classes, the weights have 7"):
+        Mask2Former.from_pretrained(folder)
+    for count in (4, 7):  # 4: the head starts anew; 7: as it is
+        model = Mask2Former.from_pretrained(folder, num_labels=count)
+        assert model.query_decoder.class_embed.out_features == count + 1
+        assert model.criterion.empty_weight.shape == (count + 1,)

@@ -66,10 +66,10 @@ _FIXED_RESNET = {
     "downsample_in_bottleneck": False,
 }
 _SWIN = {  # embed_dim, depths, num_heads, window_size
-    "swin_tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
-    "swin_small": (96, (2, 2, 18, 2), (3, 6, 12, 24), 7),
-    "swin_base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12),
-    "swin_large": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12),
+    "swin_tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24], 7),
+    "swin_small": (96, [2, 2, 18, 2], [3, 6, 12, 24], 7),
+    "swin_base": (128, [2, 2, 18, 2], [4, 8, 16, 32], 12),
+    "swin_large": (192, [2, 2, 18, 2], [6, 12, 24, 48], 12),
 }
 _SWIN_FIELDS = ("embed_dim", "depths", "num_heads", "window_size")
 _RESNET = {  # layer_type, depths
@@ -294,13 +294,11 @@ def _read_backbone(config: dict, own: dict, name: str) -> dict:
 
 
 def _read_swin(backbone: dict) -> dict:
-    defaults = _SWIN["swin_tiny"]
-    values = [backbone.get(f, default) for f, default in zip(_SWIN_FIELDS, defaults)]
-    values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
+    values = {f: backbone.get(f, default) for f, default in zip(_SWIN_FIELDS, _SWIN["swin_tiny"])}
     for name, variant in _SWIN.items():
-        if variant == values:
+        if tuple(values.values()) == variant:
             return {"backbone": name, "backbone_options": {}}
-    return {"backbone": "swin_tiny", "backbone_options": dict(zip(_SWIN_FIELDS, values))}
+    return {"backbone": "swin_tiny", "backbone_options": values}
 
 
 def _read_resnet(backbone: dict) -> dict:
