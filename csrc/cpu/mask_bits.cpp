@@ -1,8 +1,5 @@
 // mask_bits on the CPU: a panel of keys at a time, product, comparison and packing in one pass;
 // the product is never stored whole. Letters: B image, Q query, C channel, S key.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <numeric>
 
@@ -92,23 +89,10 @@ std::tuple<Tensor, Tensor> mask_bits(Tensor queries, Tensor features, double thr
   const int64_t B = queries.size(0), Q = queries.size(1), S = features.size(2);
   const Tensor bits = empty<int32_t>(queries, {B, Q, (S + 31) / 32});
   const Tensor open = empty<int32_t>(queries, {B, Q});
-  const float single = static_cast<float>(threshold);
-  switch (queries.scalar_type()) {
-    case ScalarType::Double:
-      run<double, double>(queries, features, threshold, bits, open);
-      break;
-    case ScalarType::Float:
-      run<float, float>(queries, features, single, bits, open);
-      break;
-    case ScalarType::Half:
-      run<c10::Half, float>(queries, features, single, bits, open);
-      break;
-    case ScalarType::BFloat16:
-      run<c10::BFloat16, float>(queries, features, single, bits, open);
-      break;
-    default:
-      STD_TORCH_CHECK(false, "mask_bits: floating point values expected");
-  }
+  dispatch_storage(queries, "mask_bits", [&](auto storage, auto zero) {
+    using T = decltype(zero);
+    run<decltype(storage), T>(queries, features, static_cast<T>(threshold), bits, open);
+  });
   return {bits, open};
 }
 

@@ -1,9 +1,6 @@
 // masked_attn on the CPU: for each head and each group of 16 keys (8 in double), only the queries
 // that may attend to one of them are multiplied. Letters: B image, Q query, S key, H head, D
 // channel a head; E is D rounded up to whole groups; a chunk is the keys of one task.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <atomic>
 #include <numeric>
@@ -16,23 +13,6 @@ namespace {
 
 constexpr int64_t kChunk =
     1024;  // keys a task; from the shape alone: sums never depend on threads
-
-// The storage types a kernel reads and writes; sums are float or double.
-template <class F>
-void dispatch_storage(const Tensor& t, const char* op, const F& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return f(double{}, double{});
-    case ScalarType::Float:
-      return f(float{}, float{});
-    case ScalarType::Half:
-      return f(c10::Half{}, float{});
-    case ScalarType::BFloat16:
-      return f(c10::BFloat16{}, float{});
-    default:
-      STD_TORCH_CHECK(false, op, ": floating point values expected");
-  }
-}
 
 struct Sizes {
   int64_t B, Q, S, H, D, E, groups, chunks;

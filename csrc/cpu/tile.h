@@ -4,11 +4,31 @@
 // picked at load.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <utility>
 
 #include "../common.h"
 
 namespace segkern {
+
+// The storage types a kernel reads and writes; sums are float or double.
+template <class F>
+void dispatch_storage(const Tensor& t, const char* op, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return f(double{}, double{});
+    case ScalarType::Float:
+      return f(float{}, float{});
+    case ScalarType::Half:
+      return f(c10::Half{}, float{});
+    case ScalarType::BFloat16:
+      return f(c10::BFloat16{}, float{});
+    default:
+      STD_TORCH_CHECK(false, op, ": floating point values expected");
+  }
+}
 
 template <class T>
 constexpr int64_t kLanes = 64 / sizeof(T);
