@@ -9,10 +9,11 @@ S = W W tokens of a window, T tokens of all images.
 
 Padding, shift, partition into windows and split into heads are one gather of rows of D channels,
 after the projection to q, k and v, so that no padded token is projected: they all are the one
-zero row behind the tokens. The gradient of a gather is the gather back.
+zero row behind the tokens. The gradient of a gather is the gather back. Attention is two plain
+products: on windows of 49 tokens PyTorch's fused one takes 1.4 times as long on a CPU.
 Source: Swin Transformer (Liu et al., ICCV 2021). As in the published segmentation checkpoints
-(and unlike timm) maps are padded first and rolled then, and odd blocks are shifted even where
-one window covers the whole map.
+(detectron2's and transformers' alike, and unlike timm) maps are padded first and rolled then,
+and odd blocks are shifted even where one window covers the whole map.
 """
 
 import math
@@ -278,10 +279,10 @@ class Swin(nn.Module):
         depths: blocks of each stage.
         num_heads: heads of each stage.
         window_size: W.
-        drop_path_rate: of the last block; the first has 0, those between rise evenly.
+        drop_path_rate: of the last block, in [0, 1); the first has 0, those between rise evenly.
 
     Raises:
-        ValueError: not four stages, or channels that the heads do not divide.
+        ValueError: not four stages, channels that the heads do not divide, or a rate of 1.
     """
 
     def __init__(
@@ -297,6 +298,8 @@ class Swin(nn.Module):
             raise ValueError(
                 f"Swin: depths and num_heads must have four entries, got {depths}, {num_heads}"
             )
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"Swin: drop_path_rate must be in [0, 1), got {drop_path_rate}")
         self.channels = tuple(embed_dim * 2**i for i in range(4))
         self.strides = (4, 8, 16, 32)
         for channels, heads in zip(self.channels, num_heads):

@@ -147,8 +147,9 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
         save_file(state, temporary / _WEIGHTS[0], metadata={"format": "pt"})
         _write_json(temporary / "preprocessor_config.json", write_preprocessor(settings))
         _write_json(temporary / "config.json", config)
+        mode = (temporary / "config.json").stat().st_mode  # safetensors' own is private
+        (temporary / _WEIGHTS[0]).chmod(mode)
         for file in sorted(temporary.iterdir()):
-            file.chmod(0o644)
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
