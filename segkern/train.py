@@ -34,7 +34,7 @@ from .trainlog import Log, Meter
 # settings that a resumed run may change: they do not touch the weights after a step
 _FREE = (
     "output overwrite steps device workers threads log_every checkpoint_every evaluate_every "
-    "evaluate_scenes tensorboard"
+    "evaluate_scenes threshold tensorboard"
 )
 
 
@@ -63,6 +63,7 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; the last step has one.
         evaluate_every: steps between evaluations on the val split; 0 for none.
         evaluate_scenes: images of each.
+        threshold: least score of a segment in evaluation, 0 to 1.
         tensorboard: write curves for it, too, where it is installed.
         data: the data set.
         model: the model.
@@ -87,12 +88,15 @@ class TrainConfig:
     checkpoint_every: int = 500
     evaluate_every: int = 0
     evaluate_scenes: int = 100
+    threshold: float = 0.8
     tensorboard: bool = True
     data: DigitsConfig = field(default_factory=DigitsConfig)
     model: Mask2FormerConfig = field(default_factory=lambda: Mask2FormerConfig.tiny(11))
 
     def __post_init__(self):
         self.output = Path(self.output)
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"TrainConfig: threshold must be in [0, 1], got {self.threshold}")
         for names, least in (
             ("steps batch_size log_every checkpoint_every evaluate_scenes", 1),
             ("lr backbone_lr_factor weight_decay warmup clip seed", 0),
@@ -197,7 +201,11 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     batches = _batches(data, config, start)
     log = Log(folder, start, config.tensorboard)
-    with log, Meter(config.steps, start, config.batch_size, progress) as meter, _Interrupt() as stop:
+    with (
+        log,
+        Meter(config.steps, start, config.batch_size, progress) as meter,
+        _Interrupt() as stop,
+    ):
         for step in range(start, config.steps):
             began = time.perf_counter()
             batch = next(batches).to(device)
@@ -284,9 +292,7 @@ def _rate(step: int, config: TrainConfig) -> float:
 
 def _batches(data, config: TrainConfig, start: int) -> Iterator:
     order = Order(len(data), config.batch_size, config.seed, start, config.steps)
-    pack = partial(
-        collate, num_labels=config.model.num_labels, divisor=config.model.size_divisor
-    )
+    pack = partial(collate, num_labels=config.model.num_labels, divisor=config.model.size_divisor)
     loader = DataLoader(
         data,
         batch_sampler=order,
@@ -325,7 +331,14 @@ def _metrics(model: Mask2Former, config: TrainConfig) -> dict[str, float]:
     task = config.data.task
     with torch.random.fork_rng():
         data = build_dataset(config.data, "val")
-        value = evaluate(model, data, (task,), limit=config.evaluate_scenes, progress=False)
+        value = evaluate(
+            model,
+            data,
+            (task,),
+            limit=config.evaluate_scenes,
+            object_mask_threshold=config.threshold,
+            progress=False,
+        )
     if task == "panoptic":
         value |= {"pq": value["things"]["pq"]}
     names = {"panoptic": ("pq", "class_accuracy", "dice"), "instance": ("ap", "ap50")}

@@ -102,7 +102,11 @@ class Meter:
         fields = {} if text is None else {"text": text}
         self.bar.update(self.job, completed=self.done, **fields)
         wanted = max(1, self.steps // 20)
-        if self.show and not self.console.is_terminal and self.done // wanted > self.told // wanted:
+        if (
+            self.show
+            and not self.console.is_terminal
+            and self.done // wanted > self.told // wanted
+        ):
             if text is None:
                 return
             left = took / (self.done - self.start) * (self.steps - self.done)

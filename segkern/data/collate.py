@@ -109,7 +109,9 @@ class Order:
         for step in range(self.start, self.stop):
             places = range(step * self.batch_size, (step + 1) * self.batch_size)
             yield [
-                int(_permutation(self.length, self.seed, place // self.length)[place % self.length])
+                int(
+                    _permutation(self.length, self.seed, place // self.length)[place % self.length]
+                )
                 for place in places
             ]
 

@@ -153,9 +153,7 @@ def digit_images(split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            "the digits need scikit-learn: pip install 'segkern[train]'"
-        ) from error
+        raise ImportError("the digits need scikit-learn: pip install 'segkern[train]'") from error
     pictures, answers = load_digits(return_X_y=True)
     order = np.random.RandomState(0).permutation(len(answers))  # a frozen stream
     start, stop = (round(share * len(order)) for share in _SHARES[split])
@@ -238,17 +236,18 @@ def _place_near(rng, shapes, sides, room, size, hidden) -> np.ndarray:
 def _paint_background(rng, size, count) -> tuple[np.ndarray, np.ndarray]:
     """A shaded background [H, W, 3] in [0, 255], and `count` colours [count, 3] that stand out.
 
-    The background varies smoothly about a muted colour. Digits are lighter where it is dark and
-    darker where it is light, in hues of their own.
+    The background varies smoothly about a dark, muted colour. Digits are bright, in hues of their
+    own.
     """
-    dark = rng.random() < 0.5
-    base = (rng.uniform(10, 80) if dark else rng.uniform(165, 235)) + rng.uniform(-20, 20, 3)
+    base = rng.uniform(25, 85) + rng.uniform(-20, 20, 3)
     knots = base + rng.uniform(-28, 28, (4, 4, 3))
     rows, columns = (_ramp(n) for n in size)
     image = np.einsum("ya,xb,abc->yxc", rows, columns, knots.astype(np.float32), optimize=True)
-    hues = 2 * np.pi * (rng.random() + (rng.permutation(count) + rng.uniform(-0.2, 0.2, count)) / 4)
+    hues = (
+        2 * np.pi * (rng.random() + (rng.permutation(count) + rng.uniform(-0.2, 0.2, count)) / 4)
+    )
     tint = np.cos(hues[:, None] + np.array((0, 2.094, 4.189)))
-    level = rng.uniform(165, 205, count) if dark else rng.uniform(50, 90, count)
+    level = rng.uniform(170, 205, count)
     return image, (level[:, None] + 50 * tint).astype(np.float32)
 
 

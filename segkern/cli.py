@@ -1,0 +1,170 @@
+"""The command line: train, evaluate, predict, demo, info.
+
+Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from . import checkpoint, recipes
+from .data import Digits, DigitsConfig
+from .demo import demo as run_demo
+from .evaluate import evaluate as run_evaluate
+from .evaluate import table
+from .infer import TASKS
+from .models.mask2former import Mask2Former
+from .ops import _library
+from .predict import predict_files
+from .train import TrainConfig
+from .train import train as run_train
+
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
+_Task = Literal[TASKS]
+_Model = Annotated[
+    str, tyro.conf.arg(help="folder of a run or a model, or a name on the Hugging Face hub")
+]
+_DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error arose."
+
+
+def evaluate(
+    model: Annotated[_Model, tyro.conf.Positional],
+    level: Literal["easy", "hard", "mixed"] = "easy",
+    split: Literal["val", "test"] = "test",
+    size: tuple[int, int] = (64, 64),
+    seed: int = 0,
+    scenes: int = 400,
+    tasks: tuple[_Task, ...] = TASKS,
+    threshold: float = recipes.DIGITS_THRESHOLD,
+    out: Path | None = None,
+) -> None:
+    """Measure a model on held-out scenes of digits: PQ, SQ, RQ, mask AP, mIoU.
+
+    Args:
+        model: what to measure.
+        level: of the scenes.
+        split: of the digit images.
+        size: height and width of a scene.
+        seed: other seeds give other scenes.
+        scenes: how many.
+        tasks: what to measure.
+        threshold: least score of a panoptic segment, 0 to 1.
+        out: JSON file for the figures.
+    """
+    opened = _open(model)
+    task = "panoptic" if opened.config.num_labels == 11 else "instance"
+    data = Digits(DigitsConfig(size, level, task, seed=seed), split)
+    value = run_evaluate(opened, data, tasks, scenes, object_mask_threshold=threshold, out=out)
+    Console().print(table(value, f"{level} scenes"))
+    if out is not None:
+        print(f"written: {out}")
+
+
+def predict(
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    model: _Model = "demo",
+    out: Path = Path("predictions"),
+    task: _Task = "panoptic",
+    threshold: float = 0.8,
+) -> int:
+    """Segment pictures: writes an overlay, a label map and a JSON of segments for each.
+
+    Args:
+        images: pictures of any kind and size, or folders of them.
+        model: what to use.
+        out: folder for the results.
+        task: what to look for.
+        threshold: least score of a segment, 0 to 1.
+    """
+    written, failed = predict_files(_open(model), images, out, task, threshold)
+    for path in written:
+        print(f"written: {path}")
+    for _, reason in failed:
+        print(f"segkern predict: error: {reason}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def demo(output: Path = Path("demo"), steps: int | None = None, scenes: int = 400) -> None:
+    """Train a small model on digits in minutes, measure it, draw pictures. No download, no GPU.
+
+    Args:
+        output: folder for figures, pictures and the model.
+        steps: of training; the recipe's if not given.
+        scenes: held-out scenes to measure on.
+    """
+    metrics = run_demo(output, steps, scenes)
+    print(json.dumps(metrics, indent=2))
+    print(f"pictures, curves and metrics.json: {output.resolve()}")
+    print(f"try: segkern predict {output / 'example.png'} --model {output} --threshold 0.5")
+
+
+def info() -> None:
+    """Print versions, the kernels that are loaded, and why others are not."""
+    rows = _library.info()
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _train_command(arguments: list[str]) -> Callable:
+    """`segkern train`, whose defaults are the recipe's, or those of the run to go on with."""
+    default = recipes.digits()
+    for i, argument in enumerate(arguments if arguments[:1] == ["train"] else []):
+        name, _, value = argument.partition("=")
+        if name == "--resume" and (value or i + 1 < len(arguments)):
+            folder = Path(value or arguments[i + 1])
+            default = TrainConfig.from_dict(checkpoint.load(folder)["config"])
+            default.output = folder if folder.is_dir() else folder.parent
+
+    def train(
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        resume: Path | None = None,
+    ) -> None:
+        """Train on scenes of handwritten digits.
+
+        Args:
+            config: what and how.
+            resume: go on with the run in this folder; other options default to its settings.
+        """
+        run = run_train(config, resume)
+        print(f"trained {run.steps} steps in {run.seconds:.0f} s: {config.output / 'model'}")
+
+    return train
+
+
+def _open(name: str) -> Mask2Former:
+    """The model of a run's folder, a model's folder or a name on the hub."""
+    inside = Path(name) / "model"
+    return Mask2Former.from_pretrained(inside if inside.is_dir() else name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: None takes the process's own.
+
+    Returns:
+        the exit code.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        app = tyro.extras.SubcommandApp()
+        for command in (_train_command(arguments), evaluate, predict, demo, info):
+            app.command(command)
+        return app.cli(prog="segkern", description=_DESCRIPTION, args=arguments) or 0
+    except KeyboardInterrupt as stop:
+        print(f"\nsegkern: {stop or 'stopped'}", file=sys.stderr)
+        return 130
+    except (*_USER_ERRORS, FloatingPointError) as error:
+        if debug:
+            raise
+        print(f"segkern: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2

@@ -1,0 +1,219 @@
+"""The command line: every command once, and one clear line for every error."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segkern import checkpoint, cli, recipes
+from segkern.cli import main
+from segkern.data import DigitsConfig
+from segkern.models import Mask2Former, Mask2FormerConfig
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A recipe of three quick steps."""
+    setting = recipes.digits()
+    model = replace(setting.model, num_queries=5, train_num_points=32, decoder_layers=1)
+    return replace(
+        setting,
+        steps=3,
+        batch_size=2,
+        log_every=1,
+        evaluate_every=2,
+        evaluate_scenes=2,
+        tensorboard=False,
+        data=replace(setting.data, size=(32, 32)),
+        model=model,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _small_recipe(small, monkeypatch):
+    monkeypatch.setattr(recipes, "digits", lambda: replace(small))
+    monkeypatch.setattr("segkern.demo.digits", lambda: replace(small))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A model of the digits' labels, not trained."""
+    folder = tmp_path_factory.mktemp("model")
+    Mask2Former(replace(recipes.digits().model)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["evaluate"], ["predict"], ["demo"], ["info"]], ids=str
+)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: segkern")
+    for word in {"train": ["--output", "--steps", "--resume", "--data.level"]}.get(
+        "".join(command), command
+    ):
+        assert word in text
+
+
+def test_demo_writes_figures_and_pictures(tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path), "--steps", "2", "--scenes", "6"]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    names = "pq sq rq class_accuracy train_seconds images_per_second hard"
+    assert set(names.split()) <= metrics.keys()
+    assert metrics["hard"].keys() == {"pq", "class_accuracy", "dice"}
+    assert metrics["steps"] == 2
+    for name in ("easy", "hard", "curves", "confusion", "example"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            picture.verify()
+    assert {"model", "last.pt", "log.jsonl"} <= {p.name for p in tmp_path.iterdir()}
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_train_resume_evaluate_predict(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main(["train", "--output", str(run), "--lr", "2e-3", "--model.num-queries", "6"]) == 0
+    assert main(["train", "--resume", str(run), "--steps", "5"]) == 0  # the rest is remembered
+    state = checkpoint.load(run)
+    assert (state["step"], state["config"]["lr"]) == (5, 2e-3)
+    assert state["config"]["model"]["num_queries"] == 6
+    figures = tmp_path / "figures.json"
+    command = ["evaluate", str(run), "--scenes", "4", "--level", "hard", "--out", str(figures)]
+    assert main(command) == 0
+    assert json.loads(figures.read_text())["images"] == 4
+    pictures = [tmp_path / name for name in ("grey.png", "alpha.png", "odd.jpg")]
+    for path, shape in zip(pictures, ((70, 50), (64, 64, 4), (33, 91, 3))):
+        Image.fromarray(np.full(shape, 90, np.uint8)).save(path)
+    command = ["predict", *map(str, pictures), "--model", str(run), "--out", str(out)]
+    assert main([*command, "--threshold", "0"]) == 0
+    for path in pictures:
+        assert json.loads((out / f"{path.stem}.json").read_text())["task"] == "panoptic"
+        assert (out / f"{path.stem}_overlay.png").is_file()
+        assert (out / f"{path.stem}_labels.png").is_file()
+    assert "written: " in capsys.readouterr().out
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in ("torch", "cpu kernels", "SIMD"):
+        assert word in text
+
+
+def spoilt_model(folder):
+    Mask2Former(recipes.digits().model).save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    return ["evaluate", str(folder)]
+
+
+def other_model(folder):
+    Mask2Former(Mask2FormerConfig.tiny(7)).save_pretrained(folder)
+    return ["evaluate", str(folder), "--scenes", "2"]
+
+
+def no_image(folder):
+    (folder / "note.png").write_text("not a picture")
+    return ["predict", str(folder / "note.png"), "--out", str(folder / "out")]
+
+
+def empty_folder(folder):
+    (folder / "empty").mkdir()
+    return ["predict", str(folder / "empty"), "--out", str(folder / "out")]
+
+
+def closed_folder(folder):
+    (folder / "file").write_text("")
+    return ["train", "--output", str(folder / "file" / "run")]
+
+
+def spoilt_run(folder):
+    (folder / "last.pt").write_bytes(b"PK\x03\x04 cut short")
+    return ["train", "--resume", str(folder)]
+
+
+def foreign_run(folder):
+    torch.save({"weights": torch.zeros(2)}, folder / "last.pt")
+    return ["train", "--resume", str(folder)]
+
+
+def other_run(folder):
+    setting = replace(recipes.digits(), output=folder)
+    checkpoint.save(folder, {"config": setting.to_dict(), "step": 2})
+    return ["train", "--resume", str(folder), "--model.num-queries", "9"]
+
+
+ERRORS = [
+    (spoilt_model, "model.safetensors"),
+    (other_model, "the model has 7 labels, the data set 10 classes"),
+    (no_image, "note.png: not an image that PIL can read"),
+    (empty_folder, "empty holds no image"),
+    (closed_folder, "cannot write into folder"),
+    (spoilt_run, "last.pt: not a whole checkpoint of segkern train"),
+    (foreign_run, "last.pt: not a checkpoint of segkern train"),
+    (other_run, "cannot go on from it: model.num_queries is 5 there, 9 here"),
+    (lambda f: ["train", "--resume", str(f)], "no such checkpoint"),
+    (lambda f: ["train", "--output", str(f), "--steps", "0"], "steps must be >= 1, got 0"),
+    (lambda f: ["evaluate", str(f / "none")], "none"),
+    (lambda f: ["evaluate", str(f)], "config.json"),
+    (lambda f: ["demo", "--output", str(f), "--scenes", "0"], "scenes must be >= 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), ERRORS, ids=[m.__name__.strip("<>") + m_[:12] for m, m_ in ERRORS]
+)
+def test_errors_are_one_line_and_exit_code_2(make, message, tmp_path, model_folder, capsys):
+    command = make(tmp_path)
+    if command[0] == "predict":
+        command += ["--model", str(model_folder)]
+    assert main(command) == 2
+    errors = capsys.readouterr().err.strip()
+    assert message in errors
+    assert errors.count("\n") == 0
+    assert errors.startswith("segkern")
+
+
+@pytest.mark.parametrize(
+    "command", [["fly"], ["train", "--no-such-option"], ["train", "--steps", "many"], ["predict"]]
+)
+def test_usage_errors_exit_with_2(command, tmp_path):
+    try:
+        code = main(command)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+
+
+def test_debug_shows_where(tmp_path):
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        main(["--debug", "train", "--resume", str(tmp_path)])
+
+
+def test_failed_training_exits_with_1_and_ctrl_c_with_130(monkeypatch, capsys):
+    for error, code in (
+        (FloatingPointError("not finite"), 1),
+        (KeyboardInterrupt("stopped"), 130),
+    ):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(cli, "run_train", fail)
+        assert main(["train"]) == code
+        assert str(error) in capsys.readouterr().err
+
+
+def test_recipes_fit_their_data():
+    for task, labels in (("panoptic", 11), ("instance", 10), ("semantic", 11)):
+        setting = REAL(task=task)
+        assert setting.model.num_labels == labels == len(setting.model.id2label)
+        assert setting.data == DigitsConfig(level="mixed", task=task)
+
+
+REAL = recipes.digits  # before the fixture puts the small one in its place
