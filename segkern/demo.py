@@ -69,7 +69,7 @@ def demo(output: str | Path = "demo", steps: int | None = None, scenes: int = 40
 
 
 def _evaluate(model: Mask2Former, folder: Path, level: str, scenes: int, tasks) -> dict:
-    """Figures of held-out scenes; draws the first few to LEVEL.png, the first one to example.png."""
+    """Figures of held-out scenes; draws a few to LEVEL.png, the first to example.png."""
     data = Digits(DigitsConfig(level=level), "test")
     value = evaluate(model, data, tasks, limit=scenes, object_mask_threshold=DIGITS_THRESHOLD)
     samples = [data[i] for i in range(6)]

@@ -5,8 +5,8 @@
 The samples of a step depend on seed and step alone, the random points of the loss on a seed inside
 the model, and dropout on the generators' states in the checkpoint: a resumed run gives the weights
 of one that was never stopped. No value is read back from the device except where it is logged.
-Recipe: Mask2Former (Cheng et al., CVPR 2022): AdamW without decay on norms, embeddings and position
-tables, a smaller rate for the backbone, the gradient's norm clipped over the whole model.
+Recipe: Mask2Former (Cheng et al., CVPR 2022): AdamW without decay on norms, embeddings and
+position tables, a smaller rate for the backbone, the whole model's gradient clipped by its norm.
 """
 
 import math
@@ -50,8 +50,8 @@ class TrainConfig:
         lr: highest learning rate.
         backbone_lr_factor: the backbone's rate over the others'.
         weight_decay: of AdamW.
-        schedule: "cosine" or "poly" (power 0.9) to zero, or "steps": a tenth at 8/9 of the steps and
-            again at 26/27.
+        schedule: "cosine" or "poly" (power 0.9) to zero, or "steps": a tenth at 8/9 of the steps
+            and again at 26/27.
         warmup: steps in which the rate rises.
         clip: largest norm of the gradient; 0 does not clip.
         precision: "fp32", or "bf16" for autocast.
@@ -159,8 +159,8 @@ def train(
     Args:
         config: what and how.
         resume: checkpoint, or folder of a run, to go on from.
-        dataset: the training samples, with a length, `classes` and samples as `collate` takes them;
-            None builds those of `config.data`.
+        dataset: the training samples, with a length, `classes` and samples as `collate` takes
+            them; None builds those of `config.data`.
         progress: show a bar.
 
     Raises:
@@ -321,8 +321,8 @@ def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float) -> dict
     if not all(math.isfinite(x) for x in (total, *parts)):
         shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
         raise FloatingPointError(
-            f"the loss is not finite at step {step} (total {total:.4g}; {shown}): lower --lr, raise "
-            "--warmup, clip harder or use --precision fp32; earlier checkpoints are kept"
+            f"the loss is not finite at step {step} (total {total:.4g}; {shown}): lower --lr, "
+            "raise --warmup, clip harder or use --precision fp32; earlier checkpoints are kept"
         )
     return {"step": step, "loss": total, "losses": values, "lr": lr}
 

@@ -69,16 +69,18 @@ class Meter:
     """
 
     def __init__(self, steps: int, start: int, batch_size: int, show: bool):
-        self.steps, self.start, self.done, self.batch_size = steps, start, start, batch_size
-        self.show, self.console = show, Console()
+        self.steps, self.start, self.batch_size = steps, start, batch_size
+        self.done = self.told = start
+        console = Console()
+        self.plain = show and not console.is_terminal
         self.bar = Progress(
             TextColumn("train"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
-            console=self.console,
-            disable=not (show and self.console.is_terminal),
+            console=console,
+            disable=not (show and console.is_terminal),
         )
 
     def __enter__(self):
@@ -93,27 +95,19 @@ class Meter:
     def advance(self, line: dict | None) -> None:
         """A step is done; `line` is its line of the log, if it has one."""
         self.done += 1
-        text = None
-        if line is not None:
-            took = max(time.perf_counter() - self.began, 1e-9)
-            rate = (self.done - self.start) * self.batch_size / took
-            parts = " ".join(f"{k} {v:.3f}" for k, v in line["losses"].items())
-            text = f"loss {line['loss']:.2f} ({parts}) {rate:.0f} images/s"
-        fields = {} if text is None else {"text": text}
-        self.bar.update(self.job, completed=self.done, **fields)
-        wanted = max(1, self.steps // 20)
-        if (
-            self.show
-            and not self.console.is_terminal
-            and self.done // wanted > self.told // wanted
-        ):
-            if text is None:
-                return
-            left = took / (self.done - self.start) * (self.steps - self.done)
+        if line is None:
+            self.bar.update(self.job, completed=self.done)
+            return
+        took = max(time.perf_counter() - self.began, 1e-9)
+        rate = (self.done - self.start) / took
+        parts = " ".join(f"{name} {x:.3f}" for name, x in line["losses"].items())
+        text = f"loss {line['loss']:.2f} ({parts}) {rate * self.batch_size:.0f} images/s"
+        self.bar.update(self.job, completed=self.done, text=text)
+        part = max(1, self.steps // 20)
+        if self.plain and self.done // part > self.told // part:
+            left = (self.steps - self.done) / rate
             print(f"step {self.done}/{self.steps} {text}, {left:.0f} s left", flush=True)
             self.told = self.done
-
-    told = 0
 
 
 def _tensorboard(folder: Path, start: int):

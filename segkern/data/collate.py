@@ -58,8 +58,8 @@ def collate(samples: Sequence[dict], num_labels: int | None = None, divisor: int
     for name, image, mask in zip(ids, images, masks):
         if mask.shape[1:] != image.shape[1:]:
             raise ValueError(
-                f"collate: masks of sample {name} must be [n, {image.shape[1]}, {image.shape[2]}], "
-                f"the size of its image, got {list(mask.shape)}"
+                f"collate: masks of sample {name} must be [n, {image.shape[1]}, "
+                f"{image.shape[2]}], the size of its image, got {list(mask.shape)}"
             )
     pixels = torch.stack([_pad(x, size) for x in images])
     if not pixels.isfinite().all():
@@ -107,13 +107,9 @@ class Order:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start, self.stop):
-            places = range(step * self.batch_size, (step + 1) * self.batch_size)
-            yield [
-                int(
-                    _permutation(self.length, self.seed, place // self.length)[place % self.length]
-                )
-                for place in places
-            ]
+            first = step * self.batch_size
+            places = (divmod(i, self.length) for i in range(first, first + self.batch_size))
+            yield [int(_permutation(self.length, self.seed, epoch)[i]) for epoch, i in places]
 
 
 @lru_cache(maxsize=2)

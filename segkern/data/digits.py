@@ -2,8 +2,8 @@
 
 Letters: H W image size, n object, s side of a digit in pixels.
 
-A scene has 1 to 4 handwritten digits from scikit-learn's `load_digits` (1,797 images of 8 x 8) on a
-shaded background. "easy" scenes keep them apart; "hard" ones have 2 to 4, and at least one digit
+A scene has 1 to 4 handwritten digits from scikit-learn's `load_digits` (1,797 images of 8 x 8) on
+a shaded background. "easy" scenes keep them apart; "hard" ones have 2 to 4, and at least one digit
 hides a part of another. The digit images are split into train, val and test before anything is
 drawn. Scene i of a split and seed is always the same, whatever process draws it.
 """
@@ -35,8 +35,8 @@ class DigitsConfig:
     Attributes:
         size: height and width of a scene, at least 32; digits grow with the shorter one.
         level: "easy" (apart), "hard" (overlapping) or "mixed" (half of each).
-        task: "panoptic" (digits and background), "instance" (digits) or "semantic" (a mask for each
-            class present, background included).
+        task: "panoptic" (digits and background), "instance" (digits) or "semantic" (a mask for
+            each class present, background included).
         scenes: of the training split; val and test have no end.
         seed: other seeds give other scenes of the same digit images.
     """
@@ -68,8 +68,8 @@ class DigitsConfig:
 class Digits:
     """Scene i of a split as a dict.
 
-    pixel_values [3, H, W] float32 normalised; image [H, W, 3] uint8; masks [n, H, W] uint8, visible
-    parts only; labels [n] int64; semantic [H, W] uint8, label of each pixel; id, int.
+    pixel_values [3, H, W] float32 normalised; image [H, W, 3] uint8; masks [n, H, W] uint8,
+    visible parts only; labels [n] int64; semantic [H, W] uint8, label of each pixel; id, int.
 
     Attributes:
         classes: name of each label; label 10 is the background, absent from the instance task.
@@ -206,7 +206,7 @@ def _place(rng, inks, size, hard, hidden) -> np.ndarray:
 
 
 def _place_near(rng, shapes, sides, room, size, hidden) -> np.ndarray:
-    """Corners of overlapping digits: the second lies near the first, half of the others near one."""
+    """Corners of overlapping digits: the second lies near the first, half of the rest near one."""
     areas = np.array([shape.sum() for shape in shapes])
     best, most = None, -np.inf
     for _ in range(_TRIES):
@@ -243,9 +243,8 @@ def _paint_background(rng, size, count) -> tuple[np.ndarray, np.ndarray]:
     knots = base + rng.uniform(-28, 28, (4, 4, 3))
     rows, columns = (_ramp(n) for n in size)
     image = np.einsum("ya,xb,abc->yxc", rows, columns, knots.astype(np.float32), optimize=True)
-    hues = (
-        2 * np.pi * (rng.random() + (rng.permutation(count) + rng.uniform(-0.2, 0.2, count)) / 4)
-    )
+    turns = (rng.permutation(count) + rng.uniform(-0.2, 0.2, count)) / 4
+    hues = 2 * np.pi * (rng.random() + turns)
     tint = np.cos(hues[:, None] + np.array((0, 2.094, 4.189)))
     level = rng.uniform(170, 205, count)
     return image, (level[:, None] + 50 * tint).astype(np.float32)
