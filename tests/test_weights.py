@@ -338,12 +338,6 @@ def test_options_that_are_not_here_are_refused(folder, change, message):
         read_folder(folder)
 
 
-def test_class_count_may_differ_if_the_caller_knows(folder):
-    edit_config(folder, {"id2label": {str(i): "x" for i in range(4)}})
-    settings, _ = read_folder(folder, num_labels=4)
-    assert (settings["num_labels"], settings["id2label"]) == (7, None)
-
-
 @pytest.mark.parametrize("name", ["./nowhere", "a/b/c", Path("nowhere")], ids=str)
 def test_no_such_folder(name):
     with pytest.raises(ValueError, match="from_pretrained: no such folder: "):
