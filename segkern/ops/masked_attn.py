@@ -80,7 +80,8 @@ class _MaskedAttn(torch.autograd.Function):
         out, norm = _forward(q, k, v, bits, open, scale)
         ctx.save_for_backward(q, k, v, bits, open, out, norm)
         ctx.scale = scale
-        return out.to(q.dtype)
+        # a copy: torch 2.11 compiles wrong gradients where a saved tensor is the output itself
+        return out.to(q.dtype, copy=True)
 
     @staticmethod
     @once_differentiable
