@@ -20,9 +20,11 @@ from segkern.testing import random_targets
 from segkern.weights import huggingface
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-BACKBONES = {
+BACKBONES = {  # those of full depth have 6 layers in the pixel decoder as well
     "swin": lambda: SwinConfig(depths=[2, 2, 2, 2], drop_path_rate=0.0, out_features=STAGES),
     "resnet": lambda: ResNetConfig(depths=[1, 2, 2, 1], out_features=STAGES),
+    "swin_tiny, full depth": lambda: SwinConfig(drop_path_rate=0.0, out_features=STAGES),
+    "resnet50, full depth": lambda: ResNetConfig(out_features=STAGES),
 }
 LABELS, QUERIES, POINTS = 7, 12, 112
 
@@ -43,7 +45,7 @@ def noisy_reference(backbone: str) -> Reference:
             backbone_config=BACKBONES[backbone](),
             num_labels=LABELS,
             num_queries=QUERIES,
-            encoder_layers=2,
+            encoder_layers=6 if "full" in backbone else 2,
             train_num_points=POINTS,
         )
     ).eval()
@@ -61,7 +63,10 @@ def noisy_reference(backbone: str) -> Reference:
     return model
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(b, marks=[pytest.mark.slow] * ("full" in b)) for b in BACKBONES],
+)
 def pair(request, tmp_path_factory):
     """(reference, ours), both float64 in eval mode, with the same weights."""
     reference = noisy_reference(request.param)

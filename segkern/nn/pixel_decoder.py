@@ -9,8 +9,8 @@ D channels a head, L level, P point, h w size of a level.
     y = norm(1x1(the backbone's map 1)) + the finest level of x, upsampled         [B, C, h1, w1]
     mask features = 1x1(relu(norm(3x3(y))))                                        [B, M, h1, w1]
 
-Everything is channels-last: the flattened levels are views of the maps and the other way round, no
-transposed copy is made.
+Maps are channels-last but for one convolution: the flattened levels are views of the maps and the
+other way round.
 Source: Deformable DETR (Zhu et al., ICLR 2021), Mask2Former (Cheng et al., CVPR 2022).
 Differs: half precision goes through the whole decoder, only the sampling offsets stay in float32
 (a bfloat16 offset of ten pixels is off by up to 0.03).
@@ -34,6 +34,15 @@ def _linear_exact(layer: nn.Linear, x: Tensor) -> Tensor:
     exact = torch.promote_types(torch.promote_types(x.dtype, layer.weight.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(exact), layer.weight.to(exact), layer.bias.to(exact))
+
+
+def _pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1 x 1 convolution [B, C, h, w] as the matrix product that it is.
+
+    On a CPU the product has half the rounding error of the channels-last convolution.
+    """
+    weight = convolution.weight.flatten(1)
+    return F.linear(x.permute(0, 2, 3, 1), weight, convolution.bias).permute(0, 3, 1, 2)
 
 
 class DeformableAttention(nn.Module):
@@ -185,8 +194,8 @@ class PixelDecoder(nn.Module):
             the three other maps, coarsest first; the (h, w) of those three.
         """
         maps = [
-            project(feature.contiguous(memory_format=torch.channels_last))
-            for project, feature in zip(self.input_proj, reversed(features[1:]))
+            norm(_pointwise(project, feature))
+            for (project, norm), feature in zip(self.input_proj, reversed(features[1:]))
         ]
         shapes = tuple((m.shape[2], m.shape[3]) for m in maps)
         x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
@@ -200,7 +209,12 @@ class PixelDecoder(nn.Module):
         for layer in self.layers:
             x = layer(x, position, shapes, reference)
         finest = x[:, -sizes[-1] :].unflatten(1, shapes[-1]).permute(0, 3, 1, 2)
-        lateral = self.adapter(features[0].contiguous(memory_format=torch.channels_last))
+        project, norm = self.adapter
+        lateral = norm(_pointwise(project, features[0]))
         up = F.interpolate(finest, lateral.shape[2:], mode="bilinear", align_corners=False)
-        pyramid = F.relu(self.output_conv(lateral + up), inplace=True)
-        return self.mask_features(pyramid), x, shapes
+        pyramid = lateral + up
+        if pyramid.dtype in (torch.float32, torch.float64):
+            # a CPU's 3 x 3 convolution rounds three times as much when channels come last
+            pyramid = pyramid.contiguous()
+        pyramid = F.relu(self.output_conv(pyramid), inplace=True)
+        return _pointwise(self.mask_features, pyramid), x, shapes
