@@ -190,10 +190,7 @@ def train(
     torch.manual_seed(config.seed)
     model = Mask2Former(config.model).to(device).train()
     optimizer = torch.optim.AdamW(
-        _groups(model, config),
-        lr=torch.tensor(config.lr, device=device),
-        fused=True,
-        capturable=device.type == "cuda",
+        _groups(model, config), fused=True, capturable=device.type == "cuda"
     )
     start, seconds = 0, 0.0
     if state is not None:
@@ -220,7 +217,8 @@ def train(
                 nn.utils.clip_grad_norm_(parameters, config.clip)
             optimizer.step()
             done = step + 1
-            due = stop.asked or done == config.steps or done % config.checkpoint_every == 0
+            stopping = stop.asked and done < config.steps  # read once: it may change any time
+            due = stopping or done == config.steps or done % config.checkpoint_every == 0
             line = None
             if due or done % config.log_every == 0 or done == start + 1:
                 line = _line(done, loss, losses, config.lr * rate)
@@ -232,7 +230,7 @@ def train(
                 log.write(line | {"seconds": round(seconds, 3)})
             if due:
                 _save(folder, model, optimizer, config, done, seconds)
-            if stop.asked and done < config.steps:
+            if stopping:
                 model.eval().save_pretrained(folder / "model")
                 raise KeyboardInterrupt(
                     f"stopped after step {done} of {config.steps}; "

@@ -74,8 +74,7 @@ class Meter:
         console = Console()
         self.plain = show and not console.is_terminal
         self.bar = Progress(
-            TextColumn("train"),
-            BarColumn(),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
@@ -100,8 +99,8 @@ class Meter:
             return
         took = max(time.perf_counter() - self.began, 1e-9)
         rate = (self.done - self.start) / took
-        parts = " ".join(f"{name} {x:.3f}" for name, x in line["losses"].items())
-        text = f"loss {line['loss']:.2f} ({parts}) {rate * self.batch_size:.0f} images/s"
+        parts = " ".join(f"{name} {x:.2f}" for name, x in line["losses"].items())
+        text = f"loss {line['loss']:.1f} {parts} {rate * self.batch_size:.0f} images/s"
         self.bar.update(self.job, completed=self.done, text=text)
         part = max(1, self.steps // 20)
         if self.plain and self.done // part > self.told // part:
