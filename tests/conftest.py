@@ -2,9 +2,9 @@
 
 import os
 
-os.environ.setdefault(
-    "SEGKERN_POISON", "1"
-)  # before the libraries are loaded: C++ scratch and outputs
+# before the libraries are loaded
+os.environ.setdefault("SEGKERN_POISON", "1")  # C++ scratch and outputs
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve a shared core
 
 import pytest
 import torch
