@@ -76,7 +76,7 @@ def extensions():
         )
     ]
     if os.environ.get("SEGKERN_SANITIZE") != "1":
-        # returns Python objects: built for this Python alone; without it pycocotools works
+        # returns Python objects: built for this Python alone; without it NumPy works
         host = Pybind11Extension("segkern._host", ["csrc/host/rle.cpp"], cxx_std=17)
         found.append(host)
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
@@ -105,14 +105,19 @@ def extensions():
                 py_limited_api=True,
             )
         )
-    return found, info, {"build_ext": cpp_extension.BuildExtension}
+    return found, info, cpp_extension.BuildExtension
 
 
 if os.environ.get("SEGKERN_NO_BUILD") == "1":
-    ext_modules, build_info, cmdclass = [], {"pure": True}, {}
+    ext_modules, build_info, build_ext = [], {"pure": True}, None
 else:
-    ext_modules, build_info, cmdclass = extensions()
+    ext_modules, build_info, build_ext = extensions()
 build_info["python"] = sys.version.split()[0]
+
+
+def write_build_info(folder):
+    text = json.dumps(build_info, indent=1)
+    (Path(folder) / "segkern" / "_build_info.json").write_text(text + "\n")
 
 
 class BuildPy(build_py):
@@ -120,12 +125,20 @@ class BuildPy(build_py):
 
     def run(self):
         super().run()
-        folder = ROOT if self.editable_mode else Path(self.build_lib)
-        text = json.dumps(build_info, indent=1)
-        (folder / "segkern" / "_build_info.json").write_text(text + "\n")
+        write_build_info(ROOT if self.editable_mode else self.build_lib)
 
 
-setup(
-    ext_modules=ext_modules,
-    cmdclass=cmdclass | {"build_py": BuildPy},
-)
+cmdclass = {"build_py": BuildPy}
+if build_ext is not None:
+
+    class BuildExt(build_ext):
+        """The same when the libraries are built into the source tree."""
+
+        def run(self):
+            super().run()
+            if self.inplace:
+                write_build_info(ROOT)
+
+    cmdclass["build_ext"] = BuildExt
+
+setup(ext_modules=ext_modules, cmdclass=cmdclass)
