@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from .files import writable_folder, write_json
 from .infer import TASKS, Segment, Segmentation, check_options, logits, postprocess
 
-VOID = 255  # in a sample's semantic map
+VOID = -1  # in place of a label that the model does not have
 
 
 def evaluate(
@@ -52,7 +52,7 @@ def evaluate(
         dataset: samples by index, with a length, `classes` (names) and `stuff` (labels), or a
             DataLoader over one that yields lists of samples. A sample is a dict: pixel_values
             [3, h, w] float32 normalised, masks [n, H, W] uint8, labels [n] int64, semantic [H, W]
-            uint8 (255, and labels the model does not have, are void).
+            integers (labels the model does not have are void, as 255 is up to 255 classes).
         tasks: any of "panoptic", "instance", "semantic".
         limit: the first so many images; None for all.
         batch_size, num_workers: of the loader made for a data set.
@@ -69,7 +69,8 @@ def evaluate(
         miou, pixel_accuracy; classes: a list with each class's figures.
 
     Raises:
-        ValueError: an option out of range, no image, or a model with another number of labels.
+        ValueError: an option out of range, no image, a model with another number of labels, or
+            `out` is a folder.
         OSError: `out` cannot be written; found before the model runs.
     """
     for task in tasks or ("",):
@@ -83,6 +84,8 @@ def evaluate(
             f"the data set {len(classes)} classes"
         )
     if out is not None:
+        if Path(out).is_dir():
+            raise ValueError(f"evaluate: out must be a file, got the folder {out}")
         writable_folder(Path(out).parent)
     kinds = {"panoptic": _Panoptic, "instance": _Instances, "semantic": _Semantic}
     meters = {task: kinds[task](len(classes), stuff) for task in dict.fromkeys(tasks)}
@@ -323,7 +326,7 @@ class _Semantic:
 
     def update(self, result: Segmentation, sample: dict) -> None:
         target = torch.as_tensor(np.asarray(sample["semantic"])).long()
-        target[target >= self.classes] = VOID
+        target = target.where((target >= 0) & (target < self.classes), VOID)
         self.matrix.update(result.segmentation.cpu().long(), target)
 
     def compute(self, rows: list[dict]) -> dict:
@@ -382,7 +385,10 @@ def _extra(name: str):
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ImportError(f"evaluate needs {package}: pip install 'segkern[train]'") from error
+        raise ImportError(
+            f"evaluate needs {package}: pip install {package} "
+            "(or segkern's extra `train`: pip install '.[train]' in its folder)"
+        ) from error
 
 
 def _as_list(samples: list[dict]) -> list[dict]:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-# what PIL's modes of more than 8 bits count as full brightness; "F" holds 8-bit values as floats
+# what PIL's modes of more than 8 bits count as full brightness, if no pixel is brighter; "F" holds
+# 8-bit values as floats, or floats up to 1
 _FULL = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "I": 65535, "F": 255}
 
 
@@ -39,7 +40,9 @@ def read_image(image, name: str = "image") -> Tensor:
     Args:
         image: path, PIL image, array [H, W] or [H, W, C], tensor [H, W] or [C, H, W]; arrays and
             tensors bool, uint8, uint16 or floating in [0, 1]; C is 1 (grey), 2 (grey, alpha), 3 or
-            4 (with alpha). What is transparent shows white, as most viewers do it.
+            4 (with alpha). What is transparent shows white, as most viewers do it. White is 65535
+            in a deep PIL image ("I") and 255 in a floating one ("F"; 1 if no pixel is above 1), or
+            the brightest pixel if that is more.
         name: begins the message of an error.
 
     Returns:
@@ -52,7 +55,7 @@ def read_image(image, name: str = "image") -> Tensor:
     if isinstance(image, (str, Path)):
         image = open_image(image)
     if isinstance(image, Image.Image):
-        image = _from_pil(image)
+        image = _from_pil(image, name)
     if isinstance(image, np.ndarray):
         x = torch.from_numpy(np.ascontiguousarray(image))
         x = x.movedim(-1, 0) if x.ndim == 3 else x
@@ -126,10 +129,14 @@ def target_size(
     return tuple(max(1, int(s * scales[-1] + 0.5)) for s in size)
 
 
-def _from_pil(image: Image.Image) -> np.ndarray:
+def _from_pil(image: Image.Image, name: str) -> np.ndarray:
     if image.mode in _FULL:
-        pixels = np.asarray(image).astype(np.float32) / _FULL[image.mode]
-        return pixels
+        pixels = np.asarray(image).astype(np.float32)
+        low, high = pixels.min(initial=0), pixels.max(initial=0)
+        white = 1 if image.mode == "F" and high <= 1 else max(_FULL[image.mode], high)
+        if low < -1e-3 * white:
+            raise ValueError(f"{name}: pixels must not be negative, got {low:.4g}")
+        return pixels / np.float32(white)
     if image.has_transparency_data:
         return np.array(image.convert("RGBA"))
     return np.array(image.convert("RGB"))

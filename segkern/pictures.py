@@ -348,7 +348,8 @@ def _figure(width: float, height: float):
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "drawing curves needs matplotlib: pip install 'segkern[train]'"
+            "drawing curves needs matplotlib: pip install matplotlib "
+            "(or segkern's extra `train`: pip install '.[train]' in its folder)"
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)  # no display and no global state

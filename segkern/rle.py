@@ -1,7 +1,7 @@
 """COCO run-length encoding of label maps, as annotation files and pycocotools write it.
 
 A segment is `{"size": [H, W], "counts": str}`. The work is done by `segkern._host` (C++, every
-segment in one pass); where it was not built, by pycocotools.
+segment in one pass); where it was not built, by NumPy. csrc/host/rle.cpp describes the format.
 """
 
 import numpy as np
@@ -10,17 +10,6 @@ try:
     from segkern import _host
 except ImportError:  # pure-Python install, or another Python than the one it was built for
     _host = None
-
-
-def _coco():
-    try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise ImportError(
-            "segkern.rle needs its compiled part (reinstall without SEGKERN_NO_BUILD) "
-            "or pycocotools (pip install pycocotools)"
-        ) from error
-    return mask
 
 
 def encode(labels: np.ndarray, ids: list[int]) -> list[dict]:
@@ -44,7 +33,7 @@ def encode(labels: np.ndarray, ids: list[int]) -> list[dict]:
     if _host is not None:
         counts = _host.encode(labels.astype(np.int32, copy=False), list(ids))
     else:
-        counts = [_coco().encode(np.asfortranarray(labels == i))["counts"] for i in ids]
+        counts = [_compress(_runs(labels == i)) for i in ids]
     return [{"size": size, "counts": c.decode("ascii")} for c in counts]
 
 
@@ -60,7 +49,7 @@ def decode(segments: list[dict], ids: list[int], size: tuple[int, int]) -> np.nd
         [H, W] int32.
 
     Raises:
-        ValueError: another size, or counts that do not fill it.
+        ValueError: another size, or counts that are damaged or do not fill it.
     """
     H, W = size
     for segment in segments:
@@ -74,5 +63,48 @@ def decode(segments: list[dict], ids: list[int], size: tuple[int, int]) -> np.nd
         return _host.decode([s["counts"] for s in segments], list(ids), H, W)
     labels = np.zeros((H, W), np.int32)
     for segment, i in zip(segments, ids):
-        labels[_coco().decode(segment).astype(bool)] = i
+        counts = _expand(segment["counts"])
+        if min(counts, default=0) < 0 or sum(counts) > H * W:
+            raise ValueError("rle: counts exceed the size")
+        if sum(counts) < H * W:
+            raise ValueError("rle: counts do not fill the size")
+        inside = np.arange(len(counts)) % 2 == 1
+        labels[np.repeat(inside, np.array(counts, np.int64)).reshape(W, H).T] = i
     return labels
+
+
+def _runs(mask: np.ndarray) -> list[int]:
+    """Lengths of the runs down the columns of mask [H, W] bool, that of False first."""
+    flat = mask.ravel("F")
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    first = [0, 0] if flat[:1].any() else [0]
+    return np.diff(np.concatenate((first, edges, [flat.size]))).tolist()
+
+
+def _compress(counts: list[int]) -> bytes:
+    out = bytearray()
+    for i, x in enumerate(counts):
+        x -= counts[i - 2] if i > 2 else 0
+        more = True
+        while more:
+            bits, x = x & 31, x >> 5
+            more = x != (-1 if bits & 16 else 0)
+            out.append((bits | 32 * more) + 48)
+    return bytes(out)
+
+
+def _expand(text: str) -> list[int]:
+    counts, x, shift = [], 0, 0
+    for c in text.encode():
+        c -= 48
+        if not 0 <= c <= 63:
+            raise ValueError("rle: counts hold a foreign character")
+        x |= (c & 31) << shift
+        shift += 5
+        if not c & 32:
+            x -= 1 << shift if c & 16 else 0  # the sign
+            counts.append(x + (counts[-2] if len(counts) > 2 else 0))
+            x = shift = 0
+    if shift:
+        raise ValueError("rle: counts are cut off")
+    return counts

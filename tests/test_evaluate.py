@@ -217,6 +217,26 @@ def test_labels_that_the_model_does_not_have_are_void():
     assert value["pixel_accuracy"] == value["miou"] == 1.0
 
 
+def test_the_data_set_stays_as_it_was():
+    ones = np.ones((16, 16), int)
+    scene = sample(ones, [1], ones, [1])
+    scene["semantic"] = torch.full((16, 16), 1)
+    scene["semantic"][:4], scene["semantic"][4:8] = K, -1
+    before = scene["semantic"].clone()
+    assert run(Scenes([scene]), tasks=("semantic",))["pixel_accuracy"] == 1.0
+    assert torch.equal(scene["semantic"], before)
+
+
+def test_class_255_of_many_is_no_void():
+    meter = module._Semantic(300, ())
+    semantic = torch.tensor([[255, 255, 299, 300]])
+    found = SimpleNamespace(segmentation=torch.tensor([[255, 7, 299, 7]]))
+    meter.update(found, {"semantic": semantic})
+    rows = [{} for _ in range(300)]
+    assert meter.compute(rows)["pixel_accuracy"] == pytest.approx(2 / 3)
+    assert (rows[255]["iou"], rows[299]["iou"]) == (0.5, 1.0)
+
+
 def test_perfect_predictions_score_one():
     rng = np.random.default_rng(0)
     scenes = []
@@ -389,9 +409,11 @@ def test_wrong_model_and_empty_set(tmp_path):
     model.forward = None  # not called
     with pytest.raises(OSError, match=r"cannot write into folder .*file"):
         evaluate(model, random_scenes(1), progress=False, out=tmp_path / "file" / "metrics.json")
+    with pytest.raises(ValueError, match="out must be a file, got the folder"):
+        evaluate(model, random_scenes(1), progress=False, out=tmp_path)
 
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pycocotools.mask", None)
-    with pytest.raises(ImportError, match=r"evaluate needs pycocotools: pip install"):
+    with pytest.raises(ImportError, match=r"needs pycocotools: pip install pycocotools \("):
         module.evaluate(Painted(), random_scenes(1), tasks=("instance",), progress=False)

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import segkern
+from segkern import evaluate, pictures
+from segkern.data import digits
 from segkern.ops import _library, point_sample
 from segkern.testing import point_sample_inputs
 
@@ -100,6 +102,28 @@ def test_a_device_without_kernels_is_an_error_not_a_fallback(monkeypatch):
         point_sample(features, points)
 
 
+def test_kernels_that_were_not_built_come_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(_library, "PACKAGE", tmp_path)
+    monkeypatch.setattr(_library, "BUILD", {"no_cuda": "no CUDA source"})
+    missing = _library._load()
+    assert missing["cpu"] == "_C_cpu.abi3.so was not built (run `make` or `pip install .`)"
+    assert missing["cuda"] == "no CUDA source"
+
+
+EXTRAS = [  # module, package, call
+    ("sklearn.datasets", "scikit-learn", lambda: digits.digit_images.__wrapped__("val")),
+    ("matplotlib.figure", "matplotlib", lambda: pictures._figure(1, 1)),
+    ("torchmetrics.classification", "torchmetrics", lambda: evaluate._Semantic(2, ())),
+]
+
+
+@pytest.mark.parametrize(("module", "package", "call"), EXTRAS, ids=[e[1] for e in EXTRAS])
+def test_missing_packages_come_with_the_remedy(module, package, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"pip install {package} \(or .* '\.\[train\]'"):
+        call()
+
+
 def test_build_without_a_compiler_says_what_to_do():
     result = run(sys.executable, "setup.py", "build_ext", CXX="no-such-compiler")
     assert result.returncode != 0
@@ -129,6 +153,7 @@ assert segkern.__file__.startswith({folder!r}), segkern.__file__
 print([str(w.message) for w in seen if "pure-Python" in str(w.message)])
 print(segkern.ops.point_sample(torch.ones(1, 1, 2, 2), torch.full((1, 1, 2), 0.5)).item())
 print(_library.info()["cpu kernels"])
+print(_library.info()["cuda kernels"])
 """
 
 
@@ -147,10 +172,10 @@ def test_pure_python_install_runs_the_reference_and_says_so_once(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    warnings, value, kernels = result.stdout.splitlines()
+    warnings, value, *kernels = result.stdout.splitlines()
     assert warnings.count("the slow reference runs") == 1
     assert float(value) == 1.0
-    assert kernels == "missing: pure-Python install (SEGKERN_NO_BUILD=1)"
+    assert kernels == ["missing: pure-Python install (SEGKERN_NO_BUILD=1)"] * 2
 
 
 @pytest.mark.gpu

@@ -168,14 +168,26 @@ def test_random_points_do_not_depend_on_the_batch():
     assert abs(points.mean().item() - 0.5) < 0.02
 
 
-@pytest.mark.parametrize(
-    ("seed", "ids", "message"),
-    [
-        (torch.tensor([1.0]), torch.zeros(3, dtype=torch.int64), "seed must be"),
-        (torch.tensor([1]), torch.zeros(3), "ids must be"),
-        (torch.tensor([1]), torch.zeros(2, dtype=torch.int64), "ids must be"),
-    ],
-)
-def test_random_points_bad_input(seed, ids, message):
-    with pytest.raises(ValueError, match=message):
-        random_points(seed, ids, 4)
+ONE, IDS = torch.tensor([1]), torch.zeros(3, dtype=torch.int64)
+BAD_POINTS = {
+    "seed float": (ONE.float(), IDS, 4, TypeError, r"seed must be \[1\] int64, got \[1\] float32"),
+    "seed number": (1, IDS, 4, TypeError, "seed must be .* got int"),
+    "seed 0-d": (ONE[0], IDS, 4, ValueError, r"seed must be \[1\] int64, got \[\] int64"),
+    "seed of two": (ONE.repeat(2), IDS, 4, ValueError, "seed must be"),
+    "ids float": (ONE, IDS.float(), 4, TypeError, r"ids must be \[..., 3\] int64"),
+    "ids list": (ONE, [0, 0, 0], 4, TypeError, "ids must be .* got list"),
+    "ids of two": (ONE, IDS[:2], 4, ValueError, r"ids must be .* got \[2\] int64"),
+    "ids 0-d": (ONE, IDS[0], 4, ValueError, "ids must be"),
+    "n": (ONE, IDS, -1, ValueError, "n must be at least 0, got -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_POINTS)
+def test_random_points_bad_input(case):
+    seed, ids, n, error, message = BAD_POINTS[case]
+    with pytest.raises(error, match=message):
+        random_points(seed, ids, n)
+
+
+def test_random_points_may_be_none():
+    assert random_points(ONE, IDS, 0).shape == (0, 2)

@@ -90,7 +90,11 @@ def kinds_of_picture():
         "pil P": palette,
         "pil CMYK": Image.fromarray(rgb).convert("CMYK"),
         "pil I;16": Image.fromarray(grey.astype(np.uint16) * 257),
+        "pil I": Image.fromarray(grey.astype(np.int32) * 257),
+        "pil I, deeper": Image.fromarray(grey.astype(np.int32) * 8_000_000),
         "pil F": Image.fromarray(grey).convert("F"),
+        "pil F to 1": Image.fromarray(grey.astype(np.float32) / 255),
+        "pil F, deeper": Image.fromarray(grey.astype(np.float32) * 1e6),
     }
 
 
@@ -184,9 +188,15 @@ def test_prepare_resizes_like_pil():
             TypeError,
             "bool, uint8, uint16 or floating, got int64",
         ),
+        (Image.new("I", (8, 8), -500), ValueError, "pixels must not be negative, got -500"),
+        (Image.new("F", (8, 8), math.nan), ValueError, "pixels must be finite, got NaN"),
+        (Image.new("F", (0, 8)), ValueError, "not empty"),
         ({"image": 1}, TypeError, "must be a path, PIL image, array or tensor, got dict"),
     ],
-    ids=["4d", "chw array", "empty", "channels", "nan", "range", "int64", "dict"],
+    ids=[
+        *("4d", "chw array", "empty", "channels", "nan", "range", "int64"),
+        *("pil negative", "pil nan", "pil empty", "dict"),
+    ],
 )
 def test_bad_pictures_are_named(image, error, message):
     with pytest.raises(error, match=message):

@@ -259,6 +259,10 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(folder, tmp_path, monkeyp
     assert torch.equal(
         read_folder(ours)[1]["criterion.empty_weight"], weights["criterion.empty_weight"] + 1
     )
+    renamed = []
+    monkeypatch.setattr("os.replace", lambda _, to: renamed.append(to.name))
+    write_folder(ours, settings, more)
+    assert renamed == ["model.safetensors", "preprocessor_config.json", "config.json"]
 
 
 # what is refused
@@ -294,6 +298,7 @@ def lose_shard(folder):
 BROKEN = [
     ("truncated", truncate, r"model\.safetensors is broken or missing"),
     ("truncated bin", broken_bin(b"PK\3\4 and no more"), r"pytorch_model\.bin is broken"),
+    ("text bin", broken_bin(b"hello world\n"), r"pytorch_model\.bin is broken"),
     ("pickled code", broken_bin({"a": Path("x")}), r"pytorch_model\.bin is broken"),
     ("no dict", broken_bin([1, 2]), r"pytorch_model\.bin must hold a dict of tensors"),
     ("lost shard", lose_shard, r"model-2\.safetensors is broken or missing"),
@@ -304,10 +309,8 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN]
-)
-def test_broken_folders_are_refused(folder, damage, message):
+@pytest.mark.parametrize(("name", "damage", "message"), BROKEN, ids=[b[0] for b in BROKEN])
+def test_broken_folders_are_refused(folder, name, damage, message):
     damage(folder)
     with pytest.raises(ValueError, match=message):
         read_folder(folder)

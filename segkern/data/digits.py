@@ -153,7 +153,10 @@ def digit_images(split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install 'segkern[train]'") from error
+        raise ImportError(
+            "the digits need scikit-learn: pip install scikit-learn "
+            "(or segkern's extra `train`: pip install '.[train]' in its folder)"
+        ) from error
     pictures, answers = load_digits(return_X_y=True)
     order = np.random.RandomState(0).permutation(len(answers))  # a frozen stream
     start, stop = (round(share * len(order)) for share in _SHARES[split])

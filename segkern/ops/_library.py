@@ -27,7 +27,8 @@ def _load() -> dict[str, str]:
     for device in ("cpu", "cuda"):
         path = PACKAGE / f"_C_{device}.abi3.so"
         if not path.is_file():
-            missing[device] = BUILD.get(f"no_{device}", f"{path.name} was not built")
+            why = f"{path.name} was not built (run `make` or `pip install .`)"
+            missing[device] = BUILD.get(f"no_{device}", why)
             continue
         try:
             torch.ops.load_library(path)
@@ -38,13 +39,15 @@ def _load() -> dict[str, str]:
 
 BUILD = _build_info()
 PURE = bool(BUILD.get("pure"))
-MISSING = {"cpu": "pure-Python install (SEGKERN_NO_BUILD=1)"} if PURE else _load()
 if PURE:
+    MISSING = dict.fromkeys(("cpu", "cuda"), "pure-Python install (SEGKERN_NO_BUILD=1)")
     warnings.warn(
         "segkern: pure-Python install (built with SEGKERN_NO_BUILD=1): the slow reference runs. "
         "Reinstall without that variable for the kernels.",
         stacklevel=2,
     )
+else:
+    MISSING = _load()
 
 
 def define(schema: str, fake: Callable) -> torch._ops.OpOverload:

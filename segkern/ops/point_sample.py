@@ -36,11 +36,19 @@ def random_points(seed: Tensor, ids: Tensor, n: int) -> Tensor:
 
     Returns:
         [..., n, 2] float32, x then y, in [0, 1), multiples of 2^-24.
+
+    Raises:
+        TypeError: no tensor, or not int64.
+        ValueError: another shape, or a negative n.
     """
-    if ids.dtype != torch.int64 or ids.ndim < 1 or ids.shape[-1] != 3:
-        raise ValueError(f"random_points: ids must be [..., 3] int64, got {got(ids)}")
-    if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(f"random_points: seed must be [1] int64, got {got(seed)}")
+    expect("random_points", "seed", seed, "1", "int64", {})  # on whatever device
+    message = f"random_points: ids must be [..., 3] int64, got {got(ids)}"
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise TypeError(message)
+    if ids.ndim < 1 or ids.shape[-1] != 3:
+        raise ValueError(message)
+    if n < 0:
+        raise ValueError(f"random_points: n must be at least 0, got {n}")
     word = 0xFFFFFFFF
     shape = (*ids.shape[:-1], n)
     point = torch.arange(n, device=ids.device).expand(shape)

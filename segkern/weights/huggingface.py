@@ -8,14 +8,12 @@ plain ResNet or another timm model; "resnet_digits" only opens here.
 
 import json
 import os
-import pickle
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -123,8 +121,9 @@ def read_folder(
 def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor]) -> None:
     """Writes config.json, preprocessor_config.json and model.safetensors.
 
-    All is written beside its place and renamed in the end: a save that is interrupted leaves an
-    earlier one as it was.
+    All is written beside its place and renamed in the end, one file after the other, so each file
+    is whole at any time. What fails before the renames leaves an earlier save as it was; what is
+    killed between them leaves new weights beside old settings.
 
     Args:
         folder: is made if it is not there; other files in it stay, other weights go.
@@ -149,8 +148,9 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
         _write_json(temporary / "config.json", config)
         mode = (temporary / "config.json").stat().st_mode  # safetensors' own is private
         (temporary / _WEIGHTS[0]).chmod(mode)
-        for file in sorted(temporary.iterdir()):
-            os.replace(file, folder / file.name)
+        # config.json last: a folder without it is refused, so half of a first save never opens
+        for name in (_WEIGHTS[0], "preprocessor_config.json", "config.json"):
+            os.replace(temporary / name, folder / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for pattern in ("model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*"):
@@ -424,8 +424,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"from_pretrained: {path} is broken or missing: {error}") from error
+    except Exception as error:  # a foreign file makes the unpickler raise anything, KeyError too
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"from_pretrained: {path} is broken or missing: {why}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"from_pretrained: {path} must hold a dict of tensors")
     return state
