@@ -118,8 +118,13 @@ def _train_command(arguments: list[str]) -> Callable:
         name, _, value = argument.partition("=")
         if name == "--resume" and (value or i + 1 < len(arguments)):
             folder = Path(value or arguments[i + 1])
-            default = TrainConfig.from_dict(checkpoint.load(folder)["config"])
-            default.output = folder if folder.is_dir() else folder.parent
+            stored = checkpoint.load(folder)["config"]
+            try:
+                default = TrainConfig.from_dict(stored)
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}") from error
+            default.output = checkpoint.folder_of(folder)
+            default.overwrite = False  # it was said of that run, not of what comes now
 
     def train(
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,

@@ -144,8 +144,18 @@ def foreign_run(folder):
 
 def other_run(folder):
     setting = replace(recipes.digits(), output=folder)
-    checkpoint.save(folder, {"config": setting.to_dict(), "step": 2})
+    save_run(folder, setting.to_dict())
     return ["train", "--resume", str(folder), "--model.num-queries", "9"]
+
+
+def later_run(folder):
+    save_run(folder, recipes.digits().to_dict() | {"momentum": 0.9})
+    return ["train", "--resume", str(folder)]
+
+
+def save_run(folder, settings):
+    state = {"config": settings, "step": 2, "seconds": 1.0}
+    checkpoint.save(folder, state | {"model": {}, "optimizer": {}, "random": {}})
 
 
 ERRORS = [
@@ -157,6 +167,7 @@ ERRORS = [
     (spoilt_run, "last.pt: not a whole checkpoint of segkern train"),
     (foreign_run, "last.pt: not a checkpoint of segkern train"),
     (other_run, "cannot go on from it: model.num_queries is 5 there, 9 here"),
+    (later_run, "settings of another version of segkern"),
     (lambda f: ["train", "--resume", str(f)], "no such checkpoint"),
     (lambda f: ["train", "--output", str(f), "--steps", "0"], "steps must be >= 1, got 0"),
     (lambda f: ["evaluate", str(f / "none")], "none"),
