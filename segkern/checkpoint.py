@@ -9,12 +9,26 @@ from .files import atomic
 
 FORMAT = 1
 FILE = "last.pt"
+_PARTS = {
+    "config": dict,
+    "step": int,
+    "seconds": float,
+    "model": dict,
+    "optimizer": dict,
+    "random": dict,
+}
 
 
 def save(folder: str | Path, state: dict) -> None:
     """Writes `folder`/last.pt; a stop in the middle leaves the file that was there before."""
     with atomic(Path(folder) / FILE) as temporary:
         torch.save({"format": FORMAT, **state}, temporary)
+
+
+def folder_of(path: str | Path) -> Path:
+    """The folder of a checkpoint that is named by its file or by its folder."""
+    path = Path(path)
+    return path if path.is_dir() else path.parent
 
 
 def load(path: str | Path) -> dict:
@@ -26,8 +40,7 @@ def load(path: str | Path) -> dict:
     Raises:
         ValueError: no such file, cut short, or no checkpoint of segkern.
     """
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
+    path = folder_of(path) / FILE if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint")
     try:
@@ -37,6 +50,9 @@ def load(path: str | Path) -> dict:
         raise ValueError(f"{path}: not a whole checkpoint of segkern train ({reason})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of segkern train")
+    lacking = [name for name, kind in _PARTS.items() if not isinstance(state.get(name), kind)]
+    if lacking:
+        raise ValueError(f"{path}: not a checkpoint of segkern train (no {', '.join(lacking)})")
     return state
 
 

@@ -20,7 +20,7 @@ from .evaluate import table
 from .infer import TASKS
 from .models.mask2former import Mask2Former
 from .ops import _library
-from .predict import predict_files
+from .predict import image_files, predict_files
 from .train import TrainConfig
 from .train import train as run_train
 
@@ -56,6 +56,8 @@ def evaluate(
         threshold: least score of a panoptic segment, 0 to 1.
         out: JSON file for the figures.
     """
+    if out is not None and out.is_dir():
+        raise ValueError(f"evaluate: --out must be a file, {out} is a folder")
     opened = _open(model)
     task = "panoptic" if opened.config.num_labels == 11 else "instance"
     data = Digits(DigitsConfig(size, level, task, seed=seed), split)
@@ -81,6 +83,9 @@ def predict(
         task: what to look for.
         threshold: least score of a segment, 0 to 1.
     """
+    image_files(images)  # before a model is opened, maybe from the network
+    if model == "demo" and not Path(model).is_dir():
+        raise ValueError("no folder demo: run `segkern demo` first or give --model")
     written, failed = predict_files(_open(model), images, out, task, threshold)
     for path in written:
         print(f"written: {path}")
@@ -118,8 +123,13 @@ def _train_command(arguments: list[str]) -> Callable:
         name, _, value = argument.partition("=")
         if name == "--resume" and (value or i + 1 < len(arguments)):
             folder = Path(value or arguments[i + 1])
-            default = TrainConfig.from_dict(checkpoint.load(folder)["config"])
-            default.output = folder if folder.is_dir() else folder.parent
+            stored = checkpoint.load(folder)["config"]
+            try:
+                default = TrainConfig.from_dict(stored)
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}") from error
+            default.output = checkpoint.folder_of(folder)
+            default.overwrite = False  # it was said of that run, not of what comes now
 
     def train(
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
@@ -163,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\nsegkern: {stop or 'stopped'}", file=sys.stderr)
         return 130
-    except (*_USER_ERRORS, FloatingPointError) as error:
+    except (*_USER_ERRORS, RuntimeError, FloatingPointError) as error:
         if debug:
             raise
         print(f"segkern: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 2 if isinstance(error, _USER_ERRORS) else 1

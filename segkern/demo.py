@@ -1,11 +1,12 @@
 """The demo: trains a small model on digits, measures it on held-out scenes, draws what it sees."""
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 from PIL import Image
 
-from . import pictures
+from . import checkpoint, pictures
 from .data import Digits, DigitsConfig
 from .evaluate import evaluate, truth
 from .files import write_json
@@ -31,7 +32,8 @@ def demo(output: str | Path = "demo", steps: int | None = None, scenes: int = 40
         what metrics.json holds. pq, sq and rq are means over the ten digit classes, in [0, 1].
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1, or the folder holds a run that is no demo.
+        ImportError: a package that the evaluation or the pictures need is missing.
         OSError: the folder cannot be written to; found before work starts.
         KeyboardInterrupt: Ctrl-C; the last checkpoint is whole.
     """
@@ -42,6 +44,8 @@ def demo(output: str | Path = "demo", steps: int | None = None, scenes: int = 40
     config = replace(
         config, output=folder, overwrite=True, steps=config.steps if steps is None else steps
     )
+    _check_packages()
+    _check_folder(folder, config.to_dict())
     run = train(config)
     easy = _evaluate(run.model, folder, "easy", scenes, ("panoptic", "instance", "semantic"))
     hard = _evaluate(run.model, folder, "hard", scenes, ("panoptic",))
@@ -66,6 +70,23 @@ def demo(output: str | Path = "demo", steps: int | None = None, scenes: int = 40
     names = [row["name"] for row in easy["classes"]]
     pictures.save_confusion(folder / "confusion.png", easy["confusion"], names)
     return metrics
+
+
+def _check_packages() -> None:
+    for name in ("sklearn", "torchmetrics", "pycocotools", "matplotlib"):
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ImportError(f"demo needs {name}: pip install 'segkern[train]'") from error
+
+
+def _check_folder(folder: Path, settings: dict) -> None:
+    """A run of the user's own is not replaced: only one with a demo's figures or settings is."""
+    if not (folder / checkpoint.FILE).exists() or (folder / "metrics.json").exists():
+        return
+    stored = checkpoint.load(folder)["config"]
+    if checkpoint.differences(stored, settings, ("output", "steps")):
+        raise ValueError(f"demo: {folder} holds a run that is no demo; choose another --output")
 
 
 def _evaluate(model: Mask2Former, folder: Path, level: str, scenes: int, tasks) -> dict:

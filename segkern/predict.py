@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 
@@ -25,8 +26,8 @@ def predict_files(
 ) -> tuple[list[Path], list[tuple[Path, str]]]:
     """Segments every picture and writes NAME_overlay.png, NAME_labels.png and NAME.json for each.
 
-    A picture that cannot be read does not keep the others from being written. Two of the same name
-    get NAME and NAME_2.
+    A picture that cannot be read, or is too large for the memory, does not keep the others from
+    being written. Two of the same name get NAME and NAME_2.
 
     Args:
         model: a `Mask2Former`.
@@ -40,11 +41,14 @@ def predict_files(
         the JSON files written, and the pictures that failed with the reasons.
 
     Raises:
-        ValueError: an option out of range, no path, or a folder without pictures.
+        ValueError: an option out of range, no path, a folder without pictures, or `out_dir` holds
+            some of them.
         OSError: nothing can be written to `out_dir`; found before the model runs.
     """
     check_options(task, object_mask_threshold, overlap_threshold, top_k)
     pictures = image_files(paths)
+    if Path(out_dir).resolve() in {path.resolve().parent for path in pictures}:
+        raise ValueError(f"predict: {out_dir} holds the pictures themselves; choose another --out")
     folder = writable_folder(out_dir)
     written, failed = [], []
     for path, name in zip(pictures, _names(pictures)):
@@ -53,9 +57,6 @@ def predict_files(
             result = segment(
                 model, image, task, object_mask_threshold, overlap_threshold, top_k
             ).above(object_mask_threshold)
-        except ValueError as error:
-            failed.append((path, str(error)))
-        else:
             pixels = read_image(image)
             pixels = pixels if not pixels.is_floating_point() else (pixels * 255).round().byte()
             pixels = np.ascontiguousarray(pixels.movedim(0, 2).numpy())
@@ -63,6 +64,9 @@ def predict_files(
             save_label_map(folder / f"{name}_labels.png", result)
             write_json(folder / f"{name}.json", {"image": path.name, **result.to_json()})
             written.append(folder / f"{name}.json")
+        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            failed.append((path, reason if str(path) in reason else f"{path}: {reason}"))
         if report is not None:
             report(path, failed[-1][1] if failed and failed[-1][0] is path else None)
     return written, failed

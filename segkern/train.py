@@ -10,8 +10,7 @@ position tables, a smaller rate for the backbone, the whole model's gradient cli
 """
 
 import math
-import signal
-import threading
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -28,10 +27,11 @@ from .data import DigitsConfig, Order, build_dataset, collate
 from .evaluate import evaluate
 from .files import writable_folder
 from .models.mask2former import Mask2Former, Mask2FormerConfig
-from .ops import _library
+from .process import Interrupt, leave_interrupts_to_parent, usable_device
 from .trainlog import Log, Meter
 
-# settings that a resumed run may change: they do not touch the weights after a step
+# settings that a resumed run may change: none touches a step, except that more steps stretch the
+# schedule: from the resume on, the rate is that of a run of so many
 _FREE = (
     "output overwrite steps device workers threads log_every checkpoint_every evaluate_every "
     "evaluate_scenes threshold tensorboard"
@@ -43,9 +43,10 @@ class TrainConfig:
     """How to train.
 
     Attributes:
-        output: folder of the run: last.pt, log.jsonl and, at the end, model/.
-        overwrite: start anew in a folder that holds a run.
-        steps: batches to train on.
+        output: folder of the run: last.pt and model/, both of the last checkpoint, and log.jsonl.
+        overwrite: start anew in a folder that holds a run; its files are removed.
+        steps: batches to train on. A resumed run that gets more follows the longer schedule from
+            there on.
         batch_size: images of a step.
         lr: highest learning rate.
         backbone_lr_factor: the backbone's rate over the others'.
@@ -123,12 +124,19 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, settings: dict) -> "TrainConfig":
-        """The config that `to_dict` described."""
-        parts = {
-            "data": DigitsConfig(**settings["data"]),
-            "model": Mask2FormerConfig(**settings["model"]),
-        }
-        return cls(**(settings | parts))
+        """The config that `to_dict` described.
+
+        Raises:
+            ValueError: there are settings that this version does not know or allow.
+        """
+        try:
+            parts = {
+                "data": DigitsConfig(**settings["data"]),
+                "model": Mask2FormerConfig(**settings["model"]),
+            }
+            return cls(**(settings | parts))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"settings of another version of segkern ({error})") from error
 
 
 @dataclass
@@ -154,11 +162,12 @@ def train(
     dataset=None,
     progress: bool = True,
 ) -> Trained:
-    """Trains a model and writes checkpoints, log and the final weights to `config.output`.
+    """Trains a model and writes checkpoints, weights and a log to `config.output`.
 
     Args:
         config: what and how.
-        resume: checkpoint, or folder of a run, to go on from.
+        resume: checkpoint, or folder of a run, to go on from; with more steps the schedule is the
+            longer one's from there on.
         dataset: the training samples, with a length, `classes` and samples as `collate` takes
             them; None builds those of `config.data`.
         progress: show a bar.
@@ -173,7 +182,8 @@ def train(
     """
     folder = writable_folder(config.output)
     state = None if resume is None else _open(resume, config)
-    if state is None and (folder / checkpoint.FILE).exists() and not config.overwrite:
+    own = resume is not None and checkpoint.folder_of(resume).resolve() == folder.resolve()
+    if not own and (folder / checkpoint.FILE).exists() and not config.overwrite:
         raise ValueError(
             f"{folder} holds a run: go on with --resume {folder}, choose another --output, "
             "or start anew with --overwrite"
@@ -186,7 +196,7 @@ def train(
         )
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = _device(config.device)
+    device = usable_device(config.device)
     torch.manual_seed(config.seed)
     model = Mask2Former(config.model).to(device).train()
     optimizer = torch.optim.AdamW(
@@ -197,11 +207,13 @@ def train(
         start, seconds = _restore(state, model, optimizer, resume)
     parameters = [p for p in model.parameters() if p.requires_grad]
     batches = _batches(data, config, start)
-    log = Log(folder, start, config.tensorboard)
+    if not own:
+        _remove_run(folder)
+    log = Log(folder, start, config.tensorboard, keep=own)
     with (
         log,
         Meter(config.steps, start, config.batch_size, progress) as meter,
-        _Interrupt() as stop,
+        Interrupt() as stop,
     ):
         for step in range(start, config.steps):
             began = time.perf_counter()
@@ -225,34 +237,22 @@ def train(
             seconds += time.perf_counter() - began
             meter.advance(line)
             if config.evaluate_every and done % config.evaluate_every == 0:
+                _check_weights(model.state_dict(), done)
                 line = (line or {"step": done}) | {"metrics": _metrics(model, config)}
             if line is not None:
                 log.write(line | {"seconds": round(seconds, 3)})
             if due:
                 _save(folder, model, optimizer, config, done, seconds)
             if stopping:
-                model.eval().save_pretrained(folder / "model")
                 raise KeyboardInterrupt(
                     f"stopped after step {done} of {config.steps}; "
                     f"go on with: segkern train --resume {folder}"
                 )
-    model.eval().save_pretrained(folder / "model")
+        if stop.asked:
+            raise KeyboardInterrupt(f"stopped after all {config.steps} steps; {folder} has them")
     return Trained(
-        model, config.steps, seconds, config.steps * config.batch_size / max(seconds, 1e-9)
+        model.eval(), config.steps, seconds, config.steps * config.batch_size / max(seconds, 1e-9)
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        found = torch.cuda.is_available() and "cuda" not in _library.MISSING
-        return torch.device("cuda" if found else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"train: device {name!r} cannot be used: {reason}") from error
-    return device
 
 
 def _groups(model: Mask2Former, config: TrainConfig) -> list[dict]:
@@ -296,14 +296,10 @@ def _batches(data, config: TrainConfig, start: int) -> Iterator:
         batch_sampler=order,
         collate_fn=pack,
         num_workers=config.workers,
-        worker_init_fn=_leave_interrupts_to_parent,
+        worker_init_fn=leave_interrupts_to_parent,
         generator=torch.Generator(),  # or the loader would draw from the global one
     )
     return iter(loader)
-
-
-def _leave_interrupts_to_parent(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float) -> dict:
@@ -344,19 +340,32 @@ def _metrics(model: Mask2Former, config: TrainConfig) -> dict[str, float]:
     return {name.replace("_", " "): x for name, x in found.items() if x is not None}
 
 
-def _save(folder, model, optimizer, config: TrainConfig, step: int, seconds: float) -> None:
-    """Writes a checkpoint, unless the weights are spoilt: the one before stays then.
-
-    Raises:
-        FloatingPointError: weights that are not finite.
-    """
-    weights = model.state_dict()
+def _check_weights(weights: dict[str, Tensor], step: int) -> None:
+    """Raises FloatingPointError for weights that are not finite."""
     spoilt = [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
     if spoilt:
         raise FloatingPointError(
             f"weights are not finite after step {step} ({spoilt[0]} and {len(spoilt) - 1} more): "
             "lower --lr or clip harder; earlier checkpoints are kept"
         )
+
+
+def _remove_run(folder: Path) -> None:
+    """Removes what an earlier run left, or its results would pass for those of the new one."""
+    if (folder / checkpoint.FILE).exists():
+        for part in ("model", "tensorboard"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+        (folder / checkpoint.FILE).unlink()
+
+
+def _save(folder, model, optimizer, config: TrainConfig, step: int, seconds: float) -> None:
+    """Writes a checkpoint and model/, unless the weights are spoilt: those before stay then.
+
+    Raises:
+        FloatingPointError: weights that are not finite.
+    """
+    weights = model.state_dict()
+    _check_weights(weights, step)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     checkpoint.save(
         folder,
@@ -370,6 +379,7 @@ def _save(folder, model, optimizer, config: TrainConfig, step: int, seconds: flo
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
         },
     )
+    model.save_pretrained(folder / "model")
 
 
 def _open(path: str | Path, config: TrainConfig) -> dict:
@@ -408,23 +418,3 @@ def _restore(state: dict, model: Mask2Former, optimizer, name) -> tuple[int, flo
     if torch.cuda.is_available() and state["random"]["cuda"]:
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
     return state["step"], state["seconds"]
-
-
-class _Interrupt:
-    """Inside, a first Ctrl-C only sets `asked`; a second one raises."""
-
-    def __enter__(self):
-        self.asked = False
-        self.before = None
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def _ask(self, number, frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt("stopped at once; the last checkpoint is whole")
-        self.asked = True
-
-    def __exit__(self, *error) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)

@@ -17,14 +17,15 @@ class Log:
 
     Args:
         folder: of the run.
-        start: steps done before; later lines, of a run that was resumed, are dropped.
+        start: steps done before.
+        keep: keep the lines there up to `start`; a run that is resumed drops those after it.
         tensorboard: write scalars to `folder`/tensorboard where tensorboard is installed.
     """
 
-    def __init__(self, folder: Path, start: int, tensorboard: bool):
+    def __init__(self, folder: Path, start: int, tensorboard: bool, keep: bool = True):
         self.path = folder / FILE
         kept = []
-        if start and self.path.is_file():
+        if keep and start and self.path.is_file():
             for text in self.path.read_text(encoding="utf-8").splitlines():
                 try:
                     line = json.loads(text)

@@ -144,8 +144,18 @@ def foreign_run(folder):
 
 def other_run(folder):
     setting = replace(recipes.digits(), output=folder)
-    checkpoint.save(folder, {"config": setting.to_dict(), "step": 2})
+    save_run(folder, setting.to_dict())
     return ["train", "--resume", str(folder), "--model.num-queries", "9"]
+
+
+def later_run(folder):
+    save_run(folder, recipes.digits().to_dict() | {"momentum": 0.9})
+    return ["train", "--resume", str(folder)]
+
+
+def save_run(folder, settings):
+    state = {"config": settings, "step": 2, "seconds": 1.0}
+    checkpoint.save(folder, state | {"model": {}, "optimizer": {}, "random": {}})
 
 
 ERRORS = [
@@ -157,9 +167,10 @@ ERRORS = [
     (spoilt_run, "last.pt: not a whole checkpoint of segkern train"),
     (foreign_run, "last.pt: not a checkpoint of segkern train"),
     (other_run, "cannot go on from it: model.num_queries is 5 there, 9 here"),
+    (later_run, "settings of another version of segkern"),
     (lambda f: ["train", "--resume", str(f)], "no such checkpoint"),
     (lambda f: ["train", "--output", str(f), "--steps", "0"], "steps must be >= 1, got 0"),
-    (lambda f: ["evaluate", str(f / "none")], "none"),
+    (lambda f: ["evaluate", str(f / "none")], "no such folder"),
     (lambda f: ["evaluate", str(f)], "config.json"),
     (lambda f: ["demo", "--output", str(f), "--scenes", "0"], "scenes must be >= 1, got 0"),
 ]
@@ -182,12 +193,21 @@ def test_errors_are_one_line_and_exit_code_2(make, message, tmp_path, model_fold
 @pytest.mark.parametrize(
     "command", [["fly"], ["train", "--no-such-option"], ["train", "--steps", "many"], ["predict"]]
 )
-def test_usage_errors_exit_with_2(command, tmp_path):
+def test_usage_errors_exit_with_2(command, tmp_path, capsys):
     try:
         code = main(command)
     except SystemExit as stop:
         code = stop.code
     assert code == 2
+    assert command != ["predict"] or "predict: no image given" in capsys.readouterr().err
+
+
+def test_demo_leaves_a_run_of_the_users_own(tmp_path, capsys):
+    save_run(tmp_path, replace(recipes.digits(), lr=0.5).to_dict())
+    before = (tmp_path / "last.pt").read_bytes()
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert "holds a run that is no demo" in capsys.readouterr().err
+    assert (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_debug_shows_where(tmp_path):

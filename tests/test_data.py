@@ -116,6 +116,7 @@ def test_truth_of_a_scene_covers_every_pixel():
     assert not result.segments[-1].isthing
 
 
+@pytest.mark.slow
 def test_a_scene_is_drawn_fast():
     data = Digits(DigitsConfig(level="mixed"), "train")
     data[0]

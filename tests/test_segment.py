@@ -298,6 +298,20 @@ def test_predict_names_the_bad_file_and_does_the_others(tmp_path):
     assert not list((tmp_path / "out").glob("b*"))
 
 
+def test_predict_does_not_write_among_the_pictures(tmp_path):
+    folder = folder_of_pictures(tmp_path / "in")
+    before = sorted(folder.iterdir())
+    with pytest.raises(ValueError, match="holds the pictures themselves; choose another --out"):
+        predict_files(Squares(), [folder / "a.png"], folder)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_predict_names_a_picture_of_nan(tmp_path):
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "nan.tiff")
+    _, failed = predict_files(Squares(), [tmp_path / "nan.tiff"], tmp_path / "out")
+    assert [why.startswith(f"{tmp_path / 'nan.tiff'}: ") for _, why in failed] == [True]
+
+
 def test_predict_refuses_an_empty_folder_and_no_path(tmp_path):
     (tmp_path / "bare").mkdir()
     with pytest.raises(ValueError, match=r"folder .*bare holds no image"):

@@ -67,6 +67,16 @@ class Custom:
         return base | (self.changes if index == self.count - 1 else {})
 
 
+class Interrupting(Custom):
+    """Asks the training to stop in the first step."""
+
+    def __getitem__(self, index):
+        handler = signal.getsignal(signal.SIGINT)
+        if not handler.__self__.asked:
+            signal.raise_signal(signal.SIGINT)
+        return super().__getitem__(index)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Six steps without a stop, evaluated half-way."""
@@ -250,16 +260,68 @@ def foreign(path, data):
     torch.save({"weights": torch.zeros(3)}, path)
 
 
+def bare(path, data):
+    torch.save({"format": checkpoint.FORMAT}, path)
+
+
 def text(path, data):
     path.write_text("no checkpoint")
 
 
-@pytest.mark.parametrize("spoil", [cut, foreign, text], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spoil", [cut, foreign, bare, text], ids=lambda f: f.__name__)
 def test_a_spoilt_checkpoint_is_refused(whole, tmp_path, spoil):
     folder, _ = whole
     spoil(tmp_path / "last.pt", (folder / "last.pt").read_bytes())
     with pytest.raises(ValueError, match=r"last.pt: not a (whole )?checkpoint of segkern train"):
         train(config(tmp_path / "new"), resume=tmp_path, progress=False)
+
+
+def test_another_run_is_not_gone_over(whole, tmp_path):
+    folder, _ = whole
+    train(config(tmp_path, steps=1, seed=3), progress=False)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    (tmp_path / "tensorboard").mkdir()
+    longer = config(tmp_path, steps=7)
+    with pytest.raises(ValueError, match=r"holds a run: .*--overwrite"):
+        train(longer, resume=folder, progress=False)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    train(replace(longer, overwrite=True), resume=folder, progress=False)
+    lines = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [7]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_model_is_that_of_the_last_checkpoint(tmp_path):
+    setting = config(tmp_path, checkpoint_every=2)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(setting, dataset=PulledPlug(Digits(setting.data), 3 * 2), progress=False)
+    opened = Mask2Former.from_pretrained(tmp_path / "model")
+    stored = checkpoint.load(tmp_path)["model"]
+    same(dict(opened.named_parameters()), {k: stored[k] for k, _ in opened.named_parameters()})
+    fresh = replace(setting, overwrite=True)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(fresh, dataset=PulledPlug(Digits(setting.data), 1), progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl"]
+
+
+def test_a_device_without_kernels_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("segkern.process._library.MISSING", {"cpu": "library not built"})
+    monkeypatch.setattr("segkern.process._library.PURE", False)
+    with pytest.raises(ValueError, match="'cpu' has no kernels: library not built"):
+        train(config(tmp_path, device="cpu"), progress=False)
+
+
+def test_spoilt_weights_are_found_before_the_evaluation(tmp_path):
+    wild = config(tmp_path, steps=2, lr=float("inf"), warmup=0, evaluate_every=1)
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 1"):
+        train(wild, progress=False)
+
+
+def test_ctrl_c_in_the_last_step_is_not_lost(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="stopped after all 1 steps"):
+        train(config(tmp_path, steps=1), dataset=Interrupting(), progress=False)
+    assert checkpoint.load(tmp_path)["step"] == 1
+    Mask2Former.from_pretrained(tmp_path / "model")
 
 
 def test_refuses_before_work_starts(whole, tmp_path):
