@@ -12,6 +12,7 @@ from segkern import checkpoint, cli, recipes
 from segkern.cli import main
 from segkern.data import DigitsConfig
 from segkern.models import Mask2Former, Mask2FormerConfig
+from segkern.train import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +235,12 @@ def test_recipes_fit_their_data():
         setting = REAL(task=task)
         assert setting.model.num_labels == labels == len(setting.model.id2label)
         assert setting.data == DigitsConfig(level="mixed", task=task)
+
+
+def test_config_survives_a_checkpoint(tmp_path):
+    before = replace(REAL("hard", size=(96, 64)), output=tmp_path)
+    torch.save(before.to_dict(), tmp_path / "config.pt")
+    assert TrainConfig.from_dict(torch.load(tmp_path / "config.pt")) == before
 
 
 REAL = recipes.digits  # before the fixture puts the small one in its place

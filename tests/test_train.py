@@ -357,12 +357,6 @@ def test_bad_settings(settings, message):
         TrainConfig(**settings)
 
 
-def test_config_survives_a_checkpoint(tmp_path):
-    before = replace(digits("hard", size=(96, 64)), output=tmp_path)
-    torch.save(before.to_dict(), tmp_path / "config.pt")
-    assert TrainConfig.from_dict(torch.load(tmp_path / "config.pt")) == before
-
-
 def test_norms_embeddings_and_position_tables_do_not_decay():
     setting = config("unused", weight_decay=0.05, backbone_lr_factor=0.1)
     setting.model.backbone = "swin_tiny"
