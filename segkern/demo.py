@@ -77,7 +77,9 @@ def _check_packages() -> None:
         try:
             import_module(name)
         except ImportError as error:
-            raise ImportError(f"demo needs {name}: pip install 'segkern[train]'") from error
+            raise ImportError(
+                f"demo needs {name}: pip install '.[train]' in segkern's folder"
+            ) from error
 
 
 def _check_folder(folder: Path, settings: dict) -> None:
