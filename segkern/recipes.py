@@ -25,7 +25,7 @@ def digits(level: str = "mixed", task: str = "panoptic", size: tuple[int, int] =
     model.stuff = () if task == "instance" else (10,)
     model.shortest_edge, model.longest_edge = min(size), 2 * max(size)
     return TrainConfig(
-        steps=2000,
+        steps=1800,
         batch_size=8,
         lr=2e-3,
         backbone_lr_factor=1.0,
