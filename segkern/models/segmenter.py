@@ -1,0 +1,272 @@
+"""Segmenter: semantic segmentation by a Vision Transformer.
+
+Letters: B image, H W image size, p patch size, D channels, K class.
+
+    x      = encoder(image padded to multiples of p)             patch embeddings, global from the
+    logits = decoder(x): a map of H/p x W/p, resized bilinearly  first layer on
+
+Two decoders: one linear layer, or the mask transformer with an embedding for each class.
+Source: Segmenter (Strudel et al., ICCV 2021). Weights have the names of the original code.
+Differs: the encoder's unused ImageNet head is not part of the model.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.vit import LinearDecoder, MaskTransformer, ViT
+from ..ops._checks import expect, got
+from ..weights import segmenter as original
+from ..weights.fit import misfits
+
+# embed_dim, depth, heads of the encoders that the paper names
+_ENCODERS = {"T": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
+_HALF, _IMAGENET = (0.5, 0.5, 0.5), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass
+class SegmenterConfig:
+    """Everything that shapes a `Segmenter`.
+
+    Attributes:
+        num_labels: K, at least 1.
+        image_size: (H, W) of training crops, for which position embeddings are stored; multiples
+            of patch_size.
+        patch_size: p, in pixels.
+        embed_dim: D of encoder and decoder; with the mask decoder a multiple of 64.
+        depth: blocks of the encoder.
+        num_heads: attention heads of the encoder; the decoder's have 64 channels.
+        distilled: the encoder is a DeiT with a distillation token.
+        dropout: probability in the encoder.
+        drop_path_rate: rate of dropped residual branches of the encoder's last block, in [0, 1).
+        decoder: "mask" or "linear".
+        decoder_layers: blocks of the mask decoder.
+        decoder_dropout: probability in the mask decoder.
+        decoder_drop_path_rate: as drop_path_rate, in the mask decoder.
+        window_size: side in pixels of the windows that large images are cut into.
+        window_stride: pixels from one window to the next.
+        id2label: name of each label.
+        image_mean: of the pixels in [0, 1], red, green, blue.
+        image_std: likewise.
+    """
+
+    num_labels: int = 150
+    image_size: tuple[int, int] = (512, 512)
+    patch_size: int = 16
+    embed_dim: int = 192
+    depth: int = 12
+    num_heads: int = 3
+    distilled: bool = False
+    dropout: float = 0.0
+    drop_path_rate: float = 0.1
+    decoder: str = "mask"
+    decoder_layers: int = 2
+    decoder_dropout: float = 0.1
+    decoder_drop_path_rate: float = 0.0
+    window_size: int = 512
+    window_stride: int = 512
+    id2label: dict[int, str] | None = None
+    image_mean: tuple[float, float, float] = _HALF
+    image_std: tuple[float, float, float] = _HALF
+
+    def __post_init__(self):
+        self.image_size = tuple(self.image_size)
+        for name in ("num_labels", "patch_size", "embed_dim", "depth", "num_heads", "window_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"SegmenterConfig: {name} must be >= 1, got {getattr(self, name)}"
+                )
+        if len(self.image_size) != 2 or any(n < 1 or n % self.patch_size for n in self.image_size):
+            raise ValueError(
+                "SegmenterConfig: image_size must be (H, W), multiples of patch_size "
+                f"({self.patch_size}), got {self.image_size}"
+            )
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"SegmenterConfig: embed_dim must be a multiple of num_heads ({self.num_heads}), "
+                f"got {self.embed_dim}"
+            )
+        if self.decoder not in ("mask", "linear"):
+            raise ValueError(
+                f"SegmenterConfig: decoder must be 'mask' or 'linear', got {self.decoder!r}"
+            )
+        if self.decoder == "mask" and self.embed_dim % 64:
+            raise ValueError(
+                "SegmenterConfig: embed_dim must be a multiple of 64 with the mask decoder, "
+                f"got {self.embed_dim}"
+            )
+        if not 0 < self.window_stride <= self.window_size:
+            raise ValueError(
+                f"SegmenterConfig: window_stride must be from 1 to window_size "
+                f"({self.window_size}), got {self.window_stride}"
+            )
+
+    @classmethod
+    def preset(cls, name: str, num_labels: int = 150):
+        """The models of the paper.
+
+        Args:
+            name: "Seg-T-Mask/16", "Seg-S/32", "Seg-B†/16", ...: encoder T, S, B or L, with a
+                dagger for DeiT's (T, S, B); "-Mask" for the mask transformer, else the linear
+                decoder; the patch size 8, 16 or 32.
+            num_labels: K.
+
+        Returns:
+            A `SegmenterConfig` with the crops and windows of ADE20K: 512 pixels, 640 for L.
+
+        Raises:
+            ValueError: no such model.
+        """
+        encoder, _, patch = name.removeprefix("Seg-").rpartition("/")
+        encoder, mask = encoder.removesuffix("-Mask"), encoder.endswith("-Mask")
+        size, distilled = encoder.removesuffix("†"), encoder.endswith("†")
+        known = size in _ENCODERS and patch in ("8", "16", "32") and name.startswith("Seg-")
+        if not known or (distilled and (size == "L" or patch != "16")):
+            raise ValueError(
+                "SegmenterConfig.preset: name must be Seg-{T,S,B,L}{,†}{,-Mask}/{8,16,32}, "
+                f"such as Seg-B-Mask/16 (DeiT, †: T, S and B at 16), got {name!r}"
+            )
+        embed_dim, depth, heads = _ENCODERS[size]
+        crop = 640 if size == "L" else 512
+        mean, std = _IMAGENET if distilled else (_HALF, _HALF)
+        return cls(
+            num_labels=num_labels,
+            image_size=(crop, crop),
+            patch_size=int(patch),
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=heads,
+            distilled=distilled,
+            decoder="mask" if mask else "linear",
+            window_size=crop,
+            window_stride=crop,
+            image_mean=mean,
+            image_std=std,
+        )
+
+
+@dataclass
+class SegmenterOutput:
+    """What `Segmenter.forward` returns.
+
+    Attributes:
+        logits: [B, K, H, W]; None where a loss was asked for.
+        loss: [], mean cross entropy of the labelled pixels; None without labels.
+    """
+
+    logits: Tensor | None
+    loss: Tensor | None = None
+
+
+class Segmenter(nn.Module):
+    """Encoder and decoder.
+
+    Args:
+        config: what to build; weights are random, as the original initialises them.
+    """
+
+    def __init__(self, config: SegmenterConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = ViT(
+            config.image_size,
+            config.patch_size,
+            config.embed_dim,
+            config.depth,
+            config.num_heads,
+            config.distilled,
+            config.dropout,
+            config.drop_path_rate,
+        )
+        if config.decoder == "linear":
+            self.decoder = LinearDecoder(config.embed_dim, config.num_labels)
+        else:
+            self.decoder = MaskTransformer(
+                config.embed_dim,
+                config.embed_dim,
+                config.num_labels,
+                config.decoder_layers,
+                config.decoder_dropout,
+                config.decoder_drop_path_rate,
+            )
+
+    def patch_logits(self, pixel_values: Tensor) -> Tensor:
+        """Class logits of the patches.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised, of any size; padded with zeros to the
+                right and below to multiples of p.
+
+        Returns:
+            [B, K, ceil(H / p), ceil(W / p)].
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        expect("Segmenter", "pixel_values", pixel_values, "B 3 H W", "float", {})
+        if 0 in pixel_values.shape:
+            raise ValueError(f"Segmenter: pixel_values must not be empty, got {got(pixel_values)}")
+        p = self.config.patch_size
+        H, W = pixel_values.shape[2:]
+        x = self.encoder(F.pad(pixel_values, (0, -W % p, 0, -H % p)))
+        logits = self.decoder(x[:, self.encoder.tokens :])
+        return logits.mT.unflatten(2, (-(-H // p), -(-W // p)))
+
+    def forward(
+        self,
+        pixel_values: Tensor,  # [B, 3, H, W]
+        labels: Tensor | None = None,  # [B, H, W]
+    ) -> SegmenterOutput:
+        """Class logits of every pixel, or the loss if there are labels.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised.
+            labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count.
+
+        Returns:
+            A `SegmenterOutput`.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        p = self.config.patch_size
+        patches = self.patch_logits(pixel_values)
+        padded = (p * patches.shape[2], p * patches.shape[3])
+        logits = F.interpolate(patches, size=padded, mode="bilinear")
+        logits = logits[:, :, : pixel_values.shape[2], : pixel_values.shape[3]]
+        if labels is None:
+            return SegmenterOutput(logits)
+        sizes = dict(zip("BHW", (len(logits), *logits.shape[2:])))
+        expect("Segmenter", "labels", labels, "B H W", "int64", sizes)
+        return SegmenterOutput(None, F.cross_entropy(logits, labels, ignore_index=255))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Segmenter":
+        """Opens a checkpoint: `checkpoint.pth` and `variant.yml` of the original code, or
+        `config.json` and `model.safetensors` of `save_pretrained`.
+
+        Raises:
+            ValueError: a file is missing or is not what it should be, or the weights are not those
+                of the model that is described (names the keys).
+        """
+        settings, weights = original.read_folder(folder)
+        unknown = sorted(settings.keys() - {f.name for f in fields(SegmenterConfig)})
+        if unknown:
+            raise ValueError(f"Segmenter: {folder} has unknown settings: {', '.join(unknown)}")
+        model = cls(SegmenterConfig(**settings))
+        if faults := misfits(weights, model.state_dict()):
+            raise ValueError(f"Segmenter: {folder} does not fit the model; {'; '.join(faults)}")
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, format: str = "segkern") -> None:
+        """Writes the model.
+
+        Args:
+            folder: is made if it is not there.
+            format: "segkern" (config.json, model.safetensors) or "original" (variant.yml,
+                checkpoint.pth).
+        """
+        original.write_folder(folder, asdict(self.config), self.state_dict(), format)

@@ -1,0 +1,196 @@
+"""Vision Transformer encoder of patches, and the mask transformer that decodes them.
+
+Letters: B image, H W image size (multiples of the patch size), N patch, D channels, K class.
+
+    x = patches(image) + positions,  after the class token (and DeiT's distillation token)
+    x = x + attention(norm(x));  x = x + mlp(norm(x))        a block, with stochastic depth
+    mask decoder:  masks[n, k] = layer_norm_k( (P x_n / |P x_n|) . (C c_k / |C c_k|) )
+
+where x_n and c_k are patch and class embeddings that went through the decoder's blocks together.
+Blocks are timm's, whose attention is PyTorch's scaled dot product, with the LayerNorm of PyTorch
+(eps 1e-5, where timm's ViT has 1e-6); names of weights are those of the original code.
+Source: Segmenter (Strudel et al., ICCV 2021), section 3; ViT (Dosovitskiy et al., ICLR 2021).
+Differs: normalised embeddings divide by at least 1e-12, so that an embedding of zeros is no NaN.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+
+def blocks(dim: int, heads: int, depth: int, dropout: float, drop_path: float) -> nn.ModuleList:
+    """`depth` pre-norm blocks with feed-forward networks of 4 x dim.
+
+    Args:
+        dropout: probability in attention weights, projections and feed-forward networks.
+        drop_path: rate of dropped residual branches of the last block; grows linearly from 0.
+    """
+    return nn.ModuleList(
+        Block(
+            dim,
+            heads,
+            qkv_bias=True,
+            proj_drop=dropout,
+            attn_drop=dropout,
+            drop_path=drop_path * i / max(depth - 1, 1),
+            norm_layer=nn.LayerNorm,
+        )
+        for i in range(depth)
+    )
+
+
+def initialise(module: nn.Module) -> None:
+    """Linear weights from a normal of sigma 0.02 cut at 2, biases 0, norms 1 and 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class ViT(nn.Module):
+    """Image to patch embeddings.
+
+    Args:
+        image_size: (H, W) that the position embeddings are stored for, multiples of patch_size.
+        patch_size: side of a patch in pixels.
+        dim: D.
+        depth: number of blocks.
+        heads: attention heads.
+        distilled: with DeiT's distillation token.
+        dropout: probability after the position embeddings and in the blocks.
+        drop_path_rate: of the last block; grows linearly from 0.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        patch_size: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        distilled: bool = False,
+        dropout: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.tokens = 2 if distilled else 1
+        self.patch_embed = nn.ModuleDict(
+            {"proj": nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)}
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if distilled:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
+            nn.init.trunc_normal_(self.dist_token, std=0.02)
+        count = self.tokens + self.grid[0] * self.grid[1]
+        self.pos_embed = nn.Parameter(torch.zeros(1, count, dim))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = blocks(dim, heads, depth, dropout, drop_path_rate)
+        self.norm = nn.LayerNorm(dim)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(initialise)
+        self._resized = (None, None)  # size and version, position embeddings
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """Position embeddings [1, tokens + h w, D] of a grid of h x w patches.
+
+        Resized bilinearly where the number of patches differs from the stored one; a grid of
+        another shape with the same number takes them as they are, as the original does.
+        """
+        if h * w == self.grid[0] * self.grid[1]:
+            return self.pos_embed
+        key = (h, w, self.pos_embed._version, self.pos_embed.dtype, self.pos_embed.device)
+        if self._resized[0] == key and not torch.is_grad_enabled():
+            return self._resized[1]
+        tokens, grid = self.pos_embed.split([self.tokens, self.grid[0] * self.grid[1]], 1)
+        grid = grid.unflatten(1, self.grid).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(h, w), mode="bilinear")
+        found = torch.cat((tokens, grid.flatten(2).mT), 1)
+        if not torch.is_grad_enabled():
+            self._resized = (key, found)
+        return found
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Embeddings of all patches.
+
+        Args:
+            image: [B, 3, H, W], sides multiples of the patch size.
+
+        Returns:
+            [B, tokens + N, D], the patches row by row after the tokens.
+        """
+        x = self.patch_embed["proj"](image)
+        h, w = x.shape[2:]
+        tokens = [self.cls_token] + ([self.dist_token] if self.tokens == 2 else [])
+        tokens = [token.expand(len(x), -1, -1) for token in tokens]
+        x = self.dropout(torch.cat((*tokens, x.flatten(2).mT), 1) + self.positions(h, w))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class LinearDecoder(nn.Module):
+    """Class logits of each patch by one linear layer."""
+
+    def __init__(self, dim: int, labels: int):
+        super().__init__()
+        self.head = nn.Linear(dim, labels)
+        self.apply(initialise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] to [B, N, K]."""
+        return self.head(x)
+
+
+class MaskTransformer(nn.Module):
+    """Class logits of each patch by its similarity to class embeddings.
+
+    Args:
+        encoder_dim: channels of the encoder.
+        dim: D.
+        labels: K.
+        depth: number of blocks; heads have 64 channels.
+        dropout: probability in the blocks.
+        drop_path_rate: of the last block; grows linearly from 0.
+    """
+
+    def __init__(
+        self,
+        encoder_dim: int,
+        dim: int,
+        labels: int,
+        depth: int = 2,
+        dropout: float = 0.1,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.labels = labels
+        self.blocks = blocks(dim, dim // 64, depth, dropout, drop_path_rate)
+        self.cls_emb = nn.Parameter(torch.randn(1, labels, dim))
+        self.proj_dec = nn.Linear(encoder_dim, dim)
+        self.proj_patch = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
+        self.proj_classes = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
+        self.decoder_norm = nn.LayerNorm(dim)
+        self.mask_norm = nn.LayerNorm(labels)
+        self.apply(initialise)
+        nn.init.trunc_normal_(self.cls_emb, std=0.02)
+
+    def embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of patches [B, N, D] and classes [B, K, D] from [B, N, encoder_dim]."""
+        x = torch.cat((self.proj_dec(x), self.cls_emb.expand(len(x), -1, -1)), 1)
+        for block in self.blocks:
+            x = block(x)
+        patches, classes = self.decoder_norm(x).split([x.shape[1] - self.labels, self.labels], 1)
+        patches, classes = patches @ self.proj_patch, classes @ self.proj_classes
+        return F.normalize(patches, dim=-1), F.normalize(classes, dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, encoder_dim] to [B, N, K]."""
+        patches, classes = self.embeddings(x)
+        return self.mask_norm(patches @ classes.mT)

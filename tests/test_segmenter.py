@@ -1,0 +1,284 @@
+"""Segmenter against its equations written once more in plain PyTorch, and its checkpoints."""
+
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from segkern.models.segmenter import Segmenter, SegmenterConfig
+from segkern.weights import segmenter as weights
+
+SMALL = SegmenterConfig(
+    num_labels=5, image_size=(64, 64), embed_dim=64, depth=2, num_heads=2, window_size=64,
+    window_stride=48,
+)  # fmt: skip
+CASES = {
+    "mask decoder": {},
+    "linear decoder": {"decoder": "linear"},
+    "one decoder layer": {"decoder_layers": 1},
+    "patch 8": {"patch_size": 8},
+    "distilled": {"distilled": True},
+    "wide image": {"image_size": (32, 96)},
+}
+SIZES = [(64, 64), (50, 70), (96, 32), (17, 130), (128, 32)]
+
+
+def built(double=True, **changes):
+    torch.manual_seed(1)
+    model = Segmenter(replace(SMALL, **changes)).eval()
+    with torch.no_grad():  # biases and norms are not left at 0 and 1
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model.double() if double else model
+
+
+def reference(w, config, image):
+    """Logits [B, K, H, W] from the weights `w` by name, every step spelled out."""
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def block(x, name, heads):
+        B, N, D = x.shape
+        y = linear(norm(x, f"{name}.norm1"), f"{name}.attn.qkv")
+        q, k, v = y.view(B, N, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
+        scores = torch.einsum("bhnd,bhmd->bhnm", q, k) / math.sqrt(D // heads)
+        y = torch.einsum("bhnm,bhmd->bnhd", scores.softmax(-1), v).reshape(B, N, D)
+        x = x + linear(y, f"{name}.attn.proj")
+        y = linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")
+        y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+        return x + linear(y, f"{name}.mlp.fc2")
+
+    p, (H, W) = config.patch_size, image.shape[2:]
+    h, width = math.ceil(H / p), math.ceil(W / p)
+    padded = image.new_zeros(len(image), 3, h * p, width * p)
+    padded[:, :, :H, :W] = image
+    patches = padded.view(len(image), 3, h, p, width, p).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    kernel = w["encoder.patch_embed.proj.weight"].flatten(1)
+    x = (patches @ kernel.T + w["encoder.patch_embed.proj.bias"]).flatten(1, 2)
+    names = ["cls_token", "dist_token"][: 2 if config.distilled else 1]
+    x = torch.cat([w[f"encoder.{n}"].expand(len(x), -1, -1) for n in names] + [x], 1)
+    positions = w["encoder.pos_embed"]
+    if positions.shape[1] != x.shape[1]:
+        own, grid = positions[:, : len(names)], positions[:, len(names) :]
+        size = [n // p for n in config.image_size]
+        grid = grid.reshape(1, *size, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(h, width), mode="bilinear", align_corners=False)
+        positions = torch.cat((own, grid.permute(0, 2, 3, 1).flatten(1, 2)), 1)
+    x = x + positions
+    for i in range(config.depth):
+        x = block(x, f"encoder.blocks.{i}", config.num_heads)
+    x = norm(x, "encoder.norm")[:, len(names) :]
+    if config.decoder == "linear":
+        masks = linear(x, "decoder.head")
+    else:
+        K = config.num_labels
+        x = linear(x, "decoder.proj_dec")
+        x = torch.cat((x, w["decoder.cls_emb"].expand(len(x), -1, -1)), 1)
+        for i in range(config.decoder_layers):
+            x = block(x, f"decoder.blocks.{i}", config.embed_dim // 64)
+        x = norm(x, "decoder.decoder_norm")
+        patches, classes = (
+            x[:, :-K] @ w["decoder.proj_patch"],
+            x[:, -K:] @ w["decoder.proj_classes"],
+        )
+        patches = patches / patches.square().sum(-1, keepdim=True).sqrt()
+        classes = classes / classes.square().sum(-1, keepdim=True).sqrt()
+        masks = norm(torch.einsum("bnd,bkd->bnk", patches, classes), "decoder.mask_norm")
+    masks = masks.mT.reshape(len(masks), -1, h, width)
+    masks = F.interpolate(masks, size=(h * p, width * p), mode="bilinear", align_corners=False)
+    return masks[:, :, :H, :W]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_the_equations(case, size):
+    model = built(**CASES[case])
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    want = reference(model.state_dict(), model.config, image)
+    with torch.no_grad():
+        for _ in range(2):  # the second time with the positions that were kept
+            torch.testing.assert_close(model(image).logits, want, rtol=1e-8, atol=1e-8)
+
+
+def test_gradients_are_those_of_the_equations():
+    model = built()
+    image = torch.randn(1, 3, 50, 70, dtype=torch.float64)
+    leaves = dict(model.named_parameters())
+    wanted = torch.autograd.grad(
+        reference(leaves, model.config, image).square().sum(), leaves.values()
+    )
+    found = torch.autograd.grad(model(image).logits.square().sum(), leaves.values())
+    for name, a, b in zip(leaves, found, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_kept_positions_follow_the_weights():
+    model = built()
+    image = torch.randn(1, 3, 32, 48, dtype=torch.float64)
+    with torch.no_grad():
+        first = model(image).logits
+        model.encoder.pos_embed += 1
+        second = model(image).logits
+        want = reference(model.state_dict(), model.config, image)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(second, want, rtol=1e-8, atol=1e-8)
+
+
+def test_a_class_of_zeros_gives_no_nan():
+    model = built()
+    with torch.no_grad():
+        model.decoder.proj_classes.zero_()
+        assert model(torch.randn(1, 3, 64, 64, dtype=torch.float64)).logits.isfinite().all()
+
+
+PRESETS = {  # millions with the original's unused head, as the paper and its code count
+    "Seg-T-Mask/16": 6.9,
+    "Seg-S-Mask/16": 26.4,
+    "Seg-B-Mask/16": 103.3,
+    "Seg-B-Mask/32": 104.4,
+    "Seg-B/8": 89.2,
+    "Seg-L-Mask/16": 334.3,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_size_of_the_papers(name):
+    config = SegmenterConfig.preset(name)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Segmenter(config).parameters())
+    head = 1000 * (config.embed_dim + 1)
+    assert (count + head) / 1e6 == pytest.approx(PRESETS[name], abs=0.06)
+
+
+def test_a_distilled_preset():
+    config = SegmenterConfig.preset("Seg-B†-Mask/16", num_labels=59)
+    assert (config.distilled, config.decoder, config.num_labels) == (True, "mask", 59)
+    assert config.image_mean == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize("name", ["Seg-X/16", "Seg-B/12", "Seg-L†/16", "Seg-B†/32", "B/16", ""])
+def test_no_such_preset(name):
+    with pytest.raises(ValueError, match=r"preset: name must be Seg-"):
+        SegmenterConfig.preset(name)
+
+
+def test_loss_ignores_255():
+    model = built().train()
+    labels = torch.randint(0, 5, (2, 40, 64))
+    labels[:, :10] = 255
+    image = torch.randn(2, 3, 40, 64, dtype=torch.float64)
+    model.eval()
+    logits = model(image).logits
+    want = F.cross_entropy(logits[:, :, 10:], labels[:, 10:])
+    out = model(image, labels)
+    torch.testing.assert_close(out.loss, want)
+    assert out.logits is None
+
+
+BAD = {
+    "image 3-d": (lambda x, y: (x[0], y), ValueError, r"pixel_values must be \[B, 3, H, W\]"),
+    "image uint8": (lambda x, y: (x.byte(), y), TypeError, "pixel_values must be .* uint8"),
+    "empty image": (lambda x, y: (x[:, :, :0], None), ValueError, "must not be empty"),
+    "labels of another size": (
+        lambda x, y: (x, y[:, 1:]), ValueError, r"labels must be .* with B = 2, H = 40, W = 64"
+    ),
+    "labels float": (lambda x, y: (x, y.float()), TypeError, "labels must be .* int64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    change, error, message = BAD[case]
+    image, labels = torch.randn(2, 3, 40, 64), torch.zeros(2, 40, 64, dtype=torch.int64)
+    with pytest.raises(error, match=message):
+        built(double=False)(*change(image, labels))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_labels": 0}, "num_labels must be >= 1, got 0"),
+        ({"image_size": (60, 64)}, r"image_size must be .* multiples of patch_size \(16\)"),
+        ({"num_heads": 5}, r"embed_dim must be a multiple of num_heads \(5\), got 64"),
+        ({"decoder": "fpn"}, "decoder must be 'mask' or 'linear', got 'fpn'"),
+        ({"embed_dim": 96}, "multiple of 64 with the mask decoder, got 96"),
+        ({"window_stride": 0}, r"window_stride must be from 1 to window_size \(64\), got 0"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+@pytest.mark.parametrize("format", weights.FORMATS)
+@pytest.mark.parametrize("case", CASES)
+def test_folders_open_as_they_were_saved(case, format, tmp_path):
+    model = built(double=False, **CASES[case])
+    model.save_pretrained(tmp_path, format=format)
+    again = Segmenter.from_pretrained(tmp_path)
+    wanted = asdict(model.config)
+    if format == "original" and model.config.decoder == "linear":
+        wanted |= {k: getattr(SegmenterConfig(), k) for k in ("decoder_layers", "decoder_dropout")}
+    assert asdict(again.config) == wanted
+    assert not again.training
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_the_original_format_has_the_originals_names(tmp_path):
+    built(double=False, distilled=True).save_pretrained(tmp_path, format="original")
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
+    assert state["encoder.head.weight"].shape == (1000, 64)
+    assert state["encoder.head_dist.bias"].shape == (1000,)
+    text = (tmp_path / "variant.yml").read_text()
+    assert "!!python/tuple" in text
+    variant = yaml.load(text, yaml.FullLoader)
+    assert variant["net_kwargs"]["decoder"]["name"] == "mask_transformer"
+    assert variant["net_kwargs"]["image_size"] == (64, 64)
+
+
+DAMAGED = {
+    "no variant.yml": ("variant.yml", None, "it has no variant.yml"),
+    "no checkpoint.pth": ("checkpoint.pth", None, "it has no checkpoint.pth"),
+    "cut checkpoint": ("checkpoint.pth", b"PK\x03\x04 cut", "not a whole checkpoint"),
+    "foreign yaml": ("variant.yml", b"a: 1\n", "has no section net_kwargs"),
+    "code in yaml": (
+        "variant.yml",
+        b"net_kwargs: !!python/object/apply:os.system ['true']\n",
+        "cannot be read: could not determine a constructor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_folders_are_named(case, tmp_path):
+    name, content, message = DAMAGED[case]
+    built(double=False).save_pretrained(tmp_path, format="original")
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Segmenter.from_pretrained(tmp_path)
+
+
+def test_unknown_settings_and_other_shapes_are_named(tmp_path):
+    built(double=False).save_pretrained(tmp_path, format="original")
+    path = tmp_path / "variant.yml"
+    text = path.read_text()
+    path.write_text(text.replace("  distilled: false", "  distilled: false\n  colour: blue"))
+    with pytest.raises(ValueError, match="unknown in net_kwargs: colour"):
+        Segmenter.from_pretrained(tmp_path)
+    path.write_text(text.replace("n_cls: 5", "n_cls: 6"))
+    message = r"of another shape: decoder.cls_emb \[1, 5, 64\] instead of \[1, 6, 64\]"
+    with pytest.raises(ValueError, match=message):
+        Segmenter.from_pretrained(tmp_path)
