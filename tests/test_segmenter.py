@@ -1,13 +1,16 @@
 """Segmenter against its equations written once more in plain PyTorch, and its checkpoints."""
 
+import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
 
+from segkern import windows
 from segkern.models.segmenter import Segmenter, SegmenterConfig
 from segkern.weights import segmenter as weights
 
@@ -282,3 +285,87 @@ def test_unknown_settings_and_other_shapes_are_named(tmp_path):
     message = r"of another shape: decoder.cls_emb \[1, 5, 64\] instead of \[1, 6, 64\]"
     with pytest.raises(ValueError, match=message):
         Segmenter.from_pretrained(tmp_path)
+
+
+# what the original code (commit 20d1bfa, timm 0.4.12, float32) makes of weights and images that
+# `original_folder` and `waves` make again: 40 values of each result
+EXPECTED = json.loads((Path(__file__).parent / "expected" / "segmenter.json").read_text())
+VARIANTS = {
+    "mask": {},
+    "linear": {"decoder": {"name": "linear"}},
+    "distilled": {"distilled": True},
+    "wide": {"d_model": 128, "n_heads": 4, "image_size": (32, 96), "patch_size": 8},
+}
+
+
+def original_folder(folder, **changes):
+    """A checkpoint as the original writes it, with weights that are waves."""
+    net = {
+        "backbone": "vit_tiny_patch16_384",
+        "image_size": (64, 64),
+        "patch_size": 16,
+        "d_model": 64,
+        "n_layers": 2,
+        "n_heads": 2,
+        "distilled": False,
+        "n_cls": 5,
+        "normalization": "vit",
+        "dropout": 0.0,
+        "drop_path_rate": 0.1,
+        "decoder": {
+            "name": "mask_transformer",
+            "n_layers": 2,
+            "drop_path_rate": 0.0,
+            "dropout": 0.1,
+        },
+        **changes,
+    }
+    inference = {"im_size": 64, "window_size": 64, "window_stride": 48}
+    variant = {"net_kwargs": net, "inference_kwargs": inference, "dataset_kwargs": {"x": 1}}
+    (folder / "variant.yml").write_text(yaml.dump(variant))
+    settings = weights.from_variant(variant, "variant.yml")
+    state = Segmenter(SegmenterConfig(**settings)).state_dict()
+    for name, p in state.items():
+        wave = torch.arange(p.numel(), dtype=torch.float64) * 0.7 + sum(map(ord, name))
+        scale = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        state[name] = (0.05 * wave.cos() + scale).view(p.shape).float()
+    state["encoder.head.weight"] = torch.zeros(1000, net["d_model"])
+    torch.save({"model": state, "n_cls": 5, "epoch": 3}, folder / "checkpoint.pth")
+    return folder
+
+
+def waves(h, w):
+    n = torch.arange(3 * h * w, dtype=torch.float64)
+    return (n * 0.013).sin().view(1, 3, h, w).float()
+
+
+def sampled(t):
+    return t.flatten()[:: t.numel() // 40][:40]
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_an_original_checkpoint_gives_the_originals_logits(case, tmp_path):
+    model = Segmenter.from_pretrained(original_folder(tmp_path, **VARIANTS[case]))
+    for size, want in EXPECTED[case]["logits"].items():
+        with torch.no_grad():
+            found = sampled(model(waves(*map(int, size.split("x")))).logits)
+        torch.testing.assert_close(found, torch.tensor(want), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [2**22, 5 * 101 * 7], ids=["one band", "bands"])
+@pytest.mark.parametrize("case", VARIANTS)
+def test_windows_scales_and_mirrors_are_the_originals(case, values, tmp_path, monkeypatch):
+    monkeypatch.setattr(windows, "_VALUES_AT_ONCE", values)
+    monkeypatch.setattr(windows, "_PIXELS_AT_ONCE", 2 * 64**2)
+    model = Segmenter.from_pretrained(original_folder(tmp_path, **VARIANTS[case]))
+    for name, want in EXPECTED[case]["windows"].items():
+        size, scales, out = name.split()
+        h, w = map(int, size.split("x"))
+        scales = [float(s) for s in scales.split(",")]
+        images = [waves(int(h * s), int(w * s)) for s in scales]
+        H, W = map(int, out.split("x"))
+        with torch.no_grad():
+            bands = windows.probabilities(model, images, (H, W), 64, 48, flip=len(scales) > 1)
+            found = torch.cat([p for _, p in bands], 1)
+        assert found.shape == (5, H, W)
+        torch.testing.assert_close(sampled(found), torch.tensor(want), rtol=0, atol=1e-4)

@@ -1,0 +1,151 @@
+"""Class probabilities of large images, from windows, scales and mirror images.
+
+Letters: K class, H W output size, p patch size, s window side, h w size of a scaled image.
+
+    logits of a view  = mean over the windows that cover a pixel of resize(patch logits)
+    probabilities     = mean over views of softmax_k(resize(logits))
+
+A view is the image at one scale, as it is or mirrored. Windows lie `stride` apart, the last one
+at the edge; an image with a side below s is first enlarged until its short side is s. Only patch
+logits are kept: every step after them is linear until the softmax, so bands of output rows are
+formed one after another, and memory grows with K x W, not with K x H x W.
+Source: Segmenter (Strudel et al., ICCV 2021), inference of the original code.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_PIXELS_AT_ONCE = 2**21  # of windows that go through the model together
+_VALUES_AT_ONCE = 2**22  # of a band of probabilities: 16 MB in float32
+
+
+def starts(size: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along a side of `size` >= window: the last one ends with it."""
+    return [*range(0, size - window, stride), size - window]
+
+
+def enlarged(image: Tensor, window: int) -> Tensor:
+    """The image [1, 3, h, w] with its short side resized to `window` where it is smaller."""
+    h, w = image.shape[2:]
+    if min(h, w) >= window:
+        return image
+    # the long side is cut to whole pixels, as the original does
+    size = (window, int(w / h * window)) if h < w else (int(h / w * window), window)
+    return F.interpolate(image, size, mode="bilinear")
+
+
+def probabilities(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    output_size: tuple[int, int],
+    window: int,
+    stride: int,
+    flip: bool = False,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Class probabilities of one image, a band of rows after another.
+
+    Args:
+        model: a `Segmenter` in eval mode.
+        images: the image at each scale, [1, 3, h, w] floating, normalised.
+        output_size: (H, W).
+        window: s, in pixels.
+        stride: pixels from one window to the next, from 1 to s.
+        flip: also look at the mirror image of each scale.
+
+    Yields:
+        rows of the output, and their probabilities [K, rows, W] float32.
+    """
+    views = [
+        _View(model, enlarged(image, window), window, stride, mirrored)
+        for image in images
+        for mirrored in ((False, True) if flip else (False,))
+    ]
+    H, W = output_size
+    band = max(1, _VALUES_AT_ONCE // (W * views[0].maps.shape[1]))
+    for top in range(0, H, band):
+        rows = slice(top, min(top + band, H))
+        total = 0
+        for view in views:
+            total = total + view.logits(rows, output_size).softmax(0)
+        yield rows, total / len(views)
+
+
+class _View:
+    """The patch logits of the windows of one image, and what becomes of them."""
+
+    def __init__(self, model, image, window, stride, mirrored):
+        self.window, self.mirrored = window, mirrored
+        self.size = image.shape[2:]
+        self.tops, self.lefts = (starts(n, window, stride) for n in self.size)
+        image = image.flip(3) if mirrored else image
+        crops = [
+            image[0, :, y : y + window, x : x + window] for y in self.tops for x in self.lefts
+        ]
+        at_once = max(1, _PIXELS_AT_ONCE // window**2)
+        maps = [
+            model.patch_logits(torch.stack(crops[i : i + at_once]))
+            for i in range(0, len(crops), at_once)
+        ]
+        self.maps = torch.cat(maps).float()  # [windows, K, s / p, s / p]
+        self.padded = model.config.patch_size * self.maps.shape[3]
+        # how many windows cover a row and a column; a pixel's count is their product
+        self.counts = [
+            sum(_within(n, a, window) for a in first)
+            for n, first in zip(self.size, (self.tops, self.lefts))
+        ]
+
+    def logits(self, rows: slice, output_size: tuple[int, int]) -> Tensor:
+        """Logits [K, rows, W] of these rows of the output."""
+        H, W = output_size
+        low, high, weight = _neighbours(range(rows.start, rows.stop), self.size[0], H)
+        first, last = min(low), max(high) + 1
+        merged = self._merged(first, last)  # [K, last - first, w]
+        merged = _between(merged, low, high, weight, first)
+        out = _widened(merged, W)
+        return out.flip(2) if self.mirrored else out
+
+    def _merged(self, first: int, last: int) -> Tensor:
+        """Mean logits [K, last - first, w] of rows of the scaled image, over its windows."""
+        s = self.window
+        total = self.maps.new_zeros(self.maps.shape[1], last - first, self.size[1])
+        for i, top in enumerate(self.tops):
+            a, b = max(first, top), min(last, top + s)
+            if a >= b:
+                continue
+            own = _neighbours(range(a - top, b - top), self.maps.shape[2], self.padded)
+            for j, left in enumerate(self.lefts):
+                patches = self.maps[i * len(self.lefts) + j]
+                found = _widened(_between(patches, *own), self.padded)[:, :, :s]
+                total[:, a - first : b - first, left : left + s] += found
+        count = torch.outer(self.counts[0][first:last], self.counts[1])
+        return total / count.to(total)
+
+
+def _within(n: int, start: int, length: int) -> Tensor:
+    position = torch.arange(n)
+    return ((position >= start) & (position < start + length)).float()
+
+
+def _neighbours(rows: range, size: int, out: int) -> tuple[list[int], list[int], Tensor]:
+    """For rows of a bilinear resize from `size` to `out`: the two source rows and the weight of
+    the second, as align_corners=False has it."""
+    place = ((torch.arange(rows.start, rows.stop) + 0.5) * (size / out) - 0.5).clamp(min=0)
+    low = place.floor().long().clamp(max=size - 1)
+    return low.tolist(), (low + 1).clamp(max=size - 1).tolist(), place - low
+
+
+def _between(maps: Tensor, low: list[int], high: list[int], weight: Tensor, first: int = 0):
+    """Rows [K, rows, w] between neighbouring rows of maps [K, h, w], whose row 0 is `first`."""
+    weight = weight.to(maps)[:, None]
+    low, high = (torch.tensor(n, device=maps.device) - first for n in (low, high))
+    return torch.lerp(maps[:, low], maps[:, high], weight)
+
+
+def _widened(maps: Tensor, width: int) -> Tensor:
+    """maps [K, rows, w] resized bilinearly to [K, rows, width]."""
+    if maps.shape[2] == width:
+        return maps
+    return F.interpolate(maps[None], size=(maps.shape[1], width), mode="bilinear")[0]
