@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .nn.bands import band, neighbours, widened
+
 _PIXELS_AT_ONCE = 2**21  # of windows that go through the model together
 _VALUES_AT_ONCE = 2**22  # of a band of probabilities: 16 MB in float32
 
@@ -44,7 +46,7 @@ def probabilities(
     window: int,
     stride: int,
     flip: bool = False,
-) -> Iterator[tuple[slice, Tensor]]:
+) -> Iterator[tuple[range, Tensor]]:
     """Class probabilities of one image, a band of rows after another.
 
     Args:
@@ -64,9 +66,9 @@ def probabilities(
         for mirrored in ((False, True) if flip else (False,))
     ]
     H, W = output_size
-    band = max(1, _VALUES_AT_ONCE // (W * views[0].maps.shape[1]))
-    for top in range(0, H, band):
-        rows = slice(top, min(top + band, H))
+    step = max(1, _VALUES_AT_ONCE // (W * views[0].maps.shape[1]))
+    for top in range(0, H, step):
+        rows = range(top, min(top + step, H))
         total = 0
         for view in views:
             total = total + view.logits(rows, output_size).softmax(0)
@@ -97,29 +99,26 @@ class _View:
             for n, first in zip(self.size, (self.tops, self.lefts))
         ]
 
-    def logits(self, rows: slice, output_size: tuple[int, int]) -> Tensor:
+    def logits(self, rows: range, output_size: tuple[int, int]) -> Tensor:
         """Logits [K, rows, W] of these rows of the output."""
-        H, W = output_size
-        low, high, weight = _neighbours(range(rows.start, rows.stop), self.size[0], H)
-        first, last = min(low), max(high) + 1
-        merged = self._merged(first, last)  # [K, last - first, w]
-        merged = _between(merged, low, high, weight, first)
-        out = _widened(merged, W)
+        first, weights = neighbours(rows, self.size[0], output_size[0])
+        merged = self._merged(first, first + weights.shape[1])  # [K, n, w]
+        merged = torch.einsum("rn,knw->krw", weights.to(merged), merged)
+        out = widened(merged[None], output_size[1])[0]
         return out.flip(2) if self.mirrored else out
 
     def _merged(self, first: int, last: int) -> Tensor:
         """Mean logits [K, last - first, w] of rows of the scaled image, over its windows."""
-        s = self.window
+        s, n = self.window, len(self.lefts)
         total = self.maps.new_zeros(self.maps.shape[1], last - first, self.size[1])
         for i, top in enumerate(self.tops):
             a, b = max(first, top), min(last, top + s)
             if a >= b:
                 continue
-            own = _neighbours(range(a - top, b - top), self.maps.shape[2], self.padded)
+            maps = self.maps[i * n : (i + 1) * n]
+            found = band(maps, range(a - top, b - top), (self.padded, self.padded))
             for j, left in enumerate(self.lefts):
-                patches = self.maps[i * len(self.lefts) + j]
-                found = _widened(_between(patches, *own), self.padded)[:, :, :s]
-                total[:, a - first : b - first, left : left + s] += found
+                total[:, a - first : b - first, left : left + s] += found[j, :, :, :s]
         count = torch.outer(self.counts[0][first:last], self.counts[1])
         return total / count.to(total)
 
@@ -127,25 +126,3 @@ class _View:
 def _within(n: int, start: int, length: int) -> Tensor:
     position = torch.arange(n)
     return ((position >= start) & (position < start + length)).float()
-
-
-def _neighbours(rows: range, size: int, out: int) -> tuple[list[int], list[int], Tensor]:
-    """For rows of a bilinear resize from `size` to `out`: the two source rows and the weight of
-    the second, as align_corners=False has it."""
-    place = ((torch.arange(rows.start, rows.stop) + 0.5) * (size / out) - 0.5).clamp(min=0)
-    low = place.floor().long().clamp(max=size - 1)
-    return low.tolist(), (low + 1).clamp(max=size - 1).tolist(), place - low
-
-
-def _between(maps: Tensor, low: list[int], high: list[int], weight: Tensor, first: int = 0):
-    """Rows [K, rows, w] between neighbouring rows of maps [K, h, w], whose row 0 is `first`."""
-    weight = weight.to(maps)[:, None]
-    low, high = (torch.tensor(n, device=maps.device) - first for n in (low, high))
-    return torch.lerp(maps[:, low], maps[:, high], weight)
-
-
-def _widened(maps: Tensor, width: int) -> Tensor:
-    """maps [K, rows, w] resized bilinearly to [K, rows, width]."""
-    if maps.shape[2] == width:
-        return maps
-    return F.interpolate(maps[None], size=(maps.shape[1], width), mode="bilinear")[0]

@@ -12,6 +12,7 @@ import yaml
 
 from segkern import windows
 from segkern.models.segmenter import Segmenter, SegmenterConfig
+from segkern.nn import bands
 from segkern.weights import segmenter as weights
 
 SMALL = SegmenterConfig(
@@ -174,17 +175,37 @@ def test_no_such_preset(name):
         SegmenterConfig.preset(name)
 
 
-def test_loss_ignores_255():
-    model = built().train()
-    labels = torch.randint(0, 5, (2, 40, 64))
-    labels[:, :10] = 255
-    image = torch.randn(2, 3, 40, 64, dtype=torch.float64)
-    model.eval()
-    logits = model(image).logits
-    want = F.cross_entropy(logits[:, :, 10:], labels[:, 10:])
+@pytest.mark.parametrize("values", [2**21, 3000], ids=["one band", "bands"])
+@pytest.mark.parametrize("size", [(40, 64), (64, 50), (37, 33)], ids=str)
+def test_loss_is_torchs_of_the_resized_logits(size, values, monkeypatch):
+    monkeypatch.setattr(bands, "_VALUES_AT_ONCE", values)
+    model = built()
+    labels = torch.randint(0, 5, (2, *size))
+    labels[:, :10], labels[0, -3:] = 255, 255
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    leaves = list(model.parameters())
+    want = F.cross_entropy(model(image).logits, labels, ignore_index=255)
     out = model(image, labels)
-    torch.testing.assert_close(out.loss, want)
     assert out.logits is None
+    torch.testing.assert_close(out.loss, want, rtol=1e-12, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(3 * out.loss, leaves), torch.autograd.grad(3 * want, leaves)
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_loss_of_patches_as_small_as_pixels():
+    logits = torch.randn(1, 4, 6, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 4, (1, 6, 7))
+    loss = bands.resized_cross_entropy(logits, labels, (6, 7))
+    want = F.cross_entropy(logits, labels)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits) for x in (loss, want)))
+
+
+def test_no_labelled_pixel_gives_nan():
+    labels = torch.full((1, 64, 64), 255)
+    assert built(double=False)(torch.randn(1, 3, 64, 64), labels).loss.isnan()
 
 
 BAD = {

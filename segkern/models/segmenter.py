@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.bands import resized_cross_entropy
 from ..nn.vit import LinearDecoder, MaskTransformer, ViT
 from ..ops._checks import expect, got
 from ..weights import segmenter as original
@@ -233,14 +234,13 @@ class Segmenter(nn.Module):
         """
         p = self.config.patch_size
         patches = self.patch_logits(pixel_values)
-        padded = (p * patches.shape[2], p * patches.shape[3])
-        logits = F.interpolate(patches, size=padded, mode="bilinear")
-        logits = logits[:, :, : pixel_values.shape[2], : pixel_values.shape[3]]
+        B, _, h, w = patches.shape
+        H, W = pixel_values.shape[2:]
         if labels is None:
-            return SegmenterOutput(logits)
-        sizes = dict(zip("BHW", (len(logits), *logits.shape[2:])))
-        expect("Segmenter", "labels", labels, "B H W", "int64", sizes)
-        return SegmenterOutput(None, F.cross_entropy(logits, labels, ignore_index=255))
+            logits = F.interpolate(patches, size=(p * h, p * w), mode="bilinear")
+            return SegmenterOutput(logits[:, :, :H, :W])
+        expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
+        return SegmenterOutput(None, resized_cross_entropy(patches, labels, (p * h, p * w)))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Segmenter":
