@@ -169,7 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app = tyro.extras.SubcommandApp()
         for command in (_train_command(arguments), evaluate, predict, demo, info):
             app.command(command)
-        return app.cli(prog="segkern", description=_DESCRIPTION, args=arguments) or 0
+        # the model's kind is that of the recipe's or the stored config, and no subcommand
+        config = (tyro.conf.AvoidSubcommands,)
+        return (
+            app.cli(prog="segkern", description=_DESCRIPTION, args=arguments, config=config) or 0
+        )
     except KeyboardInterrupt as stop:
         print(f"\nsegkern: {stop or 'stopped'}", file=sys.stderr)
         return 130

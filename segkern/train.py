@@ -1,12 +1,13 @@
 """Training: one loop for every model and data set.
 
-    batch -> loss -> backward -> clip -> AdamW -> log -> checkpoint
+    batch -> loss -> backward -> clip -> optimizer -> log -> checkpoint
 
 The samples of a step depend on seed and step alone, the random points of the loss on a seed inside
 the model, and dropout on the generators' states in the checkpoint: a resumed run gives the weights
 of one that was never stopped. No value is read back from the device except where it is logged.
-Recipe: Mask2Former (Cheng et al., CVPR 2022): AdamW without decay on norms, embeddings and
+Recipes: Mask2Former (Cheng et al., CVPR 2022): AdamW without decay on norms, embeddings and
 position tables, a smaller rate for the backbone, the whole model's gradient clipped by its norm.
+Segmenter (Strudel et al., ICCV 2021): SGD with momentum, a polynomial schedule, nothing clipped.
 """
 
 import math
@@ -26,7 +27,8 @@ from . import checkpoint
 from .data import DigitsConfig, Order, build_dataset, collate
 from .evaluate import evaluate
 from .files import writable_folder
-from .models.mask2former import Mask2Former, Mask2FormerConfig
+from .models import CLASSES, Config, Mask2FormerConfig, Model, build_model, kind_of
+from .optimizer import build_optimizer, learning_rate
 from .process import Interrupt, leave_interrupts_to_parent, usable_device
 from .trainlog import Log, Meter
 from .weights.fit import misfits
@@ -51,8 +53,11 @@ class TrainConfig:
         batch_size: images of a step.
         lr: highest learning rate.
         backbone_lr_factor: the backbone's rate over the others'.
-        weight_decay: of AdamW.
-        schedule: "cosine" or "poly" (power 0.9) to zero, or "steps": a tenth at 8/9 of the steps
+        min_lr: least learning rate of the schedule.
+        optimizer: "adamw" or "sgd".
+        momentum: of SGD.
+        weight_decay: of the optimizer.
+        schedule: "cosine" or "poly" (power 0.9) to min_lr, or "steps": a tenth at 8/9 of the steps
             and again at 26/27.
         warmup: steps in which the rate rises.
         clip: largest norm of the gradient; 0 does not clip.
@@ -77,6 +82,9 @@ class TrainConfig:
     batch_size: int = 8
     lr: float = 1e-4
     backbone_lr_factor: float = 0.1
+    min_lr: float = 0.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.9
     weight_decay: float = 0.05
     schedule: Literal["cosine", "poly", "steps"] = "cosine"
     warmup: int = 10
@@ -93,7 +101,7 @@ class TrainConfig:
     threshold: float = 0.8
     tensorboard: bool = True
     data: DigitsConfig = field(default_factory=DigitsConfig)
-    model: Mask2FormerConfig = field(default_factory=lambda: Mask2FormerConfig.tiny(11))
+    model: Config = field(default_factory=lambda: Mask2FormerConfig.tiny(11))
 
     def __post_init__(self):
         self.output = Path(self.output)
@@ -101,7 +109,7 @@ class TrainConfig:
             raise ValueError(f"TrainConfig: threshold must be in [0, 1], got {self.threshold}")
         for names, least in (
             ("steps batch_size log_every checkpoint_every evaluate_scenes", 1),
-            ("lr backbone_lr_factor weight_decay warmup clip seed", 0),
+            ("lr min_lr backbone_lr_factor momentum weight_decay warmup clip seed", 0),
             ("threads workers evaluate_every", 0),
         ):
             for name in names.split():
@@ -112,6 +120,7 @@ class TrainConfig:
         for name, known in (
             ("schedule", ("cosine", "poly", "steps")),
             ("precision", ("fp32", "bf16")),
+            ("optimizer", ("adamw", "sgd")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -121,7 +130,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict:
         """Nested plain types, as checkpoints keep it."""
-        return asdict(self) | {"output": str(self.output)}
+        model = {"type": kind_of(self.model)} | asdict(self.model)
+        return asdict(self) | {"output": str(self.output), "model": model}
 
     @classmethod
     def from_dict(cls, settings: dict) -> "TrainConfig":
@@ -131,9 +141,10 @@ class TrainConfig:
             ValueError: there are settings that this version does not know or allow.
         """
         try:
+            model = dict(settings["model"])
             parts = {
                 "data": DigitsConfig(**settings["data"]),
-                "model": Mask2FormerConfig(**settings["model"]),
+                "model": CLASSES[model.pop("type")][0](**model),
             }
             return cls(**(settings | parts))
         except (KeyError, TypeError, ValueError) as error:
@@ -151,7 +162,7 @@ class Trained:
         images_per_second: over that time.
     """
 
-    model: Mask2Former
+    model: Model
     steps: int
     seconds: float
     images_per_second: float
@@ -199,10 +210,8 @@ def train(
         torch.set_num_threads(config.threads)
     device = usable_device(config.device)
     torch.manual_seed(config.seed)
-    model = Mask2Former(config.model).to(device).train()
-    optimizer = torch.optim.AdamW(
-        _groups(model, config), fused=True, capturable=device.type == "cuda"
-    )
+    model = build_model(config.model).to(device).train()
+    optimizer = build_optimizer(model, config)
     start, seconds = 0, 0.0
     if state is not None:
         start, seconds = _restore(state, model, optimizer, resume)
@@ -219,9 +228,9 @@ def train(
         for step in range(start, config.steps):
             began = time.perf_counter()
             batch = next(batches).to(device)
-            rate = _rate(step, config)
+            rate = learning_rate(step, config)
             for group in optimizer.param_groups:
-                group["lr"].fill_(config.lr * rate * group["factor"])
+                group["lr"].fill_(rate * group["factor"])
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, losses = model.loss(batch.pixel_values, batch.targets)
@@ -234,7 +243,7 @@ def train(
             due = stopping or done == config.steps or done % config.checkpoint_every == 0
             line = None
             if due or done % config.log_every == 0 or done == start + 1:
-                line = _line(done, loss, losses, config.lr * rate)
+                line = _line(done, loss, losses, rate)
             seconds += time.perf_counter() - began
             meter.advance(line)
             if config.evaluate_every and done % config.evaluate_every == 0:
@@ -254,39 +263,6 @@ def train(
     return Trained(
         model.eval(), config.steps, seconds, config.steps * config.batch_size / max(seconds, 1e-9)
     )
-
-
-def _groups(model: Mask2Former, config: TrainConfig) -> list[dict]:
-    """Parameters by rate and decay: norms, embeddings and position tables do not decay."""
-    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.Embedding)
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            free = isinstance(module, norms) or name == "relative_position_bias_table"
-            decay = 0.0 if free else config.weight_decay
-            factor = config.backbone_lr_factor if path.startswith("backbone") else 1.0
-            if parameter.requires_grad:
-                groups.setdefault((factor, decay), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": decay,
-            "factor": factor,
-            "lr": torch.tensor(config.lr * factor, device=parameters[0].device),
-        }
-        for (factor, decay), parameters in groups.items()
-    ]
-
-
-def _rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of a step (from 0) over the highest one."""
-    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    gone = step / config.steps
-    if config.schedule == "cosine":
-        return rise * 0.5 * (1 + math.cos(math.pi * gone))
-    if config.schedule == "poly":
-        return rise * (1 - gone) ** 0.9
-    return rise * 0.1 ** ((gone >= 8 / 9) + (gone >= 26 / 27))
 
 
 def _batches(data, config: TrainConfig, start: int) -> Iterator:
@@ -322,7 +298,7 @@ def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float) -> dict
     return {"step": step, "loss": total, "losses": values, "lr": lr}
 
 
-def _metrics(model: Mask2Former, config: TrainConfig) -> dict[str, float]:
+def _metrics(model: Model, config: TrainConfig) -> dict[str, float]:
     task = config.data.task
     with torch.random.fork_rng():
         data = build_dataset(config.data, "val")
@@ -401,7 +377,7 @@ def _open(path: str | Path, config: TrainConfig) -> dict:
     return state
 
 
-def _restore(state: dict, model: Mask2Former, optimizer, name) -> tuple[int, float]:
+def _restore(state: dict, model: Model, optimizer, name) -> tuple[int, float]:
     """Loads weights, optimizer and generators. Returns steps and seconds done.
 
     Raises:

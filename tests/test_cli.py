@@ -150,7 +150,7 @@ def other_run(folder):
 
 
 def later_run(folder):
-    save_run(folder, recipes.digits().to_dict() | {"momentum": 0.9})
+    save_run(folder, recipes.digits().to_dict() | {"colour": 0.9})
     return ["train", "--resume", str(folder)]
 
 

@@ -17,8 +17,9 @@ import torch
 from segkern import checkpoint
 from segkern.data import Digits, DigitsConfig
 from segkern.models import Mask2Former, Mask2FormerConfig
+from segkern.optimizer import learning_rate, parameter_groups
 from segkern.recipes import digits
-from segkern.train import TrainConfig, _groups, _rate, train
+from segkern.train import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -363,7 +364,7 @@ def test_norms_embeddings_and_position_tables_do_not_decay():
     setting.model.backbone_options = {"depths": (1, 1, 1, 1)}
     model = Mask2Former(setting.model)
     names = {id(p): n for n, p in model.named_parameters()}
-    groups = _groups(model, setting)
+    groups = parameter_groups(model, setting)
     found = {names[id(p)]: (g["factor"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert found.keys() == set(names.values())
     for name, (factor, decay) in found.items():
@@ -375,10 +376,10 @@ def test_norms_embeddings_and_position_tables_do_not_decay():
 
 
 def test_schedules():
-    setting = config("unused", steps=270, warmup=10)
+    setting = config("unused", steps=270, warmup=10, lr=1.0)
 
     def rates(schedule):
-        return [_rate(i, replace(setting, schedule=schedule)) for i in range(270)]
+        return [learning_rate(i, replace(setting, schedule=schedule)) for i in range(270)]
 
     cosine, poly, steps = map(rates, ("cosine", "poly", "steps"))
     for values in (cosine, poly):
@@ -390,6 +391,8 @@ def test_schedules():
     assert steps[0] == pytest.approx(0.1)
     assert steps[10:240] == [1.0] * 230
     assert steps[240:] == pytest.approx([0.1] * 20 + [0.01] * 10)
+    floor = replace(setting, schedule="poly", min_lr=0.25)
+    assert learning_rate(135, floor) == pytest.approx(0.25 + 0.75 * 0.5**0.9)
 
 
 STOPPED = """

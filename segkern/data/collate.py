@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..nn.targets import Targets
 
+VOID = 255  # in a map of labels: the pixel does not count
+
 
 @dataclass
 class Batch:
@@ -39,8 +41,8 @@ def collate(samples: Sequence[dict], num_labels: int | None = None, divisor: int
     """Packs samples into a batch.
 
     Args:
-        samples: dicts with pixel_values [3, h, w] float, masks [n, h, w], labels [n] and id, as
-            arrays or tensors; n may be 0.
+        samples: dicts with pixel_values [3, h, w] float, masks [n, h, w], labels [n], id, and, all
+            or none, semantic [h, w] uint8, as arrays or tensors; n may be 0.
         num_labels: K; None leaves the labels' upper bound unchecked.
         divisor: H and W are multiples of it.
 
@@ -72,12 +74,15 @@ def collate(samples: Sequence[dict], num_labels: int | None = None, divisor: int
         )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (images 0 to {len(ids) - 1} are samples {ids})") from error
+    if all("semantic" in s for s in samples):
+        maps = [torch.as_tensor(s["semantic"])[None] for s in samples]
+        targets.semantic = torch.cat([_pad(x, size, VOID) for x in maps])
     return Batch(pixels, targets)
 
 
-def _pad(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """[c, h, w] -> [c, *size] with zeros to the right and below."""
-    return F.pad(x, (0, size[1] - x.shape[2], 0, size[0] - x.shape[1]))
+def _pad(x: Tensor, size: tuple[int, int], value: int = 0) -> Tensor:
+    """[c, h, w] -> [c, *size] with `value` to the right and below."""
+    return F.pad(x, (0, size[1] - x.shape[2], 0, size[0] - x.shape[1]), value=value)
 
 
 class Order:

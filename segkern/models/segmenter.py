@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.bands import resized_cross_entropy
+from ..nn.targets import Targets
 from ..nn.vit import LinearDecoder, MaskTransformer, ViT
 from ..ops._checks import expect, got
 from ..weights import segmenter as original
@@ -103,6 +104,11 @@ class SegmenterConfig:
                 f"SegmenterConfig: window_stride must be from 1 to window_size "
                 f"({self.window_size}), got {self.window_stride}"
             )
+
+    @property
+    def size_divisor(self) -> int:
+        """Sides of a batch are padded to a multiple of it."""
+        return self.patch_size
 
     @classmethod
     def preset(cls, name: str, num_labels: int = 150):
@@ -241,6 +247,25 @@ class Segmenter(nn.Module):
             return SegmenterOutput(logits[:, :, :H, :W])
         expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
         return SegmenterOutput(None, resized_cross_entropy(patches, labels, (p * h, p * w)))
+
+    def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised.
+            targets: of the same B images, on the same device, with `semantic`.
+
+        Returns:
+            mean cross entropy of the labelled pixels, [], and the same as "loss_cross_entropy",
+            [1].
+
+        Raises:
+            ValueError: targets without a map of labels.
+        """
+        if targets.semantic is None:
+            raise ValueError("Segmenter: targets must have a semantic map, got None")
+        loss = self(pixel_values, targets.semantic.long()).loss
+        return loss, {"loss_cross_entropy": loss[None]}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Segmenter":

@@ -26,12 +26,15 @@ class Targets:
         masks: [B, T, H, W] uint8, 1 inside.
         count: [B] int64, targets of each image; the slots behind them are padding.
         ids: [B] int64, sample ids: random points depend on them and not on the place in the batch.
+        semantic: [B, H, W] uint8, the label of each pixel, 255 where it does not count; None where
+            the samples have none.
     """
 
     labels: Tensor
     masks: Tensor
     count: Tensor
     ids: Tensor
+    semantic: Tensor | None = None
 
     @classmethod
     def from_lists(
@@ -83,7 +86,8 @@ class Targets:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
         """The same targets on another device."""
-        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in vars(self).items()}
+        parts = {k: v for k, v in vars(self).items() if v is not None}
+        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in parts.items()}
         return replace(self, **moved)
 
 
