@@ -1,0 +1,103 @@
+"""Random views of labelled images for training: resize, crop, mirror, colours.
+
+    resize by a random ratio -> crop in which no class fills too much -> mirror -> colours
+    -> normalise -> pad with zeros, whose pixels do not count
+
+Source: the training pipeline of MMSegmentation, which Segmenter (Strudel et al., ICCV 2021) uses.
+Differs: torchvision draws the colours; brightness is multiplied, not added.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from .collate import VOID
+
+_TRIES = 10  # crops drawn before the last one is taken
+
+
+class SemanticViews:
+    """Views of one size from images of any size.
+
+    Args:
+        size: (H, W) of the view, in pixels.
+        scale: (short, long) sides that an image is fitted into at ratio 1, in pixels.
+        ratios: least and largest ratio.
+        most: share of a crop's labelled pixels that one class may fill.
+        mean, std: of the pixels in [0, 1], red, green, blue.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scale: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        ratios: tuple[float, float] = (0.5, 2.0),
+        most: float = 0.75,
+    ):
+        if min(size) < 1 or min(scale) < 1:
+            raise ValueError(f"SemanticViews: size and scale must be >= 1, got {size}, {scale}")
+        if not 0 < ratios[0] <= ratios[1]:
+            raise ValueError(f"SemanticViews: ratios must be 0 < least <= largest, got {ratios}")
+        if not 0 < most <= 1:
+            raise ValueError(f"SemanticViews: most must be in (0, 1], got {most}")
+        self.size, self.scale, self.ratios, self.most = size, scale, ratios, most
+        self.mean, self.std = list(mean), list(std)
+        self.colours = v2.RandomPhotometricDistort(
+            brightness=(0.875, 1.125), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.1, 0.1)
+        )
+
+    def __call__(self, image: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> dict:
+        """A view, drawn from torch's global generator.
+
+        Args:
+            image: [h, w, 3] uint8.
+            labels: [h, w] uint8, 255 where a pixel does not count.
+
+        Returns:
+            pixel_values [3, H, W] float32 normalised, and semantic [H, W] uint8.
+        """
+        pixels = torch.as_tensor(image).permute(2, 0, 1)
+        labels = torch.as_tensor(labels)[None]
+        ratio = self.ratios[0] + torch.rand(()).item() * (self.ratios[1] - self.ratios[0])
+        fitted = self._fitted(pixels.shape[1:], ratio)
+        pixels = F.resize(pixels, fitted, antialias=True)
+        labels = F.resize(labels, fitted, F.InterpolationMode.NEAREST_EXACT)
+        place = self._crop(labels)
+        pixels, labels = pixels[:, *place], labels[:, *place]
+        if torch.rand(()).item() < 0.5:
+            pixels, labels = pixels.flip(2), labels.flip(2)
+        pixels = self.colours(pixels)
+        pixels = F.normalize(F.to_dtype(pixels, torch.float32, scale=True), self.mean, self.std)
+        below, right = (n - m for n, m in zip(self.size, pixels.shape[1:]))
+        return {
+            "pixel_values": torch.nn.functional.pad(pixels, (0, right, 0, below)),
+            "semantic": torch.nn.functional.pad(labels, (0, right, 0, below), value=VOID)[0],
+        }
+
+    def _fitted(self, size: Sequence[int], ratio: float) -> list[int]:
+        """The size that keeps the image's shape and fits into `ratio` times the scale."""
+        factor = min(max(self.scale) * ratio / max(size), min(self.scale) * ratio / min(size))
+        return [max(1, round(n * factor)) for n in size]
+
+    def _crop(self, labels: Tensor) -> tuple[slice, slice]:
+        """Rows and columns of a crop in which no class fills more than its share, if one is drawn
+        within a few tries."""
+        for _ in range(_TRIES):
+            place = tuple(
+                slice(start, start + want)
+                for have, want in zip(labels.shape[1:], self.size)
+                for start in [int(torch.randint(max(have - want, 0) + 1, ()))]
+            )
+            counts = torch.bincount(labels[0][place].flatten(), minlength=VOID + 1)[:VOID]
+            if (counts > 0).sum() > 1 and counts.max() < self.most * counts.sum():
+                break
+        return place
