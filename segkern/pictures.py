@@ -254,6 +254,44 @@ def save_confusion(path: str | Path, matrix, names: list[str]) -> None:
     _save(figure, path)
 
 
+def save_attention(path: str | Path, image, maps, titles, at, plane, names) -> None:
+    """Draws attention maps over a picture, and classes in a plane.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        image: [H, W, 3] uint8, or floating in [0, 1].
+        maps: [n, h, w] floating, not negative; each is drawn up to its own maximum.
+        titles: n.
+        at: x and y of the place that looks, in [0, 1].
+        plane: [K, 2] places of the classes, or None.
+        names: K names of the classes.
+    """
+    panels = 1 + len(maps) + (plane is not None)
+    columns = min(panels, 4)
+    rows = -(-panels // columns)
+    figure = _figure(3.0 * columns, 3.0 * rows * image.shape[0] / image.shape[1] + 0.4 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    height, width = image.shape[:2]
+    extent = (0, width, height, 0)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, title in zip(axes, ["image", *titles]):
+        axis.imshow(image, extent=extent)
+        axis.set_title(title, fontsize=9)
+        axis.plot(at[0] * width, at[1] * height, "o", color="white", mec="black", ms=6)
+    for axis, values in zip(axes[1:], maps):
+        axis.imshow(values / max(values.max(), 1e-12), extent=extent, cmap="inferno", alpha=0.75)
+    if plane is not None:
+        axis = axes[panels - 1]
+        axis.set_axis_on()
+        axis.set_title("class embeddings", fontsize=9)
+        for k, (x, y) in enumerate(plane):
+            axis.plot(x, y, ".", color=[c / 255 for c in colour(k)])
+            axis.annotate(names[k], (x, y), fontsize=7)
+        axis.tick_params(labelsize=6)
+    _save(figure, path)
+
+
 def _enlarged(image: np.ndarray, least_side: int = 384) -> Image.Image:
     times = max(1, -(-least_side // min(image.shape[:2])))
     return Image.fromarray(image).resize((image.shape[1] * times, image.shape[0] * times), 0)

@@ -49,6 +49,8 @@ class SegmenterConfig:
         decoder_drop_path_rate: as drop_path_rate, in the mask decoder.
         window_size: side in pixels of the windows that large images are cut into.
         window_stride: pixels from one window to the next.
+        shortest_edge: pixels, to which an image's short side is resized for prediction.
+        longest_edge: pixels, the most that the long side may get.
         id2label: name of each label.
         image_mean: of the pixels in [0, 1], red, green, blue.
         image_std: likewise.
@@ -69,6 +71,8 @@ class SegmenterConfig:
     decoder_drop_path_rate: float = 0.0
     window_size: int = 512
     window_stride: int = 512
+    shortest_edge: int = 512
+    longest_edge: int = 2048
     id2label: dict[int, str] | None = None
     image_mean: tuple[float, float, float] = _HALF
     image_std: tuple[float, float, float] = _HALF
@@ -149,6 +153,8 @@ class SegmenterConfig:
             decoder="mask" if mask else "linear",
             window_size=crop,
             window_stride=crop,
+            shortest_edge=crop,
+            longest_edge=4 * crop,
             image_mean=mean,
             image_std=std,
         )

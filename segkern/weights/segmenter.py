@@ -155,6 +155,8 @@ def from_variant(variant: dict, name: str) -> dict:
     settings["decoder"] = _DECODERS[decoder["name"]]
     settings |= {ours: decoder[theirs] for theirs, ours in _DECODER.items() if theirs in decoder}
     settings |= {k: window[k] for k in ("window_size", "window_stride") if k in window}
+    if "im_size" in window:  # ADE20K's and Pascal Context's long side; Cityscapes' is its double
+        settings |= {"shortest_edge": window["im_size"], "longest_edge": 4 * window["im_size"]}
     mean, std = _NORMALIZATION[net.get("normalization", "vit")]
     return settings | {"image_mean": mean, "image_std": std}
 
@@ -184,7 +186,7 @@ def to_variant(settings: dict) -> dict:
     window = {k: settings[k] for k in ("window_size", "window_stride")}
     return {
         "net_kwargs": net,
-        "inference_kwargs": {"im_size": min(net["image_size"]), **window},
+        "inference_kwargs": {"im_size": settings["shortest_edge"], **window},
         "dataset_kwargs": {},
     }
 
