@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, demo, info.
+"""The command line: train, evaluate, predict, explain, demo, info.
 
 Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 """
@@ -17,8 +17,9 @@ from .data import Digits, DigitsConfig
 from .demo import demo as run_demo
 from .evaluate import evaluate as run_evaluate
 from .evaluate import table
+from .explain import explain as run_explain
 from .infer import TASKS
-from .models.mask2former import Mask2Former
+from .models import Model, Segmenter, open_model
 from .ops import _library
 from .predict import image_files, predict_files
 from .train import TrainConfig
@@ -108,6 +109,27 @@ def demo(output: Path = Path("demo"), steps: int | None = None, scenes: int = 40
     print(f"try: segkern predict {output / 'example.png'} --model {output} --threshold 0.5")
 
 
+def explain(
+    image: tyro.conf.Positional[Path],
+    model: _Model,
+    at: tuple[float, float] = (0.5, 0.5),
+    out: Path = Path("explain.png"),
+) -> None:
+    """Draw where a Segmenter looks from a place in a picture, and how its classes lie.
+
+    Args:
+        image: a picture of any kind and size.
+        model: what to use.
+        at: x and y of the place, 0 to 1 from the upper left.
+        out: figure to write: PNG, PDF or SVG.
+    """
+    opened = _open(model)
+    if not isinstance(opened, Segmenter):
+        raise ValueError(f"explain: model must be a Segmenter, {model} is none")
+    run_explain(opened, image, at, out)
+    print(f"written: {out}")
+
+
 def info() -> None:
     """Print versions, the kernels that are loaded, and why others are not."""
     rows = _library.info()
@@ -118,27 +140,32 @@ def info() -> None:
 
 def _train_command(arguments: list[str]) -> Callable:
     """`segkern train`, whose defaults are the recipe's, or those of the run to go on with."""
-    default = recipes.digits()
-    for i, argument in enumerate(arguments if arguments[:1] == ["train"] else []):
-        name, _, value = argument.partition("=")
-        if name == "--resume" and (value or i + 1 < len(arguments)):
-            folder = Path(value or arguments[i + 1])
-            stored = checkpoint.load(folder)["config"]
-            try:
-                default = TrainConfig.from_dict(stored)
-            except ValueError as error:
-                raise ValueError(f"{folder}: {error}") from error
-            default.output = checkpoint.folder_of(folder)
-            default.overwrite = False  # it was said of that run, not of what comes now
+    given = {}
+    for name, following in zip(arguments, [*arguments[1:], ""]):
+        name, _, value = name.partition("=")
+        if name in ("--recipe", "--resume") and arguments[0] == "train":
+            given[name] = value or following
+    default = recipes.RECIPES.get(given.get("--recipe"), recipes.digits)()
+    if given.get("--resume"):
+        folder = Path(given["--resume"])
+        stored = checkpoint.load(folder)["config"]
+        try:
+            default = TrainConfig.from_dict(stored)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        default.output = checkpoint.folder_of(folder)
+        default.overwrite = False  # it was said of that run, not of what comes now
 
     def train(
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        recipe: Literal[tuple(recipes.RECIPES)] = "digits",
         resume: Path | None = None,
     ) -> None:
         """Train on scenes of handwritten digits.
 
         Args:
             config: what and how.
+            recipe: the model, and the defaults of the other options.
             resume: go on with the run in this folder; other options default to its settings.
         """
         run = run_train(config, resume)
@@ -147,10 +174,10 @@ def _train_command(arguments: list[str]) -> Callable:
     return train
 
 
-def _open(name: str) -> Mask2Former:
+def _open(name: str) -> Model:
     """The model of a run's folder, a model's folder or a name on the hub."""
     inside = Path(name) / "model"
-    return Mask2Former.from_pretrained(inside if inside.is_dir() else name)
+    return open_model(inside if inside.is_dir() else name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [a for a in arguments if a != "--debug"]
     try:
         app = tyro.extras.SubcommandApp()
-        for command in (_train_command(arguments), evaluate, predict, demo, info):
+        for command in (_train_command(arguments), evaluate, predict, explain, demo, info):
             app.command(command)
         # the model's kind is that of the recipe's or the stored config, and no subcommand
         config = (tyro.conf.AvoidSubcommands,)
