@@ -42,5 +42,5 @@ def test_segmenters_recipes(case):
 
 
 def test_no_such_data_set():
-    with pytest.raises(ValueError, match="dataset must be one of ade20k, .*, got 'coco'"):
+    with pytest.raises(ValueError, match=r"dataset must be one of ade20k, .*, got 'coco'"):
         recipes.segmenter(dataset="coco")
