@@ -1,8 +1,11 @@
 """Each test starts from one seed, with two threads, and sees NaN in memory left unwritten.
 
 With `--device cuda` it also makes its tensors there, and what is about the CPU alone is left out.
+Under TRITON_INTERPRET=1 the Triton kernels stand in for the C++ ones: `make interpret` runs the
+tests of their ops a second time, in Triton's interpreter.
 """
 
+import importlib
 import os
 
 # before the libraries are loaded
@@ -11,6 +14,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve 
 
 import pytest
 import torch
+
+from segkern.ops import _library
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _interpreted = torch.library.Library("segkern", "IMPL")
+    for _op, _module in _library.TRITON.items():
+        _launcher = getattr(importlib.import_module(f"segkern.kernels.{_module}"), _op)
+        _interpreted.impl(_op, _launcher, "CPU", allow_override=True)
 
 
 def pytest_addoption(parser):

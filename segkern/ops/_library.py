@@ -1,9 +1,11 @@
 """Finds and loads the compiled kernels, and says what is there and why something is not.
 
 An op's Python file states its schema and fake here; the C++ and CUDA libraries register kernels
-only. The device of the tensors decides which kernel runs; nothing falls back in silence.
+only, and Triton's are registered by name and imported at their first launch. The device of the
+tensors decides which kernel runs; nothing falls back in silence.
 """
 
+import importlib.util
 import json
 import platform
 import warnings
@@ -13,6 +15,8 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).parent.parent
+OPS: list[str] = []  # every op that is declared
+TRITON: dict[str, str] = {}  # op to the module of segkern.kernels that holds its launcher
 _definitions = torch.library.Library("segkern", "DEF")
 
 
@@ -48,13 +52,28 @@ if PURE:
     )
 else:
     MISSING = _load()
+if importlib.util.find_spec("triton") is None:
+    MISSING["triton"] = "triton is not installed (pip install triton)"
 
 
-def define(schema: str, fake: Callable) -> torch._ops.OpOverload:
-    """Declares op `segkern::<schema>` with its fake (shapes, dtypes); returns its handle."""
+def define(schema: str, fake: Callable, triton: str | None = None) -> torch._ops.OpOverload:
+    """Declares op `segkern::<schema>` with its fake (shapes, dtypes); returns its handle.
+
+    Args:
+        triton: the module of `segkern.kernels` whose function of the op's name runs on CUDA; None
+            where `_C_cuda` brings the kernel.
+    """
     name = schema.split("(", 1)[0]
     _definitions.define(schema)
+    OPS.append(name)
     torch.library.register_fake(f"segkern::{name}", fake, lib=_definitions)
+    if triton is not None:
+        TRITON[name] = triton
+
+        def launch(*args):
+            return getattr(importlib.import_module(f"segkern.kernels.{triton}"), name)(*args)
+
+        _definitions.impl(name, launch, "CUDA")
     return getattr(torch.ops.segkern, name).default
 
 
@@ -70,8 +89,9 @@ def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:
     if impl == "reference" or PURE:
         return False
     device = tensor.device.type
-    if device in MISSING or device not in ("cpu", "cuda", "meta"):
-        why = MISSING.get(device, "segkern has kernels for cpu and cuda only")
+    library = "triton" if device == "cuda" and op in TRITON else device
+    if library in MISSING or device not in ("cpu", "cuda", "meta"):
+        why = MISSING.get(library, "segkern has kernels for cpu and cuda only")
         raise NotImplementedError(
             f"{op}: no kernel for device '{device}': {why}; impl='reference' runs plain PyTorch"
         )
@@ -101,9 +121,10 @@ def info() -> dict[str, str]:
         name: installed(name) for name in ("segkern", "torch", "torchvision", "triton", "timm")
     }
     rows |= {"transformers": installed("transformers"), "python": platform.python_version()}
-    for device in ("cpu", "cuda"):
-        rows[f"{device} kernels"] = (
-            f"missing: {MISSING[device]}" if device in MISSING else "loaded"
+    for library in ("cpu", "cuda", "triton"):
+        state = "found" if library == "triton" else "loaded"
+        rows[f"{library} kernels"] = (
+            f"missing: {MISSING[library]}" if library in MISSING else state
         )
     rows["built with"] = ", ".join(
         f"{k} {BUILD[k]}" for k in ("torch", "python", "compiler") if k in BUILD
