@@ -100,13 +100,19 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
+# in turn with their peers; appends the rows to bench/results.csv
 bench: setup
-	for file in bench/bench_*.py; do $(PY) $$file --save || exit 1; done
+	mkdir -p build
+	$(BIN)/pytest bench --save --benchmark-json=build/bench.json \
+	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(PY) bench/goals.py build/bench.json
 
-# needs a CUDA device
-gpu: setup
-	$(PY) -c "import torch; torch.cuda.is_available() or exit('make gpu: torch finds no CUDA device')"
-	$(BIN)/pytest tests -m gpu
+# all that needs a CUDA device, in ten minutes; what came out is in $(OUT). With an interpreter of
+# your own (PY=python3), or without .venv, nothing is set up: it uses what is installed and built
+OUT ?= build/gpu
+OWN = $(filter command environment,$(firstword $(origin PY)))
+gpu: $(if $(OWN),,$(if $(wildcard $(VENV)),setup))
+	$(if $(OWN)$(wildcard $(VENV)),$(PY),$(PYTHON)) bench/gpu.py $(OUT)
 
 clean:
 	rm -rf build .venv .venv-oldest segkern/*.so segkern/_build_info.json *.egg-info
