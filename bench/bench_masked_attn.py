@@ -57,17 +57,21 @@ def flex():
     """FlexAttention and its block mask of a mask [B, Q, S], both compiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._dynamo.config.recompile_limit = 64  # beyond it shapes would run uncompiled
+    attention = torch.compile(flex_attention, dynamic=False)
+    blocks = torch.compile(create_block_mask, dynamic=False)
+
     def block_mask(opened):
         def inside(b, h, q, k):
             return opened[b, q, k]
 
-        return create_block_mask(inside, len(opened), None, *opened.shape[1:], device=DEVICE)
+        return blocks(inside, len(opened), None, *opened.shape[1:], device=opened.device)
 
     def attend(q, k, v, block):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return flex_attention(q, k, v, block_mask=block).transpose(1, 2).flatten(2)
+        return attention(q, k, v, block_mask=block).transpose(1, 2).flatten(2)
 
-    return torch.compile(attend, dynamic=False), torch.compile(block_mask, dynamic=False)
+    return attend, block_mask
 
 
 @functools.lru_cache(maxsize=1)

@@ -5,6 +5,7 @@ Whole models are in test_gpu_models.py; `make gpu` runs both, and the op tests w
 """
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -318,6 +319,8 @@ LARGE = {
 @pytest.mark.parametrize("op", LARGE)
 def test_more_than_2_to_31_elements(op, same_bits):
     """The second image gives alone what it gives behind the first."""
+    gc.collect()
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 60 * 2**30:
         pytest.skip("needs 60 GB of free memory")
     values = LARGE[op]()
@@ -333,8 +336,6 @@ def test_more_than_2_to_31_elements(op, same_bits):
     ]
     want = everything(op, second)
     assert_equal([t[1:] for t in got], want)
-    del values, second, got, want
-    torch.cuda.empty_cache()
 
 
 def attn_of(S, T):
