@@ -218,6 +218,7 @@ __device__ __forceinline__ bool augment(const Arrays<X>& a, const Shape& s, Colu
     i = c.row(next.rank);
     c.enter_tree(next.rank);
   }
+  if constexpr (Columns::kSolvers == kWarp) __syncwarp(kAllLanes);  // u has been read
 #pragma unroll
   for (int k = 0; k < c.count(); ++k) {
     if (!c.in_tree(k)) continue;
