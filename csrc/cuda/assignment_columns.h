@@ -68,6 +68,7 @@ class Registers {
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
       v_[k] = 0.0;
+      from_[k] = 0;
       if (!exists(k)) outside_ |= 1u << k;
     }
     follow_rows();
