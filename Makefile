@@ -57,7 +57,7 @@ SANITIZER_address = libasan.so libubsan.so
 SANITIZER_thread = libtsan.so
 preload = $(foreach lib,$(SANITIZER_$(1)),$(shell gcc -print-file-name=$(lib)))
 with = PYTHONPATH=$(CURDIR)/build/$(1)/lib ASAN_OPTIONS=detect_leaks=0 \
-  TSAN_OPTIONS=exitcode=66 LD_PRELOAD="$(call preload,$(2))"
+  TSAN_OPTIONS="exitcode=66 ignore_noninstrumented_modules=1" LD_PRELOAD="$(call preload,$(2))"
 define library
 	$(3) SEGKERN_SANITIZE=$(2) SEGKERN_NO_CUDA=1 $(PY) setup.py -q build \
 	  --build-base build/$(1) --build-lib build/$(1)/lib
