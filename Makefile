@@ -6,12 +6,15 @@ PY = $(BIN)/python
 export MAX_JOBS ?= 2
 # waiting threads spin briefly and then sleep: long spinning starves a core that others share
 export GOMP_SPINCOUNT ?= 20000
+# builds in this tree are for the GPU at hand; 9.0 where there is none
+export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap \
+  --format=csv,noheader 2>/dev/null | sort -u | head -1),9.0)
 INSTALL = install --disable-pip-version-check -q
 
 KERNELS = segkern/_C_cpu.abi3.so
 SOURCES = setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: setup demo test check slow sanitize oldest gate lint bench gpu clean
+.PHONY: setup demo test check slow interpret sanitize emulate racecheck oldest gate lint bench gpu clean
 setup: $(KERNELS)
 
 # the constraints first, so that building against the installed torch needs no isolation
@@ -21,8 +24,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip $(INSTALL) -c constraints.txt --no-build-isolation -e .[all]
 	touch $@
 
+# the installation before it has just built them
 $(KERNELS): $(SOURCES) | $(VENV)/installed
-	$(PY) setup.py -q build_ext --inplace
+	test -e $@ -a -z "$$(find $(SOURCES) -newer $@ 2>/dev/null)" || \
+	  $(PY) setup.py -q build_ext --inplace
 	touch -c $@
 
 demo: setup
@@ -31,22 +36,48 @@ demo: setup
 test: setup
 	$(BIN)/pytest tests -m "not slow and not gpu"
 
-check: lint slow sanitize oldest gate
+check: lint slow interpret sanitize emulate racecheck oldest gate
 
 slow: setup
 	$(BIN)/pytest tests -m "slow and not gpu"
 
-OPS = $(patsubst segkern/ops/%.py,tests/test_%.py,$(filter-out segkern/ops/_%,$(wildcard segkern/ops/*.py)))
+tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(basename $(notdir $(1)))))
+OPS = $(call tests_of,$(filter-out segkern/ops/_%,$(wildcard segkern/ops/*.py)))
+TRITON_OPS = $(call tests_of,$(wildcard segkern/kernels/*.py))
+CUDA_OPS = $(call tests_of,$(wildcard csrc/cuda/*.cu))
 
-SANITIZED = PYTHONPATH=$(CURDIR)/build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
-  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"
+# the Triton kernels in place of the C++ ones, in Triton's interpreter (its bfloat16 products are
+# wrong); compiled kernels are in tests/test_triton.py
+interpret: setup
+	TRITON_INTERPRET=1 $(BIN)/pytest $(TRITON_OPS) -m "not slow and not gpu" -k "not bfloat16"
+
+# $(call library,KIND,SETTINGS): builds a library of test kernels in build/KIND, and checks that it
+# is the one that is loaded; $(PYTEST_KIND) runs tests on it
+SANITIZER_address = libasan.so libubsan.so
+SANITIZER_thread = libtsan.so
+preload = $(foreach lib,$(SANITIZER_$(1)),$(shell gcc -print-file-name=$(lib)))
+with = PYTHONPATH=$(CURDIR)/build/$(1)/lib ASAN_OPTIONS=detect_leaks=0 \
+  TSAN_OPTIONS=exitcode=66 LD_PRELOAD="$(call preload,$(2))"
+define library
+	$(3) SEGKERN_SANITIZE=$(2) SEGKERN_NO_CUDA=1 $(PY) setup.py -q build \
+	  --build-base build/$(1) --build-lib build/$(1)/lib
+	cd build && $(call with,$(1),$(2)) ../$(PY) -c "import segkern; assert '$(1)' in segkern.__file__"
+endef
 
 # the op tests on kernels built with the address and undefined behaviour sanitizers
 sanitize: setup
-	SEGKERN_SANITIZE=1 SEGKERN_NO_CUDA=1 $(PY) setup.py -q build --build-base build/sanitize \
-	  --build-lib build/sanitize/lib
-	cd build && $(SANITIZED) ../$(PY) -c "import segkern; assert 'sanitize' in segkern.__file__"
-	$(SANITIZED) $(BIN)/pytest $(OPS) -m "not slow and not gpu" -k "not compile and not opcheck"
+	$(call library,sanitize,address)
+	$(call with,sanitize,address) $(BIN)/pytest $(OPS) -m "not slow and not gpu" -k "not compile and not opcheck"
+
+# the CUDA sources run on the host, a fibre a thread, with the same sanitizers
+emulate: setup
+	$(call library,emulate,address,SEGKERN_EMULATE=1)
+	$(call with,emulate,address) $(BIN)/pytest $(CUDA_OPS) -m "not slow and not gpu" -k "not compile and not opcheck"
+
+# and with the sanitizer of races, to which a fibre is a thread
+racecheck: setup
+	$(call library,racecheck,thread,SEGKERN_EMULATE=1)
+	$(call with,racecheck,thread) $(BIN)/pytest $(CUDA_OPS) -m "not slow and not gpu" -k "forward or gradients or scipy"
 
 # the same binary under the oldest supported torch; Python 3.12 where it is found
 PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) \

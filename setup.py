@@ -5,13 +5,18 @@ The first two speak LibTorch's stable ABI only: one binary serves torch >= 2.11 
 Python >= 3.11. No GPU is needed. Environment:
   SEGKERN_NO_BUILD=1    pure-Python install, in which the reference runs
   SEGKERN_NO_CUDA=1     CPU library only
-  SEGKERN_SANITIZE=1    address and undefined behaviour sanitizers
+  SEGKERN_SANITIZE=address | thread   with the sanitizers of addresses and undefined behaviour, or
+                        of races
+  SEGKERN_EMULATE=1     for tests: _C_cpu takes the CUDA sources, compiled for the host, in place
+                        of the C++ kernels of the same ops (csrc/cuda/emulate.h)
   TORCH_CUDA_ARCH_LIST  default "8.0;9.0;10.0+PTX";  CXX, MAX_JOBS as usual
 """
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +25,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # torch 2.11: the oldest that can load the libraries
+SANITIZE = os.environ.get("SEGKERN_SANITIZE", "")
+EMULATE = os.environ.get("SEGKERN_EMULATE") == "1"
 HELP = (
     "\nsegkern builds C++ kernels while it is installed. {problem}\n"
     "  {remedy}\n"
@@ -34,14 +41,40 @@ def stop(problem, remedy):
 def flags_cpu():
     flags = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
-    if os.environ.get("SEGKERN_SANITIZE") == "1":
-        checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    if SANITIZE:
+        checks = ["-fsanitize=thread"]
+        if SANITIZE == "address":
+            checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         return flags + ["-DSEGKERN_SANITIZE", "-O1", "-g", *checks], checks
     # no -ffast-math: NaN must leave range tests; fused multiply-adds are welcome
     return flags + ["-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno"] + [
         "-fno-trapping-math",
         "-mprefer-vector-width=512",
     ] * (os.uname().machine == "x86_64"), []
+
+
+def sources(folder, suffix):
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
+
+
+def sources_emulated(cuda):
+    """The C++ kernels without those of the ops in `cuda`, whose sources a wrapper includes."""
+    folder = Path("build/emulate")
+    folder.mkdir(parents=True, exist_ok=True)
+    wrappers = []
+    for source in map(Path, cuda):
+        wrapper = folder / f"{source.stem}.cpp"
+        wrapper.write_text(f'#include "{ROOT / source}"\n')
+        wrappers.append(str(wrapper))
+    stems = {Path(source).stem for source in cuda}
+    return [s for s in sources("cpu", ".cpp") if Path(s).stem not in stems] + wrappers
+
+
+def toolkit_libraries():
+    """The folders of the CUDA toolkit's libraries, as nvcc itself has them."""
+    run = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True)
+    line = re.search(r"LIBRARIES=(.*)", run.stderr + run.stdout)
+    return re.findall(r'-L([^"\s]+)', line.group(1)) if line else []
 
 
 def extensions():
@@ -66,23 +99,21 @@ def extensions():
         "cuda_architectures": [],
     }
     compile_flags, link_flags = flags_cpu()
+    cuda = sources("cuda", ".cu")
     found = [
         cpp_extension.CppExtension(
             "segkern._C_cpu",
-            sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp")),
-            extra_compile_args=compile_flags,
+            sources_emulated(cuda) if EMULATE else sources("cpu", ".cpp"),
+            extra_compile_args=compile_flags + ["-DSEGKERN_EMULATE"] * EMULATE,
             extra_link_args=link_flags,
             py_limited_api=True,
         )
     ]
-    if os.environ.get("SEGKERN_SANITIZE") != "1":
+    if not (SANITIZE or EMULATE):
         # returns Python objects: built for this Python alone; without it NumPy works
         host = Pybind11Extension("segkern._host", ["csrc/host/rle.cpp"], cxx_std=17)
         found.append(host)
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
-    if not sources:
-        info["no_cuda"] = "this version has no CUDA source"
-    elif os.environ.get("SEGKERN_NO_CUDA") == "1":
+    if os.environ.get("SEGKERN_NO_CUDA") == "1" or SANITIZE or EMULATE:
         info["no_cuda"] = "SEGKERN_NO_CUDA=1 was set while building"
     elif torch.version.cuda is None:
         info["no_cuda"] = f"torch {torch.__version__} is not a CUDA build"
@@ -95,13 +126,13 @@ def extensions():
         )
         defines = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
         found.append(
-            cpp_extension.CUDAExtension(
+            # the runtime is linked in: the binary then serves torch of any CUDA of its major
+            cpp_extension.CppExtension(
                 "segkern._C_cuda",
-                sources,
-                extra_compile_args={
-                    "cxx": defines,
-                    "nvcc": [*defines, "-O3", "--ptxas-options=-v"],
-                },
+                cuda,
+                libraries=["c10_cuda", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+                library_dirs=toolkit_libraries(),
+                extra_compile_args={"cxx": defines, "nvcc": [*defines, "-O3"]},
                 py_limited_api=True,
             )
         )

@@ -103,11 +103,12 @@ class Scratch {
   std::unique_ptr<T[], Free> data_;
 };
 
-// An output tensor on `like`'s device, poisoned like scratch.
+// An output tensor on `like`'s device; on the CPU poisoned like scratch.
 template <class T>
 Tensor empty(const Tensor& like, const IntList& sizes) {
   Tensor out = torch::stable::new_empty(like, sizes, scalar_type_of<T>());
-  if (out.numel() > 0) poison_fill(out.mutable_data_ptr(), out.numel() * sizeof(T));
+  if (out.numel() > 0 && out.is_cpu())
+    poison_fill(out.mutable_data_ptr(), out.numel() * sizeof(T));
   return out;
 }
 

@@ -1,0 +1,100 @@
+// What every CUDA source shares. The same source is compiled by nvcc for the GPU and, with
+// SEGKERN_EMULATE, by a C++ compiler for the host, where every CUDA thread is a fibre (emulate.h):
+// the tests of an op then run on its device code, under sanitizers, on a machine without a GPU.
+//   launch(tensor, kernel, grid, block, shared_bytes, args...)  on the tensor's current stream
+//   SEGKERN_SHARED(T, name)   the block's dynamic shared memory, in a kernel
+//   SEGKERN_CUDA_KEY          the dispatch key to register for
+#pragma once
+
+#include "../common.h"
+
+#ifdef SEGKERN_EMULATE
+#include "emulate.h"
+#else
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#define SEGKERN_CUDA_KEY CUDA
+// one name for all element types: the declaration may differ from kernel to kernel
+#define SEGKERN_SHARED(T, name)                                         \
+  extern __shared__ __align__(16) unsigned char segkern_shared_bytes[]; \
+  T* name = reinterpret_cast<T*>(segkern_shared_bytes)
+#endif
+
+#define SEGKERN_LAUNCH(...) ::segkern::launch(__VA_ARGS__)
+
+namespace segkern {
+
+constexpr unsigned kWarp = 32, kAllLanes = 0xFFFFFFFFu;
+
+#ifdef SEGKERN_EMULATE
+
+struct DeviceScope {
+  explicit DeviceScope(const Tensor&) {}
+};
+
+template <class... P, class... A>
+void launch(const Tensor&, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+            A&&... args) {
+  emulate::run(grid, block, shared_bytes, [&] { kernel(static_cast<P>(args)...); });
+}
+
+#else
+
+// The tensor's device is current while this lives; a launcher opens with it.
+struct DeviceScope {
+  explicit DeviceScope(const Tensor& t) : guard(t.get_device_index()) {}
+  torch::stable::accelerator::DeviceGuard guard;
+};
+
+template <class... P, class... A>
+void launch(const Tensor& t, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+            A&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared_bytes > 48 * 1024) {  // more than this has to be asked for
+    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+  }
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...));
+}
+
+#endif
+
+template <class T>
+__device__ __forceinline__ void atomic_add(T* p, T x) {
+  atomicAdd(p, x);
+}
+
+// Four neighbouring sums in global memory, 16-byte aligned; one reduction where the GPU has it.
+__device__ __forceinline__ void atomic_add4(float* p, float4 v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float4*>(p), v);
+#else
+  atomicAdd(p, v.x);
+  atomicAdd(p + 1, v.y);
+  atomicAdd(p + 2, v.z);
+  atomicAdd(p + 3, v.w);
+#endif
+}
+
+// The shared memory a block may ask for on the tensor's device, in bytes.
+inline size_t shared_limit(const Tensor& t) {
+#ifdef SEGKERN_EMULATE
+  return 227 * 1024;
+#else
+  int bytes = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                        t.get_device_index()));
+  return static_cast<size_t>(bytes);
+#endif
+}
+
+}  // namespace segkern
