@@ -23,13 +23,14 @@ from ._launch import architecture, on
 
 BLOCK_Q = 128
 HELD = 256  # channels of BLOCK_Q queries that fit beside the tiles of features
-LONGEST = 16  # tiles a program: the queries are a fifth of what it reads, the last wave is short
+LONGEST = 16  # tiles a program: the queries are a ninth of what it reads, the last wave is short
+MORE = 32  # channels of a panel in 16 bits where there are more than HELD
 
 # (architecture, bytes of a value): keys of a tile, channels of a panel (0: all, up to HELD),
 # warps, stages, programs that fill the device (multiprocessors x resident).
-# Chosen by arithmetic, not yet measured: in 16 bits, 128-byte rows of keys, and tiles in flight
-# that cover latency x bandwidth of a multiprocessor (26 KB on an H200); for the others, 64
-# float32 (float64: 32) sums a thread.
+# Chosen by arithmetic, not yet measured: in 16 bits, 128-byte rows of keys, and 64 KB of tiles in
+# flight, where latency x bandwidth of a multiprocessor is 26 KB on an H200; for the others, 32
+# sums a thread, without spills.
 TABLE = {
     (80, 2): (64, 0, 8, 3, 108),
     (90, 2): (64, 0, 8, 3, 132),
@@ -136,7 +137,7 @@ def mask_bits(queries: Tensor, features: Tensor, threshold: float) -> tuple[Tens
     if whole:
         BLOCK_C = triton.next_power_of_2(max(C, 16))
     elif BLOCK_C == 0:
-        BLOCK_C = 64
+        BLOCK_C = MORE
     if 1 not in features.stride()[1:]:
         features = features.contiguous()
     dense = features.stride(2) == 1
@@ -169,5 +170,6 @@ def mask_bits(queries: Tensor, features: Tensor, threshold: float) -> tuple[Tens
             num_warps=warps,
             num_stages=stages,
             enable_fp_fusion=True,
+            maxnreg=255,  # one program a multiprocessor: ptxas need not save registers for two
         )
     return bits, open
