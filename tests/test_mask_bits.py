@@ -15,6 +15,8 @@ CASES = {
     "tail of one after a panel": {"S": 129},
     "one query, one channel": {"Q": 1, "C": 1},
     "many queries": {"B": 1, "Q": 131, "C": 256, "S": 1000},
+    "many keys": {"B": 2, "Q": 3, "C": 5, "S": 5000},
+    "many channels": {"C": 300},
 }
 
 
