@@ -13,292 +13,17 @@
 // 256x256 logits of 2 bytes and 37632 candidates 131 + 75 KB: the random reads then cost 3 to 4
 // cycles a warp, an eighth of what they cost in L1. An A100 (163 KB) and float maps read through
 // L1 and L2.
-#include "point_mask_loss.h"
-
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+
+#include "point_mask_loss_backward.h"
+#include "point_mask_loss_forward.h"
 
 namespace segkern {
 namespace {
 
 using c10::BFloat16;
 using c10::Half;
-
-template <class S>
-__device__ void copy(const S* from /*[n]*/, uint32_t n, S* to /*[n], aligned*/) {
-  constexpr uint32_t kEach = sizeof(uint4) / sizeof(S);
-  const bool aligned = reinterpret_cast<uintptr_t>(from) % sizeof(uint4) == 0;
-  const uint32_t whole = aligned ? n / kEach : 0;
-#pragma unroll 4
-  for (uint32_t i = threadIdx.x; i < whole; i += blockDim.x)
-    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
-  for (uint32_t i = whole * kEach + threadIdx.x; i < n; i += blockDim.x) to[i] = from[i];
-}
-
-// Shared memory: Shared; kept halves of the keys [n], later the list; the map if kStaged.
-template <class S, class T, bool kStaged>
-__global__ void __launch_bounds__(kThreads<T>)
-    point_mask_loss_kernel(Problem p, const S* logits /*[B, R, T, h, w]*/, bool keep,
-                           uint32_t list_bytes, T* bce /*[B, R, T]*/, T* dice /*[B, R, T]*/,
-                           T* sums /*[B, R, T, 2]*/, uint32_t* marks /*[B, R, T, words]*/) {
-  SEGKERN_SHARED(unsigned char, memory);
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  uint16_t* list = reinterpret_cast<uint16_t*>(memory + sizeof(Shared));
-  const Slot slot = find_slot(p);
-  uint32_t* words = marks + slot.index * p.words();
-  if (!p.active[slot.index]) {
-    for (uint32_t i = threadIdx.x; i < p.words(); i += kThreads<T>) words[i] = 0;
-    if (threadIdx.x == 0) {
-      bce[slot.index] = dice[slot.index] = T(0);
-      sums[2 * slot.index] = sums[2 * slot.index + 1] = T(0);
-    }
-    return;
-  }
-  const uint32_t area = static_cast<uint32_t>(p.h) * p.w;
-  const S* map = logits + slot.index * area;
-  if constexpr (kStaged) {
-    S* staged = reinterpret_cast<S*>(memory + sizeof(Shared) + list_bytes);
-    copy(map, area, staged);
-    map = staged;
-  }
-  for (uint32_t i = threadIdx.x; i < kBins; i += kThreads<T>) shared.bins[i] = 0;
-  __syncthreads();
-
-  const uint32_t n = p.candidates, k = p.important;
-  const auto exact = [&](uint32_t i) { return magnitude(sample<T>(slot.draw(i), map, p.h, p.w)); };
-  const uint16_t* kept = keep ? list : nullptr;
-  Border<T> border;  // k = n: all
-  if (0 < k && k < n) {
-    for (uint32_t i = threadIdx.x; keep && i < n; i += kThreads<T>)
-      list[i] = static_cast<uint16_t>(exact(i) >> Border<T>::kCut);
-    __syncthreads();
-    border = select<T>(n, k, kept, exact, shared);
-  }
-  for (uint32_t begin = 0; begin < n; begin += kThreads<T>) {
-    const uint32_t i = begin + threadIdx.x;
-    bool chosen = i < n && k == n;
-    if (i < n && 0 < k && k < n)
-      chosen = border.chooses(border.look(i, kept, border.shift, exact), i);
-    const uint32_t word = __ballot_sync(kAllLanes, chosen);
-    if (i < n && threadIdx.x % kWarp == 0) words[i / 32] = word;
-  }
-  __syncthreads();
-
-  T total[4] = {};  // bce, p t, p, t
-  for (uint32_t base = 0, taken = 0; base < n + p.random; base += kChunk) {
-    const Points points = list_points<T>(p, words, base, kChunk, k - taken, list, shared);
-    taken += points.listed;
-    for (uint32_t q = threadIdx.x; q < points.total; q += kThreads<T>) {
-      const Point at = slot.draw(base + points.offset(q, list));
-      const T x = sample<T>(at, map, p.h, p.w), t = sample<T>(at, slot.mask, p.H, p.W);
-      const T e = exp(x < T(0) ? x : -x);
-      const T s = T(1) / (T(1) + e), prob = x < T(0) ? e * s : s;
-      total[0] += (x > T(0) ? x : T(0)) + log1p(e) - x * t;
-      total[1] += prob * t;
-      total[2] += prob;
-      total[3] += t;
-    }
-    __syncthreads();
-  }
-  join(total, shared, [](T a, T b) { return a + b; });
-  if (threadIdx.x == 0) {
-    const T both = total[2] + total[3];
-    bce[slot.index] = total[0] / static_cast<T>(p.points());
-    dice[slot.index] = T(1) - (T(2) * total[1] + T(1)) / (both + T(1));
-    sums[2 * slot.index] = total[1];
-    sums[2 * slot.index + 1] = both;
-  }
-}
-
-// How backward cuts a slot: points into chunks, the map into strips of columns and these into
-// bands of rows. Usually one chunk and one strip.
-struct Cut {
-  uint32_t chunk, room;   // points numbered together, at most kChunk; of these listed at most
-  int32_t rows, columns;  // of a band
-  int32_t bands, strips;
-  int32_t row_shift;  // rows of cells 2^row_shift at a time have a bin
-  uint32_t sums;      // pixels in shared memory: a band and the row below it
-};
-
-// A sum of fixed-point numbers of 64 bits as two words: no GPU adds 64 bits in shared memory with
-// one instruction. The carry goes along with the upper word; the order of the adders is free.
-struct FixedSum {
-  uint32_t *low, *high;
-
-  __device__ __forceinline__ void add(int64_t v) const {
-    const uint32_t addend = static_cast<uint32_t>(v), before = atomicAdd(low, addend);
-    const uint32_t carry = before + addend < addend;
-    atomic_add(high, static_cast<uint32_t>(static_cast<uint64_t>(v) >> 32) + carry);
-  }
-  __device__ __forceinline__ int64_t get() const {
-    return static_cast<int64_t>(static_cast<uint64_t>(*high) << 32 | *low);
-  }
-};
-
-// Shared memory: Shared; offsets of the sorted points [room]; their derivatives [room], before
-// that the list and the bins of its points; words of the sums [2 or 4, cut.sums].
-template <class S, class T>
-__global__ void __launch_bounds__(kThreads<T>)
-    point_mask_loss_backward_kernel(Problem p, Cut cut, const T* grad_bce /*[B, R, T]*/,
-                                    const T* grad_dice /*[B, R, T]*/,
-                                    const T* sums /*[B, R, T, 2]*/,
-                                    const uint32_t* marks /*[B, R, T, words]*/,
-                                    const S* logits /*[B, R, T, h, w]*/,
-                                    S* grad /*[B, R, T, h, w]*/) {
-  constexpr unsigned kOwn = kBins / kThreads<T>;
-  constexpr int kSums = sizeof(T) / 4;  // of a pixel: a double needs more than 64 bits
-  SEGKERN_SHARED(unsigned char, memory);
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  uint16_t* sorted = reinterpret_cast<uint16_t*>(memory + sizeof(Shared));
-  T* weights = reinterpret_cast<T*>(sorted + cut.room);
-  uint16_t *list = reinterpret_cast<uint16_t*>(weights), *bin_of = list + cut.room;
-  uint32_t* pixels = reinterpret_cast<uint32_t*>(weights + cut.room);
-  const Slot slot = find_slot(p);
-  const uint32_t area = static_cast<uint32_t>(p.h) * p.w, N = p.candidates + p.random;
-  const S* map = logits + slot.index * area;
-  S* out = grad + slot.index * area;
-  if (!p.active[slot.index]) {
-    for (uint32_t i = threadIdx.x; i < area; i += kThreads<T>) out[i] = static_cast<S>(T(0));
-    return;
-  }
-  for (uint32_t i = threadIdx.x; i < 2 * kSums * cut.sums; i += kThreads<T>) pixels[i] = 0;
-
-  // d loss / d logit at a point: bce gives (p - t) / P; dice, with a = sum p t and
-  // c = sum p + sum t, gives ((2 a + 1) - 2 t (c + 1)) / (c + 1)^2 p (1 - p)
-  const T a = sums[2 * slot.index], c = sums[2 * slot.index + 1];
-  const T scale_bce = grad_bce[slot.index] / static_cast<T>(p.points());
-  const T scale_dice = grad_dice[slot.index] / ((c + T(1)) * (c + T(1)));
-  const auto differentiate = [&](Point at) {
-    const T x = sample<T>(at, map, p.h, p.w), t = sample<T>(at, slot.mask, p.H, p.W);
-    const T e = exp(x < T(0) ? x : -x), s = T(1) / (T(1) + e), prob = x < T(0) ? e * s : s;
-    const T dice = (T(2) * a + T(1)) - T(2) * t * (c + T(1));
-    return scale_bce * (prob - t) + scale_dice * dice * prob * (T(1) - prob);
-  };
-  const auto row_bin = [&](int32_t y) {
-    return static_cast<uint32_t>(min(y, p.h - 1) + 1) >> cut.row_shift;
-  };
-  const auto sum_of = [&](uint32_t pixel, int k) {
-    uint32_t* low = pixels + 2 * k * cut.sums + pixel;
-    return FixedSum{low, low + cut.sums};
-  };
-
-  const bool one_chunk = cut.chunk >= N;
-  const int32_t pieces = cut.bands * cut.strips;
-  T largest[2] = {};  // finite |derivative|; 1 where one is not finite
-  // |derivative| < 2^(exponent + 1), P < 2^bits: sums of derivative 2^(fraction - exponent) stay
-  // below 2^62
-  const int fraction = 61 - (32 - __clz(static_cast<int>(p.points())));
-  int exponent = 0;
-  bool spoilt = false;
-  // step 0 finds the largest derivative, then one step a piece of the map, then, where derivatives
-  // are not finite, one that makes NaN of the pixels that they touch
-  for (int32_t step = 0; step <= pieces + spoilt; ++step) {
-    const int32_t strip = (step - 1) / cut.bands, band = (step - 1) % cut.bands;
-    const int32_t top = band * cut.rows, column = strip * cut.columns;
-    for (uint32_t base = 0, taken = 0; base < N; base += cut.chunk) {
-      const uint32_t* words = marks + slot.index * p.words();
-      if (step == 0 || !one_chunk) {
-        __syncthreads();
-        const Points points =
-            list_points<T>(p, words, base, cut.chunk, p.important - taken, list, shared);
-        taken += points.listed;
-        for (uint32_t i = threadIdx.x; i < kBins; i += kThreads<T>) shared.bins[i] = 0;
-        __syncthreads();
-        for (uint32_t q = threadIdx.x; q < points.total; q += kThreads<T>) {
-          const Point at = slot.draw(base + points.offset(q, list));
-          const uint32_t bin = row_bin(locate<T>(at, p.h, p.w).y);
-          bin_of[q] = static_cast<uint16_t>(bin);
-          atomic_add(&shared.bins[bin], 1u);
-        }
-        __syncthreads();
-        uint32_t own[kOwn], total;
-#pragma unroll
-        for (unsigned j = 0; j < kOwn; ++j) own[j] = shared.bins[threadIdx.x * kOwn + j];
-        scan_bins(own, shared, total);
-        for (uint32_t q = threadIdx.x; q < points.total; q += kThreads<T>)
-          sorted[atomicAdd(&shared.bins[bin_of[q]], 1u)] =
-              static_cast<uint16_t>(points.offset(q, list));
-        __syncthreads();  // a bin's entry is now the end of its points
-        for (uint32_t q = threadIdx.x; q < points.total; q += kThreads<T>) {
-          const T g = differentiate(slot.draw(base + sorted[q])), size = fabs(g);
-          const bool finite = size - size == T(0);
-          weights[q] = g;
-          largest[0] = finite ? max(largest[0], size) : largest[0];
-          largest[1] = finite ? largest[1] : T(1);
-        }
-        __syncthreads();
-      }
-      if (step == 0) continue;
-      const bool last = step > pieces;
-      const uint32_t from_bin = last ? 0 : row_bin(band == 0 ? -1 : top);
-      const uint32_t to_bin = row_bin(last ? p.h - 1 : top + min(cut.rows, p.h - top) - 1);
-      const uint32_t from = from_bin > 0 ? shared.bins[from_bin - 1] : 0;
-      for (uint32_t q = from + threadIdx.x; q < shared.bins[to_bin]; q += kThreads<T>) {
-        const T g = weights[q];
-        const Cell<T> cell = locate<T>(slot.draw(base + sorted[q]), p.h, p.w);
-        const bool finite = g - g == T(0);
-        if (last) {
-          each_corner(cell, p.w, [&](uint32_t at, T weight) {
-            if (!finite && weight != T(0)) out[at] = static_cast<S>(g - g);
-          });
-          continue;
-        }
-        // y = -1 belongs to the first band
-        const int32_t below = max(cell.y, 0) - top;
-        const bool inside = 0 <= below && below < cut.rows;
-        if (!finite || !inside) continue;
-        const T fixed = scalbn(g, fraction - exponent);
-        Cell<T> local = cell;
-        local.y -= top;
-        local.x -= column;
-        if (!(0 <= local.x && local.x < cut.columns)) local.left = T(0);
-        if (!(0 <= local.x + 1 && local.x + 1 < cut.columns)) local.right = T(0);
-        each_corner(local, cut.columns, [&](uint32_t at, T weight) {
-          if (weight == T(0)) return;
-          T rest = weight * fixed;
-#pragma unroll
-          for (int k = 0; k < kSums; ++k) {
-            const int64_t whole = llrint(rest);
-            sum_of(at, k).add(whole);
-            rest = scalbn(rest - static_cast<T>(whole), fraction);
-          }
-        });
-      }
-    }
-    __syncthreads();
-    if (step == 0) {
-      join(largest, shared, [](T a, T b) { return max(a, b); });
-      exponent = largest[0] > T(0) ? ilogb(largest[0]) : 0;
-      spoilt = largest[1] > T(0);
-    } else if (step <= pieces) {
-      const T one = scalbn(T(1), -fraction), unit = scalbn(T(1), exponent);
-      const uint32_t carried = static_cast<uint32_t>(cut.rows) * cut.columns;
-      for (uint32_t i = threadIdx.x; i < carried; i += kThreads<T>) {
-        T value = T(0);
-#pragma unroll
-        for (int k = kSums - 1; k >= 0; --k) {
-          const FixedSum sum = sum_of(i, k), below = sum_of(i + carried, k);
-          value = (value + static_cast<T>(sum.get())) * one;
-          // the first row takes over what was put on the row below the band
-          const bool first = i < static_cast<uint32_t>(cut.columns);
-          *sum.low = first ? *below.low : 0;
-          *sum.high = first ? *below.high : 0;
-          if (first) *below.low = *below.high = 0;
-        }
-        uint32_t at = static_cast<uint32_t>(top) * p.w + i;
-        bool inside = at < area;
-        if (cut.strips > 1) {
-          const int32_t y = top + static_cast<int32_t>(i) / cut.columns;
-          const int32_t x = column + static_cast<int32_t>(i) % cut.columns;
-          at = static_cast<uint32_t>(y) * p.w + x;
-          inside = y < p.h && x < p.w;
-        }
-        if (inside) out[at] = static_cast<S>(value * unit);
-      }
-      __syncthreads();
-    }
-  }
-}
 
 // What lies outside would be read or written outside the tensors
 void check(const Tensor& logits, const Tensor& masks, const Tensor& active, const Tensor& ids,
@@ -372,13 +97,13 @@ Results forward(const Arguments& in) {
   Tensor bce = empty<T>(in.logits, in.shape()), dice = empty<T>(in.logits, in.shape());
   Tensor sums = empty<T>(in.logits, in.shape({2}));
   Tensor marks = empty<int32_t>(in.logits, in.shape({p.words()}));
-  // the list holds no more than the kept keys
-  const int64_t fixed = sizeof(Shared), kept = round_up(2 * int64_t(p.candidates), 16);
-  const bool keep = fixed + kept <= in.limit;
-  const int64_t list = keep ? kept : 2 * std::min<int64_t>(kChunk, round_up(p.important, 8));
+  // the list is no longer than the halves
+  const int64_t fixed = sizeof(Shared), halves = 64 * int64_t(p.words());
+  const bool halved = fixed + halves <= in.limit;
+  const int64_t list = halved ? halves : 2 * std::min<int64_t>(kChunk, round_up(p.important, 8));
   const int64_t map = in.area * sizeof(S);
   const auto run = [&](auto kernel, int64_t bytes) {
-    SEGKERN_LAUNCH(in.logits, kernel, in.slots, kThreads<T>, bytes, p, data<S>(in.logits), keep,
+    SEGKERN_LAUNCH(in.logits, kernel, in.slots, kThreads<T>, bytes, p, data<S>(in.logits), halved,
                    list, mutable_data<T>(bce), mutable_data<T>(dice), mutable_data<T>(sums),
                    mutable_data<uint32_t>(marks));
   };

@@ -154,119 +154,6 @@ __device__ __forceinline__ void join(T (&v)[N], Shared& shared, const F& f) {
   __syncthreads();
 }
 
-// Adds up the bins before each; own[j] is bin threadIdx.x * N + j
-template <int N>
-__device__ __forceinline__ void scan_bins(uint32_t (&own)[N], Shared& shared, uint32_t& total) {
-  uint32_t sum = 0;
-#pragma unroll
-  for (int j = 0; j < N; ++j) sum += own[j];
-  uint32_t before = scan(sum, shared, total);
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    shared.bins[threadIdx.x * N + j] = before;
-    before += own[j];
-  }
-  __syncthreads();
-}
-
-template <class T>
-using Key = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
-
-// The order of |x| as integers; NaN are equal and come last
-__device__ __forceinline__ uint32_t magnitude(float x) {
-  return min(__float_as_uint(x) & 0x7FFFFFFFu, 0x7F800001u);
-}
-
-__device__ __forceinline__ uint64_t magnitude(double x) {
-  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(x));
-  return min(bits & (~uint64_t(0) >> 1), uint64_t(0x7FF0000000000001));
-}
-
-// Where the chosen candidates end: those with a key below `low` are chosen, none above low + span,
-// and between those drawn up to number first + reach
-template <class T>
-struct Border {
-  static constexpr int kBits = 8 * sizeof(T) - 1;  // of a key
-  static constexpr int kCut = kBits - 16;          // what the kept halves of the keys leave out
-
-  Key<T> low = 0, span = ~Key<T>(0) >> 1;
-  uint32_t first = 0, reach = ~0u;
-  int shift = kBits;  // span = 2^shift - 1
-
-  __device__ __forceinline__ bool touches(Key<T> key, uint32_t i) const {
-    return key - low <= span && i - first <= reach;
-  }
-  __device__ __forceinline__ bool chooses(Key<T> key, uint32_t i) const {
-    return key < low || (key - low <= span && i <= first + reach);
-  }
-  // Candidate i's key; of one that the kept half decides, with the bits below it 0
-  template <class F>
-  __device__ __forceinline__ Key<T> look(uint32_t i, const uint16_t* kept, int bits,
-                                         const F& exact) const {
-    if (kept == nullptr) return exact(i);
-    const Key<T> rough = static_cast<Key<T>>(kept[i]) << kCut;
-    return bits < kCut && rough >> kCut == low >> kCut ? exact(i) : rough;
-  }
-};
-
-// Radix select of the k smallest of n > k > 0 keys, of equal ones those drawn first. Each pass
-// counts one digit of the keys that are still open and keeps the bin that holds the k-th; a last
-// one or two do the same with the candidates' numbers where keys are equal. Most keys are decided
-// by the half that is kept (null: none is), exact(i) computes one anew. Expects the bins at 0.
-template <class T, class F>
-__device__ __forceinline__ Border<T> select(uint32_t n, uint32_t k, const uint16_t* kept /*[n]*/,
-                                            const F& exact, Shared& shared) {
-  constexpr unsigned kOwn = kBins / kThreads<T>;
-  Border<T> border;
-  int turn = 32;  // bits of the numbers that are still open
-  uint32_t left = k, open = n;
-  while (left < open) {
-    const bool by_key = border.shift > 0;
-    const int rest = !by_key                          ? turn
-                     : border.shift > Border<T>::kCut ? border.shift - Border<T>::kCut
-                                                      : border.shift;
-    const int digit = min(static_cast<int>(kDigit), rest);
-    const int shift = (by_key ? border.shift : turn) - digit;
-    for (uint32_t i = threadIdx.x; i < n; i += kThreads<T>) {
-      const Key<T> key = border.look(i, kept, by_key ? shift : 0, exact);
-      if (!border.touches(key, i)) continue;
-      const Key<T> place = by_key ? (key - border.low) >> shift : (i - border.first) >> shift;
-      atomic_add(&shared.bins[place], 1u);
-    }
-    __syncthreads();
-    uint32_t counts[kOwn], own = 0, total;
-#pragma unroll
-    for (unsigned j = 0; j < kOwn; ++j) {
-      uint32_t& bin = shared.bins[threadIdx.x * kOwn + j];
-      own += counts[j] = bin;
-      bin = 0;
-    }
-    uint32_t before = scan(own, shared, total);
-#pragma unroll
-    for (unsigned j = 0; j < kOwn; ++j) {
-      if (before < left && left <= before + counts[j]) {
-        shared.bin = threadIdx.x * kOwn + j;
-        shared.before = before;
-        shared.count = counts[j];
-      }
-      before += counts[j];
-    }
-    __syncthreads();
-    left -= shared.before;
-    open = shared.count;
-    if (by_key) {
-      border.low += static_cast<Key<T>>(shared.bin) << shift;
-      border.span = (Key<T>(1) << shift) - 1;
-      border.shift = shift;
-    } else {
-      border.first += shared.bin << shift;
-      border.reach = (1u << shift) - 1;
-      turn = shift;
-    }
-  }
-  return border;
-}
-
 // The points with numbers from `base` on, fewer than 2^16: the marked candidates in `list`, then
 // the random ones in a row; as offsets from base
 struct Points {
@@ -283,23 +170,23 @@ template <class T>
 __device__ __forceinline__ Points list_points(const Problem& p, const uint32_t* marks /*[words]*/,
                                               uint32_t base, uint32_t size, uint32_t room,
                                               uint16_t* list, Shared& shared) {
-  constexpr unsigned kOwn = kBins / kThreads<T>;
-  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  constexpr unsigned kOwn = kBins / kThreads<T>;  // words of a thread
   const uint32_t from = base / 32, words = min(size / 32, max(p.words(), from) - from);
-  const auto word = [&](uint32_t w) {
-    if (w >= words) return 0u;
-    const uint32_t last =
-        p.candidates - 32 * (from + w);  // of the word: those behind are no points
-    return last < 32 ? marks[from + w] & ((1u << last) - 1) : marks[from + w];
-  };
-  uint32_t own[kOwn], total;
+  uint32_t bits[kOwn], own = 0, total;
 #pragma unroll
-  for (unsigned j = 0; j < kOwn; ++j) own[j] = __popc(word(threadIdx.x * kOwn + j));
-  scan_bins(own, shared, total);
-  for (uint32_t w = warp; w < words; w += kThreads<T> / kWarp) {
-    const uint32_t bits = word(w);
-    const uint32_t place = shared.bins[w] + __popc(bits & ((1u << lane) - 1));
-    if ((bits >> lane & 1) && place < room) list[place] = static_cast<uint16_t>(32 * w + lane);
+  for (unsigned j = 0; j < kOwn; ++j) {
+    const uint32_t w = threadIdx.x * kOwn + j;
+    bits[j] = w < words ? marks[from + w] : 0;
+    const uint32_t valid = p.candidates - 32 * (from + w);  // bits of the last word
+    if (w < words && valid < 32) bits[j] &= (1u << valid) - 1;
+    own += __popc(bits[j]);
+  }
+  uint32_t place = scan(own, shared, total);
+#pragma unroll
+  for (unsigned j = 0; j < kOwn; ++j) {
+    const uint32_t offset = 32 * (threadIdx.x * kOwn + j) - 1;  // __ffs counts from 1
+    for (uint32_t rest = bits[j]; rest != 0 && place < room; rest &= rest - 1)
+      list[place++] = static_cast<uint16_t>(offset + __ffs(static_cast<int>(rest)));
   }
   __syncthreads();
   const uint32_t end = min(base + size, p.candidates + p.random);
