@@ -22,7 +22,7 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradient(case, dtype):
+def test_losses_and_gradients(case, dtype):
     sizes, settings = CASES[case]
     inputs = [*point_mask_loss_inputs(**sizes, dtype=dtype), *settings]
     inputs[2][0, 0, 0] = True

@@ -107,7 +107,7 @@ __device__ __forceinline__ void sort_by_row(const Problem& p, const Cut& cut, co
 // Shared memory: Shared; offsets of the sorted points [room]; their derivatives [room], before
 // that the list and the bins of its points; the band.
 template <class S, class T>
-__global__ void __launch_bounds__(kThreads<T>)
+__global__ void __launch_bounds__(kThreads<T>, 1)
     point_mask_loss_backward_kernel(Problem p, Cut cut, const T* grad_bce /*[B, R, T]*/,
                                     const T* grad_dice /*[B, R, T]*/,
                                     const T* sums /*[B, R, T, 2]*/,

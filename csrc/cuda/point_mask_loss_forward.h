@@ -128,16 +128,18 @@ __device__ __forceinline__ Border<T> select(uint32_t n, uint32_t k, bool halved,
 
 template <class S, unsigned kThreads>
 __device__ __forceinline__ void copy(const S* from /*[n]*/, uint32_t n, S* to /*[n], aligned*/) {
-  constexpr uint32_t kEach = sizeof(uint4) / sizeof(S), kAtOnce = 4;
+  constexpr uint32_t kEach = sizeof(uint4) / sizeof(S), kAtOnce = 8;
   const bool aligned = reinterpret_cast<uintptr_t>(from) % sizeof(uint4) == 0;
-  const uint32_t whole = aligned ? n / (kEach * kAtOnce * kThreads) * kAtOnce * kThreads : 0;
-  for (uint32_t i = threadIdx.x; i < whole; i += kAtOnce * kThreads) {
+  const uint32_t whole = aligned ? n / kEach : 0;
+#pragma unroll 1
+  for (uint32_t begin = threadIdx.x; begin < whole; begin += kAtOnce * kThreads) {
     uint4 v[kAtOnce];  // several loads under way: they come from afar
 #pragma unroll
-    for (uint32_t j = 0; j < kAtOnce; ++j)
-      v[j] = reinterpret_cast<const uint4*>(from)[i + j * kThreads];
+    for (uint32_t j = 0, i = begin; j < kAtOnce; ++j, i += kThreads)
+      if (i < whole) v[j] = reinterpret_cast<const uint4*>(from)[i];
 #pragma unroll
-    for (uint32_t j = 0; j < kAtOnce; ++j) reinterpret_cast<uint4*>(to)[i + j * kThreads] = v[j];
+    for (uint32_t j = 0, i = begin; j < kAtOnce; ++j, i += kThreads)
+      if (i < whole) reinterpret_cast<uint4*>(to)[i] = v[j];
   }
   for (uint32_t i = whole * kEach + threadIdx.x; i < n; i += kThreads) to[i] = from[i];
 }
@@ -145,7 +147,7 @@ __device__ __forceinline__ void copy(const S* from /*[n]*/, uint32_t n, S* to /*
 // Shared memory: Shared; upper halves of the keys [n], if halved, later the list; the map if
 // kStaged.
 template <class S, class T, bool kStaged>
-__global__ void __launch_bounds__(kThreads<T>)
+__global__ void __launch_bounds__(kThreads<T>, 1)
     point_mask_loss_kernel(Problem p, const S* logits /*[B, R, T, h, w]*/, bool halved,
                            uint32_t list_bytes, T* bce /*[B, R, T]*/, T* dice /*[B, R, T]*/,
                            T* sums /*[B, R, T, 2]*/, uint32_t* marks /*[B, R, T, words]*/) {
