@@ -161,16 +161,12 @@ def test_inactive_slots_are_zero_and_not_read():
 @pytest.mark.parametrize("n", [40, 4000])
 def test_ties_go_to_the_point_drawn_first(n):
     logits, masks, active, ids, seed = point_mask_loss_inputs(B=1, R=1, T=1, dtype=torch.float64)
-    flat, active = torch.full_like(logits, 2.0), torch.ones_like(active)
+    flat, active = torch.zeros_like(logits), torch.ones_like(active)  # every sample is exactly 0
     points = random_points(seed, torch.stack((ids, ids * 0, ids * 0), -1), 3 * n + n // 4)
-    # on a constant map the candidates away from the border tie; those at the border have less
-    level = point_sample(flat[:, 0], points.double())[0, 0]
-    order = level[: 3 * n].sort(stable=True).indices[: 3 * n // 4]
-    chosen = torch.cat((points[0, : 3 * n][order], points[0, 3 * n :]))[None].double()
-    x = point_sample(flat[:, 0], chosen)[0, 0]
-    t = point_sample(masks.double(), chosen)[0, 0]
-    want = torch.nn.functional.binary_cross_entropy_with_logits(x, t)
-    got = point_mask_loss(flat, masks, active, ids, seed, n, 3.0, 0.75)[0]
+    chosen = torch.cat((points[:, : 3 * n // 4], points[:, 3 * n :]), 1).double()
+    t = point_sample(masks.double(), chosen)
+    want = 1 - (t.sum() + 1) / (n / 2 + t.sum() + 1)
+    got = point_mask_loss(flat, masks, active, ids, seed, n, 3.0, 0.75)[1]
     torch.testing.assert_close(got.squeeze(), want, rtol=1e-12, atol=0)
 
 
