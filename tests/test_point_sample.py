@@ -76,7 +76,7 @@ BAD = {
     "other device": (
         lambda f, p: (f, p.to("meta")),
         ValueError,
-        "points must be on cpu, got meta",
+        r"points must be on \S+, got meta",
     ),
 }
 
