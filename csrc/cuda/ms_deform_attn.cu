@@ -24,7 +24,8 @@ struct Prepared {
 // Registers for 1,024 threads a multiprocessor: chosen by arithmetic, not yet measured.
 template <class Path>
 __global__ void __launch_bounds__(Path::kThreads, 1024 / Path::kThreads)
-    forward(const Call c, const int planes, const int samples /*of a query at a time*/,
+    forward(const Call c, const int blocks /*of a plane*/,
+            const int samples /*of a query at a time*/,
             const typename Path::T* __restrict__ value /*[B, S, H, D]*/,
             typename Path::T* __restrict__ out /*[B, Q, H, D]*/) {
   using T = typename Path::T;
@@ -33,8 +34,9 @@ __global__ void __launch_bounds__(Path::kThreads, 1024 / Path::kThreads)
   SEGKERN_SHARED(Prepared<Path>, shared);
   Prepared<Path>* prepared = shared + threadIdx.x / 32 * samples;  // of this warp: [samples]
   const int lane = threadIdx.x % kLanes, group = threadIdx.x % 32 / kLanes;
-  const Plane plane = plane_of(static_cast<int>(blockIdx.x % planes), c.H);
-  const int q = query_of(c, static_cast<int>(blockIdx.x / planes), threadIdx.x / kLanes);
+  if (tile_of_grid() >= blocks) return;
+  const Plane plane = plane_of(static_cast<int>(blockIdx.x), c.H);
+  const int q = query_of(c, tile_of_grid(), threadIdx.x / kLanes);
   const int M = q < 0 ? 0 : c.M;
   const Query query(c, plane, max(q, 0));
   const E top = largest<E, kLanes>(c, query, c.normalized ? 0 : M);
@@ -49,8 +51,7 @@ __global__ void __launch_bounds__(Path::kThreads, 1024 / Path::kThreads)
       int near = 0;  // samples that touch their level, of the whole group
 #pragma unroll 1
       for (int k = 0; k < samples; k += kLanes, walk.next(c.P)) {
-        Sample<E> s;
-        s.near = false;
+        Sample<E> s{};
         E a = 0;
         if (walk.m < M) {
           s = locate<E>(c, query, walk.l, walk.m);
@@ -116,8 +117,8 @@ Tensor ms_deform_attn(Tensor value, IntList shapes, Tensor reference, Tensor off
     const int rounds = (in.call.M + portions * Path::kLanes - 1) / (portions * Path::kLanes);
     const int samples = rounds * Path::kLanes;
     const unsigned threads = in.call.run * Path::kLanes;
-    SEGKERN_LAUNCH(value, forward<Path>, static_cast<unsigned>(in.blocks) * in.planes, threads,
-                   threads / 32 * samples * sizeof(Prepared<Path>), in.call, in.planes, samples,
+    SEGKERN_LAUNCH(value, forward<Path>, grid_of(in.planes, in.blocks), threads,
+                   threads / 32 * samples * sizeof(Prepared<Path>), in.call, in.blocks, samples,
                    data<T>(in.value), mutable_data<T>(out));
   });
   return out;

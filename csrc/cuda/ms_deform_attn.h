@@ -66,7 +66,7 @@ struct Level {
   int h, w;
   int start;   // its first pixel
   int tile;    // its first tile of pixels
-  int share;   // groups that share the work of a pixel
+  int share;   // groups that share the work of a pixel, a power of two
   int rows;    // of pixels in a tile
   int bucket;  // its first bucket in a plane: (h + 1) * (w + 2), see the backward
 };
@@ -106,6 +106,18 @@ struct Plane {
 
 __device__ inline Plane plane_of(int plane, int H) { return {plane / H, plane % H}; }
 
+// Blocks of a grid: a plane each, the planes of a tile one after the other; the tiles go on in z.
+#ifdef SEGKERN_EMULATE
+constexpr unsigned kGridY = 5;  // so that small tests reach z
+#else
+constexpr unsigned kGridY = 1 << 15;
+#endif
+__device__ inline int tile_of_grid() { return static_cast<int>(blockIdx.z * kGridY + blockIdx.y); }
+inline dim3 grid_of(int planes, int tiles) {
+  const unsigned n = static_cast<unsigned>(tiles);
+  return dim3(static_cast<unsigned>(planes), std::min(n, kGridY), (n + kGridY - 1) / kGridY);
+}
+
 template <class E>
 __device__ inline E exponential(E x) {
   if constexpr (std::is_same_v<E, float>) return expf(x);
@@ -144,16 +156,18 @@ __device__ inline void load(const T* from, E (&to)[kVector]) {
 // Channels of a tensor that nobody writes meanwhile.
 template <class T, int kVector, class E>
 __device__ inline void load_row(const T* from, E (&to)[kVector]) {
-  if constexpr (kVector == 1) return load(from, to);
-  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
-  if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {  // an instruction a number
-    const unsigned pair[4] = {bits.x, bits.y, bits.z, bits.w};
+  if constexpr (kVector == 1) {
+    load(from, to);
+  } else if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+    const unsigned pairs[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      to[2 * v] = __uint_as_float(pair[v] << 16);
-      to[2 * v + 1] = __uint_as_float(pair[v] & 0xFFFF0000u);
+    for (int v = 0; v < 4; ++v) {  // an instruction a number
+      to[2 * v] = __uint_as_float(pairs[v] << 16);
+      to[2 * v + 1] = __uint_as_float(pairs[v] & 0xFFFF0000u);
     }
   } else {
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
     Pack<T, kVector> pack;
     memcpy(&pack, &bits, sizeof(bits));
 #pragma unroll

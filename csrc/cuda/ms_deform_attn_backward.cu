@@ -122,9 +122,9 @@ __device__ inline void write(void* data, int type, int64_t i, E x) {
     static_cast<double*>(data)[i] = static_cast<double>(x);
 }
 
-// Of the outputs of `samples`, those whose shape is the chunk's.
+// What belongs to a chunk.
 template <class E>
-struct Scratch {
+struct Workspace {
   const int* buckets;  // [planes, buckets]: their first records
   const int* ranks;    // [Q, planes, M]
   E* weights;          // [Q, planes, M] gradient of the attention weights
@@ -136,7 +136,8 @@ struct Scratch {
 template <class Path>
 __global__ void __launch_bounds__(Path::kThreads,
                                   (sizeof(typename Path::E) == 8 ? 512 : 768) / Path::kThreads)
-    samples(const Call c, const Chunk k, const Scratch<typename Path::E> scratch,
+    samples(const Call c, const int blocks /*of a plane*/, const Chunk k,
+            const Workspace<typename Path::E> work,
             const typename Path::T* __restrict__ value /*[B, S, H, D]*/,
             const typename Path::T* __restrict__ grad /*[B, Q, H, D]*/,
             typename Path::E* __restrict__ grad_offsets /*[B, Q, H, M, 2]*/,
@@ -145,9 +146,10 @@ __global__ void __launch_bounds__(Path::kThreads,
   using E = typename Path::E;
   constexpr int kVector = Path::kVector, kLanes = Path::kLanes;
   constexpr int kBatch = kLanes < 4 ? kLanes : 4;  // samples whose products are summed together
-  const int lane = threadIdx.x % kLanes, local = static_cast<int>(blockIdx.x % k.n);
+  if (tile_of_grid() >= blocks) return;
+  const int lane = threadIdx.x % kLanes, local = static_cast<int>(blockIdx.x);
   const Plane plane = plane_of(k.first + local, c.H);
-  const int q = query_of(c, static_cast<int>(blockIdx.x / k.n), threadIdx.x / kLanes);
+  const int q = query_of(c, tile_of_grid(), threadIdx.x / kLanes);
   const int M = q < 0 ? 0 : c.M;
   const Query query(c, plane, max(q, 0));
   const int64_t chunked = (int64_t{max(q, 0)} * k.n + local) * c.M;  // in [Q, planes, M]
@@ -218,17 +220,17 @@ __global__ void __launch_bounds__(Path::kThreads,
     const E along_y = gx * (d10 - d00) + s.fx * (d11 - d01);
     const E moved[2] = {s.near ? a * along_x : E(0), s.near ? a * along_y : E(0)};
     store(moved, grad_offsets + 2 * (query.sample + walk.m));
-    scratch.weights[chunked + walk.m] = of_weight;
+    work.weights[chunked + walk.m] = of_weight;
     mean += a * of_weight;
     if (s.near) {
-      const int place = scratch.buckets[bucket_of(s, k, local)];
-      scratch.records[place + scratch.ranks[chunked + walk.m]] = {q, a, s.fx, s.fy};
+      const int place = work.buckets[bucket_of(s, k, local)];
+      work.records[place + work.ranks[chunked + walk.m]] = {q, a, s.fx, s.fy};
     }
   }
   mean = group_sum<kLanes>(mean);
 #pragma unroll 1
   for (int m = lane; m < M; m += kLanes) {
-    const E of_weight = scratch.weights[chunked + m];
+    const E of_weight = work.weights[chunked + m];
     write(grad_logits, c.logits.type, query.sample + m,
           c.normalized ? of_weight : weight(m) * (of_weight - mean));
   }
@@ -251,7 +253,7 @@ __device__ inline void sort_records(Record<E>* records, unsigned n, unsigned thr
   for (unsigned half = 1; half < n; half *= 2) {
     for (unsigned step = half; step > 0; step /= 2) {
       for (unsigned i = thread;; i += threads) {
-        const unsigned low = 2 * i - i % step;
+        const unsigned low = 2 * i - (i & (step - 1));  // step is a power of two
         const unsigned high = step == half ? low ^ (2 * half - 1) : low + step;
         if (low >= n) break;
         if (high >= n || !before(records[high], records[low])) continue;
@@ -294,18 +296,20 @@ __global__ void __launch_bounds__(kBlock)
 // A group or several a pixel of a plane.
 template <class Path>
 __global__ void __launch_bounds__(Path::kThreads, 1024 / Path::kThreads)
-    gather(const Call c, const Levels levels /*tiles of pixels*/, const Chunk k,
-           const int* __restrict__ buckets, const Record<typename Path::E>* __restrict__ records,
+    gather(const Call c, const Levels levels /*in tiles of pixels*/, const int tiles,
+           const Chunk k, const int* __restrict__ buckets,
+           const Record<typename Path::E>* __restrict__ records,
            const typename Path::T* __restrict__ grad /*[B, Q, H, D]*/,
            typename Path::T* __restrict__ grad_value /*[B, S, H, D]*/) {
   using T = typename Path::T;
   using E = typename Path::E;
   constexpr int kVector = Path::kVector, kLanes = Path::kLanes;
-  const int local = static_cast<int>(blockIdx.x % k.n);
+  if (tile_of_grid() >= tiles) return;
+  const int local = static_cast<int>(blockIdx.x), group = threadIdx.x / kLanes;
   const Plane plane = plane_of(k.first + local, c.H);
-  const Tile tile = tile_of(levels, static_cast<int>(blockIdx.x / k.n));
+  const Tile tile = tile_of(levels, tile_of_grid());
   const int share = tile.level.share, w = tile.level.w;
-  const int part = threadIdx.x / kLanes % share, i = threadIdx.x / kLanes / share;
+  const int part = group & (share - 1), i = group >> (__ffs(share) - 1);
   const int y = tile.y + i / kSide, x = tile.x + i % kSide;
   const bool inside = y < tile.level.h && x < w;
 
@@ -396,8 +400,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad, Tensor v
     const Tensor weights = fresh(value, {most}, scalar_type_of<E>());
     const Tensor records = fresh(value, {most, int64_t{sizeof(Record<E>)}}, ScalarType::Byte);
     int* at = mutable_data<int>(counts);
-    const Scratch<E> scratch{at, data<int>(ranks), mutable_data<E>(weights),
-                             mutable_data<Record<E>>(records)};
+    const Workspace<E> work{at, data<int>(ranks), mutable_data<E>(weights),
+                            mutable_data<Record<E>>(records)};
     const auto blocks = [](int64_t n, int64_t each) {
       return static_cast<unsigned>((n + each - 1) / each);
     };
@@ -408,16 +412,15 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad, Tensor v
                      mutable_data<int>(ranks));
       SEGKERN_LAUNCH(value, place, blocks(int64_t{k.n} * pixels.rows, kBlock / 32), kBlock, 0,
                      pixels.levels, k, pixels.rows, at, at + buckets);
-      SEGKERN_LAUNCH(value, samples<Path>, static_cast<unsigned>(in.blocks) * k.n,
-                     in.call.run * Path::kLanes, 0, in.call, k, scratch, data<T>(in.value),
-                     data<T>(grads), mutable_data<E>(grad_offsets),
-                     grad_logits.mutable_data_ptr());
+      SEGKERN_LAUNCH(value, samples<Path>, grid_of(k.n, in.blocks), in.call.run * Path::kLanes, 0,
+                     in.call, in.blocks, k, work, data<T>(in.value), data<T>(grads),
+                     mutable_data<E>(grad_offsets), grad_logits.mutable_data_ptr());
       if (deterministic)
         SEGKERN_LAUNCH(value, sort<E>, blocks(int64_t{k.n} * k.buckets, kSorted), kBlock, 0,
-                       pixels.levels, k, at, scratch.records);
-      SEGKERN_LAUNCH(value, gather<Path>, static_cast<unsigned>(pixels.tiles) * k.n,
-                     Path::kThreads, 0, in.call, pixels.levels, k, at, scratch.records,
-                     data<T>(grads), mutable_data<T>(grad_value));
+                       pixels.levels, k, at, work.records);
+      SEGKERN_LAUNCH(value, gather<Path>, grid_of(k.n, pixels.tiles), Path::kThreads, 0, in.call,
+                     pixels.levels, pixels.tiles, k, at, work.records, data<T>(grads),
+                     mutable_data<T>(grad_value));
     }
   });
   return {grad_value, grad_offsets, grad_logits};
