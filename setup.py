@@ -7,8 +7,8 @@ Python >= 3.11. No GPU is needed. Environment:
   SEGKERN_NO_CUDA=1     CPU library only
   SEGKERN_SANITIZE=address | thread   with the sanitizers of addresses and undefined behaviour, or
                         of races
-  SEGKERN_EMULATE=1     for tests: _C_cpu takes the CUDA sources, compiled for the host, in place of
-                        the C++ kernels of the same ops (csrc/cuda/emulate.h)
+  SEGKERN_EMULATE=1     for tests: _C_cpu takes the CUDA sources, compiled for the host, in place
+                        of the C++ kernels of the same ops (csrc/cuda/emulate.h)
   TORCH_CUDA_ARCH_LIST  default "8.0;9.0;10.0+PTX";  CXX, MAX_JOBS as usual
 """
 

@@ -29,6 +29,7 @@ from .files import writable_folder
 from .models.mask2former import Mask2Former, Mask2FormerConfig
 from .process import Interrupt, leave_interrupts_to_parent, usable_device
 from .trainlog import Log, Meter
+from .weights.fit import misfits
 
 # settings that a resumed run may change: none touches a step, except that more steps stretch the
 # schedule: from the resume on, the rate is that of a run of so many
@@ -406,7 +407,7 @@ def _restore(state: dict, model: Mask2Former, optimizer, name) -> tuple[int, flo
     Raises:
         ValueError: the weights are not of this model; nothing is loaded then.
     """
-    found = checkpoint.misfits(state["model"], model.state_dict())
+    found = misfits(state["model"], model.state_dict())
     if found:
         raise ValueError(f"{name}: the weights are of another model; {'; '.join(found)}")
     try:

@@ -246,7 +246,7 @@ def test_resume_from_other_weights_names_the_keys_and_loads_nothing(whole, tmp_p
     monkeypatch.setattr(Mask2Former, "load_state_dict", never)
     message = (
         r"another model; missing: criterion.seed; unexpected: foreign; of another shape: "
-        r"query_decoder.query_feat.weight \[9, 32\] for \[5, 32\]"
+        r"query_decoder.query_feat.weight \[9, 32\] instead of \[5, 32\]"
     )
     with pytest.raises(ValueError, match=message):
         train(config(tmp_path / "new", steps=9), resume=tmp_path, progress=False)

@@ -27,6 +27,7 @@ from ..nn.query_decoder import QueryDecoder
 from ..nn.targets import Targets
 from ..ops._checks import expect, got
 from ..weights import huggingface
+from ..weights.fit import misfits
 
 _LABELS = {
     ("coco", "panoptic"): 133,
@@ -400,7 +401,10 @@ class Mask2Former(nn.Module):
             head = ("query_decoder.class_embed.weight", "query_decoder.class_embed.bias")
             weights = weights | {k: own[k] for k in (*head, "criterion.empty_weight")}
         weights = {"criterion.seed": own["criterion.seed"]} | weights
-        _check_weights(weights, own, str(name_or_folder))
+        if faults := misfits(weights, own):
+            raise ValueError(
+                f"Mask2Former: {name_or_folder} does not fit the model; {'; '.join(faults)}"
+            )
         model.load_state_dict(weights)
         return model.eval()
 
@@ -425,21 +429,3 @@ def mask_logits(embeddings: Tensor, mask_features: Tensor) -> Tensor:
         [B, Q, h, w].
     """
     return (embeddings @ mask_features.flatten(2)).unflatten(2, mask_features.shape[2:])
-
-
-def _check_weights(weights: dict[str, Tensor], own: dict[str, Tensor], name: str) -> None:
-    def listed(keys):
-        return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-
-    faults = {
-        "missing": [k for k in own if k not in weights],
-        "unexpected": [k for k in weights if k not in own],
-        "of another shape": [
-            f"{k} {list(weights[k].shape)} instead of {list(own[k].shape)}"
-            for k in own
-            if k in weights and weights[k].shape != own[k].shape
-        ],
-    }
-    found = [f"{what}: {listed(keys)}" for what, keys in faults.items() if keys]
-    if found:
-        raise ValueError(f"Mask2Former: {name} does not fit the model; {'; '.join(found)}")

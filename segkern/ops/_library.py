@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).parent.parent
+OPS: list[str] = []  # every op that is declared
 TRITON: dict[str, str] = {}  # op to the module of segkern.kernels that holds its launcher
 _definitions = torch.library.Library("segkern", "DEF")
 
@@ -64,6 +65,7 @@ def define(schema: str, fake: Callable, triton: str | None = None) -> torch._ops
     """
     name = schema.split("(", 1)[0]
     _definitions.define(schema)
+    OPS.append(name)
     torch.library.register_fake(f"segkern::{name}", fake, lib=_definitions)
     if triton is not None:
         TRITON[name] = triton

@@ -1,1 +1,1 @@
-"""Checkpoints of other projects: one file a format, plain functions on dicts."""
+"""State dicts: one file a format of another project, and whether one fits a model."""
