@@ -28,23 +28,22 @@ from ._launch import architecture, on
 
 BOUND = tl.constexpr(1e8)  # ops.matching_cost.BOUND: stands for a cost that is not finite
 RANGE = 1024  # points of a program, at most; the order of the sums must not depend on the batch
+SIZES = ["R", "Q", "T", "P", "K1", "S", "h", "w", "H", "W", "tiles", "ranges", "range_tiles"]
+SIZES += ["image_stride", "channel_stride", "target_stride", "y_stride", "x_stride"]
 
-
-# the launcher's choice for `_range_sums`: (architecture, path): points of a tile, warps, stages
+# (architecture, path): queries of a program at most, points of a tile, warps, stages
 TABLE = {
-    (80, "half"): (16, 8, 3),
-    (80, "single"): (32, 8, 2),
-    (80, "double"): (16, 4, 1),
-    (90, "half"): (16, 8, 3),
-    (90, "single"): (32, 8, 2),
-    (90, "double"): (16, 4, 1),
-    (100, "half"): (32, 8, 3),
-    (100, "single"): (32, 8, 2),
-    (100, "double"): (16, 4, 1),
+    (80, "half"): (128, 8, 8, 3),
+    (80, "single"): (128, 16, 8, 2),
+    (90, "half"): (128, 16, 8, 3),
+    (90, "single"): (128, 16, 8, 2),
+    (100, "half"): (128, 8, 8, 3),
+    (100, "single"): (128, 16, 8, 2),
 }
+DOUBLE = (16, 16, 4, 1)
 
 
-@triton.jit(do_not_specialize=["h", "w", "image_stride", "channel_stride", "y_stride", "x_stride"])
+@triton.jit(do_not_specialize=SIZES)
 def _channels_last(
     planar,  # [B, C, h, w] by its strides
     rows,  # [B, S, C]
@@ -55,19 +54,24 @@ def _channels_last(
     y_stride,
     x_stride,
     C: tl.constexpr,
+    DENSE: tl.constexpr,  # the rows of a plane follow each other
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    S = h.to(tl.int64) * w
+    S = h * w
     tiles = tl.cdiv(S, BLOCK_S)
-    b = tl.program_id(0) // tiles
-    s = (tl.program_id(0) % tiles) * BLOCK_S + tl.arange(0, BLOCK_S)  # int64
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    s = tl.program_id(0) % tiles * BLOCK_S + tl.arange(0, BLOCK_S)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    pixel = planar + b * image_stride + (s // w) * y_stride + (s % w) * x_stride
-    channel = c.to(tl.int64) * channel_stride
-    tile = tl.load(pixel[None, :] + channel[:, None], (s < S)[None, :] & (c < C)[:, None])
+    planes = planar + b * image_stride + c.to(tl.int64) * channel_stride
+    there = (s < S)[:, None] & (c < C)[None, :]
+    if DENSE:  # a warp reads neighbours
+        tile = tl.load(planes[None, :] + s[:, None], there)
+    else:
+        pixel = (s // w).to(tl.int64) * y_stride + (s % w).to(tl.int64) * x_stride
+        tile = tl.load(planes[None, :] + pixel[:, None], there)
     place = rows + (b * S + s) * C
-    tl.store(place[:, None] + c[None, :], tile.trans(), (s < S)[:, None] & (c < C)[None, :])
+    tl.store(place[:, None] + c[None, :], tile, there)
 
 
 @triton.jit
@@ -100,7 +104,7 @@ def _corner(left, top, fx, fy, inside, width, height, K: tl.constexpr):
     return column, row, tl.where(inside, across * down, 0.0), inside
 
 
-@triton.jit(do_not_specialize=["P", "tiles", "h", "w"])
+@triton.jit(do_not_specialize=SIZES)
 def _feature_corners(
     points,  # [N, P, 2]
     pixels,  # [N, tiles, 4, BLOCK_P] int32, -1 outside
@@ -127,41 +131,28 @@ def _feature_corners(
 
 
 @triton.jit
-def _mask_corner(
-    mask, there, left, top, fx, fy, inside, width, height, y_stride, x_stride, K: tl.constexpr
-):
-    column, row, weight, inside = _corner(left, top, fx, fy, inside, width, height, K)
-    place = row.to(tl.int64) * y_stride + column.to(tl.int64) * x_stride
-    return tl.load(mask[None, :] + place[:, None], inside[:, None] & there[None, :], 0), weight
-
-
-@triton.jit
-def _mask_corners(
-    mask,  # [T] pointers to masks [H, W] by their strides
-    there,  # [T]
+def _targets(
+    mask,  # [BLOCK_T] pointers to masks [H, W] by their strides
+    counts,  # [BLOCK_T]
     points,  # [P, 2] of one problem
-    p,  # [.]
+    p,  # [BLOCK_P]
     last,
     H,
     W,
     y_stride,
     x_stride,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    """Masks at the corners of points p [., T] uint8, four, and the weights [.] of the corners."""
+    """t [BLOCK_P, BLOCK_T]: the masks at points p; 0 where a target does not count."""
     left, top, fx, fy, inside = _origin(points, p, p < last, W, H)
-    a, u = _mask_corner(mask, there, left, top, fx, fy, inside, W, H, y_stride, x_stride, 0)
-    b, v = _mask_corner(mask, there, left, top, fx, fy, inside, W, H, y_stride, x_stride, 1)
-    c, w = _mask_corner(mask, there, left, top, fx, fy, inside, W, H, y_stride, x_stride, 2)
-    d, z = _mask_corner(mask, there, left, top, fx, fy, inside, W, H, y_stride, x_stride, 3)
-    return a, b, c, d, u, v, w, z
-
-
-@triton.jit
-def _blend(a, b, c, d, u, v, w, z):
-    """Values [., T] at four corners, weighted [.]."""
-    exact: tl.constexpr = u.dtype
-    top = u[:, None] * a.to(exact) + v[:, None] * b.to(exact)
-    return top + (w[:, None] * c.to(exact) + z[:, None] * d.to(exact))
+    t = tl.zeros([BLOCK_P, BLOCK_T], fx.dtype)
+    for k in tl.static_range(4):
+        column, row, weight, read = _corner(left, top, fx, fy, inside, W, H, k)
+        place = row.to(tl.int64) * y_stride + column.to(tl.int64) * x_stride
+        read = read[:, None] & counts[None, :]
+        t += weight[:, None] * tl.load(mask[None, :] + place[:, None], read, 0).to(fx.dtype)
+    return t
 
 
 @triton.jit
@@ -175,27 +166,43 @@ def _sigmoid(x):
 
 @triton.jit
 def _halves(x):
-    """float32 as a sum of two numbers of 11 bits (tf32); the second loses its last bits."""
+    """float32 as a sum of two numbers of 11 bits, as tf32 has; the second loses its last two."""
     high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    return high, x - high
+    return x - high, high
 
 
 @triton.jit
-def _left(x, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Left operand of a sum over points: both halves of x, twice."""
-    high, low = _halves(x)
-    a = tl.reshape(tl.join(low, high), [BLOCK_Q, BLOCK_P // 8, 4, 2, 2])
-    a = tl.reshape(tl.permute(a, 0, 1, 3, 4, 2), [BLOCK_Q, 1, 2 * BLOCK_P])
-    return tl.reshape(tl.broadcast_to(a, [BLOCK_Q, 2, 2 * BLOCK_P]), [BLOCK_Q, 4 * BLOCK_P])
+def _left(x, s, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr):
+    """x and s [BLOCK_Q, BLOCK_P], one below the other, each in two halves side by side, twice."""
+    low, high = _halves(tl.join(x, s))
+    a = tl.reshape(tl.join(low, high), [BLOCK_Q, BLOCK_P // 8, 4, 2, 2, 2])
+    a = tl.reshape(tl.permute(a, 4, 0, 1, 3, 5, 2), [2 * BLOCK_Q, 1, 2 * BLOCK_P])
+    a = tl.broadcast_to(a, [2 * BLOCK_Q, 2, 2 * BLOCK_P])
+    return tl.reshape(a, [2 * BLOCK_Q, 4 * BLOCK_P])
 
 
 @triton.jit
-def _right(m, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Right operand of a sum over points: the lower half of m for both of x, then the higher."""
-    high, low = _halves(m)
-    m = tl.reshape(tl.permute(tl.join(low, high), 2, 0, 1), [BLOCK_P // 2, 1, 4, BLOCK_T])
-    m = tl.broadcast_to(m, [BLOCK_P // 2, 2, 4, BLOCK_T])
-    return tl.reshape(m, [4 * BLOCK_P, BLOCK_T])
+def _right(t, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr):
+    """t [BLOCK_P, BLOCK_T]: its lower halves for both of x, then its higher ones."""
+    low, high = _halves(t)
+    t = tl.reshape(tl.permute(tl.join(low, high), 2, 0, 1), [BLOCK_P // 2, 1, 4, BLOCK_T])
+    t = tl.broadcast_to(t, [BLOCK_P // 2, 2, 4, BLOCK_T])
+    return tl.reshape(t, [4 * BLOCK_P, BLOCK_T])
+
+
+@triton.jit
+def _sum_over_points(
+    x, s, t, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """x @ t and s @ t [2 BLOCK_Q, BLOCK_T], of float32 precision on the matrix units."""
+    if t.dtype == tl.float64:
+        a = tl.reshape(tl.permute(tl.join(x, s), 2, 0, 1), [2 * BLOCK_Q, BLOCK_P])
+        sums = tl.sum(a[:, :, None] * t[None, :, :], 1)
+    else:
+        # the matrix units truncate: sums of more than these points are for the caller
+        a, t = _left(x, s, BLOCK_Q, BLOCK_P), _right(t, BLOCK_P, BLOCK_T)
+        sums = tl.dot(a, t, input_precision="tf32", max_num_imprecise_acc=4 * BLOCK_P)
+    return sums
 
 
 @triton.jit
@@ -206,23 +213,7 @@ def _count(n_targets, b, T):
     return tl.minimum(tl.maximum(tl.load(n_targets + b), 0), T).to(tl.int32)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "R",
-        "Q",
-        "T",
-        "P",
-        "S",
-        "H",
-        "W",
-        "image_stride",
-        "target_stride",
-        "y_stride",
-        "x_stride",
-        "ranges",
-        "range_tiles",
-    ]
-)
+@triton.jit(do_not_specialize=SIZES)
 def _range_sums(
     embed,  # [N, Q, C]
     features,  # [B, S, C]
@@ -248,8 +239,8 @@ def _range_sums(
     ranges,
     range_tiles,
     C: tl.constexpr,
-    HALF: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PATH: tl.constexpr,  # "half", "single" or "double"
+    PRECISION: tl.constexpr,  # of the product of float32 features and embeddings
     BLOCK_Q: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -273,7 +264,11 @@ def _range_sums(
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
     j = tl.arange(0, BLOCK_P)
-    k = tl.arange(0, 4)[:, None] * BLOCK_P + j[None, :]
+    corner = tl.arange(0, 4)[:, None] * BLOCK_P + j[None, :]
+    if PATH == "double":
+        order = j
+    else:  # the columns of x as `_left` takes them
+        order = j // 8 * 8 + j % 4 * 2 + j // 4 % 2
     embed += n * Q * C
     features += b * S * C
     points += n * P * 2
@@ -284,110 +279,104 @@ def _range_sums(
     begin = (part % ranges).to(tl.int32) * range_tiles * BLOCK_P
     tiles = tl.minimum(range_tiles, tl.cdiv(P - begin, BLOCK_P))
 
-    logit_target = tl.zeros([BLOCK_Q, BLOCK_T], exact)
-    sigmoid_target = tl.zeros([BLOCK_Q, BLOCK_T], exact)
+    pairs = tl.zeros([2 * BLOCK_Q, BLOCK_T], exact)
     factors = tl.full([BLOCK_Q, BLOCK_P], 1.0, exact)
     positive = tl.zeros([BLOCK_Q], exact)
     sigmoid = tl.zeros([BLOCK_Q], exact)
     target = tl.zeros([BLOCK_T], exact)
-    if HALF:
-        # order of the points in which the registers of one product are those of the next
-        order = j // 8 * 8 + j % 4 * 2 + j // 4 % 2
+    if PATH == "half":
+        # Three tiles are under way: the product of one runs on the matrix units while the
+        # logits of the one before are worked on; the sums over points of a third end it.
         e = tl.load(embed + q[:, None] * C + c[None, :], (q < Q)[:, None] & (c < C)[None, :], 0.0)
-        x = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)
+        pixel = tl.load(pixels + corner)
+        weight = tl.zeros([4, BLOCK_P], exact)
+        y = tl.zeros([BLOCK_Q, 4 * BLOCK_P], exact)
+        x = tl.zeros([BLOCK_Q, BLOCK_P], exact)
         s = x
-        m = tl.zeros([BLOCK_P, BLOCK_T], tl.float32)
-        y = tl.zeros([BLOCK_Q, 4 * BLOCK_P], tl.float32)
-        weight = tl.load(weights + k)
-        m0, m1, m2, m3, w0, w1, w2, w3 = _mask_corners(
-            mask, counts, points, order, 0, H, W, y_stride, x_stride
-        )
-        pixel = tl.load(pixels + k)
+        m = tl.zeros([BLOCK_P, BLOCK_T], exact)
+        m_next = m
         for tile in tl.range(0, tiles + 1, num_stages=STAGES):
-            right = _right(m, BLOCK_P, BLOCK_T)
-            logit_target += tl.dot(_left(x, BLOCK_Q, BLOCK_P), right, input_precision="tf32")
-            sigmoid_target += tl.dot(_left(s, BLOCK_Q, BLOCK_P), right, input_precision="tf32")
+            pairs += _sum_over_points(x, s, m, BLOCK_Q, BLOCK_P, BLOCK_T)
 
+            x = tl.sum(tl.reshape(y, [BLOCK_Q, 4, BLOCK_P]) * weight[None, :, :], 1)
+            p = begin + (tile - 1) * BLOCK_P + j
+            x = tl.where(((p >= begin) & (p < P))[None, :], x, -1e30)
+            positive += tl.sum(tl.maximum(x, 0.0), 1)
             row = tl.reshape(pixel, [4 * BLOCK_P])[:, None]
             there = (row >= 0) & (c < C)[None, :]
             f = tl.load(features + row.to(tl.int64) * C + c[None, :], there, 0.0)
             near = (tile + 1) * BLOCK_P + j < tiles * BLOCK_P
-            pixel = tl.load(pixels + (tile + 1) * (4 * BLOCK_P) + k, near[None, :], -1)
-            y_next = tl.dot(e, f.trans())
+            pixel = tl.load(pixels + (tile + 1) * (4 * BLOCK_P) + corner, near[None, :], -1)
+            y = tl.dot(e, f.trans())
 
-            x = tl.reshape(y, [BLOCK_Q, 4, BLOCK_P]) * weight[None, :, :]
-            p = begin + (tile - 1) * BLOCK_P + j
-            x = tl.where(((p >= begin) & (p < P))[None, :], tl.sum(x, 1), -1e30)
-            m = _blend(m0, m1, m2, m3, w0, w1, w2, w3)
+            m = m_next
+            s, factor = _sigmoid(x)
+            factors *= factor
+            sigmoid += tl.sum(s, 1)
+
+            near = tile * BLOCK_P + j < tiles * BLOCK_P
+            weight = tl.load(weights + tile * (4 * BLOCK_P) + corner, near[None, :], 0.0)
+            p = begin + tile * BLOCK_P + order
+            last = tl.minimum(P, begin + tiles * BLOCK_P)
+            m_next = _targets(
+                mask, counts, points, p, last, H, W, y_stride, x_stride, BLOCK_P, BLOCK_T
+            )
+            target += tl.sum(m_next, 0)
+        pairs += _sum_over_points(x, s, m, BLOCK_Q, BLOCK_P, BLOCK_T)
+    else:
+        for tile in tl.range(0, tiles, num_stages=STAGES):
+            pixel = pixels + tile * (4 * BLOCK_P) + j
+            weight = weights + tile * (4 * BLOCK_P) + j
+            x = tl.zeros([BLOCK_Q, BLOCK_P], exact)
+            for first in range(0, C, BLOCK_C):
+                d = first + c
+                f = tl.zeros([BLOCK_P, BLOCK_C], exact)
+                for k in tl.static_range(4):
+                    row = tl.load(pixel + k * BLOCK_P)[:, None]
+                    there = (row >= 0) & (d < C)[None, :]
+                    value = tl.load(features + row.to(tl.int64) * C + d[None, :], there, 0.0)
+                    f += tl.load(weight + k * BLOCK_P)[:, None] * value.to(exact)
+                there = (q < Q)[:, None] & (d < C)[None, :]
+                e = tl.load(embed + q[:, None] * C + d[None, :], there, 0.0).to(exact)
+                if PATH == "double":
+                    x += tl.sum(e[:, None, :] * f[None, :, :], 2)
+                else:
+                    x = tl.dot(e, f.trans(), x, input_precision=PRECISION)
+            p = begin + tile * BLOCK_P
+            x = tl.where((p + j < P)[None, :], x, -1e30)
             s, factor = _sigmoid(x)
             factors *= factor
             positive += tl.sum(tl.maximum(x, 0.0), 1)
             sigmoid += tl.sum(s, 1)
-            target += tl.sum(m, 0)
-
-            y = y_next
-            near = tile * BLOCK_P + j < tiles * BLOCK_P
-            weight = tl.load(weights + tile * (4 * BLOCK_P) + k, near[None, :], 0.0)
-            m0, m1, m2, m3, w0, w1, w2, w3 = _mask_corners(
+            m = _targets(
                 mask,
                 counts,
                 points,
-                begin + tile * BLOCK_P + order,
-                tl.minimum(P, begin + tiles * BLOCK_P),
+                p + order,
+                P,
                 H,
                 W,
                 y_stride,
                 x_stride,
+                BLOCK_P,
+                BLOCK_T,
             )
-        right = _right(m, BLOCK_P, BLOCK_T)
-        logit_target += tl.dot(_left(x, BLOCK_Q, BLOCK_P), right, input_precision="tf32")
-        sigmoid_target += tl.dot(_left(s, BLOCK_Q, BLOCK_P), right, input_precision="tf32")
-    else:
-        for tile in tl.range(0, tiles, num_stages=STAGES):
-            p = begin + tile * BLOCK_P + j
-            pixel = pixels + tile * (4 * BLOCK_P)
-            weight = weights + tile * (4 * BLOCK_P)
-            x = tl.zeros([BLOCK_Q, BLOCK_P], exact)
-            for first_c in range(0, C, BLOCK_C):
-                d = first_c + c
-                f = tl.zeros([BLOCK_P, BLOCK_C], exact)
-                for corner in tl.static_range(4):
-                    row = tl.load(pixel + corner * BLOCK_P + j)[:, None]
-                    there = (row >= 0) & (d < C)[None, :]
-                    value = tl.load(features + row.to(tl.int64) * C + d[None, :], there, 0.0)
-                    w0 = tl.load(weight + corner * BLOCK_P + j)
-                    f += w0[:, None] * value.to(exact)
-                there = (q < Q)[:, None] & (d < C)[None, :]
-                e = tl.load(embed + q[:, None] * C + d[None, :], there, 0.0).to(exact)
-                x = tl.dot(e, f.trans(), x, input_precision=PRECISION, out_dtype=exact)
-            x = tl.where((p < P)[None, :], x, -1e30)
-            m0, m1, m2, m3, w0, w1, w2, w3 = _mask_corners(
-                mask, counts, points, p, P, H, W, y_stride, x_stride
-            )
-            m = _blend(m0, m1, m2, m3, w0, w1, w2, w3)
-            s, factor = _sigmoid(x)
-            factors *= factor
-            positive += tl.sum(tl.maximum(x, 0.0), 1)
-            sigmoid += tl.sum(s, 1)
             target += tl.sum(m, 0)
-            logit_target = tl.dot(x, m, logit_target, input_precision=PRECISION, out_dtype=exact)
-            sigmoid_target = tl.dot(
-                s, m, sigmoid_target, input_precision=PRECISION, out_dtype=exact
-            )
+            pairs += _sum_over_points(x, s, m, BLOCK_Q, BLOCK_P, BLOCK_T)
 
-    pair = pair_sums + part * 2 * Q * T + q[:, None].to(tl.int64) * T + t[None, :]
-    there = (q < Q)[:, None] & (t < count)[None, :]
-    tl.store(pair, logit_target, there)
-    tl.store(pair + Q.to(tl.int64) * T, sigmoid_target, there)
+    row = tl.arange(0, 2 * BLOCK_Q)  # of x, then of s
+    r = tile_q * BLOCK_Q + row % BLOCK_Q
+    pair = pair_sums + ((part * 2 + row // BLOCK_Q) * Q + r)[:, None] * T + t[None, :]
+    tl.store(pair, pairs, (r < Q)[:, None] & counts[None, :])
     if tile_t == 0:
         query = query_sums + part * 2 * Q + q
         tl.store(query, positive + tl.sum(tl.log(factors), 1), q < Q)
         tl.store(query + Q, sigmoid, q < Q)
     if tile_q == 0:
-        tl.store(target_sums + part * T + t, target, t < count)
+        tl.store(target_sums + part * T + t, target, counts)
 
 
-@triton.jit(do_not_specialize=["R", "Q", "T", "P", "K1", "ranges"])
+@triton.jit(do_not_specialize=SIZES)
 def _costs(
     class_logits,  # [N, Q, K1]
     labels,  # [B, T]
@@ -471,7 +460,8 @@ def _rows(features: Tensor) -> Tensor:
     rows = torch.empty((B, h, w, C), dtype=features.dtype, device=features.device)
     block_c = min(64, triton.next_power_of_2(C))
     grid = (B * triton.cdiv(h * w, 64), triton.cdiv(C, block_c))
-    _channels_last[grid](features, rows, h, w, *features.stride(), C, 64, block_c)
+    dense = features.stride()[2:] == (w, 1)
+    _channels_last[grid](features, rows, h, w, *features.stride(), C, dense, 64, block_c)
     return rows
 
 
@@ -489,9 +479,9 @@ def matching_cost(
 ) -> Tensor:
     """Launches the kernels; arguments and result as the raw op's."""
     (B, R, Q, C), T, P = mask_embed.shape, labels.shape[1], points.shape[2]
-    (h, w), (H, W), K1 = features.shape[2:], masks.shape[2:], class_logits.shape[3]
-    exact = points.dtype
-    cost = torch.empty((B, R, Q, T), dtype=exact, device=points.device)
+    (h, w), (H, W), N = features.shape[2:], masks.shape[2:], B * R
+    new = {"dtype": points.dtype, "device": points.device}
+    cost = torch.empty((B, R, Q, T), **new)
     if cost.numel() == 0:
         return cost
     class_logits, mask_embed, labels, points = (
@@ -500,79 +490,53 @@ def matching_cost(
     n_targets = None if n_targets is None else n_targets.contiguous()
     masks = masks.view(torch.uint8)
     half = mask_embed.dtype == features.dtype and features.element_size() == 2 and 0 < C <= 256
-    path = "double" if exact == torch.float64 else "half" if half else "single"
-    block_p, warps, stages = TABLE[architecture(points), path]
-    tf32 = path == "single" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    path = "double" if points.dtype == torch.float64 else "half" if half else "single"
+    tuned = DOUBLE if path == "double" else TABLE[architecture(points), path]
+    block_q, block_p, warps, stages = tuned
+    block_t = 16 if path == "double" else min(64, max(16, triton.next_power_of_2(T)))
+    if block_t == 64 or Q <= 64:  # the sums of 64 x 64 pairs fill the registers
+        block_q = min(block_q, 64)
+    block_c = max(16, triton.next_power_of_2(C)) if path == "half" else 16
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     ranges = triton.cdiv(P, RANGE)
     range_tiles = triton.cdiv(P, ranges * block_p)
-    tiles = ranges * range_tiles
-    block_q = 64 if Q <= 64 or path == "double" else 128
-    block_t = 16 if path == "double" else min(64, max(16, triton.next_power_of_2(T)))
-    N = B * R
-    new = {"dtype": exact, "device": points.device}
-    pair_sums = torch.empty((N, ranges, 2, Q, T), **new)
-    query_sums = torch.empty((N, ranges, 2, Q), **new)
-    target_sums = torch.empty((N, ranges, T), **new)
+    tiles, group = ranges * range_tiles, 256 // block_p
+    sums = (
+        torch.empty((N, ranges, 2, Q, T), **new),
+        torch.empty((N, ranges, 2, Q), **new),
+        torch.empty((N, ranges, T), **new),
+    )
     weights = torch.empty((N, tiles, 4, block_p), **new)
     pixels = torch.empty_like(weights, dtype=torch.int32)
     with on(points):
         rows = _rows(features)
-        per_program = 256 // block_p
-        _feature_corners[(N * triton.cdiv(tiles, per_program),)](
-            points, pixels, weights, P, tiles, h, w, block_p, per_program
+        _feature_corners[(N * triton.cdiv(tiles, group),)](
+            points, pixels, weights, P, tiles, h, w, block_p, group
         )
-        grid = (N * ranges * triton.cdiv(Q, block_q) * triton.cdiv(T, block_t),)
-        _range_sums[grid](
-            mask_embed,
-            rows,
-            masks,
-            points,
-            pixels,
-            weights,
-            n_targets,
-            pair_sums,
-            query_sums,
-            target_sums,
-            R,
-            Q,
-            T,
-            P,
-            h * w,
-            H,
-            W,
-            *masks.stride(),
-            ranges,
-            range_tiles,
+        sizes = (R, Q, T, P, h * w, H, W, *masks.stride(), ranges, range_tiles)
+        _range_sums[(N * ranges * triton.cdiv(Q, block_q) * triton.cdiv(T, block_t),)](
+            *(mask_embed, rows, masks, points, pixels, weights, n_targets),
+            *sums,
+            *sizes,
             C=C,
-            HALF=path == "half",
-            PRECISION="tf32" if tf32 else "ieee",
+            PATH=path,
+            PRECISION="tf32" if tf32 and path == "single" else "ieee",
             BLOCK_Q=block_q,
             BLOCK_T=block_t,
             BLOCK_P=block_p,
-            BLOCK_C=max(16, triton.next_power_of_2(C)) if path == "half" else 32,
+            BLOCK_C=block_c,
             STAGES=stages,
             num_warps=warps,
         )
+        sizes = (R, Q, T, P, class_logits.shape[3], ranges)
         _costs[(N * triton.cdiv(Q, 16) * triton.cdiv(T, 32),)](
-            class_logits,
-            labels,
-            n_targets,
-            pair_sums,
-            query_sums,
-            target_sums,
+            *(class_logits, labels, n_targets),
+            *sums,
             cost,
-            R,
-            Q,
-            T,
-            P,
-            K1,
-            ranges,
-            class_weight,
-            mask_weight,
-            dice_weight,
+            *sizes,
+            *(class_weight, mask_weight, dice_weight),
             BLOCK_Q=16,
             BLOCK_T=32,
             BLOCK_K=64,
-            num_warps=4,
         )
     return cost
