@@ -14,10 +14,12 @@ CASES = {
     "small": {},
     "one point": {"P": 1},
     "fewer points than a line": {"P": 5, "T": 1},
-    "several ranges of points": {"B": 1, "R": 2, "P": 5000},
+    "several ranges of points": {"B": 1, "R": 1, "P": 4200},
     "block and one point": {"B": 1, "R": 1, "P": 1025, "C": 3},
     "maps of one pixel": {"h": 1, "w": 1, "H": 1, "W": 1},
     "more targets than queries": {"Q": 3, "T": 9},
+    "several tiles of queries and targets": {"B": 1, "R": 1, "Q": 130, "T": 40, "P": 40},
+    "many channels": {"B": 1, "R": 1, "C": 300, "P": 40},
     "wide": {"B": 1, "C": 65, "h": 3, "w": 130, "P": 700, "K": 133},
 }
 
@@ -38,6 +40,19 @@ def test_bool_masks_and_larger_numbers():
     assert torch.equal(matching_cost(*inputs), want)
     inputs[4] = 3 * masks
     compare(matching_cost, matching_cost_reference, inputs)
+
+
+def test_mixed_precisions():
+    half, single, double = torch.float16, torch.float32, torch.float64
+    for dtypes in ((half, single, half), (single, half, half), (double, single, half)):
+        inputs = matching_cost_inputs()
+        inputs[:3] = [t.to(dtype) for t, dtype in zip(inputs, dtypes)]
+        if double not in dtypes:
+            compare(matching_cost, matching_cost_reference, inputs)
+            continue
+        got, want = matching_cost(*inputs), matching_cost_reference(*inputs)
+        assert got.dtype == want.dtype == double
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [30.0, 1000.0])
@@ -146,7 +161,7 @@ def test_strides_do_not_matter():
 
 @pytest.mark.cpu_only
 def test_the_number_of_threads_does_not_matter():
-    inputs = matching_cost_inputs(B=1, P=9000)
+    inputs = matching_cost_inputs(B=1, R=1, P=4200)
     two = matching_cost(*inputs)
     torch.set_num_threads(1)
     assert torch.equal(matching_cost(*inputs), two)
