@@ -122,20 +122,20 @@ def _backward(
                     dq = tl.dot(ds, keys, dqs[r], input_precision="ieee", out_dtype=exact)
                     dqs = dqs[:r] + (dq,) + dqs[r + 1 :]
             dk *= tl.full((), scale, exact)
-            real = key < tl.where(group > 0, limit, S)
+            given = key < tl.where(group > 0, limit, S)
             if group > 0:
-                dk += load(grad_k + line, key, H * D, real, D, CHANNELS)
-                dv += load(grad_v + line, key, H * D, real, D, CHANNELS)
+                dk += load(grad_k + line, key, H * D, given, D, CHANNELS)
+                dv += load(grad_v + line, key, H * D, given, D, CHANNELS)
                 if value != exact:
-                    dk += load(rest_k + line, key, H * D, real, D, CHANNELS)
-                    dv += load(rest_v + line, key, H * D, real, D, CHANNELS)
-            store(grad_k + line, key, H * D, real, dk, D, CHANNELS)
-            store(grad_v + line, key, H * D, real, dv, D, CHANNELS)
+                    dk += load(rest_k + line, key, H * D, given, D, CHANNELS)
+                    dv += load(rest_v + line, key, H * D, given, D, CHANNELS)
+            store(grad_k + line, key, H * D, given, dk, D, CHANNELS)
+            store(grad_v + line, key, H * D, given, dv, D, CHANNELS)
             if more:
                 dk -= dk.to(value).to(exact)
                 dv -= dv.to(value).to(exact)
-                store(rest_k + line, key, H * D, real, dk, D, CHANNELS)
-                store(rest_v + line, key, H * D, real, dv, D, CHANNELS)
+                store(rest_k + line, key, H * D, given, dk, D, CHANNELS)
+                store(rest_v + line, key, H * D, given, dv, D, CHANNELS)
         for r in tl.static_range(TILES):
             row = slots[r][0]
             store(grad_q, row, H * D, row < Q, dqs[r], D, CHANNELS)
