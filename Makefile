@@ -57,7 +57,7 @@ SANITIZER_address = libasan.so libubsan.so
 SANITIZER_thread = libtsan.so
 preload = $(foreach lib,$(SANITIZER_$(1)),$(shell gcc -print-file-name=$(lib)))
 with = PYTHONPATH=$(CURDIR)/build/$(1)/lib ASAN_OPTIONS=detect_leaks=0 \
-  TSAN_OPTIONS=exitcode=66 LD_PRELOAD="$(call preload,$(2))"
+  TSAN_OPTIONS="exitcode=66 ignore_noninstrumented_modules=1" LD_PRELOAD="$(call preload,$(2))"
 define library
 	$(3) SEGKERN_SANITIZE=$(2) SEGKERN_NO_CUDA=1 $(PY) setup.py -q build \
 	  --build-base build/$(1) --build-lib build/$(1)/lib
@@ -100,13 +100,19 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
+# in turn with their peers; appends the rows to bench/results.csv
 bench: setup
-	for file in bench/bench_*.py; do $(PY) $$file --save || exit 1; done
+	mkdir -p build
+	$(BIN)/pytest bench --save --benchmark-json=build/bench.json \
+	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(PY) bench/goals.py build/bench.json
 
-# needs a CUDA device
-gpu: setup
-	$(PY) -c "import torch; torch.cuda.is_available() or exit('make gpu: torch finds no CUDA device')"
-	$(BIN)/pytest tests -m gpu
+# all that needs a CUDA device, in ten minutes; what came out is in $(OUT). With an interpreter of
+# your own (PY=python3), or without .venv, nothing is set up: it uses what is installed and built
+OUT ?= build/gpu
+OWN = $(filter command environment,$(firstword $(origin PY)))
+gpu: $(if $(OWN),,$(if $(wildcard $(VENV)),setup))
+	$(if $(OWN)$(wildcard $(VENV)),$(PY),$(PYTHON)) bench/gpu.py $(OUT)
 
 clean:
 	rm -rf build .venv .venv-oldest segkern/*.so segkern/_build_info.json *.egg-info

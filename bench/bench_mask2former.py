@@ -1,145 +1,59 @@
-"""Mask2Former with Swin-T against transformers: inference and a training step, same weights.
+"""Mask2Former against transformers: inference and a training step, same weights.
 
-Times are taken in turn in one process; peak memory is that of a process of its own, above what it
-held after the imports. `--small` only shows that everything runs.
+On the CPU peak memory is that of a process of its own, above what it held after the imports; on a
+GPU what a run allocates above weights and inputs. bfloat16 is autocast on both sides. A step is
+forward, loss, backward, clipping and AdamW; in transformers ResNet's batch norms are not frozen.
 """
 
-import argparse
-import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+import _models
+import pytest
+from _measure import DEVICE, OPTIONS, Work, pick
 
-import torch
-from _rows import append, measure
-
-from segkern.testing import random_targets
-
-LABELS = 133
-CASES = {  # kind, image size, batch
-    "inference 384 B=1": ("inference", 384, 1),
-    "inference 512 B=1": ("inference", 512, 1),
-    "inference 1024 B=1": ("inference", 1024, 1),
-    "training step 512 B=2 T=16": ("training", 512, 2),
-}
-SMALL = {
-    "inference 64 B=1": ("inference", 64, 1),
-    "training step 64 B=2 T=16": ("training", 64, 2),
-}
-
-
-def save_weights(folder: Path) -> None:
-    """Random weights, as transformers initialises and stores them."""
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-
-    torch.manual_seed(0)
-    stages = ["stage1", "stage2", "stage3", "stage4"]
-    backbone = SwinConfig(drop_path_rate=0.3, out_features=stages)
-    config = Mask2FormerConfig(backbone_config=backbone, num_labels=LABELS)
-    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
-
-
-def build(impl: str, folder: Path, kind: str, size: int, batch: int):
-    """The function to time."""
-    torch.manual_seed(0)
-    x = torch.randn(batch, 3, size, size)
-    masks, labels = random_targets([16] * batch, LABELS, size, size)
-    if impl == "segkern":
-        from segkern.models import Mask2Former
-        from segkern.nn.targets import Targets
-
-        model = Mask2Former.from_pretrained(folder)
-        targets = Targets.from_lists(masks, labels, num_labels=LABELS)
-
-        def loss():
-            return model.loss(x, targets)[0]
-
-    else:
-        from transformers import Mask2FormerForUniversalSegmentation
-
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(folder)
-
-        def loss():
-            return model(x, mask_labels=masks, class_labels=labels).loss
-
-    if kind == "inference":
-        model.eval()
-
-        @torch.inference_mode()
-        def run():
-            model(x)
-
-        return run
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.05)
-
-    def step():
-        optimizer.zero_grad()
-        loss().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-        optimizer.step()
-
-    return step
-
-
-def peak_memory(impl: str, folder: Path, kind: str, size: int, batch: int) -> float:
-    """Megabytes that a fresh process needs for two runs, above the imports."""
-    arguments = [
-        sys.executable,
-        __file__,
-        "--peak",
-        json.dumps([impl, str(folder), kind, size, batch]),
+IMPLS = ("segkern", "transformers", "transformers, compiled")
+ONE, HALF = "float32", "bfloat16"
+CASES = pick(  # model, kind, height, width, batch, dtype
+    [("tiny", "inference", 64, 64, 1, ONE), ("tiny", "training step", 64, 64, 2, ONE)],
+    [("swin_tiny", "inference", side, side, 1, ONE) for side in (384, 512, 1024)]
+    + [("swin_tiny", "training step", 512, 512, 2, ONE)],
+    [
+        (model, kind, height, width, batch, HALF)
+        for kind, height, width, batch in (
+            ("inference", 800, 1344, 1),
+            ("inference", 1024, 1024, 1),
+            ("training step", 1024, 1024, 8),
+        )
+        for model in ("swin_tiny", "resnet50")
     ]
-    run = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    return float(run.stdout.split()[-1])
+    + [
+        ("swin_tiny", "inference", 512, 512, 1, HALF),
+        ("swin_tiny", "inference", 1024, 1024, 16, HALF),
+        ("swin_tiny", "training step", 512, 512, 2, HALF),
+        ("swin_tiny", "inference", 1024, 1024, 1, ONE),
+    ],
+)
 
 
-def _peak(impl: str, folder: str, kind: str, size: int, batch: int) -> None:
-    if impl == "segkern":
-        import segkern.models  # noqa: F401
-    else:
-        import transformers.models.mask2former.modeling_mask2former
-        import transformers.models.swin.modeling_swin  # noqa: F401
-
-    before = _resident("VmRSS")
-    function = build(impl, Path(folder), kind, size, batch)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of loading the weights does not count
-    function()
-    function()
-    print(_resident("VmHWM") - before)
+def name(kind, height, width, batch):
+    size = f"{height}" if height == width else f"{height}x{width}"
+    targets = f" T={_models.TARGETS}" if kind == "training step" else ""
+    return f"{kind} {size} B={batch}{targets}"
 
 
-def _resident(field: str) -> float:
-    """Resident megabytes of this process: VmRSS now, VmHWM at the highest."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise OSError(f"/proc/self/status has no {field}")
+def build(model, *case):
+    folder = _models.weights(model)
+    impls, peaks = {}, {}
+    for impl in IMPLS[:2]:
+        if DEVICE == "cpu" and not OPTIONS.small:
+            peaks[impl] = _models.peak_memory(impl, folder, *case)
+        impls[impl] = _models.build(impl, folder, *case, DEVICE)
+    impls[IMPLS[2]] = "compiling takes minutes (--compiled)"
+    if OPTIONS.compiled:
+        impls[IMPLS[2]] = _models.build("transformers", folder, *case, DEVICE, compiled=True)
+    return Work(impls, peaks=peaks)
 
 
-def run(runs: int, cases: dict) -> list[dict]:
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        save_weights(Path(folder))
-        for case, (kind, size, batch) in cases.items():
-            impls = ("segkern", "transformers")
-            peaks = {i: peak_memory(i, Path(folder), kind, size, batch) for i in impls}
-            functions = {i: build(i, Path(folder), kind, size, batch) for i in impls}
-            rows += measure("mask2former swin_tiny", case, "float32", functions, runs, peaks)
-    return rows
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=9, help="timed runs of each implementation")
-    parser.add_argument("--save", action="store_true", help="append the rows to results.csv")
-    parser.add_argument("--small", action="store_true", help="tiny images, to see that it runs")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peak:
-        _peak(*json.loads(options.peak))
-    else:
-        rows = run(options.runs, SMALL if options.small else CASES)
-        if options.save:
-            append(rows)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]} {name(*c[1:5])} {c[5]}")
+def test_mask2former(case, impl, measured):
+    model, *sizes, dtype = case
+    measured(f"mask2former {model}", name(*sizes), dtype, impl, lambda: build(*case))

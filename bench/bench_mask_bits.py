@@ -1,38 +1,44 @@
 """mask_bits against the product and comparison in PyTorch, without and with a mask a head."""
 
+import pytest
 import torch
-from _rows import main, measure
+from _measure import Work, pick, repeated, short
 
 from segkern.ops import mask_bits
 from segkern.testing import mask_bits_inputs
 
 HEADS = 8
+IMPLS = ("segkern", "product, compare", "transformers' way")
+CASES = pick(  # B, Q, C, S
+    [(1, 4, 8, 40)],
+    [(1, 100, 256, S) for S in (256, 1024, 4096, 16384)],
+    [(B, 100, 256, S) for B in (1, 2, 8, 16) for S in (256, 1024, 4096, 16384)],
+)
+DTYPES = pick([torch.float32], [torch.float32, torch.bfloat16], [torch.bfloat16, torch.float32])
 
 
 def compared(queries, features):
     return queries @ features >= 0
 
 
-def repeated(queries, features):
+def with_heads(queries, features):
     """As transformers makes it: sigmoid, comparison, one mask a head."""
     closed = (queries @ features).sigmoid() < 0.5
     return closed.unsqueeze(1).repeat(1, HEADS, 1, 1).flatten(0, 1)
 
 
-def run(runs: int) -> list[dict]:
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for S in (256, 1024, 4096, 16384):
-            inputs = mask_bits_inputs(B=1, Q=100, C=256, S=S, dtype=dtype)
-            impls = {
-                "segkern": lambda i=inputs: mask_bits(*i),
-                "product, compare": lambda i=inputs: compared(*i),
-                "transformers' way": lambda i=inputs: repeated(*i),
-            }
-            name = str(dtype).removeprefix("torch.")
-            rows += measure("mask_bits", f"B=1 Q=100 C=256 S={S}", name, impls, runs)
-    return rows
+def build(B, Q, C, S, dtype):
+    inputs = repeated(mask_bits_inputs(B=1, Q=Q, C=C, S=S, dtype=dtype), B)
+    functions = dict(zip(IMPLS, (mask_bits, compared, with_heads)))
+    impls = {name: lambda f=f: f(*inputs) for name, f in functions.items()}
+    moved = B * ((Q * C + C * S) * inputs[0].element_size() + Q * S / 8)
+    return Work(impls, moved, 2 * B * Q * C * S, dtype)
 
 
-if __name__ == "__main__":
-    main(run, __doc__)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("sizes", CASES, ids=lambda s: f"B={s[0]} S={s[3]}")
+def test_mask_bits(sizes, dtype, impl, measured):
+    B, Q, C, S = sizes
+    case = f"B={B} Q={Q} C={C} S={S}"
+    measured("mask_bits", case, short(dtype), impl, lambda: build(*sizes, dtype))

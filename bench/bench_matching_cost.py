@@ -6,50 +6,66 @@ them; the second row of transformers includes the product that makes them.
 
 from unittest import mock
 
+import pytest
 import torch
-from _rows import main, measure
+from _measure import DEVICE, Work, pick, repeated, short
 from transformers.models.mask2former import modeling_mask2former as peer
 
 from segkern.ops import matching_cost
 from segkern.testing import matching_cost_inputs
 
-CASES = {
-    "2 images Q=100 K=133 T=16 512": {"B": 2, "T": 16},
-    "1 image Q=100 K=133 T=64 512": {"B": 1, "T": 64},
-}
-SIZES = {"R": 10, "Q": 100, "K": 133, "C": 256, "h": 128, "w": 128, "P": 12544, "H": 512, "W": 512}
+IMPLS = ("segkern", "transformers", "transformers with its product")
+CASES = pick(  # name: B, T, side of the image
+    {"1 image Q=4 K=5 T=2 32": (1, 2, 32)},
+    {"2 images Q=100 K=133 T=16 512": (2, 16, 512), "1 image Q=100 K=133 T=64 512": (1, 64, 512)},
+    {
+        "2 images Q=100 K=133 T=16 512": (2, 16, 512),
+        "8 images Q=100 K=133 T=64 1024": (8, 64, 1024),
+        "16 images Q=100 K=133 T=16 1024": (16, 16, 1024),
+    },
+)
+LARGE = {"R": 10, "Q": 100, "K": 133, "C": 256, "P": 12544}
+SIZES = pick({"R": 2, "Q": 4, "K": 5, "C": 8, "P": 30}, LARGE, LARGE)
+DTYPES = pick([torch.float32], [torch.float32], [torch.float32, torch.bfloat16])
 
 
-def run(runs: int) -> list[dict]:
-    rows = []
-    for case, sizes in CASES.items():
-        inputs = matching_cost_inputs(**SIZES, **sizes)
-        class_logits, embed, features, labels, masks, points, _ = inputs
-        matcher = peer.Mask2FormerHungarianMatcher(2.0, 5.0, 5.0, SIZES["P"])
-        targets = [m.float() for m in masks]
+def build(B, T, side, dtype):
+    maps = {"h": side // 4, "w": side // 4, "H": side, "W": side}
+    inputs = matching_cost_inputs(B=1, T=T, **maps, **SIZES, dtype=dtype)
+    inputs = repeated(inputs[:6], B)
+    class_logits, embed, features, labels, masks, _ = inputs
+    P, (_, R, Q, C) = SIZES["P"], embed.shape
+    matcher = peer.Mask2FormerHungarianMatcher(2.0, 5.0, 5.0, P)
+    targets = [m.float() for m in masks]
 
-        def product(embed=embed, features=features):
-            return torch.einsum("brqc,bchw->brqhw", embed, features)
+    def product():
+        return torch.einsum("brqc,bchw->brqhw", embed, features)
 
-        logits = product()
+    def costs(logits):
+        def keep(cost):
+            return [], []
 
-        def costs(maps, matcher=matcher, targets=targets, scores=class_logits, labels=labels):
-            def keep(cost):
-                return [], []
+        with (
+            mock.patch.object(peer, "linear_sum_assignment", keep),
+            torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32),
+        ):
+            for r in range(R):
+                matcher(logits[:, r], class_logits[:, r], targets, labels)
 
-            with mock.patch.object(peer, "linear_sum_assignment", keep):
-                for r in range(maps.shape[1]):
-                    matcher(maps[:, r], scores[:, r], targets, labels)
-
-        tensors = (class_logits, embed, features, labels, masks, points)
-        impls = {
-            "segkern": lambda i=tensors: matching_cost(*i),
-            "transformers": lambda x=logits, f=costs: f(x),
-            "transformers with its product": lambda f=costs, p=product: f(p()),
-        }
-        rows += measure("matching_cost", case, "float32", impls, runs)
-    return rows
+    logits = product()
+    impls = {
+        "segkern": lambda: matching_cost(*inputs),
+        "transformers": lambda: costs(logits),
+        "transformers with its product": lambda: costs(product()),
+    }
+    size = embed.element_size()
+    moved = B * (C * min(side**2 // 16, 4 * R * P) * size + T * min(side**2, 4 * R * P))
+    moved += B * R * (P * 8 + Q * (C + class_logits.shape[3]) * size + Q * T * 4)
+    return Work(impls, moved, 2 * B * R * Q * P * (C + 2 * T), dtype)
 
 
-if __name__ == "__main__":
-    main(run, __doc__)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("case", CASES)
+def test_matching_cost(case, dtype, impl, measured):
+    measured("matching_cost", case, short(dtype), impl, lambda: build(*CASES[case], dtype))

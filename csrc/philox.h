@@ -13,6 +13,19 @@ namespace segkern {
 #define SEGKERN_DEVICE inline __attribute__((always_inline))
 #endif
 
+struct Product {
+  uint32_t upper, lower;
+};
+
+SEGKERN_DEVICE Product multiply(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)  // nvcc makes more instructions of the halves of a 64-bit product
+  return {__umulhi(a, b), a * b};
+#else
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+#endif
+}
+
 struct Point {
   float x, y;  // in [0, 1), multiples of 2^-24
 };
@@ -23,14 +36,11 @@ SEGKERN_DEVICE Point random_point(uint64_t seed, uint32_t point, uint32_t target
   uint32_t c0 = point, c1 = target, c2 = prediction, c3 = sample;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0;
-    const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    const uint32_t n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(p1);
-    c3 = static_cast<uint32_t>(p0);
-    c0 = n0;
-    c2 = n2;
+    const Product p0 = multiply(0xD2511F53u, c0), p1 = multiply(0xCD9E8D57u, c2);
+    c0 = p1.upper ^ c1 ^ k0;
+    c2 = p0.upper ^ c3 ^ k1;
+    c1 = p1.lower;
+    c3 = p0.lower;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

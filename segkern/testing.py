@@ -1,15 +1,39 @@
 """What tests and benchmarks share: inputs for each op, and the one comparison with its reference.
 
+Inputs are made on the CPU, so that they are the same numbers everywhere, and then moved.
+
 The rule: a kernel's error against float64 is at most twice the error of plain PyTorch in the
 kernel's own precision, plus the rounding of the result. No tolerance is chosen by hand.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def moved(values, device: torch.device | str):
+    """The same values with every tensor on `device`; walks lists and tuples."""
+    if isinstance(values, Tensor):
+        return values.to(device)
+    if isinstance(values, (list, tuple)):
+        return type(values)(moved(v, device) for v in values)
+    return values
+
+
+def _made_on_cpu(make: Callable) -> Callable:
+    """Gives `make` an argument `device`, where its tensors end; None is the default device."""
+
+    @functools.wraps(make)
+    def made(*args, device: torch.device | str | None = None, **kwargs):
+        with torch.device("cpu"):
+            values = make(*args, **kwargs)
+        return moved(values, torch.get_default_device() if device is None else device)
+
+    return made
 
 
 def promote(values, dtype: torch.dtype = torch.float64):
@@ -74,7 +98,7 @@ def compare(
         out = out if isinstance(out, tuple) else (out,)
         if grads:
             generator = torch.Generator().manual_seed(7)
-            weights = [torch.randn(o.shape, generator=generator) for o in out]
+            weights = [torch.randn(o.shape, generator=generator, device="cpu") for o in out]
             floats = [(o, w) for o, w in zip(out, weights) if o.is_floating_point()]
             sum((o * w.to(o)).sum() for o, w in floats).backward()
         return out, [values[i].grad for i in grads]
@@ -92,21 +116,23 @@ def compare(
         assert_accurate(a, e, x, f"gradient of input {i}")
 
 
+@_made_on_cpu
 def point_sample_inputs(
-    B=2, C=3, h=17, w=23, P=50, dtype=torch.float32, device="cpu", seed=0, spread=0.2
+    B=2, C=3, h=17, w=23, P=50, dtype=torch.float32, seed=0, spread=0.2
 ) -> list[Tensor]:
     """features [B, C, h, w], points [B, P, 2] that leave the map by up to `spread` of its size."""
     g = torch.Generator().manual_seed(seed)
-    features = torch.randn(B, C, h, w, generator=g).to(device, dtype)
+    features = torch.randn(B, C, h, w, generator=g).to(dtype)
     points = torch.rand(B, P, 2, generator=g) * (1 + 2 * spread) - spread
     return [
         features,
-        points.to(device, torch.float64 if dtype == torch.float64 else torch.float32),
+        points.to(torch.float64 if dtype == torch.float64 else torch.float32),
     ]
 
 
+@_made_on_cpu
 def point_mask_loss_inputs(
-    B=2, R=3, T=4, h=9, w=12, H=31, W=45, dtype=torch.float32, device="cpu", seed=0
+    B=2, R=3, T=4, h=9, w=12, H=31, W=45, dtype=torch.float32, seed=0
 ) -> list[Tensor]:
     """mask_logits [B, R, T, h, w], masks [B, T, H, W], active [B, R, T], ids [B], seed [1]."""
     g = torch.Generator().manual_seed(seed)
@@ -115,9 +141,10 @@ def point_mask_loss_inputs(
     active = torch.rand(B, R, T, generator=g) > 0.3
     sample_ids = torch.randint(0, 10**6, (B,), generator=g)
     key = torch.tensor([0x123456789AB])
-    return [x.to(device) for x in (logits.to(dtype), masks, active, sample_ids, key)]
+    return [logits.to(dtype), masks, active, sample_ids, key]
 
 
+@_made_on_cpu
 def random_targets(counts: Sequence[int], labels: int, H: int, W: int, seed: int = 3) -> tuple:
     """Smooth random shapes, as Hugging Face's lists.
 
@@ -138,6 +165,7 @@ def random_targets(counts: Sequence[int], labels: int, H: int, W: int, seed: int
     return masks, classes
 
 
+@_made_on_cpu
 def ms_deform_attn_inputs(
     B=2,
     H=3,
@@ -150,7 +178,6 @@ def ms_deform_attn_inputs(
     spread=1.5,
     margin=0.0,
     dtype=torch.float32,
-    device="cpu",
     seed=0,
 ) -> list:
     """value, shapes, reference, offsets, logits of ms_deform_attn.
@@ -185,21 +212,23 @@ def ms_deform_attn_inputs(
     value = torch.randn(B, S, H, D, generator=g)
     logits = torch.randn(B, Q, H, L, P, generator=g)
     return [
-        value.to(device, dtype),
+        value.to(dtype),
         tuple(shapes),
-        reference.to(device, exact),
-        offsets.to(device, exact),
-        logits.to(device, dtype),
+        reference.to(exact),
+        offsets.to(exact),
+        logits.to(dtype),
     ]
 
 
-def mask_bits_inputs(B=2, Q=13, C=24, S=70, dtype=torch.float32, device="cpu", seed=0):
+@_made_on_cpu
+def mask_bits_inputs(B=2, Q=13, C=24, S=70, dtype=torch.float32, seed=0):
     """queries [B, Q, C], features [B, C, S], standard normal."""
     g = torch.Generator().manual_seed(seed)
     queries, features = torch.randn(B, Q, C, generator=g), torch.randn(B, C, S, generator=g)
-    return [queries.to(device, dtype), features.to(device, dtype)]
+    return [queries.to(dtype), features.to(dtype)]
 
 
+@_made_on_cpu
 def masked_attn_inputs(
     B=2,
     Q=13,
@@ -209,7 +238,6 @@ def masked_attn_inputs(
     density=0.2,
     compact=True,
     dtype=torch.float32,
-    device="cpu",
     seed=0,
 ) -> list[Tensor]:
     """q [B, Q, H, D], k and v [B, S, H, D], bits, open.
@@ -222,7 +250,7 @@ def masked_attn_inputs(
     from .ops.mask_bits import pack_bits
 
     g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(B, n, H, D, generator=g).to(device, dtype) for n in (Q, S, S))
+    q, k, v = (torch.randn(B, n, H, D, generator=g).to(dtype) for n in (Q, S, S))
     side = max(1, round(S**0.5))
     pixel = torch.arange(S)
     place = torch.stack((pixel % side, pixel // side), -1)  # [S, 2]
@@ -230,11 +258,12 @@ def masked_attn_inputs(
     distance = (place - centre).square().sum(-1) if compact else torch.rand(B, Q, S, generator=g)
     nearest = distance.argsort(-1).argsort(-1)  # rank of each key
     bits, open = pack_bits(nearest < round(density * S))
-    return [q, k, v, bits.to(device), open.to(device)]
+    return [q, k, v, bits, open]
 
 
+@_made_on_cpu
 def linear_assignment_inputs(
-    N=5, Q=12, T=7, kind="uniform", dtype=torch.float32, device="cpu", seed=0
+    N=5, Q=12, T=7, kind="uniform", dtype=torch.float32, seed=0
 ) -> list[Tensor]:
     """cost [N, Q, T] of one `kind`, n_targets [N] from 0 to T; every problem can be solved.
 
@@ -264,9 +293,10 @@ def linear_assignment_inputs(
         cost = torch.full((N, Q, T), -2.5)
     elif kind != "uniform":
         raise ValueError(f"linear_assignment_inputs: no kind '{kind}'")
-    return [cost.to(device, dtype), counts.to(device)]
+    return [cost.to(dtype), counts]
 
 
+@_made_on_cpu
 def matching_cost_inputs(
     B=2,
     R=3,
@@ -280,7 +310,6 @@ def matching_cost_inputs(
     W=41,
     P=60,
     dtype=torch.float32,
-    device="cpu",
     seed=0,
 ) -> list[Tensor]:
     """The seven tensors of matching_cost: targets are ellipses, the first image has all T."""
@@ -297,6 +326,6 @@ def matching_cost_inputs(
     n_targets = torch.randint(0, T + 1, (B,), generator=g)
     n_targets[:1] = T
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors = [t.to(device, dtype) for t in (class_logits, mask_embed, features)]
+    tensors = [t.to(dtype) for t in (class_logits, mask_embed, features)]
     others = (labels, masks, points.to(exact), n_targets)
-    return tensors + [t.to(device) for t in others]
+    return [*tensors, *others]

@@ -1,5 +1,6 @@
 """Each test starts from one seed, with two threads, and sees NaN in memory left unwritten.
 
+With `--device cuda` it also makes its tensors there, and what is about the CPU alone is left out.
 Under TRITON_INTERPRET=1 the Triton kernels stand in for the C++ ones: `make interpret` runs the
 tests of their ops a second time, in Triton's interpreter.
 """
@@ -23,7 +24,22 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         _interpreted.impl(_op, _launcher, "CPU", allow_override=True)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where tests make their tensors"
+    )
+
+
+def pytest_configure(config):
+    with torch.device("cpu"):
+        torch.empty(0)  # torch lists its constructors now, before a test patches one of them
+
+
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") != "cpu":
+        alone = [item for item in items if item.get_closest_marker("cpu_only")]
+        config.hook.pytest_deselected(items=alone)
+        items[:] = [item for item in items if item not in alone]
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device (run by `make gpu`)"))
@@ -33,6 +49,14 @@ def pytest_collection_modifyitems(config, items):
 def _same_start():
     torch.manual_seed(0)
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _device(request):
+    device = request.config.getoption("--device")
+    torch.set_default_device(None if device == "cpu" else device)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

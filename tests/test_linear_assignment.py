@@ -70,6 +70,37 @@ def test_the_largest_ragged_batch(kind):
     assert_optimal(cost, counts, linear_assignment(cost, counts), wanted)
 
 
+WAYS = {  # N, Q, T: the ways in which the CUDA kernel lays out a problem of some size
+    "one column a lane": (3, 30, 12),
+    "two columns a lane": (3, 12, 50),
+    "four columns a lane": (3, 100, 40),
+    "four columns a lane, in float": (2, 121, 119),
+    "eight columns a lane": (2, 9, 250),
+    "eight columns a lane, in float": (2, 180, 150),
+    "many problems": (400, 7, 5),
+    "a block, two columns a thread": (2, 40, 300),
+    "a block, two columns a thread, in float": (2, 301, 100),
+    "a block, costs in global memory": (2, 260, 250),
+    "a block, four columns a thread": (2, 600, 20),
+    "a block, four columns a thread, costs in global memory": (2, 100, 700),
+    "a block, eight columns a thread": (2, 1100, 5),
+    "a block, eight columns a thread, costs in global memory": (1, 45, 1500),
+    "all in global memory": (2, 2100, 30),
+    "all in global memory, fewer queries": (2, 6, 2600),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_size_costs_what_scipy_costs(way, dtype):
+    N, Q, T = WAYS[way]
+    kind = "degenerate" if min(Q, T) <= 45 else "integers"  # long paths; or many short ones
+    cost, counts = linear_assignment_inputs(N, Q, T, kind, dtype=dtype)
+    counts[0] = T
+    wanted = linear_assignment_reference(cost, counts)[:2]
+    assert_optimal(cost, counts, linear_assignment(cost, counts), wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_is_solved_in_double(dtype):
     cost, counts = linear_assignment_inputs(20, 40, 15, dtype=dtype)
@@ -123,12 +154,28 @@ def test_a_problem_without_solution_leaves_the_others_alone(case):
         assert (query[[0, 2]] >= 0).all()
     for impl in ("kernel", "reference"):
         with pytest.raises(ValueError, match=r"problem \[1\] cannot be solved: "):
-            linear_assignment(cost, impl=impl)
+            linear_assignment(cost, check=True, impl=impl)
     query, target = linear_assignment(cost, check=False)
     assert (query[1] == -1).all()
     assert (target[1] == -1).all()
 
 
+@pytest.mark.parametrize("shape", [(30, 5), (5, 300), (2100, 5)], ids=str)
+def test_a_large_problem_without_solution(shape):
+    cost = torch.rand(3, *shape)
+    rows = cost if shape[0] < shape[1] else cost.mT
+    rows[1, 2:4] = INF
+    rows[1, 2:4, 7] = 1.0  # one column for two rows
+    for want in (2, 1):
+        query, target, status = torch.ops.segkern.linear_assignment(cost, None)
+        assert status.tolist() == [0, want, 0]
+        assert (query[1] == -1).all()
+        assert (target[1] == -1).all()
+        assert ((query[[0, 2]] >= 0).sum(-1) == 5).all()
+        cost[1, -1, -1] = NAN
+
+
+@pytest.mark.cpu_only  # elsewhere nothing is checked unless asked for
 def test_the_first_bad_problem_is_named():
     cost = torch.rand(2, 3, 4, 4)
     cost[1, 1, 0, 0] = NAN
@@ -182,6 +229,7 @@ def test_non_contiguous():
         assert torch.equal(got, want)
 
 
+@pytest.mark.cpu_only
 def test_one_thread_and_two_agree():
     cost, counts = linear_assignment_inputs(64, 50, 40, "integers")
     two = linear_assignment(cost, counts)
@@ -233,15 +281,25 @@ BAD = {
         ValueError,
         r"n_targets must be \[5\] int64, got \[4\]",
     ),
-    "counts above T": (lambda c, n: (c, n + 8), ValueError, "n_targets must be from 0 to T = 7"),
-    "counts below 0": (lambda c, n: (c, n - 9), ValueError, "n_targets must be .* 7, got -"),
     "counts elsewhere": (
         lambda c, n: (c, n.to("meta")),
         ValueError,
-        "n_targets must be .* on cpu, got meta",
+        r"n_targets must be .* on \S+, got meta",
     ),
     "unknown impl": (lambda c, n: (c, n, None, "fast"), ValueError, "impl must be 'kernel'"),
 }
+
+
+BAD_COUNTS = {"above T": (8, "from 0 to T = 7"), "below 0": (-9, ".* 7, got -")}
+
+
+@pytest.mark.cpu_only  # elsewhere they are clamped
+@pytest.mark.parametrize("case", BAD_COUNTS)
+def test_bad_counts(case):
+    shift, message = BAD_COUNTS[case]
+    cost, counts = linear_assignment_inputs()
+    with pytest.raises(ValueError, match=f"linear_assignment: n_targets must be {message}"):
+        linear_assignment(cost, counts + shift)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -179,10 +179,3 @@ def test_pure_python_install_runs_the_reference_and_says_so_once(tmp_path):
     assert warnings.count("the slow reference runs") == 1
     assert float(value) == 1.0
     assert kernels == ["missing: pure-Python install (SEGKERN_NO_BUILD=1)"] * 2
-
-
-@pytest.mark.gpu
-def test_cuda_reference_agrees_with_the_cpu():
-    features, points = point_sample_inputs()
-    got = point_sample(features.cuda(), points.cuda(), impl="reference")
-    torch.testing.assert_close(got.cpu(), point_sample(features, points))

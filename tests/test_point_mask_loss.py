@@ -22,7 +22,7 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradient(case, dtype):
+def test_losses_and_gradients(case, dtype):
     sizes, settings = CASES[case]
     inputs = [*point_mask_loss_inputs(**sizes, dtype=dtype), *settings]
     inputs[2][0, 0, 0] = True
@@ -36,6 +36,23 @@ def test_as_many_points_as_in_the_paper():
         point_mask_loss_inputs(dtype=torch.float64),
         [0],
     )
+
+
+LARGE = {
+    "map, float32": ({"h": 300, "w": 200, "H": 10, "W": 12}, FEW, torch.float32),
+    "map, float64": ({"h": 300, "w": 200, "H": 10, "W": 12}, FEW, torch.float64),
+    "wide map": ({"h": 2, "w": 20000}, FEW, torch.float32),
+    "tall map": ({"h": 20000, "w": 2}, FEW, torch.float32),
+    "points": ({}, (40000, 3.0, 0.75), torch.float64),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_more_than_fits_in_the_shared_memory_of_a_gpu(case):
+    sizes, settings, dtype = LARGE[case]
+    inputs = [*point_mask_loss_inputs(**{"B": 1, "R": 1, "T": 1, **sizes}, dtype=dtype), *settings]
+    inputs[2][:] = True
+    compare(point_mask_loss, point_mask_loss_reference, inputs, [0])
 
 
 def test_gradcheck():
@@ -141,18 +158,15 @@ def test_inactive_slots_are_zero_and_not_read():
     assert (grad[active] != 0).any()
 
 
-def test_ties_go_to_the_point_drawn_first():
+@pytest.mark.parametrize("n", [40, 4000])
+def test_ties_go_to_the_point_drawn_first(n):
     logits, masks, active, ids, seed = point_mask_loss_inputs(B=1, R=1, T=1, dtype=torch.float64)
-    flat, active = torch.full_like(logits, 2.0), torch.ones_like(active)
-    points = random_points(seed, torch.stack((ids, ids * 0, ids * 0), -1), 130)
-    # on a constant map the candidates away from the border tie; those at the border have less
-    level = point_sample(flat[:, 0], points.double())[0, 0]
-    order = level[:120].sort(stable=True).indices[:30]
-    chosen = torch.cat((points[0, :120][order], points[0, 120:]))[None].double()
-    x = point_sample(flat[:, 0], chosen)[0, 0]
-    t = point_sample(masks.double(), chosen)[0, 0]
-    want = torch.nn.functional.binary_cross_entropy_with_logits(x, t)
-    got = point_mask_loss(flat, masks, active, ids, seed, 40, 3.0, 0.75)[0]
+    flat, active = torch.zeros_like(logits), torch.ones_like(active)  # every sample is exactly 0
+    points = random_points(seed, torch.stack((ids, ids * 0, ids * 0), -1), 3 * n + n // 4)
+    chosen = torch.cat((points[:, : 3 * n // 4], points[:, 3 * n :]), 1).double()
+    t = point_sample(masks.double(), chosen)
+    want = 1 - (t.sum() + 1) / (n / 2 + t.sum() + 1)
+    got = point_mask_loss(flat, masks, active, ids, seed, n, 3.0, 0.75)[1]
     torch.testing.assert_close(got.squeeze(), want, rtol=1e-12, atol=0)
 
 
@@ -191,6 +205,33 @@ def test_nan_logits_give_nan_losses():
     active[0, 0, 0] = True
     logits[0, 0, 0] = float("nan")
     assert point_mask_loss(logits, masks, active, *rest, *FEW)[0][0, 0, 0].isnan()
+
+
+def gradient(logits, *rest, scale=1.0):
+    logits = logits.detach().requires_grad_()
+    bce, dice = point_mask_loss(logits, *rest, *FEW)
+    return torch.autograd.grad(scale * (bce + 2 * dice).sum(), logits)[0]
+
+
+def test_gradient_of_nan_is_nan_where_it_is_used():
+    logits, masks, active, *rest = point_mask_loss_inputs()
+    active[0, 0, 0] = True
+    want = gradient(logits, masks, active, *rest)
+    logits[0, 0, 0] = float("nan")
+    got = gradient(logits, masks, active, *rest)
+    assert got[0, 0, 0].isnan().sum() >= (want[0, 0, 0] != 0).sum() / 2
+    got[0, 0, 0] = want[0, 0, 0]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_has_the_scale_of_the_loss(dtype):
+    inputs = point_mask_loss_inputs(dtype=dtype)
+    want = gradient(*inputs)
+    assert torch.equal(want, gradient(*inputs))
+    for scale in (2.0**-60, 2.0**60):
+        assert torch.equal(gradient(*inputs, scale=scale), want * scale)
+    assert (gradient(*inputs, scale=0.0) == 0).all()
 
 
 RAW = {

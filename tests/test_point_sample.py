@@ -1,18 +1,20 @@
 """point_sample and random_points."""
 
+import sys
+
 import pytest
 import torch
 
 from segkern.ops import point_sample, random_points
 from segkern.ops.point_sample import point_sample_reference
-from segkern.testing import DTYPES, compare, point_sample_inputs
+from segkern.testing import DTYPES, assert_accurate, compare, point_sample_inputs
 
 CASES = {
     "small": {},
     "one point": {"P": 1},
     "one pixel": {"h": 1, "w": 1},
     "wide": {"h": 3, "w": 257, "C": 5, "P": 333},
-    "many channels": {"B": 1, "C": 64, "h": 32, "w": 32, "P": 1000},
+    "many channels": {"B": 1, "C": 64, "h": 32, "w": 32, "P": 300},
 }
 
 
@@ -22,6 +24,49 @@ def test_forward_and_gradient(case, dtype):
     compare(
         point_sample, point_sample_reference, point_sample_inputs(**CASES[case], dtype=dtype), [0]
     )
+
+
+def gradient(dtype, grad, points, h, w):
+    """The reference's gradient of a map in `dtype`."""
+    features = torch.zeros(*grad.shape[:2], h, w, dtype=dtype, requires_grad=True)
+    out = point_sample(features, points, "reference")
+    return torch.autograd.grad(out, features, grad.to(dtype))[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["small", "one point", "one pixel", "wide"])
+def test_deterministic_gradient(case, dtype):
+    features, points = point_sample_inputs(**CASES[case], dtype=dtype)
+    (B, C, h, w), P = features.shape, points.shape[1]
+    points[:, :7] = points[:, :1]  # many in one place
+    grad = torch.randn(B, C, P).to(dtype)
+    function = torch.ops.segkern.point_sample_backward
+    actual = function(grad, points, h, w, True)
+    single = torch.float32 if dtype == torch.float64 else dtype
+    eager = gradient(single, grad, points, h, w)
+    assert_accurate(actual, eager, gradient(torch.float64, grad.double(), points, h, w))
+    assert torch.equal(actual, function(grad, points, h, w, True))
+    assert torch.equal(actual[:1], function(grad[:1], points[:1], h, w, True))
+
+
+def test_deterministic_algorithms_are_asked_for(monkeypatch):
+    asked = []
+    features, points = point_sample_inputs()
+    monkeypatch.setattr(
+        sys.modules["segkern.ops.point_sample"],
+        "_backward",
+        lambda *args: asked.append(args[-1]) or torch.zeros_like(features),
+    )
+    for on in (True, False):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda on=on: on)
+        point_sample(features.requires_grad_(), points).sum().backward()
+    assert asked == [True, False]
+
+
+def test_channels_that_share_a_program(monkeypatch):
+    kernels = pytest.importorskip("segkern.kernels.point_sample", reason="no Triton")
+    monkeypatch.setattr(kernels, "FILL", 1)
+    compare(point_sample, point_sample_reference, point_sample_inputs(C=75), [0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8], ids=str)
@@ -34,7 +79,7 @@ def test_masks_are_read_in_place(dtype):
 
 
 def test_gradcheck():
-    features, points = point_sample_inputs(C=2, h=4, w=5, P=7, dtype=torch.float64)
+    features, points = point_sample_inputs(B=1, C=2, h=3, w=4, P=6, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda f: point_sample(f, points), features.requires_grad_())
 
 
@@ -43,7 +88,9 @@ def test_opcheck(dtype):
     features, points = point_sample_inputs()
     torch.library.opcheck(torch.ops.segkern.point_sample, (features.to(dtype), points))
     grad = torch.randn(2, 3, 50)
-    torch.library.opcheck(torch.ops.segkern.point_sample_backward, (grad, points, 17, 23))
+    for deterministic in (False, True):
+        inputs = (grad, points, 17, 23, deterministic)
+        torch.library.opcheck(torch.ops.segkern.point_sample_backward, inputs)
 
 
 def test_compile():
@@ -76,7 +123,7 @@ BAD = {
     "other device": (
         lambda f, p: (f, p.to("meta")),
         ValueError,
-        "points must be on cpu, got meta",
+        r"points must be on \S+, got meta",
     ),
 }
 
@@ -100,18 +147,41 @@ def test_unknown_impl():
 )
 def test_empty(shape):
     B, C, h, w, P = shape
-    out = point_sample(torch.zeros(B, C, h, w), torch.zeros(B, P, 2))
+    features = torch.zeros(B, C, h, w, requires_grad=True)
+    out = point_sample(features, torch.zeros(B, P, 2))
     assert out.shape == (B, C, P)
-
-
-def test_non_contiguous():
-    features, points = point_sample_inputs()
-    strided = features.transpose(2, 3).contiguous().transpose(2, 3)
-    assert torch.equal(point_sample(strided, points), point_sample(features, points))
-    assert torch.equal(
-        point_sample(features.to(memory_format=torch.channels_last), points),
-        point_sample(features, points),
+    out.sum().backward()
+    assert not features.grad.any()
+    deterministic = torch.ops.segkern.point_sample_backward(
+        torch.zeros_like(out), torch.zeros(B, P, 2), h, w, True
     )
+    assert torch.equal(deterministic, features.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8], ids=str)
+@pytest.mark.parametrize("C", [3, 17, 24])
+def test_non_contiguous(C, dtype):
+    features, points = point_sample_inputs(C=C)
+    features = (9 * features).to(dtype)
+    want = point_sample(features, points)
+    for other in (
+        features.transpose(2, 3).contiguous().transpose(2, 3),
+        features.to(memory_format=torch.channels_last),
+        torch.cat((features, features), 3)[..., : features.shape[3]],
+    ):
+        assert other.stride() != features.stride()
+        assert torch.equal(point_sample(other, points), want)
+    turned = points.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(point_sample(features, turned), want)
+
+
+def test_gradients_that_are_not_contiguous():
+    _, points = point_sample_inputs()
+    for grad in (torch.randn(2, 50, 3).transpose(1, 2), torch.randn(2, 1, 50).expand(2, 3, 50)):
+        for deterministic in (False, True):
+            function = torch.ops.segkern.point_sample_backward
+            want = function(grad.contiguous(), points, 17, 23, deterministic)
+            torch.testing.assert_close(function(grad, points, 17, 23, deterministic), want)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
@@ -120,6 +190,11 @@ def test_points_that_are_nowhere_read_zero(value):
     points[:, 0] = value
     for impl in ("kernel", "reference"):
         assert (point_sample(features, points, impl)[:, :, 0] == 0).all()
+    grad = torch.full((2, 3, 50), float("nan"))
+    grad[:, :, 1:] = 0
+    for deterministic in (False, True):
+        out = torch.ops.segkern.point_sample_backward(grad, points, 17, 23, deterministic)
+        assert (out == 0).all(), "a point that is nowhere has no gradient to give"
 
 
 def test_nan_in_the_map_stays_where_it_is():

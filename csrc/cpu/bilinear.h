@@ -89,10 +89,14 @@ SEGKERN_CLONES void gather(const uint8_t* mask /*[h*w]*/, const int32_t* offset 
   }
 }
 
+// map += weight * grad; as above, a gradient of NaN stays where it is
 template <class T>
 void scatter(const T* grad /*[n]*/, const Corners<T>& c, T* map /*[h*w]*/) {
   for (int64_t p = 0; p < c.n; ++p) {
-    for (int k = 0; k < 4; ++k) map[c.offset[k * c.n + p]] += c.weight[k * c.n + p] * grad[p];
+    for (int k = 0; k < 4; ++k) {
+      const T a = c.weight[k * c.n + p];
+      map[c.offset[k * c.n + p]] += a == T(0) ? T(0) : a * grad[p];
+    }
   }
 }
 

@@ -56,7 +56,9 @@ Tensor point_sample(Tensor features, Tensor points) {
   }
 }
 
-Tensor point_sample_backward(Tensor grad, Tensor points, int64_t h, int64_t w) {
+// always deterministic: one thread adds up a map, in the points' order
+Tensor point_sample_backward(Tensor grad, Tensor points, int64_t h, int64_t w,
+                             bool /*deterministic*/) {
   Tensor out;
   dispatch_accumulate(grad, "point_sample_backward", [&](auto zero) {
     out = cast_to(backward<decltype(zero)>(grad, points, h, w), grad.scalar_type());

@@ -13,6 +13,7 @@
 #else
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #define SEGKERN_CUDA_KEY CUDA
 // one name for all element types: the declaration may differ from kernel to kernel

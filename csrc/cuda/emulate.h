@@ -235,7 +235,7 @@ SEGKERN_UNSEEN inline void prepare(Fibre& fibre, unsigned i) {
   const dim3 size = block.size;
   fibre.thread = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
   fibre.waits = fibre.done = false;
-  fibre.mask = 0;
+  fibre.mask = fibre.barriers = 0;  // the next block may have other threads
   // what switch_stack pops: six registers, then where to return to; the ABI's alignment at entry
   void** top = reinterpret_cast<void**>(static_cast<char*>(fibre.stack) + kStack) - 2;
   *--top = nullptr;

@@ -37,9 +37,10 @@ def linear_assignment_reference(
     lead, (Q, T) = cost.shape[:-2], cost.shape[-2:]
     costs = cost.detach().reshape(lead.numel(), Q, T).double().cpu().numpy()
     counts = [T] * len(costs) if n_targets is None else n_targets.reshape(-1).clamp(0, T).tolist()
-    query_of_target = torch.full((len(costs), T), -1)
-    target_of_query = torch.full((len(costs), Q), -1)
-    status = torch.zeros(len(costs), dtype=torch.int32)
+    # beside SciPy's results, whatever the default device
+    query_of_target = torch.full((len(costs), T), -1, device="cpu")
+    target_of_query = torch.full((len(costs), Q), -1, device="cpu")
+    status = torch.zeros(len(costs), dtype=torch.int32, device="cpu")
     for k, (matrix, n) in enumerate(zip(costs, counts)):
         matrix = matrix[:, :n]
         if not (matrix > -float("inf")).all():  # false for NaN too

@@ -61,7 +61,9 @@ def _fake(queries: Tensor, features: Tensor, threshold: float) -> tuple[Tensor, 
 
 
 _forward = _library.define(
-    "mask_bits(Tensor queries, Tensor features, float threshold) -> (Tensor, Tensor)", _fake
+    "mask_bits(Tensor queries, Tensor features, float threshold) -> (Tensor, Tensor)",
+    _fake,
+    triton="mask_bits",
 )
 
 

@@ -93,6 +93,7 @@ _forward = _library.define(
     "Tensor masks, Tensor points, Tensor? n_targets, float class_weight, float mask_weight, "
     "float dice_weight) -> Tensor",
     _fake,
+    triton="matching_cost",
 )
 
 

@@ -7,7 +7,8 @@ Letters: B image, C channel, h w map size, P point.
 A map is read at its four nearest pixel centres; what lies outside counts as zero (grid_sample with
 align_corners=False and padding_mode="zeros", whose points run from -1 to 1 where ours run from 0
 to 1). The kernel finds the four offsets and weights of a point once for all channels.
-Bytes: 4 reads and 1 write a sample; FLOPs: 8 a sample.
+Bytes: 4 reads and 1 write a sample; FLOPs: 8 a sample. On a GPU the gradient is added up with
+atomics; under `torch.use_deterministic_algorithms(True)` in an order of its own, more slowly.
 Source: PointRend (Kirillov et al., CVPR 2020), section 3.
 Differs: bool and uint8 maps are read in place and give float32.
 
@@ -83,13 +84,18 @@ def _fake(features: Tensor, points: Tensor) -> Tensor:
     return features.new_empty((*features.shape[:2], points.shape[1]), dtype=dtype)
 
 
-def _fake_backward(grad: Tensor, points: Tensor, h: int, w: int) -> Tensor:
+def _fake_backward(grad: Tensor, points: Tensor, h: int, w: int, deterministic: bool) -> Tensor:
     return grad.new_empty((*grad.shape[:2], h, w))
 
 
-_forward = _library.define("point_sample(Tensor features, Tensor points) -> Tensor", _fake)
+_forward = _library.define(
+    "point_sample(Tensor features, Tensor points) -> Tensor", _fake, triton="point_sample"
+)
 _backward = _library.define(
-    "point_sample_backward(Tensor grad, Tensor points, int h, int w) -> Tensor", _fake_backward
+    "point_sample_backward(Tensor grad, Tensor points, int h, int w, bool deterministic)"
+    " -> Tensor",
+    _fake_backward,
+    triton="point_sample",
 )
 
 
@@ -103,7 +109,8 @@ class _PointSample(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _backward(grad, *ctx.saved_tensors, *ctx.size), None
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return _backward(grad, *ctx.saved_tensors, *ctx.size, deterministic), None
 
 
 def point_sample(features: Tensor, points: Tensor, impl: str = "kernel") -> Tensor:

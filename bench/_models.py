@@ -1,0 +1,157 @@
+"""Mask2Former of transformers and ours, on the same random weights, for the benchmarks of models.
+
+Run as a script it is the process of its own that `peak_memory` starts.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+LABELS = 133
+TARGETS = 16
+TINY = {  # runs in a moment
+    "num_labels": 7,
+    "num_queries": 6,
+    "hidden_dim": 32,
+    "feature_size": 32,
+    "mask_feature_size": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 4,
+    "num_attention_heads": 2,
+    "dim_feedforward": 64,
+    "encoder_feedforward_dim": 64,
+    "train_num_points": 60,
+}
+
+
+def save_weights(backbone: str, folder: Path) -> None:
+    """Random weights, as transformers initialises and stores them."""
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        ResNetConfig,
+        SwinConfig,
+    )
+
+    torch.manual_seed(0)
+    settings = {"num_labels": LABELS}
+    if backbone == "swin_tiny":
+        body = SwinConfig(drop_path_rate=0.3, out_features=STAGES)
+    elif backbone == "resnet50":
+        body = ResNetConfig(out_features=STAGES)
+    else:
+        body = SwinConfig(
+            embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], out_features=STAGES
+        )
+        settings = TINY
+    config = Mask2FormerConfig(backbone_config=body, **settings)
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+
+
+@functools.cache
+def weights(backbone: str) -> Path:
+    """A folder that lasts as long as the process."""
+    folder = tempfile.TemporaryDirectory()
+    _kept.append(folder)
+    save_weights(backbone, Path(folder.name))
+    return Path(folder.name)
+
+
+_kept = []
+
+
+def open_model(impl: str, folder: Path, device: str) -> torch.nn.Module:
+    """The model of "segkern" or "transformers", in eval mode."""
+    if impl == "segkern":
+        from segkern.models import Mask2Former as Model
+    else:
+        from transformers import Mask2FormerForUniversalSegmentation as Model
+    return Model.from_pretrained(folder).eval().to(device)
+
+
+def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu", compiled=False):
+    """The function to time: an inference, or a training step with its optimizer."""
+    from segkern.nn.targets import Targets
+    from segkern.testing import moved, random_targets
+
+    torch.manual_seed(0)
+    model = open_model(impl, folder, device)
+    x = torch.randn(batch, 3, height, width, device=device)
+    autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
+    call = torch.compile(model) if compiled else model
+    if kind == "inference":
+
+        @torch.inference_mode()
+        def run():
+            with autocast:
+                call(x)
+
+        return run
+    one = random_targets([TARGETS], TINY["num_labels"], height, width)  # every model has as many
+    masks, classes = (of_one * batch for of_one in one)
+    if impl == "segkern":
+        targets = Targets.from_lists(masks, classes).to(device)
+    else:
+        masks, classes = moved((masks, classes), device)
+    model.train()
+    # on a GPU everything stays there: the rate and the step count too
+    options = {"fused": True, "capturable": True} if device == "cuda" else {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.05, **options)
+
+    def step():
+        optimizer.zero_grad()
+        with autocast:
+            if impl == "segkern":
+                loss, _ = model.loss(x, targets)
+            else:
+                loss = call(x, mask_labels=masks, class_labels=classes).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+
+    return step
+
+
+def peak_memory(*arguments) -> float:
+    """Megabytes that a fresh process needs for two runs on the CPU, above the imports.
+
+    Args:
+        arguments: of `build`, up to the dtype.
+    """
+    values = [str(a) if isinstance(a, Path) else a for a in arguments]
+    command = [sys.executable, __file__, json.dumps(values)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(run.stdout.split()[-1])
+
+
+def _resident(field: str) -> float:
+    """Resident megabytes of this process: VmRSS now, VmHWM at the highest."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _peak(impl: str, folder: str, *case) -> None:
+    if impl == "segkern":
+        import segkern.models  # noqa: F401
+    else:
+        import transformers.models.mask2former.modeling_mask2former
+        import transformers.models.swin.modeling_swin  # noqa: F401
+
+    before = _resident("VmRSS")
+    function = build(impl, Path(folder), *case)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of loading the weights does not count
+    function()
+    function()
+    print(_resident("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    _peak(*json.loads(sys.argv[1]))

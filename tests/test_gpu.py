@@ -1,0 +1,377 @@
+"""What only a GPU can show: no host synchronisation, CUDA graphs, determinism, streams, devices,
+tensors of more than 2^31 elements, the CPU kernels' results, and Triton's variants.
+
+Whole models are in test_gpu_models.py; `make gpu` runs both, and the op tests with --device cuda.
+"""
+
+import contextlib
+import gc
+
+import pytest
+import torch
+
+from segkern.ops import (
+    linear_assignment,
+    mask_bits,
+    masked_attn,
+    matching_cost,
+    ms_deform_attn,
+    point_mask_loss,
+    point_sample,
+    random_points,
+)
+from segkern.ops.mask_bits import pack_bits
+from segkern.testing import (
+    linear_assignment_inputs,
+    mask_bits_inputs,
+    masked_attn_inputs,
+    matching_cost_inputs,
+    moved,
+    ms_deform_attn_inputs,
+    point_mask_loss_inputs,
+    point_sample_inputs,
+)
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+
+
+def random_points_inputs(N=40, n=101, dtype=None, seed=0, device="cpu"):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 2**33, (N, 3), generator=g)
+    return [*moved([torch.randint(-(2**63), 2**63 - 1, (1,), generator=g), ids], device), n]
+
+
+OPS = {  # op, inputs, sizes as in a model but small, places of the inputs that get a gradient
+    "ms_deform_attn": (
+        ms_deform_attn,
+        ms_deform_attn_inputs,
+        {"H": 8, "D": 32, "P": 4, "Q": None, "shapes": ((5, 7), (10, 14), (19, 27))},
+        (0, 2, 3, 4),
+    ),
+    "mask_bits": (mask_bits, mask_bits_inputs, {"Q": 100, "C": 256, "S": 700}, ()),
+    "masked_attn": (
+        masked_attn,
+        masked_attn_inputs,
+        {"Q": 100, "H": 8, "D": 32, "S": 700},
+        (0, 1, 2),
+    ),
+    "point_sample": (point_sample, point_sample_inputs, {"C": 64, "h": 40, "P": 999}, (0,)),
+    "random_points": (random_points, random_points_inputs, {"N": 60, "n": 1000}, ()),
+    "matching_cost": (
+        matching_cost,
+        matching_cost_inputs,
+        {"Q": 100, "K": 133, "C": 256, "T": 20, "P": 700},
+        (),
+    ),
+    "point_mask_loss": (
+        point_mask_loss,
+        point_mask_loss_inputs,
+        {"h": 40, "w": 56, "H": 160, "W": 224},
+        (0,),
+    ),
+    "linear_assignment": (
+        linear_assignment,
+        linear_assignment_inputs,
+        {"N": 40, "Q": 100, "T": 20},
+        (),
+    ),
+}
+every_op = pytest.mark.parametrize("op", OPS)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def inputs(op, large=True, dtype=torch.float32, seed=0, device=DEVICE):
+    _, make, sizes, grads = OPS[op]
+    values = make(**sizes if large else {}, dtype=dtype, seed=seed, device=device)
+    return [v.requires_grad_() if i in grads else v for i, v in enumerate(values)]
+
+
+def everything(op, values):
+    """All results of an op and the gradients of its inputs, from the same start for each image."""
+    function, _, _, grads = OPS[op]
+    out = function(*values)
+    out = list(out) if isinstance(out, tuple) else [out]
+    if not grads:
+        return out
+    starts = [
+        torch.linspace(-1, 1, o[0].numel(), device=o.device).to(o.dtype).view_as(o[0]).expand_as(o)
+        for o in out
+    ]
+    return out + list(torch.autograd.grad(out, [values[i] for i in grads], starts))
+
+
+def tensors(values):
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def assert_equal(got, want):
+    assert len(got) == len(want)
+    for i, (a, b) in enumerate(zip(got, want)):
+        assert torch.equal(a, b), f"result {i}: {(a != b).sum().item()} of {a.numel()} differ"
+
+
+@contextlib.contextmanager
+def no_synchronisation():
+    """torch's own synchronising calls raise; what a library calls by itself stops a capture."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(params=[True, False], ids=["deterministic", "default"])
+def deterministic(request):
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def same_bits():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def warmed_up(function):
+    """Runs on a stream of its own, as before a capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_host_synchronisation(op, dtype, deterministic):
+    values = inputs(op, dtype=dtype)
+    everything(op, values)  # compiles
+    torch.cuda.synchronize()
+    with no_synchronisation():
+        everything(op, values)
+
+
+@every_op
+def test_a_captured_graph_takes_new_inputs(op, deterministic):
+    fixed = inputs(op)
+    warmed_up(lambda: everything(op, fixed))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = everything(op, fixed)
+    for seed in (1, 2):
+        new = inputs(op, seed=seed)
+        with torch.no_grad():
+            for a, b in zip(tensors(fixed), tensors(new)):
+                a.copy_(b)
+        graph.replay()
+        want = everything(op, new)
+        if deterministic:
+            assert_equal(got, want)
+        else:  # sums of atomic additions differ by their order
+            for a, b in zip(got, want):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_runs_give_the_same_bits(op, dtype, same_bits):
+    values = inputs(op, dtype=dtype)
+    first = everything(op, values)
+    for _ in range(3):
+        assert_equal(everything(op, values), first)
+
+
+def test_sums_into_few_pixels_give_the_same_bits(same_bits):
+    """Hundreds of samples meet in a pixel: the order of additions would show."""
+    values = ms_deform_attn_inputs(H=8, D=32, P=4, Q=3000, device=DEVICE)
+    leaves = [values[i].requires_grad_() for i in (0, 2, 3, 4)]
+    want = torch.autograd.grad(ms_deform_attn(*values).sum(), leaves)
+    assert_equal(torch.autograd.grad(ms_deform_attn(*values).sum(), leaves), want)
+    features, points = point_sample_inputs(C=64, h=4, w=4, P=5000, device=DEVICE)
+    features.requires_grad_()
+    want = torch.autograd.grad(point_sample(features, points).sum(), features)
+    assert_equal(torch.autograd.grad(point_sample(features, points).sum(), features), want)
+
+
+def cost_of(pairs, cost):
+    """Total cost of an assignment: where several are optimal, kernels may differ."""
+    query = pairs[0]
+    each = cost.double().gather(1, query.clamp(min=0)[:, None])[:, 0]
+    return [each.masked_fill(query < 0, 0).sum(-1), (query >= 0).sum(-1)]
+
+
+@every_op
+@pytest.mark.parametrize("large", [False, True], ids=["odd sizes", "sizes of a model"])
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_agrees_with_the_cpu_kernel(op, large, dtype):
+    """In float64 to rounding; in others roughly, as their accuracy is tested with the ops."""
+    values = inputs(op, large, dtype, device="cpu")
+    want = everything(op, values)
+    on_gpu = inputs(op, large, dtype)
+    got = everything(op, on_gpu)
+    if op == "linear_assignment":
+        got, want = cost_of(got, on_gpu[0]), cost_of(want, values[0])
+    for a, b in zip(got, want, strict=True):
+        assert a.device.type == DEVICE
+        if not b.is_floating_point() or op == "random_points":
+            assert torch.equal(a.cpu(), b)
+            continue
+        share = 1e-11 if b.dtype == dtype == torch.float64 else 0.03
+        largest = b.detach().abs().max().item() if b.numel() else 0.0
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=share * largest)
+
+
+def test_random_points_are_the_same_bits_on_both_devices():
+    seed, ids, n = random_points_inputs(N=500, n=777)
+    on_gpu = random_points(seed.to(DEVICE), ids.to(DEVICE), n)
+    assert torch.equal(on_gpu.cpu(), random_points(seed, ids, n))
+
+
+@every_op
+def test_work_waits_on_the_current_stream(op, same_bits):
+    new = inputs(op, seed=1)
+    want = everything(op, new)
+    late = inputs(op, seed=2)
+    everything(op, late)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second: another stream would read `late`
+        with torch.no_grad():
+            for a, b in zip(tensors(late), tensors(new)):
+                a.copy_(b)
+        got = everything(op, late)
+    torch.cuda.synchronize()
+    assert_equal(got, want)
+
+
+@every_op
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_the_second_device(op, same_bits):
+    want = everything(op, inputs(op))
+    got = everything(op, inputs(op, device="cuda:1"))  # while the first is current
+    assert all(t.device.index == 1 for t in got)
+    assert_equal([t.to(want[0].device) for t in got], want)
+
+
+SIDE = 2060  # 2 images x 256 channels x SIDE^2 pixels are more than 2^31 elements
+
+
+def of_large(*shape):
+    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
+
+
+def near_the_end(*shape):
+    return 1 - 0.01 * torch.rand(*shape, device=DEVICE)
+
+
+def large_ms_deform_attn():
+    places = near_the_end(2, 64, 1, 2), torch.randn(2, 64, 8, 1, 4, 2, device=DEVICE)
+    return [of_large(2, SIDE**2, 8, 32), ((SIDE, SIDE),), *places, of_large(2, 64, 8, 1, 4)]
+
+
+def large_mask_bits():
+    return [of_large(2, 5, 256), of_large(2, 256, SIDE**2)]
+
+
+def large_masked_attn():
+    opened = torch.rand(2, 5, SIDE**2, device=DEVICE) < 0.5
+    keys = [of_large(2, SIDE**2, 8, 32) for _ in range(2)]
+    return [of_large(2, 5, 8, 32), *keys, *pack_bits(opened)]
+
+
+def large_point_sample():
+    return [of_large(2, 256, SIDE, SIDE), near_the_end(2, 300, 2)]
+
+
+def large_matching_cost():
+    values = matching_cost_inputs(R=1, C=256, P=100, T=2, dtype=torch.bfloat16, device=DEVICE)
+    values[2], values[5] = of_large(2, 256, SIDE, SIDE), near_the_end(2, 1, 100, 2)
+    return values
+
+
+def large_point_mask_loss():
+    values = point_mask_loss_inputs(R=8, T=32, h=1, w=1, device=DEVICE)
+    values[0] = of_large(2, 8, 32, SIDE, SIDE)
+    return [*values, 500]
+
+
+def large_linear_assignment():
+    cost = torch.rand(2, 110_000, 100, 100, device=DEVICE, dtype=torch.float16)
+    counts = torch.zeros(2, 110_000, dtype=torch.int64, device=DEVICE)
+    counts[:, -10:] = 100
+    return [cost, counts]
+
+
+LARGE = {
+    "ms_deform_attn": large_ms_deform_attn,
+    "mask_bits": large_mask_bits,
+    "masked_attn": large_masked_attn,
+    "point_sample": large_point_sample,
+    "matching_cost": large_matching_cost,
+    "point_mask_loss": large_point_mask_loss,
+    "linear_assignment": large_linear_assignment,
+}
+
+
+@pytest.mark.parametrize("op", LARGE)
+def test_more_than_2_to_31_elements(op, same_bits):
+    """The second image gives alone what it gives behind the first."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GB of free memory")
+    values = LARGE[op]()
+    assert max(t.numel() for t in tensors(values)) > 2**31
+    for i in OPS[op][3]:
+        values[i].requires_grad_()
+    got = everything(op, values)
+    second = [
+        v[1:].detach().requires_grad_(v.requires_grad)
+        if isinstance(v, torch.Tensor) and v.shape[0] == 2
+        else v
+        for v in values
+    ]
+    want = everything(op, second)
+    assert_equal([t[1:] for t in got], want)
+
+
+def attn_of(S, T):
+    return "masked_attn", masked_attn_inputs(Q=20, H=8, D=32, S=S, dtype=torch.bfloat16)
+
+
+def bits_of(S, T):
+    return "mask_bits", mask_bits_inputs(Q=20, C=256, S=S, dtype=torch.bfloat16)
+
+
+def sample_of(S, T):
+    return "point_sample", point_sample_inputs(C=64, h=S, w=T + 3, P=3 * T, dtype=torch.bfloat16)
+
+
+def cost_of_size(S, T):
+    sizes = {"C": 256, "h": S, "w": 9, "T": T, "H": S, "P": 7 * T}
+    return "matching_cost", matching_cost_inputs(**sizes, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("make", [attn_of, bits_of, sample_of, cost_of_size])
+def test_new_sizes_compile_nothing(make, monkeypatch):
+    triton = pytest.importorskip("triton")
+    compiled = []
+
+    def hook(*, repr, **_):
+        compiled.append(repr)
+        return False  # go on and compile
+
+    S, T = (64, 33, 100, 1, 129, 256, 77, 2000, 48, 1021), (16, 1, 3, 100, 20, 24, 33, 64, 7, 48)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
+    counts = []
+    for sizes in zip(S, T, strict=True):
+        op, values = make(*sizes)
+        values = moved(values, DEVICE)
+        for i in OPS[op][3]:
+            values[i].requires_grad_()
+        everything(op, values)
+        counts.append(len(compiled))
+    assert len(set(counts)) == 1, f"{counts}: {compiled[counts[0] :]}"
