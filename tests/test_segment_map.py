@@ -206,6 +206,23 @@ def test_of_equal_queries_the_first():
     assert (found.areas[:, 6:] == 0).all()
 
 
+@pytest.mark.parametrize("hidden", ["whole", "stripes"])
+def test_own_area_counts_where_a_query_cannot_win(hidden):
+    """Query 1 wins the left quarter; its mask goes on under query 0, so its share is too small."""
+    classes = probabilities_to_logits([[0.95, 0.02], [0.02, 0.85]])
+    masks = flat_masks([9.0, 5.0], 16, 64)
+    masks[:, 0, :, :16] = -9.0
+    if hidden == "stripes":
+        masks[:, 1, :, 16::4] = -5.0
+    sizes = ((64, 256),) * 3
+    kept = segment_map(classes, masks, "panoptic", *sizes, overlap_threshold=0.2)
+    assert kept.ids.tolist() == [[1, 2]]
+    lost = segment_map(classes, masks, "panoptic", *sizes, overlap_threshold=0.45)
+    assert lost.ids.tolist() == [[1, -1]]
+    assert (lost.map[..., :60] == 0).all()
+    check([classes.double(), masks.double()], "panoptic", sizes, overlap_threshold=0.45)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_blocks_that_are_decided_at_once(task):
     """Constant logits, edges at a block's border, and a line one pixel wide."""

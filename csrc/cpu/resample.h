@@ -339,6 +339,12 @@ SEGKERN_INLINE void blend(const T* wide /*[S, lanes]*/, const Row<T>& row, T* x)
         row.weight[0] * a[j] + row.weight[1] * b[j] + row.weight[2] * c[j] + row.weight[3] * d[j];
 }
 
+// How far rounding can move a sum of n terms, relative to the sum of their magnitudes; generous.
+template <class T>
+T rounding(int64_t n) {
+  return std::numeric_limits<T>::epsilon() * T(4 * (n + 16));
+}
+
 // Of the padded input, the image in it and the result.
 struct Sizes {
   explicit Sizes(const IntList& s)
@@ -358,12 +364,15 @@ struct Memory {
         high(n),
         line(n * blocks.height()),
         row(blocks.lines) {}
-  // The windows of `query`, and their extremes.
+  // The windows of `query`, and the bounds of the logits made of them.
   void load(const Maps<T>& maps, int64_t b, const Block& k, const std::vector<int32_t>& query) {
     const int64_t n = static_cast<int64_t>(query.size());
     maps.load(b, k, query.data(), n, features.get(), product.get(), windows.get());
-    for (int64_t i = 0; i < n; ++i)
+    for (int64_t i = 0; i < n; ++i) {
       extremes(windows.get() + i * k.area(), k.area(), &low[i], &high[i]);
+      low[i] -= rounding<T>(8) * std::abs(low[i]);  // the signs stay
+      high[i] += rounding<T>(8) * std::abs(high[i]);
+    }
   }
   // The wide rows of the windows in `order`, and the taps of the block's rows.
   void open(const Blocks<T>& blocks, const Block& k, const std::vector<int32_t>& order) {
@@ -397,12 +406,6 @@ template <class T>
 void blend_block(const Memory<T>& m, const Block& k, int64_t i, T* x) {
   blend_block(m.rows_of(k, i, 0), m.lines * kLanes<T>, k.columns.last - k.columns.first,
               m.row.get(), k.rows.end - k.rows.begin, x);
-}
-
-// How far rounding can move a sum of n terms, relative to the sum of their magnitudes; generous.
-template <class T>
-T rounding(int64_t n) {
-  return std::numeric_limits<T>::epsilon() * T(4 * (n + 16));
 }
 
 }  // namespace segkern
