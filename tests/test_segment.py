@@ -142,6 +142,15 @@ def test_segment_list_is_independent_of_company():
     assert isinstance(segment(model, images[:1]), list)
 
 
+def test_inputs_are_made_a_batch_at_a_time(monkeypatch):
+    made, seen = [], []
+    monkeypatch.setattr("segkern.infer.prepare", lambda *x: made.append(0) or prepare(*x))
+    model = Squares()
+    model.register_forward_pre_hook(lambda *_: seen.append(len(made)))
+    segment(model, 5 * [half_bright()], batch_size=2)
+    assert seen == [2, 4, 5]
+
+
 def test_segment_resizes_as_configured_and_answers_at_the_original_size():
     model = Squares(shortest_edge=20, longest_edge=64)
     out = segment(model, half_bright(400, 600), task="semantic")

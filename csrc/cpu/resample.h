@@ -348,7 +348,16 @@ T rounding(int64_t n) {
 // Of the padded input, the image in it and the result.
 struct Sizes {
   explicit Sizes(const IntList& s)
-      : padded_h(s[0]), padded_w(s[1]), image_h(s[2]), image_w(s[3]), H(s[4]), W(s[5]) {}
+      : padded_h(s.at(0)),
+        padded_w(s.at(1)),
+        image_h(s.at(2)),
+        image_w(s.at(3)),
+        H(s.at(4)),
+        W(s.at(5)) {
+    STD_TORCH_CHECK(
+        *std::min_element(s.begin(), s.end()) > 0 && image_h <= padded_h && image_w <= padded_w,
+        "segment_map: sizes must be positive, the image within the padded input");
+  }
   int64_t padded_h, padded_w, image_h, image_w, H, W;
 };
 

@@ -1,6 +1,6 @@
 // segment_map on the CPU. A task is a band of rows of the result; it goes from block to block, and
-// in each does only what the extremes of the mask logits leave open. Letters: B image, Q query, K
-// class, C channel, h w mask logits, H W result, n queries or classes that a block looks at.
+// in each does only what the bounds of the mask logits leave open. Letters: B image, Q query, K
+// class, h w mask logits, H W result; a block's arrays have rows of ld columns, n of them pixels.
 #include <mutex>
 
 #include "resample.h"
@@ -90,17 +90,16 @@ void panoptic_block(const Maps<T>& maps, const Blocks<T>& blocks, int64_t b, con
     least = std::max(least, scores[kept[i]] * simd_sigmoid(m.low[i]) * (T(1) - slack));
   std::vector<int32_t> open, rivals;
   for (size_t i = 0; i < kept.size(); ++i) {
-    const bool rival = scores[kept[i]] * simd_sigmoid(m.high[i]) * (T(1) + slack) >= least;
+    const bool rival = !(scores[kept[i]] * simd_sigmoid(m.high[i]) * (T(1) + slack) < least);
     if (rival) rivals.push_back(static_cast<int32_t>(i));
     if (m.low[i] >= T(0)) counts.own[kept[i]] += rows * n;
     if (rival || (m.low[i] < T(0) && m.high[i] >= T(0))) open.push_back(static_cast<int32_t>(i));
   }
   const int32_t first = rivals[0];
   std::fill_n(best, rows * ld, T(-1));
-  if (rivals.size() == 1 && (m.low[first] >= T(0) || m.high[first] < T(0))) {
+  std::fill_n(winner, rows * ld, m.low[first] >= T(0) ? kept[first] : ~kept[first]);
+  if (rivals.size() == 1 && (m.low[first] >= T(0) || m.high[first] < T(0)))
     std::erase(open, first);  // it takes the whole block, all inside or all outside
-    std::fill_n(winner, rows * ld, m.low[first] >= T(0) ? kept[first] : ~kept[first]);
-  }
   m.open(blocks, k, open);
   for (size_t j = 0, r = 0; j < open.size(); ++j) {
     const int32_t i = open[j], q = kept[i];
@@ -108,8 +107,7 @@ void panoptic_block(const Maps<T>& maps, const Blocks<T>& blocks, int64_t b, con
     const bool rival = r < rivals.size() && rivals[r] == i;
     blend_block(m, k, static_cast<int64_t>(j), x);
     if (m.low[i] < T(0) && m.high[i] >= T(0)) counts.own[q] += count_inside(x, rows, ld, n);
-    if (!rival) continue;
-    challenge(x, rows, ld, n, scores[q], q, best, winner);
+    if (rival) challenge(x, rows, ld, n, scores[q], q, best, winner);
   }
   for (const int32_t i : rivals) {
     const int64_t inside = count_equal(winner, rows, ld, n, kept[i]);

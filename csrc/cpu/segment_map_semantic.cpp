@@ -1,8 +1,7 @@
-// segment_map_semantic on the CPU. In each block the extremes of the mask logits bound every
+// segment_map_semantic on the CPU. In each block the bounds of the mask logits bound every
 // class's score: classes that cannot win are left out, and so are queries that cannot decide
 // between the rest, until a pixel turns out to be closer than what they could add.
-// Letters: B image, Q query, K class, C channel, h w mask logits, H W result, n classes in
-// question.
+// Letters: B image, Q query, K class, h w mask logits, H W result, n classes in question.
 #include <mutex>
 
 #include "resample.h"
@@ -136,7 +135,7 @@ struct Semantic {
     const T least = *std::max_element(t.least_score.get(), t.least_score.get() + K);
     t.classes.clear();
     for (int64_t k = 0; k < K; ++k)
-      if (scores || t.most_score[k] * (T(1) + rounding<T>(Q)) >= least)
+      if (scores || !(t.most_score[k] * (T(1) + rounding<T>(Q)) < least))
         t.classes.push_back(static_cast<int32_t>(k));
   }
 
