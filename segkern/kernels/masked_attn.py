@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import architecture, on
+from ._launch import FUSED, architecture, on
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-3.0e38)  # a maximum of nothing; finite, so that it minus itself is 0
@@ -317,7 +317,9 @@ def prepare(table: dict, q: Tensor, k: Tensor, v: Tensor, bits: Tensor, open: Te
     tiles = _tiles(total, B * H, fill)
     splits = triton.cdiv(total, tiles)
     plan = torch.empty((B, splits, 2 * Q + 1), dtype=torch.int32, device=q.device)
-    _plan[(B * splits,)](bits, open, plan, Q, S, splits, tiles, KEYS=KEYS, ROWS=128, num_warps=8)
+    _plan[(B * splits,)](
+        *(bits, open, plan, Q, S, splits, tiles), KEYS=KEYS, ROWS=128, num_warps=8, **FUSED
+    )
     constants = {
         "D": D,
         "CHANNELS": max(16, triton.next_power_of_2(D)),
@@ -327,6 +329,7 @@ def prepare(table: dict, q: Tensor, k: Tensor, v: Tensor, bits: Tensor, open: Te
         "KEYS": KEYS,
         "STAGES": stages,
         "num_warps": warps,
+        **FUSED,
     }
     sizes = triton.cdiv(Q, ROWS * TILES), splits, tiles, *strides
     return (q, k, v, bits, open, plan), sizes, constants
@@ -367,5 +370,6 @@ def masked_attn(
                 CHANNELS=constants["CHANNELS"],
                 PARTS=16,
                 ROWS=4,
+                **FUSED,
             )
     return out, norm

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on
+from ._launch import FUSED, on
 from .masked_attn import base, factors, load, open_keys, prepare, slots_of, store
 
 # as masked_attn.FORWARD
@@ -192,5 +192,7 @@ def masked_attn_backward(
             *tensors, *upper, parts, *grads[1:], *rests, abs(scale), Q, S, H, *sizes, **constants
         )
         n = Q * H * D
-        _add[(B * triton.cdiv(n, 128),)](parts, grads[0], scale, n, splits, PARTS=16, LINE=128)
+        _add[(B * triton.cdiv(n, 128),)](
+            parts, grads[0], scale, n, splits, PARTS=16, LINE=128, **FUSED
+        )
     return tuple(grads)
