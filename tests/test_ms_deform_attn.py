@@ -26,10 +26,16 @@ CASES = {
     "16 channels": {"D": 16},
     "32 channels": {"D": 32, "H": 8, "P": 4},
     "64 channels": {"D": 64, "H": 1},
+    "24 channels": {"D": 24, "H": 2},
+    "72 channels": {"D": 72, "H": 1},
     "five levels": {"shapes": ((9, 8), (7, 6), (5, 5), (3, 2), (1, 2)), "P": 3},
+    "ten levels": {"shapes": tuple((n, 11 - n) for n in range(1, 11)), "D": 16},
+    "many points": {"P": 13, "D": 32},
     "wide offsets": {"spread": 30.0},
     "encoder": {"shapes": ((4, 6), (8, 12)), "Q": None, "P": 4, "H": 2, "D": 32, "spread": 0.8},
+    "encoder, odd sizes": {"shapes": ((9, 19), (17, 3)), "Q": None, "P": 3, "D": 16},
     "many queries of few pixels": {"Q": 300, "P": 4, "D": 32},
+    "many queries of one pixel": {"shapes": ((1, 1), (2, 1)), "Q": 150, "P": 4, "D": 16},
     "many queries, odd channels": {"Q": 300, "P": 4, "D": 7},
 }
 MARGIN = 0.01  # gradients jump where a sample crosses a pixel centre
@@ -218,6 +224,33 @@ def test_non_contiguous():
     out = ms_deform_attn(*inputs)
     (grad,) = torch.autograd.grad(out, value, torch.ones(()).expand_as(out))
     torch.testing.assert_close(grad, torch.autograd.grad(ms_deform_attn(*inputs).sum(), value)[0])
+
+
+@pytest.mark.parametrize("D", [16, 7])
+def test_unaligned(D):
+    inputs = ms_deform_attn_inputs(D=D)
+    shifted = [
+        torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t)
+        if isinstance(t, torch.Tensor)
+        else t
+        for t in inputs
+    ]
+    assert shifted[0].is_contiguous()
+    assert torch.equal(ms_deform_attn(*shifted), ms_deform_attn(*inputs))
+
+
+@pytest.mark.parametrize("Q", [40, None], ids=["decoder", "encoder"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_deterministic_gradients(dtype, Q):
+    shapes = ((1, 1), (6, 9))
+    value, _, *rest = ms_deform_attn_inputs(shapes=shapes, Q=Q, D=16, P=4, dtype=dtype)
+    grad = torch.randn(2, rest[1].shape[1], 48, dtype=dtype)
+    args = (grad, value, [n for size in shapes for n in size], *rest, False)
+    backward = torch.ops.segkern.ms_deform_attn_backward
+    once, again, other = backward(*args, True), backward(*args, True), backward(*args, False)
+    assert all(torch.equal(a, b) for a, b in zip(once, again))
+    for a, b in zip(once, other):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("which", [2, 3], ids=["reference", "offsets"])

@@ -66,11 +66,13 @@ _forward = _library.define(
     "masked_attn(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor open, float scale)"
     " -> (Tensor, Tensor)",
     _fake,
+    triton="masked_attn",
 )
 _backward = _library.define(
     "masked_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor bits, Tensor open,"
     " Tensor out, Tensor norm, float scale) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
+    triton="masked_attn_backward",
 )
 
 

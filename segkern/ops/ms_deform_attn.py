@@ -10,6 +10,8 @@ Levels lie one after the other in value, row by row. A level is read at the four
 nearest to (x, y); what lies outside it counts as zero, and so does a sample whose place is NaN.
 The kernel makes softmax, places and bilinear weights of a query in registers, then adds 4 rows of
 D channels a sample; nothing of size Q * L * P * D is ever stored. The backward computes them anew.
+On a GPU the gradient of value is gathered: samples are sorted by pixel (a counting sort), then
+each pixel adds up its own. Deterministic algorithms also sort the samples of each pixel.
 Bytes: value, offsets, logits and output once; 4 * D reads a sample from cache. FLOPs: 8 * D a
 sample forward, 16 * D more backward.
 Source: Deformable DETR (Zhu et al., ICLR 2021), equation 3.
