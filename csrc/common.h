@@ -9,6 +9,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -128,5 +130,17 @@ T* mutable_data(const Tensor& t) {
 }
 
 using torch::stable::parallel_for;
+
+// Runs task(i) for i in [0, tasks), whichever thread is free: some places cost
+// more than others. make() gives each thread its working memory.
+template <class Make, class Task>
+void run_tasks(int64_t tasks, const Make& make, const Task& task) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    auto memory = make();
+    for (int64_t i; (i = next++) < tasks;) task(i, memory);
+  });
+}
 
 }  // namespace segkern

@@ -265,8 +265,7 @@ class _Instances:
                         "iscrowd": 0,
                     }
                 )
-        found = result.masks.byte().cpu().numpy()
-        codes = self.coco.encode(np.asfortranarray(found.transpose(1, 2, 0))) if len(found) else []
+        codes = [self.coco.encode(np.asfortranarray(m.byte().cpu().numpy())) for m in result.masks]
         for code, label, score in zip(codes, result.labels.tolist(), result.scores.tolist()):
             self.results.append(
                 {
@@ -344,11 +343,13 @@ def _results(
 ) -> Iterator[tuple[dict, dict[str, Segmentation]]]:
     """Each sample with the result of every task at the size of its masks."""
     inputs = [torch.as_tensor(s["pixel_values"]) for s in samples]
-    for places, class_logits, mask_logits, padded in logits(model, inputs, len(samples)):
+    sizes = [tuple(x.shape[1:]) for x in inputs]
+    batches = logits(model, sizes, inputs.__getitem__, len(samples))
+    for places, class_logits, mask_logits, padded in batches:
         for row, i in enumerate(places):
             part, sample = slice(row, row + 1), samples[i]
-            sizes = padded, [inputs[i].shape[1:]], [sample["masks"].shape[1:]]
-            results = {t: find(class_logits[part], mask_logits[part], t, *sizes) for t in tasks}
+            of = padded, [sizes[i]], [sample["masks"].shape[1:]]
+            results = {t: find(class_logits[part], mask_logits[part], t, *of) for t in tasks}
             yield sample, {task: result for task, (result,) in results.items()}
 
 

@@ -1,33 +1,28 @@
 """From the logits of queries to segments, and from pictures to segments.
 
-Letters: B image, Q query, K class, H W output size, h w size of the mask logits, n instance.
+Letters: B image, Q query, K class, C channel, H W output size, h w size of the mask logits, n
+instance.
 
-    mask logits -> resized to the padded input -> cropped to the image -> resized to the output
-    semantic: argmax_k sum_q softmax(class)[q, k] sigmoid(mask)[q]
-    panoptic: each pixel goes to the kept query with the largest score x sigmoid(mask)
-    instance: the top-k of all (query, class) pairs; mask = logit > 0
-
-Maps are resized a few queries at a time, so memory grows with H x W, not with Q x H x W.
-Source: Mask2Former (Cheng et al., CVPR 2022), inference of the original code.
-Differs: instances come sorted by score; top_k is clipped to Q x K.
+What a result holds is said by `ops.segment_map`, which makes the maps: the rules are those of the
+original Mask2Former code. Here they become one `Segmentation` an image.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from scipy.ndimage import find_objects
 from torch import Tensor, nn
 
-from .images import prepare, read_image
+from .images import prepare, read_image, target_size
+from .ops import segment_map
 from .ops._checks import expect
+from .ops.mask_bits import unpack_bits
+from .ops.segment_map import TASKS as TASKS
+from .ops.segment_map import SegmentMap, check_options
 from .rle import encode
-
-TASKS = ("panoptic", "instance", "semantic")
-_PIXELS_AT_ONCE = 2**23  # of all maps that are resized together: 32 MB in float32
 
 
 class Segment(NamedTuple):
@@ -48,6 +43,31 @@ class Segment(NamedTuple):
     isthing: bool
 
 
+class Masks:
+    """Masks of one size that may overlap, a bit a pixel; `masks[i]` is [H, W] bool.
+
+    Attributes:
+        bits: [m, H, ceil(W / 32)] int32, packed as `ops.mask_bits` packs.
+        slots: of each mask its place in `bits`; instances of one query share one.
+        width: W.
+    """
+
+    def __init__(self, bits: Tensor, slots: Sequence[int], width: int):
+        self.bits, self.slots, self.width = bits, list(slots), width
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, index: int | slice):
+        if isinstance(index, slice):
+            return Masks(self.bits, self.slots[index], self.width)
+        return unpack_bits(self.bits[self.slots[index]], self.width)
+
+    def dense(self) -> Tensor:
+        """[n, H, W] bool."""
+        return unpack_bits(self.bits[self.slots], self.width)
+
+
 @dataclass
 class Segmentation:
     """The segments of one image.
@@ -58,16 +78,16 @@ class Segmentation:
             or 1 + index of the best-scored instance that covers the pixel, 0 where none does.
         segments: of the map; for instance one for each mask, in their order.
         names: label id to name.
-        masks: [n, H, W] bool, instance only; they may overlap and may be empty.
+        masks: n `Masks`, instance only; they may overlap and may be empty.
         labels: [n] int64, instance only.
-        scores: [n] float, instance only, in descending order.
+        scores: instance: [n] float, in descending order; semantic: [K, H, W], where asked for.
     """
 
     task: str
     segmentation: Tensor
     segments: list[Segment]
     names: dict[int, str] | None = None
-    masks: Tensor | None = None
+    masks: Masks | None = None
     labels: Tensor | None = None
     scores: Tensor | None = None
 
@@ -109,9 +129,11 @@ class Segmentation:
             found = find_objects(ids + 1)  # of id 0, 1, ...; it takes 0 for nothing
             boxes = [_box(found[s.id]) for s in self.segments]
         else:
-            masks = [mask.byte().cpu().numpy() for mask in self.masks]
-            codes = [encode(mask, [1])[0] for mask in masks]
-            boxes = [_box(next(iter(find_objects(mask)), None)) for mask in masks]
+            codes, boxes = [], []
+            for mask in self.masks:
+                mask = mask.byte().cpu().numpy()
+                codes += encode(mask, [1])
+                boxes.append(_box(next(iter(find_objects(mask)), None)))
         segments = [
             {
                 "id": s.id,
@@ -130,7 +152,7 @@ class Segmentation:
 
 def postprocess(
     class_logits: Tensor,  # [B, Q, K + 1]
-    mask_logits: Tensor,  # [B, Q, h, w]
+    mask_logits: Tensor | tuple[Tensor, Tensor],  # [B, Q, h, w], or [B, Q, C] and [B, C, h, w]
     task: str,
     padded_size: tuple[int, int],
     image_sizes: Sequence[tuple[int, int]],
@@ -140,12 +162,14 @@ def postprocess(
     overlap_threshold: float = 0.8,
     top_k: int = 100,
     resize: str = "masks",
+    return_scores: bool = False,
 ) -> list[Segmentation]:
     """Segments from logits.
 
     Args:
         class_logits: [B, Q, K + 1] floating; the last class is "no object".
-        mask_logits: [B, Q, h, w] floating, of the padded images.
+        mask_logits: [B, Q, h, w] floating, of the padded images; or mask embeddings [B, Q, C] and
+            features [B, C, h, w], whose product they are and which then is never stored.
         task: "panoptic", "instance" or "semantic".
         padded_size: height and width of the model's input.
         image_sizes: of each image its height and width in that input, without the padding.
@@ -156,22 +180,21 @@ def postprocess(
         top_k: instance: pairs of query and class to return.
         resize: "masks" takes the mask logits to the output size; "scores", semantic only, takes
             the summed class scores there, as the original does where it does semantic alone.
+        return_scores: semantic: the class scores of every pixel, too: K H W floats.
 
     Returns:
-        B results, computed in float32 (float64 for float64 logits), on the logits' device.
+        B results, computed in float32 (float64 for float64 logits), on the logits' device; on a
+        GPU by plain PyTorch, which holds all maps at the size of the result.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, size, name or range, or logits not finite.
+        TypeError, ValueError: wrong dtype, shape, size, name or range, or class logits not finite.
     """
     sizes = {}
+    pair = isinstance(mask_logits, (tuple, list))
+    masks, features = mask_logits if pair else (mask_logits, None)
     expect("postprocess", "class_logits", class_logits, "B Q K+1", "float", sizes)
-    expect("postprocess", "mask_logits", mask_logits, "B Q h w", "float", sizes)
-    check_options(task, object_mask_threshold, overlap_threshold, top_k)
-    if resize not in ("masks", "scores") or (resize == "scores" and task != "semantic"):
-        raise ValueError(
-            'postprocess: resize must be "masks", or "scores" where task is "semantic", '
-            f"got {resize!r} for {task}"
-        )
+    expect("postprocess", "mask_logits", masks, "B Q C" if pair else "B Q h w", "float", sizes)
+    check_options(task, object_mask_threshold, overlap_threshold, top_k, resize, return_scores)
     k = class_logits.shape[2] - 1
     if k < 1 or not all(0 <= label < k for label in stuff):
         raise ValueError(f"postprocess: stuff must be labels in [0, {k}), got {list(stuff)}")
@@ -188,20 +211,29 @@ def postprocess(
         )
     if not class_logits.isfinite().all():
         raise ValueError("postprocess: class_logits must be finite, got NaN or infinity")
-    exact = torch.promote_types(class_logits.dtype, torch.float32)
-    stuff, results = frozenset(stuff), []
-    for classes, masks, image, output in zip(class_logits, mask_logits, image_sizes, output_sizes):
-        probabilities, steps = classes.to(exact).softmax(-1), [padded_size, image, output]
-        masks = masks.to(exact)
-        if task == "semantic":
-            result = _semantic(probabilities, masks, steps, stuff, resize)
-        elif task == "panoptic":
-            thresholds = object_mask_threshold, overlap_threshold
-            result = _panoptic(probabilities, masks, steps, stuff, *thresholds)
-        else:
-            result = _instance(probabilities, masks, steps, stuff, top_k)
-        results.append(result)
-    return results
+    stuff, is_stuff = frozenset(stuff), None
+    if stuff:
+        is_stuff = torch.tensor([label in stuff for label in range(k)], device=masks.device)
+    maps = [
+        segment_map(
+            class_logits[b : b + 1],
+            masks[b : b + 1],
+            task,
+            padded_size,
+            image,
+            output,
+            None if features is None else features[b : b + 1],
+            is_stuff,
+            object_mask_threshold,
+            overlap_threshold,
+            top_k,
+            resize,
+            return_scores,
+            impl="reference" if masks.is_cuda else "kernel",  # which has none for CUDA yet
+        )
+        for b, (image, output) in enumerate(zip(image_sizes, output_sizes))
+    ]
+    return [_result(found, task, stuff) for found in maps]
 
 
 def segment(
@@ -212,6 +244,7 @@ def segment(
     overlap_threshold: float = 0.8,
     top_k: int = 100,
     resize: str = "masks",
+    return_scores: bool = False,
     batch_size: int = 4,
 ) -> Segmentation | list[Segmentation]:
     """Finds the segments of pictures.
@@ -225,7 +258,8 @@ def segment(
         images: one image or a list, each a path, a PIL image, an array [H, W] or [H, W, C] or a
             tensor [H, W] or [C, H, W]; uint8, or uint16, or floating in [0, 1]; C is 1 to 4 (grey,
             alpha last; what is transparent shows white).
-        task, object_mask_threshold, overlap_threshold, top_k, resize: as in `postprocess`.
+        task, object_mask_threshold, overlap_threshold, top_k, resize, return_scores: as in
+            `postprocess`.
         batch_size: images of one size that go through the model together.
 
     Returns:
@@ -235,64 +269,76 @@ def segment(
         TypeError, ValueError: no image, NaN pixels, or an option out of range; a list's image is
             named by its place.
     """
-    check_options(task, object_mask_threshold, overlap_threshold, top_k)
-    one = not isinstance(images, (list, tuple))
+    check_options(task, object_mask_threshold, overlap_threshold, top_k, resize, return_scores)
+    one, config = not isinstance(images, (list, tuple)), model.config
     pictures = [
         read_image(x, "image" if one else f"image {i}")
         for i, x in enumerate([images] if one else images)
     ]
-    inputs = [prepare(x, model.config) for x in pictures]
+    outputs = [tuple(x.shape[1:]) for x in pictures]
+    inputs = [target_size(size, config.shortest_edge, config.longest_edge) for size in outputs]
+
+    def read(i: int) -> Tensor:
+        return prepare(pictures[i], config)
+
     results = [None] * len(inputs)
-    for places, class_logits, mask_logits, padded in logits(model, inputs, batch_size):
+    for places, class_logits, mask_logits, padded in logits(model, inputs, read, batch_size):
         found = postprocess(
             class_logits,
             mask_logits,
             task,
             padded,
-            [inputs[i].shape[1:] for i in places],
-            [pictures[i].shape[1:] for i in places],
-            stuff=model.config.stuff,
+            [inputs[i] for i in places],
+            [outputs[i] for i in places],
+            stuff=config.stuff,
             object_mask_threshold=object_mask_threshold,
             overlap_threshold=overlap_threshold,
             top_k=top_k,
             resize=resize,
+            return_scores=return_scores,
         )
         for i, result in zip(places, found):
-            result.names = model.config.id2label
+            result.names = config.id2label
             results[i] = result
     return results[0] if one else results
 
 
 def logits(
-    model: nn.Module, inputs: Sequence[Tensor], batch_size: int = 8
+    model: nn.Module,
+    sizes: Sequence[tuple[int, int]],
+    read: Callable[[int], Tensor],
+    batch_size: int = 8,
 ) -> Iterator[tuple[list[int], Tensor, Tensor, tuple[int, int]]]:
     """Runs the model over prepared images, those of one padded size together.
 
     Args:
         model: gives `class_queries_logits` and `masks_queries_logits`; has `config.size_divisor`.
-        inputs: of each image [3, h, w] float, normalised.
+        sizes: of each image its height and width.
+        read: gives image i, [3, h, w] float, normalised; called when its batch is made.
         batch_size: at most so many images at once.
 
     Yields:
-        places in `inputs`, class logits [b, Q, K + 1], mask logits [b, Q, h, w], padded size.
+        places in `sizes`, class logits [b, Q, K + 1], mask logits [b, Q, h, w], padded size.
     """
     weight = next(model.parameters())
     groups: dict[tuple[int, int], list[int]] = {}
-    for i, x in enumerate(inputs):
+    for i, size in enumerate(sizes):
         padded = tuple(
-            -(-s // model.config.size_divisor) * model.config.size_divisor for s in x.shape[1:]
+            -(-s // model.config.size_divisor) * model.config.size_divisor for s in size
         )
         groups.setdefault(padded, []).append(i)
-    for (height, width), members in groups.items():
+    for padded, members in groups.items():
         for start in range(0, len(members), batch_size):
             places = members[start : start + batch_size]
-            batch = weight.new_zeros((len(places), 3, height, width))
+            batch = weight.new_zeros((len(places), 3, *padded))
             for row, i in zip(batch, places):
-                row[:, : inputs[i].shape[1], : inputs[i].shape[2]] = inputs[i]
+                row[:, : sizes[i][0], : sizes[i][1]] = read(i)
             # no_grad, not inference_mode: constants that the model keeps must serve training too
             with evaluating(model), torch.no_grad():
                 out = model(batch)
-            yield places, out.class_queries_logits, out.masks_queries_logits, (height, width)
+            found = out.class_queries_logits, out.masks_queries_logits
+            del batch, row, out  # large, and not needed while the caller works on the logits
+            yield places, *found, padded
 
 
 @contextmanager
@@ -307,119 +353,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def check_options(task: str, object_mask_threshold: float, overlap_threshold: float, top_k: int):
-    """Raises ValueError for an unknown task, a threshold outside [0, 1] or a top_k below 1."""
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    for name, value in (
-        ("object_mask_threshold", object_mask_threshold),
-        ("overlap_threshold", overlap_threshold),
-    ):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-
-
-def _semantic(probabilities, masks, steps, stuff, resize) -> Segmentation:
-    weights = probabilities[:, :-1].T  # [K, Q]
-    *before, output = steps
-    size = before[1] if resize == "scores" else output
-    scores = weights.new_zeros((len(weights), size[0] * size[1]))
-    for part, maps in _resized(masks, before if resize == "scores" else steps):
-        scores.addmm_(weights[:, part], maps.sigmoid().flatten(1))
-    scores = scores.unflatten(1, tuple(size))
-    if size != output:
-        scores = _bilinear(scores, output)
-    found = scores.argmax(0).int()
-    areas = found.flatten().bincount(minlength=len(weights)).tolist()
-    segments = [Segment(k, k, None, a, k not in stuff) for k, a in enumerate(areas) if a]
-    return Segmentation("semantic", found, segments)
-
-
-def _panoptic(probabilities, masks, steps, stuff, object_mask_threshold, overlap_threshold):
-    scores, labels = probabilities.max(-1)
-    nothing = probabilities.shape[1] - 1
-    kept = ((labels != nothing) & (scores > object_mask_threshold)).nonzero().flatten()
-    scores, labels, n = scores[kept], labels[kept].tolist(), len(kept)
-    best = scores.new_full(steps[-1], -1)  # [H, W]
-    winner = torch.zeros(steps[-1], dtype=torch.int64, device=scores.device)
-    inside = torch.zeros(steps[-1], dtype=torch.bool, device=scores.device)
-    own_area = []
-    for part, maps in _resized(masks[kept], steps):
-        maps = maps.sigmoid()
-        half = maps >= 0.5
-        own_area += half.sum((1, 2)).tolist()
-        value, index = (maps * scores[part, None, None]).max(0)
-        better = value > best  # an equal, later query loses, as in one argmax over all
-        best = torch.where(better, value, best)
-        winner = torch.where(better, index + part.start, winner)
-        inside = torch.where(better, half.gather(0, index[None])[0], inside)
-    won_area = winner.flatten().bincount(minlength=n).tolist()
-    area = winner[inside].bincount(minlength=n).tolist()
-    ids, segments, merged = [0] * max(n, 1), [], {}
-    for q, (label, score) in enumerate(zip(labels, scores.tolist())):
-        # the share counts every pixel won, also those outside the query's own mask
-        if not own_area[q] or not area[q] or won_area[q] / own_area[q] < overlap_threshold:
+def _result(found: SegmentMap, task: str, stuff: frozenset[int]) -> Segmentation:
+    """The result of one image from rows of classes, queries or pairs."""
+    none = torch.zeros_like(found.areas)
+    columns = found.ids, found.labels, found.areas, found.scores, found.slots
+    # one transfer from the device; doubles hold every count exactly
+    table = torch.stack([(none if c is None else c)[0].double() for c in columns], 1).tolist()
+    segments: list[Segment] = []
+    slots = []
+    for i, label, area, score, slot in table:
+        i, label, area = int(i), int(label), int(area)
+        if i < 0:
             continue
-        if label in merged:
-            s = segments[merged[label] - 1]
-            segments[s.id - 1] = s._replace(score=max(s.score, score), area=s.area + area[q])
-            ids[q] = s.id
-            continue
-        ids[q] = len(segments) + 1
-        if label in stuff:
-            merged[label] = ids[q]
-        segments.append(Segment(ids[q], label, score, area[q], label not in stuff))
-    ids = torch.tensor(ids, dtype=torch.int32, device=scores.device)
-    return Segmentation("panoptic", torch.where(inside, ids[winner], 0), segments)
-
-
-def _instance(probabilities, masks, steps, stuff, top_k) -> Segmentation:
-    k = probabilities.shape[1] - 1
-    pairs = probabilities[:, :-1].flatten()
-    scores, chosen = pairs.topk(min(top_k, len(pairs)))
-    queries, labels = chosen // k, chosen % k
-    if stuff:
-        things = torch.tensor([label not in stuff for label in labels.tolist()], dtype=torch.bool)
-        things = things.to(labels.device)
-        scores, queries, labels = scores[things], queries[things], labels[things]
-    queries, place = queries.unique(return_inverse=True)  # a query may come with several labels
-    found = torch.zeros((len(queries), *steps[-1]), dtype=torch.bool, device=scores.device)
-    quality = scores.new_zeros(len(queries))
-    for part, maps in _resized(masks[queries], steps):
-        found[part] = mask = maps > 0
-        certainty = (maps.sigmoid() * mask).sum((1, 2))
-        quality[part] = certainty / (mask.sum((1, 2), dtype=maps.dtype) + 1e-6)
-    scores, order = (scores * quality[place]).sort(descending=True, stable=True)
-    labels, found = labels[order], found[place[order]]
-    seen = torch.zeros(steps[-1], dtype=torch.int32, device=scores.device)
-    if len(found):
-        # the first mask that covers a pixel has the best score there
-        seen = torch.where(found.any(0), found.byte().argmax(0) + 1, 0).int()
-    rows = zip(labels.tolist(), scores.tolist(), found.sum((1, 2)).tolist())
-    segments = [Segment(i, label, score, a, True) for i, (label, score, a) in enumerate(rows, 1)]
-    return Segmentation("instance", seen, segments, masks=found, labels=labels, scores=scores)
-
-
-def _resized(masks, steps) -> Iterator[tuple[slice, Tensor]]:
-    """Mask logits [Q, h, w] at the output's size, a few queries at a time: slice, [q, H, W]."""
-    (height, width), image, *output = steps
-    largest = max(height * width, *(h * w for h, w in output), 1)
-    count = max(1, _PIXELS_AT_ONCE // largest)
-    for start in range(0, len(masks), count):
-        part = slice(start, min(start + count, len(masks)))
-        maps = _bilinear(masks[part], (height, width))[:, : image[0], : image[1]]
-        for size in output:
-            maps = _bilinear(maps, size)
-        yield part, maps
-
-
-def _bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """[n, h, w] -> [n, *size]."""
-    if tuple(maps.shape[1:]) == tuple(size):
-        return maps
-    return F.interpolate(maps[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+        slots.append(int(slot))
+        if task == "panoptic" and i <= len(segments):  # more of merged stuff
+            s = segments[i - 1]
+            segments[i - 1] = s._replace(score=max(s.score, score), area=s.area + area)
+        else:
+            score = None if task == "semantic" else score
+            segments.append(Segment(i, label, score, area, label not in stuff))
+    result = Segmentation(task, found.map[0], segments)
+    if task == "instance":
+        n = len(segments)
+        result.masks = Masks(found.bits[0], slots, found.map.shape[2])
+        result.labels, result.scores = found.labels[0, :n], found.scores[0, :n]
+    elif found.class_scores is not None:
+        result.scores = found.class_scores[0]
+    return result
 
 
 def _box(found: tuple[slice, slice] | None) -> list[int]:

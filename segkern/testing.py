@@ -329,3 +329,32 @@ def matching_cost_inputs(
     tensors = [t.to(dtype) for t in (class_logits, mask_embed, features)]
     others = (labels, masks, points.to(exact), n_targets)
     return [*tensors, *others]
+
+
+@_made_on_cpu
+def segment_map_inputs(
+    B=2, Q=13, K=7, h=16, w=24, kind="noise", dtype=torch.float32, seed=0
+) -> list[Tensor]:
+    """class_logits [B, Q, K+1] and mask_logits [B, Q, h, w].
+
+    Args:
+        kind: "noise": smooth random maps, unsure classes: an untrained model. "shapes": discs with
+            steep edges, two queries in three sure of a class, the others of none: a trained one.
+    """
+    g = torch.Generator().manual_seed(seed)
+    classes = 2 * torch.randn(B, Q, K + 1, generator=g)
+    if kind == "noise":
+        coarse = 6 * torch.randn(B, Q, (h + 15) // 16 + 1, (w + 15) // 16 + 1, generator=g)
+        masks = torch.nn.functional.interpolate(coarse, (h, w), mode="bilinear")
+    elif kind == "shapes":
+        sure = torch.where(torch.rand(B, Q, generator=g) < 2 / 3, 0, K)
+        sure += (sure == 0) * torch.randint(0, K, (B, Q), generator=g)
+        classes = 0.5 * classes + 10 * torch.nn.functional.one_hot(sure, K + 1)
+        y, x = torch.meshgrid(torch.linspace(0, 1, h), torch.linspace(0, 1, w), indexing="ij")
+        centre, radius = torch.rand(2, B, Q, 2, 1, 1, generator=g)
+        away = ((x - centre[:, :, 0]) ** 2 + (y - centre[:, :, 1]) ** 2).sqrt()
+        masks = (80 * (0.05 + 0.3 * radius[:, :, 0] - away)).clamp(-12, 12)
+        masks = masks + 0.3 * torch.randn(masks.shape, generator=g)
+    else:
+        raise ValueError(f"segment_map_inputs: no kind '{kind}'")
+    return [classes.to(dtype), masks.to(dtype)]

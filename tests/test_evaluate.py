@@ -161,7 +161,7 @@ def test_mask_ap_is_torchmetrics():
         )
         thing = np.isin(s["labels"], STUFF, invert=True)
         metric.update(
-            [{"masks": result.masks, "scores": result.scores, "labels": result.labels}],
+            [{"masks": result.masks.dense(), "scores": result.scores, "labels": result.labels}],
             [
                 {
                     "masks": torch.from_numpy(s["masks"][thing]).bool(),

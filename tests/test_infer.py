@@ -95,10 +95,10 @@ def test_semantic_follows_the_paper(sizes):
     classes, masks = scene()
     padded, image, output = sizes
     for resize in ("masks", "scores"):
-        results = postprocess(
-            classes, masks, "semantic", padded, [image] * 2, [output] * 2, resize=resize
-        )
-        for c, m, result in zip(classes, masks, results):
+        args = classes, masks, "semantic", padded, [image] * 2, [output] * 2
+        results = postprocess(*args, resize=resize, return_scores=True)
+        plain = postprocess(*args, resize=resize)
+        for c, m, result, fast in zip(classes, masks, results, plain):
             if resize == "masks":
                 maps = resized(m, *sizes).sigmoid()
                 want = torch.einsum("qk,qhw->khw", c.softmax(-1)[:, :-1], maps)
@@ -107,6 +107,9 @@ def test_semantic_follows_the_paper(sizes):
                 want = torch.einsum("qk,qhw->khw", c.softmax(-1)[:, :-1], maps)
                 want = F.interpolate(want[None], output, mode="bilinear")[0]
             assert torch.equal(result.segmentation, want.argmax(0).int())
+            assert torch.equal(fast.segmentation, result.segmentation)
+            assert fast.scores is None
+            torch.testing.assert_close(result.scores, want, rtol=1e-12, atol=1e-12)
             assert sum(s.area for s in result.segments) == math.prod(output)
 
 
@@ -138,19 +141,22 @@ def test_instance_follows_the_paper(sizes, top_k, stuff):
             rtol=1e-12,
             atol=1e-15,
         )
+        assert len(result.masks) == len(want)
         assert all(torch.equal(a, b) for a, (_, _, b) in zip(result.masks, want))
-        assert result.masks.shape == (len(want), *output)
-        assert result.masks.dtype == torch.bool
+        assert result.masks.dense().shape == (len(want), *output)
+        assert result.masks.dense().dtype == torch.bool
         assert [s.area for s in result.segments] == [int(b.sum()) for _, _, b in want]
 
 
 @pytest.mark.parametrize("task", infer.TASKS)
-def test_few_queries_at_a_time_change_nothing(task, monkeypatch):
-    classes, masks = scene(Q=11)
-    args = (task, (24, 32), [(20, 23)] * 2, [(37, 18)] * 2, (1,), 0.1, 0.1)
-    whole = postprocess(classes, masks, *args)
-    monkeypatch.setattr(infer, "_PIXELS_AT_ONCE", 3 * 24 * 32)
-    parts = postprocess(classes, masks, *args)
+def test_product_of_embeddings_and_features_in_place_of_logits(task):
+    g = torch.Generator().manual_seed(5)
+    classes, _ = scene(Q=11)
+    embed = torch.randn(2, 11, 6, generator=g, dtype=torch.float64)
+    features = torch.randn(2, 6, 12, 16, generator=g, dtype=torch.float64)
+    args = (task, (24, 32), [(20, 23), (24, 32)], [(37, 18), (31, 50)], (1,), 0.1, 0.1)
+    whole = postprocess(classes, torch.einsum("bqc,bchw->bqhw", embed, features), *args)
+    parts = postprocess(classes, (embed, features), *args)
     for a, b in zip(whole, parts):
         assert torch.equal(a.segmentation, b.segmentation)
         assert [s[:2] for s in a.segments] == [s[:2] for s in b.segments]
@@ -227,7 +233,7 @@ def test_fault_instances_overwrite_each_other():
     classes[0, 1, 2] = -BIG + 2
     out = at_size(classes, masks, "instance", top_k=2)
     assert out.labels.tolist() == [1, 2]
-    assert out.masks.sum((1, 2)).tolist() == [160, 160]
+    assert out.masks.dense().sum((1, 2)).tolist() == [160, 160]
     assert out.segmentation[0].tolist() == [1] * 10 + [2] * 6
 
 
@@ -236,7 +242,7 @@ def test_fault_instance_masks_thresholded_before_they_are_resized():
     slope = torch.arange(8.0)[None, :] - torch.arange(8.0)[:, None] / 2 - 2.25
     classes, _ = boxes([1], [(0, 0, 1, 1)])
     (out,) = postprocess(classes, slope[None, None], "instance", (64, 64), [(64, 64)], [(64, 64)])
-    firsts = out.masks[0, 8:56].int().argmax(1)
+    firsts = out.masks[0][8:56].int().argmax(1)
     assert set(firsts.diff().tolist()) <= {0, 1}
     assert firsts.unique().numel() > 20
 
@@ -258,9 +264,7 @@ def test_logit_zero_is_inside_for_panoptic_and_outside_for_instance():
     assert at_size(classes, 0 * masks, "instance", top_k=1).segments[0].area == 0
 
 
-@pytest.mark.parametrize("at_once", [1, 2**23], ids=["one by one", "together"])
-def test_of_equal_queries_the_first_wins(at_once, monkeypatch):
-    monkeypatch.setattr(infer, "_PIXELS_AT_ONCE", at_once)
+def test_of_equal_queries_the_first_wins():
     classes, masks = boxes([3, 1, 2], [(0, 0, 16, 16)] * 3)
     assert [s.label_id for s in at_size(classes, masks).segments] == [3]
 
@@ -268,7 +272,8 @@ def test_of_equal_queries_the_first_wins(at_once, monkeypatch):
 def test_void_image_and_no_thing():
     classes, masks = boxes([0], [(0, 0, 16, 16)])
     out = at_size(classes, masks, "instance", stuff=(0, 1, 2, 3))
-    assert out.masks.shape == (0, 16, 16)
+    assert len(out.masks) == 0
+    assert out.masks.dense().shape == (0, 16, 16)
     assert out.segments == []
     assert (out.segmentation == 0).all()
 
@@ -306,6 +311,7 @@ BAD = {
     ),
     "top_k": (("instance", *SIZE), {"top_k": 0}, "top_k must be at least 1, got 0"),
     "resize": (("panoptic", *SIZE), {"resize": "scores"}, "resize must be"),
+    "scores": (("instance", *SIZE), {"return_scores": True}, "return_scores is for semantic"),
     "stuff": (
         ("panoptic", *SIZE),
         {"stuff": (4,)},
@@ -378,5 +384,6 @@ def test_above_keeps_the_better_instances():
     few = out.above(cut)
     assert len(few.masks) == len(few.segments) == 6
     assert few.segmentation.max() <= 6
+    assert all(torch.equal(a, b) for a, b in zip(few.masks, out.masks))
     assert out.above(0.0).segments == out.segments
     assert isinstance(few.segments[0], Segment)

@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,6 +140,15 @@ def test_segment_list_is_independent_of_company():
         assert torch.equal(result.segmentation, alone.segmentation)
     assert segment(model, []) == []
     assert isinstance(segment(model, images[:1]), list)
+
+
+def test_inputs_are_made_a_batch_at_a_time(monkeypatch):
+    made, seen = [], []
+    monkeypatch.setattr("segkern.infer.prepare", lambda *x: made.append(0) or prepare(*x))
+    model = Squares()
+    model.register_forward_pre_hook(lambda *_: seen.append(len(made)))
+    segment(model, 5 * [half_bright()], batch_size=2)
+    assert seen == [2, 4, 5]
 
 
 def test_segment_resizes_as_configured_and_answers_at_the_original_size():
@@ -381,3 +393,56 @@ def test_a_real_model_finds_evaluates_and_predicts(tmp_path):
     written, failed = predict_files(model, [folder], tmp_path / "out", object_mask_threshold=0.0)
     assert (len(written), failed) == (5, [])
     assert model.training
+
+
+MEMORY = """
+import sys
+from types import SimpleNamespace
+import torch
+from torch import nn
+from segkern.infer import segment
+
+H, W, Q = 2048, 4096, 100
+
+class Noise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.config = SimpleNamespace(
+            size_divisor=32, shortest_edge=None, longest_edge=None, image_mean=(0.5,) * 3,
+            image_std=(0.25,) * 3, id2label={}, stuff=(0,),
+        )
+
+    def forward(self, x):
+        masks = torch.empty(1, Q, H // 4, W // 4)
+        for q in range(Q):
+            masks[0, q] = nn.functional.interpolate(
+                6 * torch.randn(1, 1, 16, 32), (H // 4, W // 4), mode="bilinear"
+            )[0, 0]
+        classes = 2 * torch.randn(1, Q, 134)
+        return SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+
+def memory(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+image = torch.zeros(3, H, W, dtype=torch.uint8)
+segment(Noise(), image[:, :64, :64])
+for task in ("semantic", "panoptic", "instance"):
+    before = memory("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the highest mark starts anew
+    found = segment(Noise(), image, task, 0.0, 0.0)
+    assert len(found.segments) > 5, found.segments
+    print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts it there")
+def test_memory_does_not_grow_with_queries_times_pixels():
+    """2048 x 4096, 100 queries: within 1.5 times the input, the label map and the logits."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    pixels = 2048 * 4096
+    most = 1.5 * 4 * (3 * pixels + pixels + 100 * pixels / 16)
+    assert max(map(int, run.stdout.split())) <= most < 4 * 100 * pixels / 5

@@ -2,7 +2,6 @@
 // that may attend to one of them are multiplied. Letters: B image, Q query, S key, H head, D
 // channel a head; E is D rounded up to whole groups; a chunk is the keys of one task.
 #include <algorithm>
-#include <atomic>
 #include <numeric>
 
 #include "simd_math.h"
@@ -31,18 +30,6 @@ Sizes sizes_of(const Tensor& q, const Tensor& k) {
           (D + G - 1) / G * G,
           (S + G - 1) / G,
           (S + kChunk - 1) / kChunk};
-}
-
-// Runs task(i) for i in [0, tasks), whichever thread is free: masks are dense in some places and
-// empty in others. make() gives each thread its working memory.
-template <class Make, class Task>
-void run_tasks(int64_t tasks, const Make& make, const Task& task) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    auto memory = make();
-    for (int64_t i; (i = next++) < tasks;) task(i, memory);
-  });
 }
 
 // A [B, S, H, D] tensor whose channels are adjacent; the other strides are free.

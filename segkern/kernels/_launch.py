@@ -8,6 +8,8 @@ from torch import Tensor
 
 ARCHITECTURES = (80, 90, 100)  # the keys of tuning tables: A100, H100 and H200, B200
 ASSUMED = 90  # of tensors without a CUDA device: interpreted, or compiled ahead of time
+# of every launch: Triton 3.9 warns where it is not said, 3.10 turns it off
+FUSED = {"enable_fp_fusion": True}
 
 
 def on(tensor: Tensor):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import architecture, on
+from ._launch import FUSED, architecture, on
 
 BLOCK_Q = 128
 HELD = 256  # channels of BLOCK_Q queries that fit beside the tiles of features
@@ -169,7 +169,7 @@ def mask_bits(queries: Tensor, features: Tensor, threshold: float) -> tuple[Tens
             BLOCK_C,
             num_warps=warps,
             num_stages=stages,
-            enable_fp_fusion=True,
+            **FUSED,
             maxnreg=255,  # one program a multiprocessor: ptxas need not save registers for two
         )
     return bits, open

@@ -25,18 +25,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import architecture, on
+from ._launch import ARCHITECTURES, FUSED, architecture, on
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-3.0e38)  # a maximum of nothing; finite, so that it minus itself is 0
 
-# (architecture, bytes of a value): slots of a tile, tiles of slots, keys of a tile, warps, stages,
-# programs that fill the device
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+
+# (architecture, bytes of a value), then channels up to: slots of a tile, tiles of slots, keys of a
+# tile, warps, stages, programs a multiprocessor holds. Chosen by arithmetic, not yet measured:
+# the largest tiles that spill nothing; with 64 slots to 4 warps, 16-bit products are warp group
+# instructions (9.0) and all statistics of a row stay in its warp. Products in float32 and float64
+# are sums on the ordinary units, which bound them: small tiles of slots leave out most.
 FORWARD = {
-    (90, 2): (64, 2, 64, 4, 3, 396),
-    (90, 4): (32, 1, 32, 4, 2, 396),
-    (90, 8): (16, 1, 32, 4, 1, 396),
+    (80, 2): {32: (64, 2, 64, 4, 3, 2), 64: (64, 2, 32, 4, 3, 2), 128: (64, 1, 32, 4, 3, 2)},
+    (90, 2): {32: (64, 2, 64, 4, 3, 3), 64: (64, 2, 64, 4, 3, 2), 128: (64, 2, 64, 4, 3, 1)},
+    (100, 2): {32: (64, 2, 64, 4, 3, 2), 64: (64, 2, 64, 4, 3, 2), 128: (64, 2, 64, 8, 3, 1)},
 }
+FLOAT32 = {32: (32, 1, 64, 4, 2, 2), 64: (32, 1, 32, 4, 2, 4), 128: (16, 1, 32, 8, 2, 2)}
+FLOAT64 = {32: (16, 1, 32, 4, 1, 3), 128: (16, 1, 32, 8, 1, 1)}
+FORWARD |= {(a, 4): FLOAT32 for a in ARCHITECTURES} | {(a, 8): FLOAT64 for a in ARCHITECTURES}
 
 
 @triton.jit
@@ -309,24 +317,30 @@ def _dense(x: Tensor) -> Tensor:
 def prepare(table: dict, q: Tensor, k: Tensor, v: Tensor, bits: Tensor, open: Tensor, scale):
     """What `_forward` and `_backward` share: tensors, sizes from `groups` on, constants."""
     (B, Q, H, D), S = q.shape, k.shape[1]
-    ROWS, TILES, KEYS, warps, stages, fill = table[architecture(q), q.element_size()]
+    arch, channels = architecture(q), max(16, triton.next_power_of_2(D))
+    rows = table[arch, q.element_size()]
+    most = min((c for c in rows if c >= channels), default=max(rows))
+    ROWS, TILES, KEYS, warps, stages, held = rows[most]
     q, k, v = _dense(-q if scale < 0 else q), _dense(k), _dense(v)
     bits, open = bits.contiguous(), open.contiguous()
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     total = triton.cdiv(S, KEYS)
-    tiles = _tiles(total, B * H, fill)
+    tiles = _tiles(total, B * H, held * MULTIPROCESSORS[arch])
     splits = triton.cdiv(total, tiles)
     plan = torch.empty((B, splits, 2 * Q + 1), dtype=torch.int32, device=q.device)
-    _plan[(B * splits,)](bits, open, plan, Q, S, splits, tiles, KEYS=KEYS, ROWS=128, num_warps=8)
+    _plan[(B * splits,)](
+        *(bits, open, plan, Q, S, splits, tiles), KEYS=KEYS, ROWS=128, num_warps=8, **FUSED
+    )
     constants = {
         "D": D,
-        "CHANNELS": max(16, triton.next_power_of_2(D)),
+        "CHANNELS": channels,
         "UNIT": math.gcd(16 // q.element_size(), D, *strides),
         "ROWS": ROWS,
         "TILES": TILES,
         "KEYS": KEYS,
         "STAGES": stages,
         "num_warps": warps,
+        **FUSED,
     }
     sizes = triton.cdiv(Q, ROWS * TILES), splits, tiles, *strides
     return (q, k, v, bits, open, plan), sizes, constants
@@ -367,5 +381,6 @@ def masked_attn(
                 CHANNELS=constants["CHANNELS"],
                 PARTS=16,
                 ROWS=4,
+                **FUSED,
             )
     return out, norm

@@ -9,15 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on
+from ._launch import ARCHITECTURES, FUSED, on
 from .masked_attn import base, factors, load, open_keys, prepare, slots_of, store
 
 # as masked_attn.FORWARD
 BACKWARD = {
-    (90, 2): (64, 2, 64, 4, 2, 264),
-    (90, 4): (32, 1, 32, 4, 1, 264),
-    (90, 8): (16, 1, 32, 4, 1, 264),
+    (80, 2): {32: (64, 2, 32, 8, 2, 1), 64: (32, 1, 32, 4, 2, 2), 128: (32, 1, 32, 8, 2, 1)},
+    (90, 2): {32: (64, 2, 64, 4, 2, 2), 64: (64, 1, 64, 8, 2, 1), 128: (32, 1, 32, 8, 2, 1)},
+    (100, 2): {32: (64, 2, 64, 8, 2, 1), 64: (64, 1, 64, 8, 2, 1), 128: (32, 1, 32, 8, 2, 1)},
 }
+FLOAT32 = {32: (32, 1, 64, 4, 2, 2), 64: (32, 1, 32, 4, 2, 3), 128: (16, 1, 32, 8, 2, 2)}
+FLOAT64 = {32: (16, 1, 32, 4, 1, 2), 128: (16, 1, 32, 8, 1, 1)}
+BACKWARD |= {(a, 4): FLOAT32 for a in ARCHITECTURES} | {(a, 8): FLOAT64 for a in ARCHITECTURES}
 
 
 @triton.jit(do_not_specialize=["Q", "S", "H", "groups", "splits", "tiles"])
@@ -122,20 +125,20 @@ def _backward(
                     dq = tl.dot(ds, keys, dqs[r], input_precision="ieee", out_dtype=exact)
                     dqs = dqs[:r] + (dq,) + dqs[r + 1 :]
             dk *= tl.full((), scale, exact)
-            real = key < tl.where(group > 0, limit, S)
+            given = key < tl.where(group > 0, limit, S)
             if group > 0:
-                dk += load(grad_k + line, key, H * D, real, D, CHANNELS)
-                dv += load(grad_v + line, key, H * D, real, D, CHANNELS)
+                dk += load(grad_k + line, key, H * D, given, D, CHANNELS)
+                dv += load(grad_v + line, key, H * D, given, D, CHANNELS)
                 if value != exact:
-                    dk += load(rest_k + line, key, H * D, real, D, CHANNELS)
-                    dv += load(rest_v + line, key, H * D, real, D, CHANNELS)
-            store(grad_k + line, key, H * D, real, dk, D, CHANNELS)
-            store(grad_v + line, key, H * D, real, dv, D, CHANNELS)
+                    dk += load(rest_k + line, key, H * D, given, D, CHANNELS)
+                    dv += load(rest_v + line, key, H * D, given, D, CHANNELS)
+            store(grad_k + line, key, H * D, given, dk, D, CHANNELS)
+            store(grad_v + line, key, H * D, given, dv, D, CHANNELS)
             if more:
                 dk -= dk.to(value).to(exact)
                 dv -= dv.to(value).to(exact)
-                store(rest_k + line, key, H * D, real, dk, D, CHANNELS)
-                store(rest_v + line, key, H * D, real, dv, D, CHANNELS)
+                store(rest_k + line, key, H * D, given, dk, D, CHANNELS)
+                store(rest_v + line, key, H * D, given, dv, D, CHANNELS)
         for r in tl.static_range(TILES):
             row = slots[r][0]
             store(grad_q, row, H * D, row < Q, dqs[r], D, CHANNELS)
@@ -192,5 +195,7 @@ def masked_attn_backward(
             *tensors, *upper, parts, *grads[1:], *rests, abs(scale), Q, S, H, *sizes, **constants
         )
         n = Q * H * D
-        _add[(B * triton.cdiv(n, 128),)](parts, grads[0], scale, n, splits, PARTS=16, LINE=128)
+        _add[(B * triton.cdiv(n, 128),)](
+            parts, grads[0], scale, n, splits, PARTS=16, LINE=128, **FUSED
+        )
     return tuple(grads)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import architecture, on
+from ._launch import FUSED, architecture, on
 from .matching_sums import DOUBLE, SIZES, TABLE, count_targets, range_sums
 from .point_sample import find_corners
 
@@ -168,7 +168,7 @@ def _rows(features: Tensor) -> Tensor:
     block_c = min(64, triton.next_power_of_2(C))
     grid = (B * triton.cdiv(h * w, 64), triton.cdiv(C, block_c))
     dense = features.stride()[2:] == (w, 1)
-    _channels_last[grid](features, rows, h, w, *features.stride(), C, dense, 64, block_c)
+    _channels_last[grid](features, rows, h, w, *features.stride(), C, dense, 64, block_c, **FUSED)
     return rows
 
 
@@ -219,7 +219,7 @@ def matching_cost(
     with on(points):
         rows = _rows(features)
         _feature_corners[(N * triton.cdiv(tiles, group),)](
-            points, pixels, weights, P, tiles, h, w, block_p, group
+            points, pixels, weights, P, tiles, h, w, block_p, group, **FUSED
         )
         sizes = (R, Q, T, P, h * w, H, W, *masks.stride(), ranges, range_tiles)
         range_sums[(N * ranges * triton.cdiv(Q, block_q) * triton.cdiv(T, block_t),)](
@@ -235,6 +235,7 @@ def matching_cost(
             BLOCK_C=block_c,
             STAGES=stages,
             num_warps=warps,
+            **FUSED,
         )
         sizes = (R, Q, T, P, class_logits.shape[3], ranges)
         _costs[(N * triton.cdiv(Q, 16) * triton.cdiv(T, 32),)](
@@ -246,5 +247,6 @@ def matching_cost(
             BLOCK_Q=16,
             BLOCK_T=32,
             BLOCK_K=64,
+            **FUSED,
         )
     return cost

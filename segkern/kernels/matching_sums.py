@@ -191,7 +191,8 @@ def range_sums(
     target = tl.zeros([BLOCK_T], exact)
     if PATH == "half":
         # Three tiles are under way: the product of one runs on the matrix units while the
-        # logits of the one before are worked on; the sums over points of a third end it.
+        # logits of the one before are worked on; the sums over points of a third end it. y is read
+        # before the next product starts and `pairs` waits for it: else they run one by one.
         e = tl.load(embed + q[:, None] * C + c[None, :], (q < Q)[:, None] & (c < C)[None, :], 0.0)
         pixel = tl.load(pixels + corner)
         weight = tl.zeros([4, BLOCK_P], exact)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on
+from ._launch import FUSED, on
 
 # Chosen by arithmetic, not yet measured, for all architectures.
 THREADS = 128  # of a program; a point or pixel each, where the threads lie along those
@@ -298,7 +298,7 @@ def point_sample(features: Tensor, points: Tensor) -> Tensor:
                 block,
                 POINTS,
                 num_warps=THREADS // 32,
-                enable_fp_fusion=True,
+                **FUSED,
             )
         else:
             tiles = triton.cdiv(P, THREADS)
@@ -311,7 +311,7 @@ def point_sample(features: Tensor, points: Tensor) -> Tensor:
                 *strides,
                 THREADS,
                 num_warps=THREADS // 32,
-                enable_fp_fusion=True,
+                **FUSED,
             )
     return out
 
@@ -338,7 +338,7 @@ def point_sample_backward(
                 *grad.stride(),
                 THREADS,
                 num_warps=THREADS // 32,
-                enable_fp_fusion=True,
+                **FUSED,
             )
     return out.to(grad.dtype)
 
@@ -351,7 +351,7 @@ def _sorted_backward(grad: Tensor, points: Tensor, h: int, w: int) -> Tensor:
         return out
     cells = torch.empty((B, P), dtype=torch.int64, device=device)
     block = min(COLLECTED, triton.next_power_of_2(C))
-    options = {"num_warps": THREADS // 32, "enable_fp_fusion": True}
+    options = {"num_warps": THREADS // 32, **FUSED}
     with on(grad):
         tiles = triton.cdiv(P, THREADS)
         _find_cells[(B * tiles,)](points, cells, P, h, w, tiles, exact, THREADS, **options)

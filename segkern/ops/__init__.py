@@ -14,3 +14,5 @@ from .ms_deform_attn import (
 from .point_mask_loss import point_mask_loss as point_mask_loss
 from .point_sample import point_sample as point_sample
 from .point_sample import random_points as random_points
+from .segment_map import SegmentMap as SegmentMap
+from .segment_map import segment_map as segment_map

@@ -16,6 +16,7 @@ import torch
 
 PACKAGE = Path(__file__).parent.parent
 OPS: list[str] = []  # every op that is declared
+CPU_ONLY: set[str] = set()  # of them, those that have no kernel for CUDA yet
 TRITON: dict[str, str] = {}  # op to the module of segkern.kernels that holds its launcher
 _definitions = torch.library.Library("segkern", "DEF")
 
@@ -56,16 +57,21 @@ if importlib.util.find_spec("triton") is None:
     MISSING["triton"] = "triton is not installed (pip install triton)"
 
 
-def define(schema: str, fake: Callable, triton: str | None = None) -> torch._ops.OpOverload:
+def define(
+    schema: str, fake: Callable, triton: str | None = None, cpu_only: bool = False
+) -> torch._ops.OpOverload:
     """Declares op `segkern::<schema>` with its fake (shapes, dtypes); returns its handle.
 
     Args:
         triton: the module of `segkern.kernels` whose function of the op's name runs on CUDA; None
             where `_C_cuda` brings the kernel.
+        cpu_only: there is no kernel for CUDA yet.
     """
     name = schema.split("(", 1)[0]
     _definitions.define(schema)
     OPS.append(name)
+    if cpu_only:
+        CPU_ONLY.add(name)
     torch.library.register_fake(f"segkern::{name}", fake, lib=_definitions)
     if triton is not None:
         TRITON[name] = triton
@@ -90,8 +96,12 @@ def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:
         return False
     device = tensor.device.type
     library = "triton" if device == "cuda" and op in TRITON else device
-    if library in MISSING or device not in ("cpu", "cuda", "meta"):
-        why = MISSING.get(library, "segkern has kernels for cpu and cuda only")
+    why = MISSING.get(library)
+    if device not in ("cpu", "cuda", "meta"):
+        why = why or "segkern has kernels for cpu and cuda only"
+    elif device == "cuda" and op in CPU_ONLY:
+        why = "this version has one for the CPU alone"
+    if why is not None:
         raise NotImplementedError(
             f"{op}: no kernel for device '{device}': {why}; impl='reference' runs plain PyTorch"
         )
