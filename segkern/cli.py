@@ -60,6 +60,8 @@ def evaluate(
     if out is not None and out.is_dir():
         raise ValueError(f"evaluate: --out must be a file, {out} is a folder")
     opened = _open(model)
+    if isinstance(opened, Segmenter) and tasks == TASKS:
+        tasks = ("semantic",)
     task = "panoptic" if opened.config.num_labels == 11 else "instance"
     data = Digits(DigitsConfig(size, level, task, seed=seed), split)
     value = run_evaluate(opened, data, tasks, scenes, object_mask_threshold=threshold, out=out)

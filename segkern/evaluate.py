@@ -27,7 +27,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .files import writable_folder, write_json
-from .infer import TASKS, Segment, Segmentation, check_options, logits, postprocess
+from .infer import (
+    TASKS,
+    Segment,
+    Segmentation,
+    check_options,
+    evaluating,
+    logits,
+    postprocess,
+    semantic,
+)
+from .models.segmenter import Segmenter
+from .windows import label_map
 
 VOID = -1  # in place of a label that the model does not have
 
@@ -48,7 +59,8 @@ def evaluate(
     """Runs the model over a data set and measures the results.
 
     Args:
-        model: a `Mask2Former` with as many labels as the data set has classes; its mode stays.
+        model: a `Mask2Former`, or a `Segmenter` for the semantic task, with as many labels as the
+            data set has classes; its mode stays.
         dataset: samples by index, with a length, `classes` (names) and `stuff` (labels), or a
             DataLoader over one that yields lists of samples. A sample is a dict: pixel_values
             [3, h, w] float32 normalised, masks [n, H, W] uint8, labels [n] int64, semantic [H, W]
@@ -73,6 +85,8 @@ def evaluate(
             `out` is a folder.
         OSError: `out` cannot be written; found before the model runs.
     """
+    if isinstance(model, Segmenter) and tuple(tasks) != ("semantic",):
+        raise ValueError(f"evaluate: tasks must be ('semantic',) for a Segmenter, got {tasks}")
     for task in tasks or ("",):
         check_options(task, object_mask_threshold, overlap_threshold, top_k)
     loader, source = _loader(dataset, limit, batch_size, num_workers)
@@ -342,6 +356,14 @@ def _results(
     model: nn.Module, samples: list[dict], tasks: Sequence[str], find: Callable
 ) -> Iterator[tuple[dict, dict[str, Segmentation]]]:
     """Each sample with the result of every task at the size of its masks."""
+    if isinstance(model, Segmenter):
+        weight = next(model.parameters())
+        for sample in samples:
+            image = torch.as_tensor(sample["pixel_values"])[None].to(weight)
+            with evaluating(model), torch.no_grad():
+                found = label_map(model, [image], sample["masks"].shape[1:])
+            yield sample, {"semantic": semantic(*found, model.config.id2label)}
+        return
     inputs = [torch.as_tensor(s["pixel_values"]) for s in samples]
     sizes = [tuple(x.shape[1:]) for x in inputs]
     batches = logits(model, sizes, inputs.__getitem__, len(samples))

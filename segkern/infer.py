@@ -17,12 +17,14 @@ from scipy.ndimage import find_objects
 from torch import Tensor, nn
 
 from .images import prepare, read_image, target_size
+from .models.segmenter import Segmenter
 from .ops import segment_map
 from .ops._checks import expect
 from .ops.mask_bits import unpack_bits
 from .ops.segment_map import TASKS as TASKS
 from .ops.segment_map import SegmentMap, check_options
 from .rle import encode
+from .windows import label_map
 
 
 class Segment(NamedTuple):
@@ -246,6 +248,10 @@ def segment(
     resize: str = "masks",
     return_scores: bool = False,
     batch_size: int = 4,
+    window: int | None = None,
+    stride: int | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
 ) -> Segmentation | list[Segmentation]:
     """Finds the segments of pictures.
 
@@ -254,13 +260,17 @@ def segment(
     other images.
 
     Args:
-        model: a `Mask2Former`, in whatever mode; the mode stays.
+        model: a `Mask2Former`, or a `Segmenter` where the task is semantic, in whatever mode; the
+            mode stays.
         images: one image or a list, each a path, a PIL image, an array [H, W] or [H, W, C] or a
             tensor [H, W] or [C, H, W]; uint8, or uint16, or floating in [0, 1]; C is 1 to 4 (grey,
             alpha last; what is transparent shows white).
         task, object_mask_threshold, overlap_threshold, top_k, resize, return_scores: as in
             `postprocess`.
         batch_size: images of one size that go through the model together.
+        window, stride: of a Segmenter, in pixels; None takes the config's.
+        scales: of a Segmenter: sizes of the image to average over; 1 is the config's.
+        flip: of a Segmenter: average over the mirror images, too.
 
     Returns:
         one `Segmentation` for one image, a list for a list, at the images' own sizes.
@@ -276,6 +286,14 @@ def segment(
         for i, x in enumerate([images] if one else images)
     ]
     outputs = [tuple(x.shape[1:]) for x in pictures]
+    if isinstance(model, Segmenter):
+        if task != "semantic":
+            raise ValueError(f"segment: task must be 'semantic' for a Segmenter, got {task!r}")
+        options = window, stride, flip, return_scores
+        results = [_by_windows(model, x, scales, *options) for x in pictures]
+        return results[0] if one else results
+    if window is not None or stride is not None or tuple(scales) != (1.0,) or flip:
+        raise ValueError("segment: window, stride, scales and flip are for a Segmenter")
     inputs = [target_size(size, config.shortest_edge, config.longest_edge) for size in outputs]
 
     def read(i: int) -> Tensor:
@@ -339,6 +357,34 @@ def logits(
             found = out.class_queries_logits, out.masks_queries_logits
             del batch, row, out  # large, and not needed while the caller works on the logits
             yield places, *found, padded
+
+
+def _by_windows(model, picture, scales, window, stride, flip, return_scores) -> Segmentation:
+    """One picture [3, H, W] through a Segmenter at each scale."""
+    config = model.config
+    if not scales or not all(s > 0 for s in scales):
+        raise ValueError(f"segment: scales must be positive, got {tuple(scales)}")
+    edges = [
+        replace(
+            config,
+            shortest_edge=max(1, round(s * config.shortest_edge)),
+            longest_edge=max(1, round(s * config.longest_edge)),
+        )
+        for s in scales
+    ]
+    weight = next(model.parameters())
+    images = [prepare(picture, scaled)[None].to(weight) for scaled in edges]
+    size = tuple(picture.shape[1:])
+    with evaluating(model), torch.no_grad():
+        found = label_map(model, images, size, window, stride, flip, return_scores)
+    return semantic(*found, config.id2label)
+
+
+def semantic(labels: Tensor, scores: Tensor | None, names: dict | None) -> Segmentation:
+    """The result for a map of labels [H, W] int32, and class scores [K, H, W] or None."""
+    count = labels.flatten().bincount().tolist()
+    segments = [Segment(k, k, None, area, False) for k, area in enumerate(count) if area]
+    return Segmentation("semantic", labels, segments, names, scores=scores)
 
 
 @contextmanager

@@ -75,6 +75,39 @@ def probabilities(
         yield rows, total / len(views)
 
 
+def label_map(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    output_size: tuple[int, int],
+    window: int | None = None,
+    stride: int | None = None,
+    flip: bool = False,
+    return_scores: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The likeliest class of each pixel of one image; arguments as `probabilities`.
+
+    Args:
+        window, stride: None takes the config's.
+        return_scores: also return the probabilities.
+
+    Returns:
+        [H, W] int32, and [K, H, W] float32 or None.
+
+    Raises:
+        ValueError: window or stride out of range.
+    """
+    window = model.config.window_size if window is None else window
+    stride = model.config.window_stride if stride is None else stride
+    if not 0 < stride <= window:
+        raise ValueError(f"segment: stride must be from 1 to window ({window}), got {stride}")
+    maps, scores = [], []
+    for _, part in probabilities(model, images, output_size, window, stride, flip):
+        maps.append(part.argmax(0).int())
+        if return_scores:
+            scores.append(part)
+    return torch.cat(maps), torch.cat(scores, 1) if return_scores else None
+
+
 class _View:
     """The patch logits of the windows of one image, and what becomes of them."""
 

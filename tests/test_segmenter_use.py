@@ -1,10 +1,14 @@
-"""Attention maps and class embeddings of a Segmenter."""
+"""What a Segmenter gives: attention maps, class embeddings, results of pictures, training."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import segkern
+from segkern.cli import main
+from segkern.data import Digits, DigitsConfig
+from segkern.evaluate import evaluate
 from segkern.explain import attention_maps, class_positions, explain
 from segkern.models.segmenter import Segmenter, SegmenterConfig
 
@@ -95,3 +99,72 @@ def test_bad_places_and_decoders():
         explain(model(), np.zeros((9, 9, 3), np.uint8), (2, 0))
     with pytest.raises(ValueError, match="linear decoder has no class embeddings"):
         class_positions(model(decoder="linear"))
+
+
+def test_segment_averages_windows_scales_and_mirrors():
+    built = model().train()
+    image = np.random.default_rng(1).integers(0, 255, (40, 70, 3), dtype=np.uint8)
+    result = segkern.segment(
+        built, image, "semantic", stride=16, scales=(1.0, 1.5), flip=True, return_scores=True
+    )
+    assert built.training
+    assert result.segmentation.shape == (40, 70)
+    assert result.scores.shape == (4, 40, 70)
+    torch.testing.assert_close(result.scores.sum(0), torch.ones(40, 70))
+    assert torch.equal(result.segmentation, result.scores.argmax(0).int())
+    assert sum(s.area for s in result.segments) == 40 * 70
+    plain = segkern.segment(built, [image], "semantic")
+    assert plain[0].scores is None
+
+
+BAD_CALLS = {
+    "task": ({"task": "panoptic"}, "task must be 'semantic' for a Segmenter, got 'panoptic'"),
+    "stride": ({"stride": 33}, r"stride must be from 1 to window \(32\), got 33"),
+    "scales": ({"scales": (0.0,)}, r"scales must be positive, got \(0.0,\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_of_segment(case):
+    change, message = BAD_CALLS[case]
+    with pytest.raises(ValueError, match=message):
+        segkern.segment(model(), np.zeros((9, 9, 3), np.uint8), **({"task": "semantic"} | change))
+
+
+def test_evaluate_takes_the_semantic_task():
+    built = model(num_labels=11)
+    data = Digits(DigitsConfig(size=(32, 32), task="semantic"), "test")
+    value = evaluate(built, data, ("semantic",), 2, progress=False)
+    assert 0 <= value["miou"] <= 1
+    with pytest.raises(ValueError, match=r"tasks must be \('semantic',\) for a Segmenter"):
+        evaluate(built, data, ("panoptic",), 2, progress=False)
+
+
+def test_train_evaluate_predict_and_explain_from_the_command_line(tmp_path, capsys):
+    run = tmp_path / "run"
+    small = [
+        "--model.depth",
+        "1",
+        "--model.embed-dim",
+        "64",
+        "--model.num-heads",
+        "1",
+        "--data.size",
+        "32",
+        "32",
+    ]
+    small += ["--model.image-size", "32", "32", "--evaluate-every", "0", "--no-tensorboard"]
+    train = ["train", "--recipe", "digits-segmenter", "--output", str(run), "--steps", "2"]
+    assert main([*train, "--batch-size", "2", *small]) == 0
+    assert main(["train", "--resume", str(run), "--steps", "3"]) == 0
+    folder = ["--model", str(run)]
+    assert main(["evaluate", str(run), "--scenes", "2", "--size", "32", "32"]) == 0
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.full((40, 50, 3), 99, np.uint8)).save(picture)
+    out = tmp_path / "out"
+    assert main(["predict", str(picture), *folder, "--out", str(out), "--task", "semantic"]) == 0
+    assert list(out.glob("*.json"))
+    assert main(["explain", str(picture), *folder, "--out", str(out / "explain.png")]) == 0
+    assert (out / "explain.png").is_file()
+    assert main(["predict", str(picture), *folder, "--out", str(out)]) == 2
+    assert "task must be 'semantic' for a Segmenter" in capsys.readouterr().err
