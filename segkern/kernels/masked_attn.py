@@ -38,8 +38,8 @@ MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 # instructions (9.0) and all statistics of a row stay in its warp. Products in float32 and float64
 # are sums on the ordinary units, which bound them: small tiles of slots leave out most.
 FORWARD = {
-    (80, 2): {32: (64, 2, 64, 4, 3, 2), 64: (64, 2, 32, 4, 3, 2), 128: (64, 1, 32, 4, 3, 2)},
-    (90, 2): {32: (64, 2, 64, 4, 3, 3), 64: (64, 2, 64, 4, 3, 2), 128: (64, 2, 64, 4, 3, 1)},
+    (80, 2): {32: (64, 2, 64, 4, 3, 2), 64: (64, 1, 32, 4, 3, 2), 128: (64, 1, 32, 4, 3, 2)},
+    (90, 2): {32: (64, 2, 64, 4, 3, 3), 64: (64, 2, 64, 4, 3, 2), 128: (64, 2, 64, 8, 3, 1)},
     (100, 2): {32: (64, 2, 64, 4, 3, 2), 64: (64, 2, 64, 4, 3, 2), 128: (64, 2, 64, 8, 3, 1)},
 }
 FLOAT32 = {32: (32, 1, 64, 4, 2, 2), 64: (32, 1, 32, 4, 2, 4), 128: (16, 1, 32, 8, 2, 2)}
@@ -366,21 +366,21 @@ def masked_attn(
         _forward[(B * splits * H * groups,)](
             *tensors, parts, stats, abs(scale), Q, S, H, *sizes, **constants
         )
-        if splits > 1:
-            _join[(B * H * triton.cdiv(Q, 4),)](
-                parts,
-                stats,
-                out,
-                norm,
-                abs(scale),
-                Q,
-                H,
-                splits,
-                WIDE=q.dtype == exact,
-                D=D,
-                CHANNELS=constants["CHANNELS"],
-                PARTS=16,
-                ROWS=4,
-                **FUSED,
-            )
+        # no program where there is one part: compiled now, so that no later size compiles
+        _join[(B * H * triton.cdiv(Q, 4) * (splits > 1),)](
+            parts,
+            stats,
+            out,
+            norm,
+            abs(scale),
+            Q,
+            H,
+            splits,
+            WIDE=q.dtype == exact,
+            D=D,
+            CHANNELS=constants["CHANNELS"],
+            PARTS=16,
+            ROWS=4,
+            enable_fp_fusion=True,
+        )
     return out, norm
