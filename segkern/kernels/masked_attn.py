@@ -381,6 +381,6 @@ def masked_attn(
             CHANNELS=constants["CHANNELS"],
             PARTS=16,
             ROWS=4,
-            enable_fp_fusion=True,
+            **FUSED,
         )
     return out, norm
