@@ -229,6 +229,14 @@ def mask_bits_inputs(B=2, Q=13, C=24, S=70, dtype=torch.float32, seed=0):
 
 
 @_made_on_cpu
+def feed_forward_inputs(shape=(2, 7), C=12, F=40, dtype=torch.float32, seed=0) -> list[Tensor]:
+    """x [*shape, C], weight1 [F, C], bias1 [F], weight2 [C, F], bias2 [C]."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = ((*shape, C), 1), ((F, C), C), ((F,), 1), ((C, F), F), ((C,), 1)
+    return [(torch.randn(s, generator=g) * n**-0.5).to(dtype) for s, n in sizes]
+
+
+@_made_on_cpu
 def masked_attn_inputs(
     B=2,
     Q=13,

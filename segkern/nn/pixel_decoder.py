@@ -9,8 +9,7 @@ D channels a head, L level, P point, h w size of a level.
     y = norm(1x1(the backbone's map 1)) + the finest level of x, upsampled         [B, C, h1, w1]
     mask features = 1x1(relu(norm(3x3(y))))                                        [B, M, h1, w1]
 
-Maps are channels-last but for one convolution: the flattened levels are views of the maps and the
-other way round.
+Maps are channels-last: the flattened levels are views of the maps and the other way round.
 Source: Deformable DETR (Zhu et al., ICLR 2021), Mask2Former (Cheng et al., CVPR 2022).
 Differs: half precision goes through the whole decoder, only the sampling offsets stay in float32
 (a bfloat16 offset of ten pixels is off by up to 0.03).
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import ms_deform_attn
+from ..ops import feed_forward, ms_deform_attn
 from .position import pixel_centres, sine_position
 
 LEVELS = 3
@@ -43,6 +42,19 @@ def _pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """
     weight = convolution.weight.flatten(1)
     return F.linear(x.permute(0, 2, 3, 1), weight, convolution.bias).permute(0, 3, 1, 2)
+
+
+def _in_halves(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """`convolution(x)` of channels-last [B, C, h, w], C even, as the sum over two halves of C.
+
+    A CPU's channels-last convolution adds up all 9 C products one by one; two sums of half as many
+    round less, and take no longer. Half precision is summed in float32 in any case.
+    """
+    if x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
+        return convolution(x)
+    halves = torch.cat(convolution.weight.chunk(2, 1))
+    y = F.conv2d(x, halves, padding=convolution.padding, groups=2)
+    return torch.add(*y.chunk(2, 1))
 
 
 class DeformableAttention(nn.Module):
@@ -128,8 +140,13 @@ class PixelDecoderLayer(nn.Module):
         reference: Tensor,  # [1, S, 1, 2]
     ) -> Tensor:  # [B, S, C]
         x = self.norm1(x + self.dropout(self.attn(x, position, shapes, reference)))
-        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
-        return self.norm2(x + self.dropout(self.linear2(hidden)))
+        return self.norm2(x + self.dropout(self._feed_forward(x)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        first, second = self.linear1, self.linear2
+        if self.training and self.dropout.p > 0:  # it drops hidden values too
+            return second(self.dropout(F.relu(first(x), inplace=True)))
+        return feed_forward(x, first.weight, first.bias, second.weight, second.bias, "relu")
 
 
 class PixelDecoder(nn.Module):
@@ -212,9 +229,6 @@ class PixelDecoder(nn.Module):
         project, norm = self.adapter
         lateral = norm(_pointwise(project, features[0]))
         up = F.interpolate(finest, lateral.shape[2:], mode="bilinear", align_corners=False)
-        pyramid = lateral + up
-        if pyramid.dtype in (torch.float32, torch.float64):
-            # a CPU's 3 x 3 convolution rounds three times as much when channels come last
-            pyramid = pyramid.contiguous()
-        pyramid = F.relu(self.output_conv(pyramid), inplace=True)
+        convolution, norm = self.output_conv
+        pyramid = F.relu(norm(_in_halves(convolution, lateral + up)), inplace=True)
         return _pointwise(self.mask_features, pyramid), x, shapes

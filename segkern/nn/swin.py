@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import feed_forward
+
 VARIANTS = {
     "swin_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "swin_small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
@@ -207,8 +209,9 @@ class Block(nn.Module):
     ) -> Tensor:  # [T, C]
         images = windows.grid[0]
         x = x + self._drop(self.attn(self.norm1(x), windows, offsets, edges), images)
-        hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))
-        return x + self._drop(self.mlp["fc2"](hidden), images)
+        fc1, fc2 = self.mlp["fc1"], self.mlp["fc2"]
+        hidden = feed_forward(self.norm2(x), fc1.weight, fc1.bias, fc2.weight, fc2.bias, "gelu")
+        return x + self._drop(hidden, images)
 
     def _drop(self, x: Tensor, images: int) -> Tensor:
         """Stochastic depth (Huang et al., ECCV 2016) of a branch [T, C]."""

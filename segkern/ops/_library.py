@@ -17,6 +17,7 @@ import torch
 PACKAGE = Path(__file__).parent.parent
 OPS: list[str] = []  # every op that is declared
 CPU_ONLY: set[str] = set()  # of them, those that have no kernel for CUDA yet
+COMPOSED: set[str] = set()  # those whose kernel is made of PyTorch's ops, for every device
 TRITON: dict[str, str] = {}  # op to the module of segkern.kernels that holds its launcher
 _definitions = torch.library.Library("segkern", "DEF")
 
@@ -58,7 +59,11 @@ if importlib.util.find_spec("triton") is None:
 
 
 def define(
-    schema: str, fake: Callable, triton: str | None = None, cpu_only: bool = False
+    schema: str,
+    fake: Callable,
+    triton: str | None = None,
+    cpu_only: bool = False,
+    composed: Callable | None = None,
 ) -> torch._ops.OpOverload:
     """Declares op `segkern::<schema>` with its fake (shapes, dtypes); returns its handle.
 
@@ -66,6 +71,7 @@ def define(
         triton: the module of `segkern.kernels` whose function of the op's name runs on CUDA; None
             where `_C_cuda` brings the kernel.
         cpu_only: there is no kernel for CUDA yet.
+        composed: the kernel for all devices, of PyTorch's own ops.
     """
     name = schema.split("(", 1)[0]
     _definitions.define(schema)
@@ -80,6 +86,9 @@ def define(
             return getattr(importlib.import_module(f"segkern.kernels.{triton}"), name)(*args)
 
         _definitions.impl(name, launch, "CUDA")
+    if composed is not None:
+        COMPOSED.add(name)
+        _definitions.impl(name, composed, "CompositeExplicitAutograd")
     return getattr(torch.ops.segkern, name).default
 
 
@@ -92,7 +101,9 @@ def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:
     """
     if impl not in ("kernel", "reference"):
         raise ValueError(f"{op}: impl must be 'kernel' or 'reference', got {impl!r}")
-    if impl == "reference" or PURE:
+    if impl == "reference" or op in COMPOSED:
+        return impl == "kernel"
+    if PURE:
         return False
     device = tensor.device.type
     library = "triton" if device == "cuda" and op in TRITON else device

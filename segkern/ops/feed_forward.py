@@ -1,0 +1,192 @@
+r"""Two linear layers with an activation between them, whose hidden layer is never held.
+
+    y = act(x W1^T + b1) W2^T + b2        act: gelu (exact) or relu
+
+Letters: R row (all leading dimensions of x together), C channels, F hidden channels.
+
+The hidden layer [R, F] is four to eight times as large as x, and training would keep it twice,
+before and after the activation: the largest part of what a Swin holds. Here x alone is kept and
+backward computes the hidden layer again, one matrix product more on top of six. On a CPU all of it
+goes through blocks of rows, so that the hidden values of a block stay in the cache and no fresh
+memory is touched; on a GPU there is one block.
+FLOPs: 4 R C F forward, 10 R C F backward; bytes: 2 R C and 2 C F values.
+Source: Attention Is All You Need (Vaswani et al., NeurIPS 2017), section 3.3; keeping inputs only:
+Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
+The matrix products are those of PyTorch, so that the kernel is a composition in this file.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _library
+from ._checks import expect
+
+_aten = torch.ops.aten
+_HIDDEN = 2**21  # values of the hidden layer in a block: 8 MB in float32
+_ROWS = 512  # the fewest of a block: the weights are read once a block
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
+
+
+def feed_forward_reference(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    activation: str = "gelu",
+) -> Tensor:
+    """The specification, in plain PyTorch; arguments as `feed_forward`."""
+    return F.linear(ACTIVATIONS[activation](F.linear(x, weight1, bias1)), weight2, bias2)
+
+
+def _blocks(x: Tensor, hidden: int) -> Iterator[slice]:
+    """Ranges of rows that are computed together."""
+    rows = max(_ROWS, _HIDDEN // max(hidden, 1)) if x.device.type == "cpu" else max(len(x), 1)
+    return (slice(i, min(i + rows, len(x))) for i in range(0, len(x), rows))
+
+
+def _forward(
+    x: Tensor,  # [R, C]
+    weight1: Tensor,  # [F, C]
+    bias1: Tensor,  # [F]
+    weight2: Tensor,  # [C, F]
+    bias2: Tensor,  # [C]
+    gelu: bool,
+) -> Tensor:  # [R, C]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for rows in _blocks(x, len(weight1)):
+        hidden = torch.addmm(bias1, x[rows], weight1.t())
+        hidden = _aten.gelu_(hidden) if gelu else hidden.relu_()
+        torch.addmm(bias2, hidden, weight2.t(), out=out[rows])
+    return out
+
+
+def _backward(
+    grad: Tensor,  # [R, C]
+    x: Tensor,  # [R, C]
+    weight1: Tensor,  # [F, C]
+    bias1: Tensor,  # [F]
+    weight2: Tensor,  # [C, F]
+    gelu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight1, bias1, weight2 and bias2."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sums = [torch.zeros_like(w, dtype=exact) for w in (weight1, bias1, weight2)]
+    for rows in _blocks(x, len(weight1)):
+        before, above = torch.addmm(bias1, x[rows], weight1.t()), grad[rows]
+        after = F.gelu(before) if gelu else before.relu()
+        _add_product(sums[2], above.t(), after)
+        inner = torch.mm(above, weight2, out=after)
+        if gelu:
+            inner = _aten.gelu_backward(inner, before)
+        else:
+            inner = _aten.threshold_backward(inner, before, 0)
+        _add_product(sums[0], inner.t(), x[rows])
+        sums[1] += inner.sum(0, dtype=exact)
+        torch.mm(inner, weight1, out=grad_x[rows])
+    first, second, third = (total.to(x.dtype) for total in sums)
+    return grad_x, first, second, third, grad.sum(0)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _fake(x, weight1, bias1, weight2, bias2, gelu) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_backward(grad, x, weight1, bias1, weight2, gelu) -> tuple[Tensor, ...]:
+    likes = (x, weight1, bias1, weight2, grad.new_empty(grad.shape[1]))
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in likes)
+
+
+_forward_op = _library.define(
+    "feed_forward(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,"
+    " bool gelu) -> Tensor",
+    _fake,
+    composed=_forward,
+)
+_backward_op = _library.define(
+    "feed_forward_backward(Tensor grad, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2,"
+    " bool gelu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+    composed=_backward,
+)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2, bias2, gelu):
+        ctx.save_for_backward(x, weight1, bias1, weight2)
+        ctx.gelu = gelu
+        return _forward_op(x, weight1, bias1, weight2, bias2, gelu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *_backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.gelu), None
+
+
+def feed_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    activation: str = "gelu",
+    impl: str = "kernel",
+) -> Tensor:
+    """Two linear layers with an activation between them.
+
+    Under autocast all tensors are cast to its dtype, as for `torch.nn.functional.linear`.
+
+    Args:
+        x: [..., C] floating.
+        weight1: [F, C] in x's dtype (without autocast), as `torch.nn.Linear` holds it.
+        bias1: [F].
+        weight2: [C, F].
+        bias2: [C].
+        activation: "gelu" (with the error function, not its tanh approximation) or "relu".
+        impl: "kernel", or "reference" for plain PyTorch.
+
+    Returns:
+        [..., C] in the dtype of the products.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"feed_forward: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+    sizes = {}
+    flat = x.reshape(-1, x.shape[-1]) if isinstance(x, Tensor) and x.ndim else x
+    expect("feed_forward", "x", flat, "R C", "float", sizes)
+    weights = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    for (name, weight), shape in zip(weights.items(), ("F C", "F", "C F", "C")):
+        expect("feed_forward", name, weight, shape, "float", sizes)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        flat, *tensors = (t.to(dtype) for t in (flat, *weights.values()))
+    else:
+        tensors = list(weights.values())
+        for name, weight in weights.items():
+            if weight.dtype != x.dtype:
+                raise TypeError(f"feed_forward: {name} must be {x.dtype} as x, got {weight.dtype}")
+    if _library.use_kernel("feed_forward", impl, x):
+        with torch.autocast(device, enabled=False):
+            out = _FeedForward.apply(flat, *tensors, activation == "gelu")
+    else:
+        out = feed_forward_reference(flat, *tensors, activation)
+    return out.view(x.shape)

@@ -1,0 +1,157 @@
+"""feed_forward: two linear layers with an activation between them."""
+
+import pytest
+import torch
+
+from segkern.ops import feed_forward
+from segkern.ops.feed_forward import feed_forward_reference
+from segkern.testing import DTYPES, compare, feed_forward_inputs
+
+CASES = {  # inputs, activation
+    "gelu": ({}, "gelu"),
+    "relu": ({}, "relu"),
+    "one row": ({"shape": ()}, "gelu"),
+    "three leading dimensions": ({"shape": (2, 3, 5)}, "relu"),
+    "hidden of one": ({"F": 1}, "gelu"),
+    "several blocks of rows": ({"shape": (1100,), "F": 9000, "C": 3}, "gelu"),
+    "a block and one row": ({"shape": (513,), "F": 5000, "C": 4}, "relu"),
+}
+TENSORS = range(5)
+
+
+def run(function, activation):
+    return lambda *tensors: function(*tensors, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_forward(case, dtype):
+    sizes, activation = CASES[case]
+    inputs = feed_forward_inputs(**sizes, dtype=dtype)
+    compare(run(feed_forward, activation), run(feed_forward_reference, activation), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(case, dtype):
+    sizes, activation = CASES[case]
+    inputs = feed_forward_inputs(**sizes, dtype=dtype)
+    kernel, reference = (run(f, activation) for f in (feed_forward, feed_forward_reference))
+    compare(kernel, reference, inputs, grads=TENSORS)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_gradcheck(activation):
+    inputs = [t.requires_grad_() for t in feed_forward_inputs(F=9, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(run(feed_forward, activation), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    x, *weights = feed_forward_inputs((7,), dtype=dtype)
+    torch.library.opcheck(torch.ops.segkern.feed_forward, (x, *weights, True))
+    inputs = (torch.ones_like(x), x, *weights[:-1], False)
+    torch.library.opcheck(torch.ops.segkern.feed_forward_backward, inputs)
+
+
+def test_compile():
+    inputs = [t.requires_grad_() for t in feed_forward_inputs()]
+    compiled = torch.compile(feed_forward, fullgraph=True, backend="aot_eager")
+    want = torch.autograd.grad(feed_forward(*inputs).square().sum(), inputs)
+    actual = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+    for a, w in zip(actual, want):
+        assert torch.equal(a, w)
+
+
+@pytest.mark.parametrize("impl", ["kernel", "reference"])
+def test_autocast(impl):
+    inputs = [t.requires_grad_() for t in feed_forward_inputs()]
+    device = inputs[0].device.type
+    half = [t.bfloat16() for t in inputs]
+    with torch.autocast(device, torch.bfloat16):
+        out = feed_forward(*inputs, impl=impl)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, feed_forward(*half, impl=impl))
+    grads = torch.autograd.grad(out.float().sum(), inputs)
+    assert all(g.dtype == torch.float32 and g.abs().sum() > 0 for g in grads)
+
+
+def test_the_hidden_layer_is_not_kept_for_backward():
+    inputs = [t.requires_grad_() for t in feed_forward_inputs((64,), C=8, F=512)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        feed_forward(*inputs)
+    assert max(kept) <= 8 * 512, "weights are the largest"
+
+
+BAD = {
+    "x 0-d": ((0, lambda t: t[0, 0, 0]), ValueError, r"x must be \[R, C\] float, got \[\]"),
+    "x int64": ((0, torch.Tensor.long), TypeError, "x must be .* got .* int64"),
+    "weight1 transposed": (
+        (1, torch.Tensor.t),
+        ValueError,
+        r"weight1 must be \[F, C\] float with",
+    ),
+    "weight2 transposed": (
+        (3, torch.Tensor.t),
+        ValueError,
+        r"weight2 must be \[C, F\] float with",
+    ),
+    "bias1 too long": (
+        (2, lambda t: t.repeat(2)),
+        ValueError,
+        r"bias1 must be \[F\] float with F",
+    ),
+    "bias2 2-d": ((4, lambda t: t[None]), ValueError, r"bias2 must be \[C\] float"),
+    "other dtype": (
+        (3, torch.Tensor.double),
+        TypeError,
+        "weight2 must be torch.float32 as x, got torch.float64",
+    ),
+    "no tensor": ((2, lambda t: None), TypeError, "bias1 must be .* got NoneType"),
+    "other device": ((1, lambda t: t.to("meta")), ValueError, r"must be on \S+, got meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    (place, change), error, message = BAD[case]
+    inputs = feed_forward_inputs()
+    inputs[place] = change(inputs[place])
+    with pytest.raises(error, match=message):
+        feed_forward(*inputs)
+
+
+def test_bad_activation():
+    with pytest.raises(ValueError, match="activation must be one of gelu, relu, got 'tanh'"):
+        feed_forward(*feed_forward_inputs(), "tanh")
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0)], ids=str)
+def test_no_rows(shape):
+    inputs = [t.requires_grad_() for t in feed_forward_inputs(shape)]
+    out = feed_forward(*inputs)
+    assert out.shape == inputs[0].shape
+    out.sum().backward()
+    assert all((t.grad == 0).all() for t in inputs)
+
+
+def test_non_contiguous():
+    x, *weights = feed_forward_inputs((6, 5))
+    want = feed_forward(x, *weights)
+    last = x.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.testing.assert_close(feed_forward(last, *weights), want)
+    columns = [w.t().contiguous().t() if w.ndim == 2 else w for w in weights]
+    torch.testing.assert_close(feed_forward(x, *columns), want)
+
+
+def test_nan_stays_in_its_row():
+    x, *weights = feed_forward_inputs((9,))
+    want = feed_forward(x, *weights)
+    x[4] = float("nan")
+    out = feed_forward(x, *weights)
+    assert out[4].isnan().all()
+    rest = torch.arange(9) != 4
+    torch.testing.assert_close(out[rest], want[rest])
