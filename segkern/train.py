@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from . import checkpoint
@@ -30,6 +30,7 @@ from .files import writable_folder
 from .models import CLASSES, Config, Mask2FormerConfig, Model, build_model, kind_of
 from .optimizer import build_optimizer, learning_rate
 from .process import Interrupt, leave_interrupts_to_parent, usable_device
+from .step import PRECISIONS, Step
 from .trainlog import Log, Meter
 from .weights.fit import misfits
 
@@ -37,7 +38,7 @@ from .weights.fit import misfits
 # schedule: from the resume on, the rate is that of a run of so many
 _FREE = (
     "output overwrite steps device workers threads log_every checkpoint_every evaluate_every "
-    "evaluate_scenes threshold tensorboard"
+    "evaluate_scenes threshold tensorboard cuda_graphs"
 )
 
 
@@ -61,7 +62,8 @@ class TrainConfig:
             and again at 26/27.
         warmup: steps in which the rate rises.
         clip: largest norm of the gradient; 0 does not clip.
-        precision: "fp32", or "bf16" for autocast.
+        precision: "fp32", "bf16" for autocast, or "fp16" for autocast with a scaled loss.
+        cuda_graphs: on a GPU capture the whole step in a CUDA graph for each size of a batch.
         seed: of the weights, the order of the samples and dropout.
         device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
         threads: of the CPU; 0 keeps torch's own choice.
@@ -89,7 +91,8 @@ class TrainConfig:
     schedule: Literal["cosine", "poly", "steps"] = "cosine"
     warmup: int = 10
     clip: float = 0.01
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    cuda_graphs: bool = True
     seed: int = 0
     device: str = "auto"
     threads: int = 0
@@ -119,7 +122,7 @@ class TrainConfig:
                     )
         for name, known in (
             ("schedule", ("cosine", "poly", "steps")),
-            ("precision", ("fp32", "bf16")),
+            ("precision", tuple(PRECISIONS)),
             ("optimizer", ("adamw", "sgd")),
         ):
             if getattr(self, name) not in known:
@@ -212,10 +215,10 @@ def train(
     torch.manual_seed(config.seed)
     model = build_model(config.model).to(device).train()
     optimizer = build_optimizer(model, config)
+    train_step = Step(model, optimizer, config.clip, config.precision, config.cuda_graphs)
     start, seconds = 0, 0.0
     if state is not None:
-        start, seconds = _restore(state, model, optimizer, resume)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+        start, seconds = _restore(state, train_step, resume)
     batches = _batches(data, config, start)
     if not own:
         _remove_run(folder)
@@ -229,15 +232,7 @@ def train(
             began = time.perf_counter()
             batch = next(batches).to(device)
             rate = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"].fill_(rate * group["factor"])
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, losses = model.loss(batch.pixel_values, batch.targets)
-            loss.backward()
-            if config.clip:
-                nn.utils.clip_grad_norm_(parameters, config.clip)
-            optimizer.step()
+            loss, losses = train_step(batch, rate)
             done = step + 1
             stopping = stop.asked and done < config.steps  # read once: it may change any time
             due = stopping or done == config.steps or done % config.checkpoint_every == 0
@@ -252,7 +247,7 @@ def train(
             if line is not None:
                 log.write(line | {"seconds": round(seconds, 3)})
             if due:
-                _save(folder, model, optimizer, config, done, seconds)
+                _save(folder, train_step, config, done, seconds)
             if stopping:
                 raise KeyboardInterrupt(
                     f"stopped after step {done} of {config.steps}; "
@@ -335,13 +330,13 @@ def _remove_run(folder: Path) -> None:
         (folder / checkpoint.FILE).unlink()
 
 
-def _save(folder, model, optimizer, config: TrainConfig, step: int, seconds: float) -> None:
+def _save(folder, run: Step, config: TrainConfig, step: int, seconds: float) -> None:
     """Writes a checkpoint and model/, unless the weights are spoilt: those before stay then.
 
     Raises:
         FloatingPointError: weights that are not finite.
     """
-    weights = model.state_dict()
+    weights = run.model.state_dict()
     _check_weights(weights, step)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     checkpoint.save(
@@ -352,11 +347,12 @@ def _save(folder, model, optimizer, config: TrainConfig, step: int, seconds: flo
             "seconds": seconds,
             "seed": config.seed,
             "model": weights,
-            "optimizer": optimizer.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
         },
     )
-    model.save_pretrained(folder / "model")
+    run.model.save_pretrained(folder / "model")
 
 
 def _open(path: str | Path, config: TrainConfig) -> dict:
@@ -377,20 +373,21 @@ def _open(path: str | Path, config: TrainConfig) -> dict:
     return state
 
 
-def _restore(state: dict, model: Model, optimizer, name) -> tuple[int, float]:
-    """Loads weights, optimizer and generators. Returns steps and seconds done.
+def _restore(state: dict, run: Step, name) -> tuple[int, float]:
+    """Loads weights, optimizer, scale and generators. Returns steps and seconds done.
 
     Raises:
         ValueError: the weights are not of this model; nothing is loaded then.
     """
-    found = misfits(state["model"], model.state_dict())
+    found = misfits(state["model"], run.model.state_dict())
     if found:
         raise ValueError(f"{name}: the weights are of another model; {'; '.join(found)}")
     try:
-        optimizer.load_state_dict(state["optimizer"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state.get("scaler", {}))
     except (KeyError, ValueError) as error:
         raise ValueError(f"{name}: the optimizer's state is of another model ({error})") from error
-    model.load_state_dict(state["model"])
+    run.model.load_state_dict(state["model"])
     torch.set_rng_state(state["random"]["cpu"])
     if torch.cuda.is_available() and state["random"]["cuda"]:
         torch.cuda.set_rng_state_all(state["random"]["cuda"])

@@ -4,14 +4,19 @@ import copy
 
 import pytest
 import torch
-from test_gpu import DEVICE, no_synchronisation, warmed_up
+from test_gpu import DEVICE, no_synchronisation
 
+from segkern.data.collate import Batch
+from segkern.graphs import Replay
 from segkern.models import Mask2Former, Mask2FormerConfig
 from segkern.nn.targets import Targets
+from segkern.optimizer import build_optimizer
+from segkern.step import PRECISIONS, Step
 from segkern.testing import random_targets
+from segkern.train import TrainConfig
 
 pytestmark = pytest.mark.gpu
-LABELS = 5
+LABELS, RATE = 5, 1e-4
 BACKBONES = {
     "resnet_digits": {},
     "swin_tiny": {"backbone": "swin_tiny", "drop_path_rate": 0.3},
@@ -75,32 +80,22 @@ def test_agrees_with_the_cpu(dtype, close):
     assert distance(grads[1], grads[0]) < close
 
 
-def training_step(network, x, targets, dtype=torch.float32):
-    """A function that makes one step, and leaves nothing to read for the host."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True, capturable=True)
-    network.train()
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-            loss, _ = network.loss(x, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 0.1, error_if_nonfinite=False)
-        optimizer.step()
-
-    return step
+def stepper(network, precision="fp32", graphs=False):
+    config = TrainConfig(lr=RATE)
+    return Step(network.train(), build_optimizer(network, config), 0.1, precision, graphs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_training_step_does_not_synchronise(backbone, dtype):
+def test_a_training_step_does_not_synchronise(backbone, precision):
     side = 64 if backbone == "resnet_digits" else 128
-    step = training_step(*on_gpu(model(backbone), *batch(side)), dtype)
+    network, *data = on_gpu(model(backbone), *batch(side))
+    step, data = stepper(network, precision), Batch(*data)
     for _ in range(2):
-        step()
+        step(data, RATE)
     torch.cuda.synchronize()
     with no_synchronisation():
-        step()
+        step(data, RATE)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -114,22 +109,30 @@ def test_an_inference_does_not_synchronise(backbone):
             network(x)
 
 
-def test_a_training_step_is_one_graph():
-    """Five steps, two of them before the capture, end where five eager steps end."""
-    eager_model, x, targets = on_gpu(model(), *batch())
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_training_step_is_one_graph(precision):
+    """Ten steps on two sizes, most of them replayed, end where ten eager steps end."""
+    small, large = (Batch(*on_gpu(model(), *batch(side))[1:]) for side in (64, 96))
+    eager_model = copy.deepcopy(model()).to(DEVICE)
     graph_model = copy.deepcopy(eager_model)
-    eager = training_step(eager_model, x, targets)
-    for _ in range(5):
-        eager()
-    step = training_step(graph_model, x, targets)
-    for _ in range(2):
-        warmed_up(step)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    for _ in range(3):
-        graph.replay()
+    eager, step = stepper(eager_model, precision), stepper(graph_model, precision, graphs=True)
+    for data in (small, large) * 5:
+        want, got = eager(data, RATE)[0], step(data, RATE)[0]
+        assert distance([got], [want]) < 0.02
+    assert len(step._run._captured) == 2
     start = list(model().parameters())
     eager_end, graph_end = (list(m.parameters()) for m in (eager_model, graph_model))
-    assert graph_model.criterion.seed.item() == eager_model.criterion.seed.item() == 5
-    assert distance(graph_end, eager_end) < 0.05 * distance(start, eager_end)
+    assert graph_model.criterion.seed.item() == eager_model.criterion.seed.item() == 10
+    assert distance(graph_end, eager_end) < 0.1 * distance(start, eager_end)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_an_inference_is_one_graph(backbone):
+    network, x, _ = on_gpu(model(backbone), *batch(128))
+    network.eval()
+    run = Replay(network.predict, warmup=2)
+    with torch.inference_mode():
+        for i in range(5):
+            want, got = network.predict(x + i), run(x + i)
+            assert distance(list(got), list(want)) < 1e-5
+    assert len(run._captured) == 1
