@@ -103,17 +103,12 @@ def test_fp16_resumes_with_its_scale(tmp_path):
     same(whole.model.state_dict(), again.model.state_dict())
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("backbone", ["resnet_digits", "swin_tiny"])
-def test_the_loss_compiles_to_one_graph(backbone, backend):
-    """The eager loss and gradients, the random points advancing likewise."""
-    eager = network(backbone)
+def test_the_compiled_loss_has_the_gradients_of_the_eager_one():
+    eager = network("swin_tiny")
     eager.backbone.eval()  # dropped branches are drawn differently
     compiled, data = copy.deepcopy(eager), batch()
     torch._dynamo.reset()
-    loss = torch.compile(compiled.loss, fullgraph=True, backend=backend)
+    loss = torch.compile(compiled.loss, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         for model, function in ((eager, eager.loss), (compiled, loss)):
             model.zero_grad()
