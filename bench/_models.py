@@ -92,6 +92,7 @@ def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu
             with autocast:
                 call(x)
 
+        run.model = model  # profile.py looks into it
         return run
     one = random_targets([TARGETS], TINY["num_labels"], height, width)  # every model has as many
     masks, classes = (of_one * batch for of_one in one)
@@ -115,6 +116,7 @@ def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
 
+    step.model = model
     return step
 
 
