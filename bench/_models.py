@@ -76,14 +76,22 @@ def open_model(impl: str, folder: Path, device: str) -> torch.nn.Module:
 
 
 def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu", compiled=False):
-    """The function to time: an inference, or a training step with its optimizer."""
+    """The function to time: an inference, or a training step with its optimizer.
+
+    Args:
+        impl: "segkern" or "transformers"; what follows a comma is the caller's.
+        dtype: "float32", "bfloat16" for autocast, or "bfloat16 weights" for a model and images
+            that are bfloat16 themselves.
+    """
     from segkern.nn.targets import Targets
     from segkern.testing import moved, random_targets
 
     torch.manual_seed(0)
     model = open_model(impl, folder, device)
     x = torch.randn(batch, 3, height, width, device=device)
-    autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
+    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+    if dtype == "bfloat16 weights":
+        model, x = model.bfloat16(), x.bfloat16()
     call = torch.compile(model) if compiled else model
     if kind == "inference":
 

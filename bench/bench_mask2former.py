@@ -1,20 +1,23 @@
 """Mask2Former against transformers: inference and a training step, same weights.
 
 On the CPU peak memory is that of a process of its own, above what it held after the imports; on a
-GPU what a run allocates above weights and inputs. bfloat16 is autocast on both sides. A step is
-forward, loss, backward, clipping and AdamW; in transformers ResNet's batch norms are not frozen.
+GPU what a run allocates above weights and inputs. "bfloat16" is autocast on both sides, "bfloat16
+weights" a model that was cast itself; inference with either is also compared with transformers
+in float32. A step is forward, loss, backward, clipping and AdamW; in transformers ResNet's batch
+norms are not frozen.
 """
 
 import _models
 import pytest
 from _measure import DEVICE, OPTIONS, Work, pick
 
-IMPLS = ("segkern", "transformers", "transformers, compiled")
-ONE, HALF = "float32", "bfloat16"
+IMPLS = ("segkern", "transformers", "transformers, float32", "transformers, compiled")
+ONE, HALF, WHOLE = "float32", "bfloat16", "bfloat16 weights"
 CASES = pick(  # model, kind, height, width, batch, dtype
     [("tiny", "inference", 64, 64, 1, ONE), ("tiny", "training step", 64, 64, 2, ONE)],
     [("swin_tiny", "inference", side, side, 1, ONE) for side in (384, 512, 1024)]
-    + [("swin_tiny", "training step", 512, 512, 2, ONE)],
+    + [("swin_tiny", "inference", s, s, 1, dtype) for dtype in (HALF, WHOLE) for s in (512, 1024)]
+    + [("swin_tiny", "training step", 512, 512, 2, dtype) for dtype in (ONE, HALF)],
     [
         (model, kind, height, width, batch, HALF)
         for kind, height, width, batch in (
@@ -40,15 +43,21 @@ def name(kind, height, width, batch):
 
 
 def build(model, *case):
+    *sizes, dtype = case
     folder = _models.weights(model)
+    cases = {impl: case for impl in IMPLS[:2]}
+    if dtype != ONE and sizes[0] == "inference" and DEVICE == "cpu":
+        cases[IMPLS[2]] = (*sizes, ONE)
     impls, peaks = {}, {}
-    for impl in IMPLS[:2]:
+    for impl, chosen in cases.items():
+        name = impl.partition(",")[0]
         if DEVICE == "cpu" and not OPTIONS.small:
-            peaks[impl] = _models.peak_memory(impl, folder, *case)
-        impls[impl] = _models.build(impl, folder, *case, DEVICE)
-    impls[IMPLS[2]] = "compiling takes minutes (--compiled)"
+            peaks[impl] = _models.peak_memory(name, folder, *chosen)
+        impls[impl] = _models.build(name, folder, *chosen, DEVICE)
+    impls.setdefault(IMPLS[2], "for inference in half precision on a CPU")
+    impls[IMPLS[3]] = "compiling takes minutes (--compiled)"
     if OPTIONS.compiled:
-        impls[IMPLS[2]] = _models.build("transformers", folder, *case, DEVICE, compiled=True)
+        impls[IMPLS[3]] = _models.build("transformers", folder, *case, DEVICE, compiled=True)
     return Work(impls, peaks=peaks)
 
 

@@ -38,7 +38,7 @@ class Goal:
     graph: bool = False
 
 
-F32, BF16 = "float32", "bfloat16"
+F32, BF16, HALF = "float32", "bfloat16", "bfloat16 weights"
 BOTH = r" forward\+backward"
 THEIRS, COMPILED = "transformers", "transformers, compiled"
 ORIGINAL = "original CUDA op"
@@ -50,7 +50,9 @@ STEP, INFERENCE = "training step 1024 B=8 T=16", "inference (1024|800x1344) B=1"
 GOALS = [
     Goal("cpu", "Swin-T inference 512", SWIN, "inference 512 B=1", F32, THEIRS, 2.5),
     Goal("cpu", "Swin-T inference 1024", SWIN, "inference 1024 B=1", F32, THEIRS, 3),
-    Goal("cpu", "Swin-T inference, bfloat16", SWIN, "inference (512|1024) B=1", BF16, THEIRS, 5),
+    Goal(
+        "cpu", "Swin-T, bfloat16", SWIN, "inference (512|1024) B=1", HALF, THEIRS + ", float32", 5
+    ),
     Goal("cpu", "Swin-T step 512", SWIN, "training step 512 B=2 T=16", F32, THEIRS, 2.5, 0.4),
     Goal("cpu", "panoptic maps", "segment_map", "panoptic.*1024x2048.*", F32, THEIRS, 20),
     Goal("cpu", "instance maps", "segment_map", "instance.*1024x2048.*", F32, THEIRS, 10),

@@ -146,6 +146,13 @@ class TimmBackbone(nn.Module):
     def _norms(self) -> list[nn.Module]:
         return [m for m in self.body.modules() if isinstance(m, nn.BatchNorm2d)]
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep less for backward and compute it again there.
+
+        Batch norms that are not frozen then see each batch twice, as everywhere in timm.
+        """
+        self.body.set_grad_checkpointing(enable)
+
     def train(self, mode: bool = True) -> "TimmBackbone":
         """Batch norms that are frozen stay in eval mode."""
         super().train(mode)
