@@ -150,11 +150,11 @@ def test_swin_in_bfloat16_is_near():
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
     block = Block(8, 2, 7, False, 0.5)
-    x = torch.ones(64 * 5, 8)  # 64 images of 5 tokens
-    dropped = block._drop(x, 64).view(64, -1)
+    x = torch.ones(64, 1, 5, 8)
+    dropped = block._drop(x).view(64, -1)
     assert torch.equal(dropped, dropped[:, :1].expand_as(dropped))
     assert set(dropped[:, 0].tolist()) == {0.0, 2.0}
-    assert block.eval()._drop(x, 64) is x
+    assert block.eval()._drop(x) is x
     rates = [
         b.drop_path for s in backbone("swin_tiny", drop_path_rate=0.3).layers for b in s.blocks
     ]
