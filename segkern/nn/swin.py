@@ -14,6 +14,8 @@ Source: Swin Transformer (Liu et al., ICCV 2021). As in the published segmentati
 and odd blocks are shifted even where one window covers the whole map.
 """
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -208,7 +210,8 @@ class Swin(nn.Module):
         Returns:
             maps [B, C_i, ceil(H / s_i), ceil(W / s_i)], finest first, channels last in memory.
         """
-        h, w = x.shape[2:]
+        # the size is a constant of a compiled graph: symbols halved four times take minutes
+        h, w = operator.index(x.shape[2]), operator.index(x.shape[3])
         if h % PATCH or w % PATCH:
             x = F.pad(x, (0, -w % PATCH, 0, -h % PATCH))
         x = self.patch_embed["proj"](x).permute(0, 2, 3, 1)
