@@ -1,16 +1,17 @@
-// window_attn on the CPU: a task takes one head through a run of windows; what it needs of a
-// window is copied into rows that stay in the cache, and the scores of one window and head are all
-// that is ever stored. Letters: B image, h w map, H head, D channels a head, W window's side, S =
-// W W tokens of a window; E and L are D and S rounded up to whole lines (16 in float, 8 in
-// double).
+// window_attn on the CPU: a task takes a few heads through a run of windows; what a window and
+// head need is copied into rows that stay in the cache, and their scores are all that is ever
+// stored. Letters: B image, h w map, H head, D channels a head, W window's side, S = W W tokens of
+// a window; E and L are D and S rounded up to whole lines (16 in float, 8 in double).
 #include "simd_math.h"
 #include "tile.h"
 
 namespace segkern {
 namespace {
 
-constexpr int64_t kTasks = 128;    // about; from the shape alone: sums never depend on threads
+constexpr int64_t kTasks = 64;     // about; from the shape alone: sums never depend on threads
+constexpr int64_t kHeads = 4;      // of a task: what they read of a token lies together
 constexpr double kBlocked = -100;  // added where two tokens of a window are no neighbours
+constexpr double kNothing = -64;   // exp of less is 0: tiny weights would make slow subnormals
 
 struct Sizes {
   int64_t B, h, w, H, D, W, shift, E, L;
@@ -18,9 +19,11 @@ struct Sizes {
   int64_t rows() const { return (h + W - 1) / W; }
   int64_t columns() const { return (w + W - 1) / W; }
   int64_t windows() const { return B * rows() * columns(); }
+  int64_t groups() const { return (H + kHeads - 1) / kHeads; }
   int64_t chunks() const {
-    return std::min(windows(), (kTasks + H - 1) / std::max<int64_t>(H, 1));
+    return std::min(windows(), kTasks / std::clamp<int64_t>(groups(), 1, kTasks));
   }
+  int64_t tasks() const { return chunks() * groups(); }
 };
 
 template <class T>
@@ -120,7 +123,8 @@ SEGKERN_CLONES void softmax_rows(const int32_t* place, int64_t n, int64_t L,
     }
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < L; ++j) {
-      const T weight = simd_exp_low(x[j] - most);
+      const T below = x[j] - most;
+      const T weight = below < T(kNothing) ? T(0) : simd_exp_low(below);
       x[j] = weight;
       sum += weight;
     }
@@ -210,21 +214,22 @@ void sums(const T* x, int64_t xr, int64_t xk, int64_t n, const T* y /*[K, E]*/, 
   tiles<T>().product(x, xr, xk, n, y, sizes.E, kLanes<T>, K, sizes.E / kLanes<T>, out, sizes.E);
 }
 
-// Calls each(window) for the windows of a chunk, while the next one's rows are on their
-// way
+// Calls each(window, head) for those of a task, while the rows of the next window are on their
+// way.
 template <class S, class T, class Each>
-void for_windows(const Sizes& n, const Projected<S>& x, int64_t chunk, int64_t head,
-                 Window<T>* pair, const Each& each) {
-  const int64_t begin = chunk * n.windows() / n.chunks(), all = n.windows();
-  const int64_t end = (chunk + 1) * all / n.chunks();
+void for_windows(const Sizes& n, const Projected<S>& x, int64_t task, Window<T>* pair,
+                 const Each& each) {
+  const int64_t first = task % n.groups() * kHeads, last = std::min(n.H, first + kHeads);
+  const int64_t chunk = task / n.groups(), begin = chunk * n.windows() / n.chunks();
+  const int64_t end = (chunk + 1) * n.windows() / n.chunks();
   cut(n, begin, pair[begin % 2]);
   for (int64_t i = begin; i < end; ++i) {
     Window<T>& next = pair[(i + 1) % 2];
-    if (i + 1 < end) {
-      cut(n, i + 1, next);
-      x.prefetch(head, next.query.get(), next.queries);
+    if (i + 1 < end) cut(n, i + 1, next);
+    for (int64_t head = first; head < last; ++head) {
+      if (i + 1 < end) x.prefetch(head, next.query.get(), next.queries);
+      each(pair[i % 2], head);
     }
-    each(pair[i % 2]);
   }
 }
 
@@ -243,10 +248,9 @@ void forward(const Tensor& qkv, const Tensor& padding, const Tensor& bias, const
     return Memory{{Window<T>(n), Window<T>(n)}, Scratch<T>(n.L * n.E),   Scratch<T>(n.L * n.E),
                   Scratch<T>(n.L * n.E),        Scratch<T>(n.S() * n.L), Scratch<T>(n.S())};
   };
-  run_tasks(n.chunks() * n.H, make, [&](int64_t task, Memory& memory) {
-    const int64_t head = task % n.H;
+  run_tasks(n.tasks(), make, [&](int64_t task, Memory& memory) {
     T *a = memory.a.get(), *b = memory.b.get(), *p = memory.p.get(), *f = memory.factor.get();
-    for_windows(n, x, task / n.H, head, memory.pair, [&](const Window<T>& window) {
+    for_windows(n, x, task, memory.pair, [&](const Window<T>& window, int64_t head) {
       const int64_t queries = window.queries;
       x.rows(1, head, window.key.get(), n.S(), n.L, n.E, a);
       turn(a, n, memory.turned.get());
@@ -278,8 +282,9 @@ void backward(const Tensor& grad, const Tensor& qkv, const Tensor& padding, cons
   const Projected<S> x(qkv, padding, n);
   const Scratch<T> added = bias_rows<T>(bias, n);
   const Tensor up = torch::stable::contiguous(grad);
-  const int64_t tasks = n.chunks() * n.H, C = n.H * n.D, area = n.S() * n.L;
-  const Scratch<T> part_bias(tasks * area), part_padding(tasks * 2 * n.D);  // [chunks, H, ...]
+  const int64_t chunks = n.chunks(), C = n.H * n.D, area = n.S() * n.L;
+  const Scratch<T> part_bias(chunks * n.H * area);        // [chunks, H, S, L]
+  const Scratch<T> part_padding(chunks * n.H * 2 * n.D);  // [chunks, H, 2, D]
   S* to = mutable_data<S>(grad_qkv);
 
   struct Memory {
@@ -299,17 +304,18 @@ void backward(const Tensor& grad, const Tensor& qkv, const Tensor& padding, cons
                   Scratch<T>(n.S()),
                   rows()};
   };
-  run_tasks(tasks, make, [&](int64_t task, Memory& memory) {
-    const int64_t head = task % n.H;
+  run_tasks(n.tasks(), make, [&](int64_t task, Memory& memory) {
     T *q = memory.q.get(), *k = memory.k.get(), *v = memory.v.get(), *g = memory.g.get();
     T *turned = memory.turned.get(), *p = memory.p.get(), *dp = memory.dp.get();
-    T *line = memory.line.get(), *pad = part_padding.get() + task * 2 * n.D;
-    T* bias_to = part_bias.get() + task * area;
-    std::fill_n(bias_to, area, T(0));
-    std::fill_n(pad, 2 * n.D, T(0));
-    for_windows(n, x, task / n.H, head, memory.pair, [&](const Window<T>& window) {
+    T* line = memory.line.get();
+    const int64_t chunk = task / n.groups(), first = chunk * n.H + task % n.groups() * kHeads;
+    const int64_t heads = std::min(kHeads, n.H - task % n.groups() * kHeads);
+    std::fill_n(part_bias.get() + first * area, heads * area, T(0));
+    std::fill_n(part_padding.get() + first * 2 * n.D, heads * 2 * n.D, T(0));
+    for_windows(n, x, task, memory.pair, [&](const Window<T>& window, int64_t head) {
       const int64_t queries = window.queries, *query = window.query.get();
       const int64_t* key = window.key.get();
+      T* pad = part_padding.get() + (chunk * n.H + head) * 2 * n.D;
       x.rows(0, head, query, queries, queries, n.E, q);
       x.rows(1, head, key, n.S(), n.L, n.E, k);
       x.rows(2, head, key, n.S(), n.L, n.E, v);
@@ -321,7 +327,8 @@ void backward(const Tensor& grad, const Tensor& qkv, const Tensor& padding, cons
       turn(v, n, turned);
       dots(g, queries, turned, n, dp);
       softmax_gradient(window.place.get(), queries, n.L, memory.factor.get(),
-                       static_cast<T>(scale), p, dp, bias_to);
+                       static_cast<T>(scale), p, dp,
+                       part_bias.get() + (chunk * n.H + head) * area);
       S* out = to + head * n.D;
       sums(dp, n.L, 1, queries, k, n.S(), n, line);
       scatter<S, T>(line, nullptr, query, queries, n.D, n.E, out, 3 * C, nullptr);
@@ -335,7 +342,6 @@ void backward(const Tensor& grad, const Tensor& qkv, const Tensor& padding, cons
   // a padded token asks nothing: no gradient of its q
   T *pad_to = mutable_data<T>(grad_padding), *bias_to = mutable_data<T>(grad_bias);
   std::fill_n(pad_to, C, T(0));
-  const int64_t chunks = n.chunks();
   for (int64_t i = 0; i < 2 * n.H; ++i)
     add_chunks(part_padding.get() + (i % n.H * 2 + i / n.H) * n.D, chunks, n.H * 2 * n.D, n.D,
                pad_to + C + i * n.D);
