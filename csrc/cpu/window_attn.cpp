@@ -11,7 +11,6 @@ namespace {
 constexpr int64_t kTasks = 64;     // about; from the shape alone: sums never depend on threads
 constexpr int64_t kHeads = 4;      // of a task: what they read of a token lies together
 constexpr double kBlocked = -100;  // added where two tokens of a window are no neighbours
-constexpr double kNothing = -64;   // exp of less is 0: tiny weights would make slow subnormals
 
 struct Sizes {
   int64_t B, h, w, H, D, W, shift, E, L;
@@ -89,28 +88,32 @@ SEGKERN_CLONES void gather(const S* x, int64_t stride, const S* padding, const i
   std::fill(out + n * E, out + lines * E, T(0));
 }
 
-// to[token[r], d] = factor[r] x[r, d]; where the token is -1, it is added to padding[d]
+// to[token[r], d] = x[r, d] / total[r]; where the token is -1, it is added to padding[d]
 template <class S, class T>
-SEGKERN_CLONES void scatter(const T* x /*[n, E]*/, const T* factor, const int64_t* token,
-                            int64_t n, int64_t D, int64_t E, S* to, int64_t stride, T* padding) {
+SEGKERN_CLONES void scatter(const T* x /*[n, E]*/, const T* total, const int64_t* token, int64_t n,
+                            int64_t D, int64_t E, S* to, int64_t stride, T* padding) {
   for (int64_t r = 0; r < n; ++r, x += E) {
     if (token[r] < 0) {
 #pragma omp simd
       for (int64_t d = 0; d < D; ++d) padding[d] += x[d];
       continue;
     }
-    const T scale = factor ? factor[r] : T(1);
+    const T factor = total ? T(1) / total[r] : T(1);
     S* line = to + token[r] * stride;
 #pragma omp simd
-    for (int64_t d = 0; d < D; ++d) line[d] = static_cast<S>(scale * x[d]);
+    for (int64_t d = 0; d < D; ++d) line[d] = static_cast<S>(factor * x[d]);
   }
 }
 
-// x = exp(scale x + bias + mask - their maximum), factor = 1 / their sum
+// exp(x), x <= 0; in float 0 where it is next to nothing: such weights make slow subnormals
+SEGKERN_INLINE double weight_of(double x) { return std::exp(x); }
+SEGKERN_INLINE float weight_of(float x) { return x < -64.0f ? 0.0f : simd_exp_low(x); }
+
+// x = exp(scale x + bias + mask - their maximum), total = their sum
 template <class T>
 SEGKERN_CLONES void softmax_rows(const int32_t* place, int64_t n, int64_t L,
                                  const T* bias /*[S, L]*/, const T* region /*[L]*/, T scale,
-                                 T* x /*[n, L]*/, T* factor /*[n]*/) {
+                                 T* x /*[n, L]*/, T* total /*[n]*/) {
   for (int64_t r = 0; r < n; ++r, x += L) {
     const T* add = bias + place[r] * L;
     const T own = region[place[r]];
@@ -123,25 +126,25 @@ SEGKERN_CLONES void softmax_rows(const int32_t* place, int64_t n, int64_t L,
     }
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < L; ++j) {
-      const T below = x[j] - most;
-      const T weight = below < T(kNothing) ? T(0) : simd_exp_low(below);
+      const T weight = weight_of(x[j] - most);
       x[j] = weight;
       sum += weight;
     }
-    factor[r] = T(1) / sum;
+    total[r] = sum;
   }
 }
 
-// p = factor p, ds = p (dp - sum_j p dp), in place; ds goes to the bias, scale ds to q and k.
+// p = p / total, ds = p (dp - sum_j p dp), in place; ds goes to the bias, scale ds to q and k.
 template <class T>
-SEGKERN_CLONES void softmax_gradient(const int32_t* place, int64_t n, int64_t L, const T* factor,
+SEGKERN_CLONES void softmax_gradient(const int32_t* place, int64_t n, int64_t L, const T* total,
                                      T scale, T* p /*[n, L]*/, T* dp /*[n, L]*/,
                                      T* bias /*[S, L]*/) {
   for (int64_t r = 0; r < n; ++r, p += L, dp += L) {
+    const T factor = T(1) / total[r];
     T mean = T(0), *to = bias + place[r] * L;
 #pragma omp simd reduction(+ : mean)
     for (int64_t j = 0; j < L; ++j) {
-      p[j] *= factor[r];
+      p[j] *= factor;
       mean += p[j] * dp[j];
     }
 #pragma omp simd
@@ -242,14 +245,14 @@ void forward(const Tensor& qkv, const Tensor& padding, const Tensor& bias, const
 
   struct Memory {
     Window<T> pair[2];
-    Scratch<T> a, b, turned, p, factor;
+    Scratch<T> a, b, turned, p, total;
   };
   const auto make = [&] {
     return Memory{{Window<T>(n), Window<T>(n)}, Scratch<T>(n.L * n.E),   Scratch<T>(n.L * n.E),
                   Scratch<T>(n.L * n.E),        Scratch<T>(n.S() * n.L), Scratch<T>(n.S())};
   };
   run_tasks(n.tasks(), make, [&](int64_t task, Memory& memory) {
-    T *a = memory.a.get(), *b = memory.b.get(), *p = memory.p.get(), *f = memory.factor.get();
+    T *a = memory.a.get(), *b = memory.b.get(), *p = memory.p.get(), *sum = memory.total.get();
     for_windows(n, x, task, memory.pair, [&](const Window<T>& window, int64_t head) {
       const int64_t queries = window.queries;
       x.rows(1, head, window.key.get(), n.S(), n.L, n.E, a);
@@ -258,9 +261,9 @@ void forward(const Tensor& qkv, const Tensor& padding, const Tensor& bias, const
       dots(b, queries, memory.turned.get(), n, p);
       x.rows(2, head, window.key.get(), n.S(), n.S(), n.E, a);
       softmax_rows(window.place.get(), queries, n.L, added.get() + head * n.S() * n.L,
-                   window.region.get(), static_cast<T>(scale), p, f);
+                   window.region.get(), static_cast<T>(scale), p, sum);
       sums(p, n.L, 1, queries, a, n.S(), n, b);
-      scatter<S, T>(b, f, window.query.get(), queries, n.D, n.E, to + head * n.D, n.H * n.D,
+      scatter<S, T>(b, sum, window.query.get(), queries, n.D, n.E, to + head * n.D, n.H * n.D,
                     nullptr);
     });
   });
@@ -289,7 +292,7 @@ void backward(const Tensor& grad, const Tensor& qkv, const Tensor& padding, cons
 
   struct Memory {
     Window<T> pair[2];
-    Scratch<T> q, k, v, g, turned, p, dp, factor, line;
+    Scratch<T> q, k, v, g, turned, p, dp, total, line;
   };
   const auto make = [&] {
     const auto rows = [&] { return Scratch<T>(n.L * n.E); };
@@ -323,12 +326,11 @@ void backward(const Tensor& grad, const Tensor& qkv, const Tensor& padding, cons
       turn(k, n, turned);
       dots(q, queries, turned, n, p);
       softmax_rows(window.place.get(), queries, n.L, added.get() + head * area,
-                   window.region.get(), static_cast<T>(scale), p, memory.factor.get());
+                   window.region.get(), static_cast<T>(scale), p, memory.total.get());
       turn(v, n, turned);
       dots(g, queries, turned, n, dp);
-      softmax_gradient(window.place.get(), queries, n.L, memory.factor.get(),
-                       static_cast<T>(scale), p, dp,
-                       part_bias.get() + (chunk * n.H + head) * area);
+      softmax_gradient(window.place.get(), queries, n.L, memory.total.get(), static_cast<T>(scale),
+                       p, dp, part_bias.get() + (chunk * n.H + head) * area);
       S* out = to + head * n.D;
       sums(dp, n.L, 1, queries, k, n.S(), n, line);
       scatter<S, T>(line, nullptr, query, queries, n.D, n.E, out, 3 * C, nullptr);

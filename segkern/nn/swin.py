@@ -7,8 +7,8 @@
 Letters: B image, H head, D channels a head, C channels, h w map size, W window's side,
 S = W W tokens of a window.
 
-A padded token is zero before the projection to q, k and v, and so the bias of that projection after
-it: no padded token is projected.
+A padded token is zero before the projection to q, k and v, and so that projection's bias after it:
+none is projected.
 Source: Swin Transformer (Liu et al., ICCV 2021). As in the published segmentation checkpoints
 (detectron2's and transformers' alike, and unlike timm) maps are padded first and rolled then,
 and odd blocks are shifted even where one window covers the whole map.

@@ -1,4 +1,4 @@
-r"""Self-attention in windows of a map: padding, shift, windows, bias, softmax and the way back in one.
+r"""Self-attention in windows of a map: padding, shift, cut, bias, softmax and the way back in one.
 
     p[j]                 = softmax over the S places j of a window of
                            scale * q_i . k_j + bias[h, i, j] + (-100 where i, j are no neighbours)
@@ -8,17 +8,17 @@ Letters: B image, h w map, H head, D channels a head, C = H D, W window's side, 
 window, N = B ceil(h/W) ceil(w/W) windows.
 
 Maps are padded at the right and below to whole windows first and rolled by -shift then. A padded
-token is `padding`, the projection of zeros: it is a key like others, and its own result is dropped.
-After the shift the last row and column of windows hold tokens of both ends of the map: those are
-no neighbours. The kernel takes one window and head at a time: rows of q, k and v are read from
-their tokens, the S x S scores stay in the cache, and rows of the result go to their tokens; backward
-forms the scores anew. A token lies in one window: no atomics; the gradients of padding and bias are
-summed in an order that the shape alone decides, the same bits each run.
+token is `padding`, the projection of zeros: a key like others, whose own result is dropped. After
+the shift the last row and column of windows hold tokens of both ends of the map: those are no
+neighbours. The kernel takes one window and head at a time: rows of q, k and v are read from their
+tokens, the S x S scores stay in the cache, and rows of the result go to their tokens; backward
+forms the scores anew. A token lies in one window: no atomics; the gradients of padding and bias
+are summed in an order that the shape alone decides, the same bits each run.
 Bytes: q, k, v, out and the bias once; FLOPs: 4 N H S^2 D forward, 10 backward.
 Source: Swin Transformer (Liu et al., ICCV 2021), section 3.2.
-Differs: no mask is stored and nothing is copied to be padded, rolled or cut; padded queries are not
-computed. As in the published segmentation checkpoints (detectron2's and transformers' alike, and
-unlike timm) padding comes before the roll.
+Differs: no mask is stored and nothing is copied to be padded, rolled or cut; padded queries are
+not computed; a weight below e^-64 of its row's largest is 0. As in the published segmentation
+checkpoints (detectron2's and transformers' alike, and unlike timm) padding comes before the roll.
 """
 
 import torch
