@@ -38,7 +38,8 @@ from .weights.fit import misfits
 # schedule: from the resume on, the rate is that of a run of so many
 _FREE = (
     "output overwrite steps device workers threads log_every checkpoint_every evaluate_every "
-    "evaluate_scenes threshold tensorboard cuda_graphs"
+    "evaluate_scenes threshold tensorboard "
+    "cuda_graphs gradient_checkpointing"
 )
 
 
@@ -64,6 +65,8 @@ class TrainConfig:
         clip: largest norm of the gradient; 0 does not clip.
         precision: "fp32", "bf16" for autocast, or "fp16" for autocast with a scaled loss.
         cuda_graphs: on a GPU capture the whole step in a CUDA graph for each size of a batch.
+        gradient_checkpointing: keep only the inputs of the backbone's blocks for backward, and
+            compute the rest again: less memory, more time.
         seed: of the weights, the order of the samples and dropout.
         device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
         threads: of the CPU; 0 keeps torch's own choice.
@@ -93,6 +96,7 @@ class TrainConfig:
     clip: float = 0.01
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     cuda_graphs: bool = True
+    gradient_checkpointing: bool = False
     seed: int = 0
     device: str = "auto"
     threads: int = 0
@@ -214,6 +218,8 @@ def train(
     device = usable_device(config.device)
     torch.manual_seed(config.seed)
     model = build_model(config.model).to(device).train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, config)
     train_step = Step(model, optimizer, config.clip, config.precision, config.cuda_graphs)
     start, seconds = 0, 0.0

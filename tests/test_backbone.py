@@ -150,15 +150,51 @@ def test_swin_in_bfloat16_is_near():
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
     block = Block(8, 2, 7, False, 0.5)
-    x = torch.ones(64 * 5, 8)  # 64 images of 5 tokens
-    dropped = block._drop(x, 64).view(64, -1)
-    assert torch.equal(dropped, dropped[:, :1].expand_as(dropped))
-    assert set(dropped[:, 0].tolist()) == {0.0, 2.0}
-    assert block.eval()._drop(x, 64) is x
+    first, second = block.keep(64, torch.device("cpu"))
+    assert set(first.flatten().tolist()) == set(second.flatten().tolist()) == {0.0, 2.0}
+    assert not torch.equal(first, second)
+    x, offsets = torch.randn(64, 1, 5, 8), torch.zeros(49, 49, dtype=torch.int64)
+    both, none = torch.ones(64, 1, 1, 1), torch.zeros(64, 1, 1, 1)
+    assert torch.equal(block(x, offsets, none, none), x)
+    torch.testing.assert_close(block(x, offsets, both, both), block(x, offsets, None, None))
+    half = torch.cat((both[:32], none[32:]))
+    mixed = block(x, offsets, half, half)
+    assert torch.equal(mixed[32:], x[32:])
+    assert not torch.equal(mixed[:32], x[:32])
+    assert block.eval().keep(64, torch.device("cpu")) == (None, None)
     rates = [
         b.drop_path for s in backbone("swin_tiny", drop_path_rate=0.3).layers for b in s.blocks
     ]
     torch.testing.assert_close(rates, [0.3 * i / 11 for i in range(12)])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("swin_tiny", SMALL | {"drop_path_rate": 0.4}), ("resnet18", {"freeze_norm": True})],
+)
+def test_gradient_checkpointing_changes_nothing_but_memory(name, options):
+    model = backbone(name, **options).train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    x, found = torch.randn(2, 3, 64, 64), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(3)
+        kept = []
+
+        def keep(t, kept=kept):
+            if t.untyped_storage().data_ptr() not in weights:
+                kept.append(t.numel())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            maps = model(x)
+        sum(m.square().mean() for m in maps).backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((sum(kept), [*maps, *grads]))
+    (before, want), (after, got) = found
+    assert after < 0.7 * before
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 RESNETS = [

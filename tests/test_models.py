@@ -188,6 +188,11 @@ def test_compiles_without_graph_breaks(tiny, backend):
 # --- bad input ------------------------------------------------------------------------------
 
 
+def test_gradient_checkpointing_of_a_backbone_that_cannot(tiny):
+    with pytest.raises(ValueError, match="must be Swin or timm's, got resnet_digits"):
+        tiny.gradient_checkpointing_enable()
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [

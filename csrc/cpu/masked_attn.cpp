@@ -143,24 +143,6 @@ Lists<T> make_lists(const Tensor& bits, const Tensor& open, const Sizes& n) {
   return lists;
 }
 
-// simd_exp for x <= kSlack without its range tests: what is below -87 comes out as 1e-38
-SEGKERN_INLINE double exp_low(double x) { return std::exp(x); }
-SEGKERN_INLINE float exp_low(float x) {
-  const float c = x < -87.0f ? -87.0f : x;
-  const float shifted = c * 1.44269504f + 12582912.0f;  // rounds to the nearest integer n
-  const float n = shifted - 12582912.0f;
-  float r = c - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * bits_to_float((float_to_bits(shifted) - 0x4B400000 + 127) << 23);
-}
-
 // Online softmax of n rows of scores: x becomes exp(x - top). A row's top follows its maximum only
 // when that is kSlack ahead, and then the sums so far are scaled: almost always once.
 constexpr int kSlack = 8;
@@ -191,7 +173,7 @@ SEGKERN_CLONES void softmax_rows(const int32_t* row, const uint32_t* open, int64
     const T shift = top[row[i]] == low ? T(0) : top[row[i]];  // -inf - -inf would be NaN
 #pragma omp simd
     for (int64_t j = 0; j < G; ++j) {
-      p[j] = open[i] >> j & 1 ? exp_low(p[j] - shift) : T(0);
+      p[j] = open[i] >> j & 1 ? simd_exp_low(p[j] - shift) : T(0);
       s[j] += p[j];
     }
   }
@@ -289,7 +271,7 @@ SEGKERN_CLONES void softmax_gradient(const int32_t* row, const uint32_t* open, i
     const T top = norm[2 * row[i]], factor = norm[2 * row[i] + 1], mean = delta[row[i]];
 #pragma omp simd
     for (int64_t j = 0; j < G; ++j) {
-      const T p = exp_low(x[j] - top) * factor;
+      const T p = simd_exp_low(x[j] - top) * factor;
       x[j] = open[i] >> j & 1 ? p : T(0);
       dp[j] = open[i] >> j & 1 ? p * (dp[j] - mean) : T(0);
     }

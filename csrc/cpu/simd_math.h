@@ -50,6 +50,24 @@ SEGKERN_INLINE float simd_exp(float x) {
   return x > 88.72284f ? std::numeric_limits<float>::infinity() : low;
 }
 
+// simd_exp for x <= 88 without its range tests: what is below -87 comes out as 1e-38
+SEGKERN_INLINE double simd_exp_low(double x) { return std::exp(x); }
+SEGKERN_INLINE float simd_exp_low(float x) {
+  const float c = x < -87.0f ? -87.0f : x;
+  const float shifted = c * 1.44269504f + 12582912.0f;  // rounds to the nearest integer n
+  const float n = shifted - 12582912.0f;
+  float r = c - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * bits_to_float((float_to_bits(shifted) - 0x4B400000 + 127) << 23);
+}
+
 // log(x) for normal positive x: x = 2^e m, m in [sqrt(1/2), sqrt(2))
 SEGKERN_INLINE float simd_log(float x) {
   const int32_t bits = float_to_bits(x);

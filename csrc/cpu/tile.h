@@ -47,6 +47,10 @@ struct Tiles {
                  int64_t D, T* out /*[lanes, D]*/);
   // out[d, j] = y[j, d], for d in [0, D), D a multiple of the lanes
   void (*transpose)(const T* y /*[lanes, D]*/, int64_t ldy, int64_t D, T* out /*[D, lanes]*/);
+  // out[r, c] = sum_k x[r xr + k xk] y[k, c], for r in [0, n), k in [0, K) and c in so many lines;
+  // y[k, c] is at k yk + c % lanes in its line of columns, and these lie yl apart
+  void (*product)(const T* x, int64_t xr, int64_t xk, int64_t n, const T* y, int64_t yk,
+                  int64_t yl, int64_t K, int64_t lines, T* out, int64_t ld);
 };
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(SEGKERN_SANITIZE)
@@ -55,12 +59,14 @@ struct Tiles {
 #define SEGKERN_WIDTH 64
 #define SEGKERN_ROWS 12
 #define SEGKERN_KEYS 8
+#define SEGKERN_LINES 2
 #include "tile_body.h"
 #define SEGKERN_ISA v3
 #define SEGKERN_TARGET __attribute__((target("arch=x86-64-v3")))
 #define SEGKERN_WIDTH 32
 #define SEGKERN_ROWS 6
 #define SEGKERN_KEYS 4
+#define SEGKERN_LINES 1
 #include "tile_body.h"
 #endif
 #define SEGKERN_ISA baseline
@@ -68,6 +74,7 @@ struct Tiles {
 #define SEGKERN_WIDTH 16
 #define SEGKERN_ROWS 3
 #define SEGKERN_KEYS 2
+#define SEGKERN_LINES 1
 #include "tile_body.h"
 
 template <class T>

@@ -1,5 +1,6 @@
 // The products of tile.h for one instruction set; included by tile.h only, once for each.
-// SEGKERN_WIDTH bytes a vector register, SEGKERN_ROWS rows (SEGKERN_KEYS keys) summed at a time.
+// SEGKERN_WIDTH bytes a vector register; summed at a time: SEGKERN_ROWS rows, SEGKERN_KEYS keys,
+// and in a product SEGKERN_ROWS rows of SEGKERN_LINES lines.
 
 namespace SEGKERN_ISA {
 
@@ -110,6 +111,47 @@ SEGKERN_TARGET void accumulate(const T* p, const int32_t* row, int64_t n, const 
   SEGKERN_EACH_ROWS(SEGKERN_ACCUMULATE)
 #undef SEGKERN_ACCUMULATE
 }
+
+// R rows and N lines of product
+template <class T, int R, int N>
+SEGKERN_TARGET void product_rows(const T* x, int64_t xr, int64_t xk, const T* y, int64_t yk,
+                                 int64_t yl, int64_t K, T* out, int64_t ld) {
+  V<T> sum[R][N * kParts] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    V<T> t[N * kParts];
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) load<T>(t + i * kParts, y + k * yk + i * yl);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const T factor = x[r * xr + k * xk];
+#pragma GCC unroll 8
+      for (int i = 0; i < N * kParts; ++i) sum[r][i] += factor * t[i];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) store<T>(out + r * ld + i * kLanes<T>, sum[r] + i * kParts);
+}
+
+template <class T>
+SEGKERN_TARGET void product(const T* x, int64_t xr, int64_t xk, int64_t n, const T* y, int64_t yk,
+                            int64_t yl, int64_t K, int64_t lines, T* out, int64_t ld) {
+  for (int64_t l = 0; l < lines; l += SEGKERN_LINES) {
+    const T* part = y + l * yl;
+    T* to = out + l * kLanes<T>;
+#define SEGKERN_PRODUCT(R) \
+  product_rows<T, R, kLines>(x + r * xr, xr, xk, part, yk, yl, K, to + r * ld, ld)
+    if (lines - l >= SEGKERN_LINES) {
+      constexpr int kLines = SEGKERN_LINES;
+      SEGKERN_EACH_ROWS(SEGKERN_PRODUCT)
+    } else {
+      constexpr int kLines = 1;
+      SEGKERN_EACH_ROWS(SEGKERN_PRODUCT)
+    }
+#undef SEGKERN_PRODUCT
+  }
+}
 #undef SEGKERN_EACH_ROWS
 #undef SEGKERN_ROW_CASE
 
@@ -171,7 +213,7 @@ SEGKERN_TARGET void transpose(const T* y, int64_t ldy, int64_t D, T* out) {
 
 template <class T>
 Tiles<T> tiles() {
-  return {dot<T>, accumulate<T>, reduce<T>, transpose<T>};
+  return {dot<T>, accumulate<T>, reduce<T>, transpose<T>, product<T>};
 }
 
 }  // namespace SEGKERN_ISA
@@ -181,3 +223,4 @@ Tiles<T> tiles() {
 #undef SEGKERN_WIDTH
 #undef SEGKERN_ROWS
 #undef SEGKERN_KEYS
+#undef SEGKERN_LINES

@@ -205,6 +205,14 @@ class Segmenter(nn.Module):
                 config.decoder_drop_path_rate,
             )
 
+    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
+        """Keep only the inputs of the encoder's blocks for backward, and compute the rest again.
+
+        Args:
+            enable: False keeps everything, as at the start.
+        """
+        self.encoder.checkpointing = enable
+
     def patch_logits(self, pixel_values: Tensor) -> Tensor:
         """Class logits of the patches.
 

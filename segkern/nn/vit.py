@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def blocks(dim: int, heads: int, depth: int, dropout: float, drop_path: float) -> nn.ModuleList:
@@ -95,6 +96,7 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(initialise)
+        self.checkpointing = False  # keep the blocks' inputs alone, compute the rest again
         self._resized = (None, None)  # size and version, position embeddings
 
     def positions(self, h: int, w: int) -> Tensor:
@@ -131,7 +133,8 @@ class ViT(nn.Module):
         tokens = [token.expand(len(x), -1, -1) for token in tokens]
         x = self.dropout(torch.cat((*tokens, x.flatten(2).mT), 1) + self.positions(h, w))
         for block in self.blocks:
-            x = block(x)
+            keeping = not (self.checkpointing and self.training)
+            x = block(x) if keeping else checkpoint(block, x, use_reentrant=False)
         return self.norm(x)
 
 

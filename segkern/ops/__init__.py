@@ -17,3 +17,4 @@ from .point_sample import point_sample as point_sample
 from .point_sample import random_points as random_points
 from .segment_map import SegmentMap as SegmentMap
 from .segment_map import segment_map as segment_map
+from .window_attn import window_attn as window_attn
