@@ -67,8 +67,8 @@ _kept = []
 
 
 def open_model(impl: str, folder: Path, device: str) -> torch.nn.Module:
-    """The model of "segkern" or "transformers", in eval mode."""
-    if impl == "segkern":
+    """The model of "segkern..." or "transformers...", in eval mode."""
+    if impl.startswith("segkern"):
         from segkern.models import Mask2Former as Model
     else:
         from transformers import Mask2FormerForUniversalSegmentation as Model
@@ -79,7 +79,8 @@ def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu
     """The function to time: an inference, or a training step with its optimizer.
 
     Args:
-        impl: "segkern" or "transformers"; what follows a comma is the caller's.
+        impl: "segkern" or "transformers", and what the caller adds after a comma; "checkpointing"
+            trains with `gradient_checkpointing_enable`.
         dtype: "float32", "bfloat16" for autocast, or "bfloat16 weights" for a model and images
             that are bfloat16 themselves.
     """
@@ -104,7 +105,9 @@ def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu
         return run
     one = random_targets([TARGETS], TINY["num_labels"], height, width)  # every model has as many
     masks, classes = (of_one * batch for of_one in one)
-    if impl == "segkern":
+    if impl.endswith("checkpointing"):
+        model.gradient_checkpointing_enable()
+    if impl.startswith("segkern"):
         targets = Targets.from_lists(masks, classes).to(device)
     else:
         masks, classes = moved((masks, classes), device)
@@ -116,7 +119,7 @@ def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu
     def step():
         optimizer.zero_grad()
         with autocast:
-            if impl == "segkern":
+            if impl.startswith("segkern"):
                 loss, _ = model.loss(x, targets)
             else:
                 loss = call(x, mask_labels=masks, class_labels=classes).loss
@@ -149,7 +152,7 @@ def _resident(field: str) -> float:
 
 
 def _peak(impl: str, folder: str, *case) -> None:
-    if impl == "segkern":
+    if impl.startswith("segkern"):
         import segkern.models  # noqa: F401
     else:
         import transformers.models.mask2former.modeling_mask2former

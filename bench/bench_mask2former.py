@@ -11,7 +11,8 @@ import _models
 import pytest
 from _measure import DEVICE, OPTIONS, Work, pick
 
-IMPLS = ("segkern", "transformers", "transformers, float32", "transformers, compiled")
+IMPLS = ("segkern", "segkern, checkpointing", "transformers", "transformers, float32")
+COMPILED = "transformers, compiled"
 ONE, HALF, WHOLE = "float32", "bfloat16", "bfloat16 weights"
 CASES = pick(  # model, kind, height, width, batch, dtype
     [("tiny", "inference", 64, 64, 1, ONE), ("tiny", "training step", 64, 64, 2, ONE)],
@@ -45,23 +46,23 @@ def name(kind, height, width, batch):
 def build(model, *case):
     *sizes, dtype = case
     folder = _models.weights(model)
-    cases = {impl: case for impl in IMPLS[:2]}
-    if dtype != ONE and sizes[0] == "inference" and DEVICE == "cpu":
-        cases[IMPLS[2]] = (*sizes, ONE)
-    impls, peaks = {}, {}
+    cases = {"segkern": case, "transformers": case}
+    if sizes[0] == "training step":
+        cases["segkern, checkpointing"] = case
+    elif dtype != ONE and DEVICE == "cpu":
+        cases["transformers, float32"] = (*sizes, ONE)
+    impls, peaks = dict.fromkeys(IMPLS, "not for this case"), {}
     for impl, chosen in cases.items():
-        name = impl.partition(",")[0]
         if DEVICE == "cpu" and not OPTIONS.small:
-            peaks[impl] = _models.peak_memory(name, folder, *chosen)
-        impls[impl] = _models.build(name, folder, *chosen, DEVICE)
-    impls.setdefault(IMPLS[2], "for inference in half precision on a CPU")
-    impls[IMPLS[3]] = "compiling takes minutes (--compiled)"
+            peaks[impl] = _models.peak_memory(impl, folder, *chosen)
+        impls[impl] = _models.build(impl, folder, *chosen, DEVICE)
+    impls[COMPILED] = "compiling takes minutes (--compiled)"
     if OPTIONS.compiled:
-        impls[IMPLS[3]] = _models.build("transformers", folder, *case, DEVICE, compiled=True)
+        impls[COMPILED] = _models.build("transformers", folder, *case, DEVICE, compiled=True)
     return Work(impls, peaks=peaks)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, COMPILED])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]} {name(*c[1:5])} {c[5]}")
 def test_mask2former(case, impl, measured):
     model, *sizes, dtype = case

@@ -65,8 +65,8 @@ class TrainConfig:
         clip: largest norm of the gradient; 0 does not clip.
         precision: "fp32", "bf16" for autocast, or "fp16" for autocast with a scaled loss.
         cuda_graphs: on a GPU capture the whole step in a CUDA graph for each size of a batch.
-        gradient_checkpointing: keep only the inputs of the backbone's blocks for backward, and
-            compute the rest again: less memory, more time.
+        gradient_checkpointing: keep only the inputs of blocks and layers for backward, and compute
+            the rest again: less memory, more time.
         seed: of the weights, the order of the samples and dropout.
         device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
         threads: of the CPU; 0 keeps torch's own choice.

@@ -284,20 +284,15 @@ class Mask2Former(nn.Module):
         )
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
-        """Keep only the inputs of the backbone's blocks for backward, and compute the rest again.
+        """For backward keep only the inputs of the backbone's blocks and of the pixel decoder's
+        layers, and compute the rest again.
 
         Args:
             enable: False keeps everything, as at the start.
-
-        Raises:
-            ValueError: a backbone that cannot.
         """
-        if not hasattr(self.backbone, "set_grad_checkpointing"):
-            raise ValueError(
-                "gradient_checkpointing_enable: backbone must be Swin or timm's, "
-                f"got {self.config.backbone}"
-            )
-        self.backbone.set_grad_checkpointing(enable)
+        self.pixel_decoder.checkpointing = enable
+        if hasattr(self.backbone, "set_grad_checkpointing"):  # not for small images
+            self.backbone.set_grad_checkpointing(enable)
 
     def predict(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All predictions, with the masks as two factors.

@@ -20,6 +20,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..ops import feed_forward, ms_deform_attn
 from .position import pixel_centres, sine_position
@@ -176,6 +177,8 @@ class PixelDecoder(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        self.checkpointing = False  # keep the layers' inputs alone, compute the rest again
+        self.random = dropout > 0  # a generator's state cannot be read in a CUDA graph
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(n, channels, 1), nn.GroupNorm(GROUPS, channels))
             for n in reversed(in_channels[1:])
@@ -224,7 +227,11 @@ class PixelDecoder(nn.Module):
             [e.expand(n, -1) for e, n in zip(self.level_embed, sizes)]
         ).to(x.dtype)
         for layer in self.layers:
-            x = layer(x, position, shapes, reference)
+            inputs = (x, position, shapes, reference)
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self.random)
+            else:
+                x = layer(*inputs)
         finest = x[:, -sizes[-1] :].unflatten(1, shapes[-1]).permute(0, 3, 1, 2)
         project, norm = self.adapter
         lateral = norm(_pointwise(project, features[0]))
