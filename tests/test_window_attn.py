@@ -13,9 +13,9 @@ CASES = {
     "padded, shifted": {"shift": 2},
     "whole windows, shifted": {"h": 8, "shift": 3},
     "swin": {"B": 1, "h": 16, "w": 20, "window": 7, "shift": 3, "D": 32},
-    "wide windows": {"B": 1, "h": 13, "w": 12, "H": 2, "window": 12, "shift": 6, "D": 32},
+    "wide windows": {"B": 1, "h": 17, "w": 12, "H": 2, "window": 12, "shift": 6, "D": 32},
     "map below a window": {"h": 2, "w": 3, "window": 7, "shift": 3},
-    "one token": {"B": 40, "h": 1, "w": 1, "window": 7, "shift": 6},
+    "one token": {"B": 8, "h": 1, "w": 1, "window": 3, "shift": 2},
     "one token a window": {"window": 1},
     "two tokens a window and axis": {"h": 8, "window": 2, "shift": 1},
     "odd channels": {"D": 7, "shift": 2},
@@ -169,6 +169,7 @@ def test_empty(sizes):
         assert torch.equal(grad, torch.zeros_like(leaf))
 
 
+@pytest.mark.cpu_only  # where sums have an order
 def test_non_contiguous():
     qkv, padding, bias, window, _ = window_attn_inputs()
     want = window_attn(qkv, padding, bias, window, 1)
@@ -220,6 +221,7 @@ def test_nan_stays_in_its_row():
     assert torch.equal(out[keep], clean[keep])
 
 
+@pytest.mark.cpu_only
 def test_autocast_keeps_the_bias():
     """The projection comes in bfloat16, its bias and the table's in float32, as in a model."""
     layer = torch.nn.Linear(48, 144)

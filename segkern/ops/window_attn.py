@@ -17,8 +17,9 @@ are summed in an order that the shape alone decides, the same bits each run.
 Bytes: q, k, v, out and the bias once; FLOPs: 4 N H S^2 D forward, 10 backward.
 Source: Swin Transformer (Liu et al., ICCV 2021), section 3.2.
 Differs: no mask is stored and nothing is copied to be padded, rolled or cut; padded queries are
-not computed; a weight below e^-64 of its row's largest is 0. As in the published segmentation
-checkpoints (detectron2's and transformers' alike, and unlike timm) padding comes before the roll.
+not computed; in float32 a weight below e^-64 of its row's largest is 0. As in the published
+segmentation checkpoints (detectron2's and transformers' alike, and unlike timm) padding comes
+before the roll.
 """
 
 import torch
