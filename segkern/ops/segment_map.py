@@ -241,24 +241,24 @@ _panoptic = _library.define(
     "segment_map(Tensor scores, Tensor labels, Tensor? stuff, Tensor masks, Tensor? features, "
     "int[] sizes, float overlap) -> (Tensor, Tensor, Tensor)",
     _fake_panoptic,
-    cpu_only=True,
+    triton="segment_map",
 )
 _semantic = _library.define(
     "segment_map_semantic(Tensor weights, Tensor masks, Tensor? features, int[] sizes, "
     "bool resize_scores, bool return_scores) -> (Tensor, Tensor, Tensor)",
     _fake_semantic,
-    cpu_only=True,
+    triton="segment_map",
 )
 _instance = _library.define(
     "segment_map_instance(Tensor queries, Tensor masks, Tensor? features, int[] sizes) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_instance,
-    cpu_only=True,
+    triton="segment_map",
 )
 _cover = _library.define(
     "segment_map_cover(Tensor bits, Tensor order, int width) -> Tensor",
     _fake_cover,
-    cpu_only=True,
+    triton="segment_map",
 )
 
 
