@@ -18,7 +18,7 @@ from ._launch import FUSED
 
 FARTHEST = tl.constexpr(1e30)  # ops.segment_map.FARTHEST: bound of a mask logit's magnitude
 CHUNKS = 8  # of embeddings' products: features in the precision of the sums exist for one only
-SIZES = ["Q", "K", "H", "W", "n", "N", "words", "tiles", "tiles_x", "programs"]
+SIZES = ["Q", "K", "H", "W", "n", "N", "words", "tiles", "tiles_x", "programs", "blocks"]
 SIZES += ["source", "padded", "image", "image_stride", "query_stride", "y_stride", "x_stride"]
 
 
@@ -120,12 +120,6 @@ def taps(place, weight, i, n, stride, TAPS: tl.constexpr):
 
 
 @triton.jit
-def bounded(x, exact: tl.constexpr):
-    x = x.to(exact)
-    return tl.minimum(tl.where(x > -FARTHEST, x, -FARTHEST), FARTHEST)  # NaN is far outside
-
-
-@triton.jit
 def blend(map, y, x, FIRST_Y: tl.constexpr, FIRST_X: tl.constexpr, TAPS: tl.constexpr):
     """Logits from TAPS x TAPS taps of a map.
 
@@ -139,8 +133,9 @@ def blend(map, y, x, FIRST_Y: tl.constexpr, FIRST_X: tl.constexpr, TAPS: tl.cons
     for r in tl.static_range(TAPS):
         row = 0.0
         for c in tl.static_range(TAPS):
-            value = tl.load(map + (y[0][FIRST_Y + r] + x[0][FIRST_X + c]))
-            row += x[1][FIRST_X + c] * bounded(value, exact)
+            value = tl.load(map + (y[0][FIRST_Y + r] + x[0][FIRST_X + c])).to(exact)
+            value = tl.where(value > -FARTHEST, value, -FARTHEST)  # NaN is far outside
+            row += x[1][FIRST_X + c] * tl.minimum(value, FARTHEST)
         total += y[1][FIRST_Y + r] * row
     return total
 
@@ -175,7 +170,8 @@ def extremes(
         for start in tl.range(0, height * width, 32):
             i = tl.minimum(start + tl.arange(0, 32), height * width - 1)
             offset = (y + i // width) * y_stride + (x + i % width) * x_stride
-            value = bounded(tl.load(map[:, None] + offset[None, :]), exact)
+            value = tl.load(map[:, None] + offset[None, :]).to(exact)
+            value = tl.minimum(tl.where(value > -FARTHEST, value, -FARTHEST), FARTHEST)
             low, high = tl.minimum(low, value), tl.maximum(high, value)
     low, high = tl.min(low, 1), tl.max(high, 1)
     slack = rounding(8, exact)  # the signs stay

@@ -32,10 +32,12 @@ from .resample import (
 
 # Chosen by arithmetic, not yet measured, for all architectures.
 TILE = (16, 32)  # rows, columns: a line of 128 bytes of the map each; four pixels a thread
-PRODUCT = (8, 16)  # the same of a semantic tile
+PRODUCT = (4, 16)  # the same of a semantic tile
 CLASSES = 64  # of a product: 32 sums a thread in 8 warps; a logit costs about as much as they do
 PROGRAMS = 2048  # of an image at most: 15 a multiprocessor, 4 warps each, three rounds
 LOOKED_AT = 4  # a window with more pixels than so many times the tile's is not bounded
+WORDS = 32  # of the masks that cover a map; eight pixels a thread
+PLAIN = {"num_stages": 1, "maxnreg": 168, **FUSED}  # no gather goes through shared memory
 RUN = 32  # queries whose bounds are found together
 
 
@@ -68,9 +70,9 @@ def _panoptic(
     LIMIT: tl.constexpr,
 ):
     exact: tl.constexpr = bounds.dtype.element_ty
-    pid = tl.program_id(0).to(tl.int64)
-    image = pid // programs
-    images = tl.num_programs(0).to(tl.int64) // programs
+    program = tl.program_id(0)
+    image, pid = (program // programs).to(tl.int64), program.to(tl.int64)
+    images = (tl.num_programs(0) // programs).to(tl.int64)
     bounds += pid * 2 * Q
     listed += pid * Q
     scores += image * Q
@@ -79,7 +81,7 @@ def _panoptic(
     won = areas + images * Q
     own = won + images * Q
     slack = rounding(1, exact)
-    for tile in tl.range((pid % programs).to(tl.int32), tiles, programs):
+    for tile in tl.range(program % programs, tiles, programs):
         tl.debug_barrier()  # what the last tile kept is read
         top, left = tile // tiles_x * BLOCK_Y, tile % tiles_x * BLOCK_X
         bottom, right = tl.minimum(top + BLOCK_Y, H) - 1, tl.minimum(left + BLOCK_X, W) - 1
@@ -158,10 +160,10 @@ def _panoptic(
 @triton.jit
 def _stuff(stuff, label, found, K):
     """Whether segments of these labels are merged."""
-    if stuff is None:
-        return found & False
-    known = found & (label >= 0) & (label < K)
-    return known & (tl.load(stuff + label, known, 0) > 0)
+    fused = found & (label >= 0) & (label < K)
+    if stuff is not None:
+        fused &= tl.load(stuff + label, fused, 0) > 0
+    return fused
 
 
 @triton.jit
@@ -169,7 +171,7 @@ def _found(counts, q, Q, overlap):
     areas = tl.load(counts + q, q < Q, 0)
     size = tl.num_programs(0).to(tl.int64) * Q
     won = tl.load(counts + size + q, q < Q, 0).to(tl.float64)
-    own = tl.load(counts + 2 * size + q, q < Q, 1).to(tl.float64)
+    own = tl.maximum(tl.load(counts + 2 * size + q, q < Q, 0), 1).to(tl.float64)
     return (q < Q) & (areas > 0) & ~(won / own < overlap)
 
 
@@ -177,7 +179,7 @@ def _found(counts, q, Q, overlap):
 def _merge(
     counts,  # [3, B, Q] int64
     labels,  # [B, Q] int64
-    stuff,  # [K] uint8 or None
+    stuff,  # [K] uint8; or None, and then K is 0
     numbers,  # [2, B, Q] int32: a segment's first query of its label, and that one's number
     ids,  # [B, Q] int32
     overlap: tl.float64,
@@ -187,12 +189,10 @@ def _merge(
 ):
     image = tl.program_id(0).to(tl.int64)
     size = tl.num_programs(0).to(tl.int64) * Q
-    counts, labels, numbers, ids = (
-        counts + image * Q,
-        labels + image * Q,
-        numbers + image * Q,
-        ids + image * Q,
-    )
+    counts += image * Q
+    labels += image * Q
+    numbers += image * Q
+    ids += image * Q
     last = 0
     for start in tl.range(0, Q, BLOCK):
         q = start + tl.arange(0, BLOCK)
@@ -218,17 +218,18 @@ def _merge(
         tl.store(ids + q, number, q < Q)
 
 
-@triton.jit(do_not_specialize=["Q", "n"])
+@triton.jit(do_not_specialize=SIZES)
 def _relabel(
     ids,  # [B, Q] int32
     map,  # [B, n] int32: q or ~q, then the id of q or 0
     Q,
-    n: tl.int64,
+    n,
+    blocks,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(n, BLOCK)
-    pid = tl.program_id(0).to(tl.int64)
-    image, i = pid // blocks, pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    image = (program // blocks).to(tl.int64)
+    i = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     code = tl.load(map + image * n + i, i < n, -1)
     tl.store(map + image * n + i, tl.load(ids + image * Q + code, code >= 0, 0), i < n)
 
@@ -286,8 +287,8 @@ def _semantic(
     LIMIT: tl.constexpr,
 ):
     exact: tl.constexpr = bounds.dtype.element_ty
-    pid = tl.program_id(0).to(tl.int64)
-    image = pid // programs
+    program = tl.program_id(0)
+    image, pid = (program // programs).to(tl.int64), program.to(tl.int64)
     bounds += pid * (2 * Q + K)
     listed += pid * K
     weights += image * Q * K
@@ -295,7 +296,7 @@ def _semantic(
     areas += image * K
     j = tl.arange(0, 16)
     p = tl.arange(0, BLOCK_Y * BLOCK_X)
-    for tile in tl.range((pid % programs).to(tl.int32), tiles, programs):
+    for tile in tl.range(program % programs, tiles, programs):
         top, left = tile // tiles_x * BLOCK_Y, tile % tiles_x * BLOCK_X
         row, column = top + p // BLOCK_X, left + p % BLOCK_X
         there = (row < H) & (column < W)
@@ -370,10 +371,10 @@ def _semantic(
                 to = scores + (((image * K + k) * H + row[None, :]) * W + column[None, :])
                 tl.store(to, total, real & there[None, :])
             total = tl.where(real, total, -1.0)
-            top = tl.max(total, 0)
-            first = tl.min(tl.where(total == top[None, :], k, K), 0)
-            label = tl.where(top > best, first, label)
-            best = tl.where(top > best, top, best)
+            most = tl.max(total, 0)
+            first = tl.min(tl.where(total == most[None, :], k, K), 0)
+            label = tl.where(most > best, first, label)
+            best = tl.where(most > best, most, best)
         tl.store(map + (image * H + row) * W + column, label, there)
         for start in tl.range(0, length, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -411,22 +412,23 @@ def _instance(
     x_stride,
     TAPS: tl.constexpr,
     BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
     exact: tl.constexpr = weight_x.dtype.element_ty
-    pid = tl.program_id(0).to(tl.int64)
-    image = pid // programs
+    program = tl.program_id(0)
+    image, pid = (program // programs).to(tl.int64), program.to(tl.int64)
     listed += pid * n
     sums += pid * n
     queries += image * n
     masks += image * image_stride
     areas += image * n
-    j = tl.arange(0, 32)
-    for tile in tl.range((pid % programs).to(tl.int32), tiles, programs):
+    line, j = tl.arange(0, BLOCK_Y), tl.arange(0, BLOCK_X)
+    for tile in tl.range(program % programs, tiles, programs):
         tl.debug_barrier()  # what the last tile listed is read
-        top, word = tile // tiles_x * BLOCK_Y, tile % tiles_x
-        bottom, right = tl.minimum(top + BLOCK_Y, H) - 1, tl.minimum(word * 32 + 32, W) - 1
+        top, left = tile // tiles_x * BLOCK_Y, tile % tiles_x * BLOCK_X
+        bottom, right = tl.minimum(top + BLOCK_Y, H) - 1, tl.minimum(left + BLOCK_X, W) - 1
         length = 0
         for start in tl.range(0, n, BLOCK_Q):
             slot = start + tl.arange(0, BLOCK_Q)
@@ -434,27 +436,28 @@ def _instance(
             known = (q >= 0) & (q < Q)
             _, high = extremes(
                 masks + tl.where(known, q, 0) * query_stride,
-                *(place_y, place_x, top, word * 32, bottom, right, H, W, y_stride, x_stride),
+                *(place_y, place_x, top, left, bottom, right, H, W, y_stride, x_stride),
                 *(exact, TAPS, BLOCK_Q, LIMIT),
             )
             open = (known & (high > 0)).to(tl.int32)
             tl.store(listed + length + tl.cumsum(open, 0) - 1, slot, open > 0)
             length += tl.sum(open)
         tl.debug_barrier()
-        row, column = (top + tl.arange(0, BLOCK_Y))[:, None], (word * 32 + j)[None, :]
+        row, column = (top + line)[:, None], (left + j)[None, :]
         y = taps(place_y, weight_y, row, H, y_stride, TAPS)
         x = taps(place_x, weight_x, column, W, x_stride, TAPS)
         there = (row < H) & (column < W)
-        line = top + tl.arange(0, BLOCK_Y)
+        word = (left // 32 + tl.arange(0, BLOCK_X // 32))[None, :]
         for i in tl.range(0, length):
             slot = tl.load(listed + i).to(tl.int64)
             logit = blend(masks + tl.load(queries + slot) * query_stride, y, x, 0, 0, TAPS)
             hit = (there & (logit > 0)).to(tl.int32)
             count = tl.sum(hit).to(tl.int64)
             total = tl.sum(tl.where(hit > 0, sigmoid(logit), 0.0))
-            packed = tl.sum(hit << j[None, :], 1)
-            to = bits + ((image * n + slot) * H + line) * words + word
-            tl.store(to, packed, (line < H) & (packed != 0))
+            packed = tl.reshape(hit << (j % 32)[None, :], (BLOCK_Y, BLOCK_X // 32, 32))
+            packed = tl.sum(packed, 2)
+            to = bits + ((image * n + slot) * H + row) * words + word
+            tl.store(to, packed, packed != 0)
             tl.atomic_add(areas + slot, count, count > 0, sem="relaxed")
             # no other program adds here: the order is that of the tiles
             tl.atomic_add(sums + slot, total.to(tl.float64), count > 0, sem="relaxed")
@@ -470,11 +473,12 @@ def _cover(
     H,
     W,
     words,
+    blocks,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(H * words, BLOCK)
-    pid = tl.program_id(0).to(tl.int64)
-    image, word = pid // blocks, pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    image = (program // blocks).to(tl.int64)
+    word = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     j = tl.arange(0, 32)
     size = H.to(tl.int64) * words
     covered = tl.zeros((BLOCK, 32), tl.int32)
@@ -541,14 +545,15 @@ def segment_map(
             *(Q, H, W, *f.tiles, *f.masks.stride()),
             *(f.taps, *TILE, RUN, f.limit),
             num_warps=4,
-            **FUSED,
+            **PLAIN,
         )
         stuff = None if stuff is None else stuff.contiguous().view(torch.uint8)
         K = 0 if stuff is None else len(stuff)
         _merge[(B,)](
-            counts, labels.contiguous(), stuff, numbers, ids, overlap, Q, K, 64, num_warps=4, **FUSED
+            counts, labels.contiguous(), stuff, numbers, ids, overlap, Q, K, 32, num_warps=4, **PLAIN
         )
-        _relabel[(B * triton.cdiv(H * W, 1024),)](ids, map, Q, H * W, 1024, num_warps=4, **FUSED)
+        blocks = triton.cdiv(H * W, 1024)
+        _relabel[(B * blocks,)](ids, map, Q, H * W, blocks, 1024, num_warps=4, **PLAIN)
     return map, ids, counts[0]
 
 
@@ -583,8 +588,8 @@ def segment_map_semantic(
             scores,
             *(Q, K, H, W, *f.tiles, *f.masks.stride()),
             *(f.taps, f.scores, *PRODUCT, CLASSES, RUN, f.limit),
-            num_warps=8,
-            **FUSED,
+            num_warps=4,
+            **PLAIN,
         )
     return map, areas, weights.new_empty(0) if scores is None else scores
 
@@ -610,9 +615,9 @@ def segment_map_instance(
                 areas,
                 sums,
                 *(masks.shape[1], n, H, W, words, *f.tiles, *f.masks.stride()),
-                *(f.taps, TILE[0], RUN, f.limit),
+                *(f.taps, *TILE, RUN, f.limit),
                 num_warps=4,
-                **FUSED,
+                **PLAIN,
             )
     return bits, areas, sums.sum(1).to(exact)
 
@@ -623,8 +628,13 @@ def segment_map_cover(bits: Tensor, order: Tensor, width: int) -> Tensor:
     map = bits.new_zeros((B, H, width))
     if map.numel() and n and N:
         with on(bits):
-            _cover[(B * triton.cdiv(H * words, 32),)](
-                bits.contiguous(), order.contiguous(), map, n, N, H, width, words, 32, num_warps=4,
-                **FUSED,
+            blocks = triton.cdiv(H * words, WORDS)
+            _cover[(B * blocks,)](
+                bits.contiguous(),
+                order.contiguous(),
+                map,
+                *(n, N, H, width, words, blocks, WORDS),
+                num_warps=4,
+                **PLAIN,
             )
     return map
