@@ -131,9 +131,9 @@ def blend(map, y, x, FIRST_Y: tl.constexpr, FIRST_X: tl.constexpr, TAPS: tl.cons
     exact: tl.constexpr = y[1][0].dtype
     total = 0.0
     for r in tl.static_range(TAPS):
-        row = 0.0
+        row, line = 0.0, map + y[0][FIRST_Y + r]
         for c in tl.static_range(TAPS):
-            value = tl.load(map + (y[0][FIRST_Y + r] + x[0][FIRST_X + c])).to(exact)
+            value = tl.load(line + x[0][FIRST_X + c]).to(exact)
             value = tl.where(value > -FARTHEST, value, -FARTHEST)  # NaN is far outside
             row += x[1][FIRST_X + c] * tl.minimum(value, FARTHEST)
         total += y[1][FIRST_Y + r] * row

@@ -33,11 +33,11 @@ from .resample import (
 # Chosen by arithmetic, not yet measured, for all architectures.
 TILE = (16, 32)  # rows, columns: a line of 128 bytes of the map each; four pixels a thread
 PRODUCT = (4, 16)  # the same of a semantic tile
-CLASSES = 64  # of a product: 32 sums a thread in 8 warps; a logit costs about as much as they do
+CLASSES = 32  # of a product: 32 sums a thread in 8 warps; a logit costs about as much as they do
 PROGRAMS = 2048  # of an image at most: 15 a multiprocessor, 4 warps each, three rounds
 LOOKED_AT = 4  # a window with more pixels than so many times the tile's is not bounded
 WORDS = 32  # of the masks that cover a map; eight pixels a thread
-PLAIN = {"num_stages": 1, "maxnreg": 168, **FUSED}  # no gather goes through shared memory
+PLAIN = {"num_stages": 1, "maxnreg": 128, **FUSED}  # no gather goes through shared memory
 RUN = 32  # queries whose bounds are found together
 
 
@@ -544,16 +544,16 @@ def segment_map(
             counts,
             *(Q, H, W, *f.tiles, *f.masks.stride()),
             *(f.taps, *TILE, RUN, f.limit),
-            num_warps=4,
+            num_warps=8,
             **PLAIN,
         )
         stuff = None if stuff is None else stuff.contiguous().view(torch.uint8)
         K = 0 if stuff is None else len(stuff)
         _merge[(B,)](
-            counts, labels.contiguous(), stuff, numbers, ids, overlap, Q, K, 32, num_warps=4, **PLAIN
+            counts, labels.contiguous(), stuff, numbers, ids, overlap, Q, K, 32, num_warps=4, **FUSED
         )
         blocks = triton.cdiv(H * W, 1024)
-        _relabel[(B * blocks,)](ids, map, Q, H * W, blocks, 1024, num_warps=4, **PLAIN)
+        _relabel[(B * blocks,)](ids, map, Q, H * W, blocks, 1024, num_warps=4, **FUSED)
     return map, ids, counts[0]
 
 
@@ -588,7 +588,7 @@ def segment_map_semantic(
             scores,
             *(Q, K, H, W, *f.tiles, *f.masks.stride()),
             *(f.taps, f.scores, *PRODUCT, CLASSES, RUN, f.limit),
-            num_warps=4,
+            num_warps=8,
             **PLAIN,
         )
     return map, areas, weights.new_empty(0) if scores is None else scores
@@ -616,7 +616,7 @@ def segment_map_instance(
                 sums,
                 *(masks.shape[1], n, H, W, words, *f.tiles, *f.masks.stride()),
                 *(f.taps, *TILE, RUN, f.limit),
-                num_warps=4,
+                num_warps=8,
                 **PLAIN,
             )
     return bits, areas, sums.sum(1).to(exact)
@@ -634,7 +634,7 @@ def segment_map_cover(bits: Tensor, order: Tensor, width: int) -> Tensor:
                 order.contiguous(),
                 map,
                 *(n, N, H, width, words, blocks, WORDS),
-                num_warps=4,
+                num_warps=8,
                 **PLAIN,
             )
     return map
