@@ -6,7 +6,7 @@ A program takes tiles of output pixels of one image. Where the tile's window of 
 small it gives bounds of every query's logits, and with them the list of those that matter:
 panoptic, the queries that may win a pixel or whose mask has an edge here; instance, those with a
 pixel inside; semantic, the classes that may win. Then, query by query (semantic: a product over
-16 queries), logits are made in registers from their taps (resample.py), used and forgotten.
+16 queries), logits are made in registers from their taps (mask_tiles.py), used and forgotten.
 Bounds and lists lie in memory of the program's own, so that it grows with programs and not with
 pixels. Counts join by integer atomics, whose sum has no order; sums of sigmoids are a program's
 own, and are added in the order of programs.
@@ -18,27 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import FUSED, on
-from .resample import (
-    SIZES,
-    blend,
-    count_taps,
-    extremes,
-    mask_logits,
-    rounding,
-    sigmoid,
-    tabulate,
-    taps,
-)
+from .mask_tiles import SIZES, Frame, blend, extremes, rounding, semantic_tiles, sigmoid, taps
 
-# Chosen by arithmetic, not yet measured, for all architectures.
-TILE = (16, 32)  # rows, columns: a line of 128 bytes of the map each; four pixels a thread
-PRODUCT = (4, 16)  # the same of a semantic tile
-CLASSES = 32  # of a product: 32 sums a thread in 8 warps; a logit costs about as much as they do
-PROGRAMS = 2048  # of an image at most: 15 a multiprocessor, 4 warps each, three rounds
-LOOKED_AT = 4  # a window with more pixels than so many times the tile's is not bounded
-WORDS = 32  # of the masks that cover a map; eight pixels a thread
-PLAIN = {"num_stages": 1, "maxnreg": 128, **FUSED}  # no gather goes through shared memory
+# Chosen by arithmetic, not yet measured, for all architectures: two programs of 8 warps and 128
+# registers a thread on a multiprocessor, without spills.
+TILE = (16, 32)  # rows, columns: two pixels a thread, up to 32 loads in flight
+PRODUCT = (4, 16)  # of a semantic tile: four logits a thread for each 16 queries
+CLASSES = 32  # of a product: 8 sums a thread; more would wait idle where few classes may win
+PROGRAMS = 2048  # of an image at most: eight rounds of an H200
+WORDS = 32  # of 32 pixels, where masks cover a map: four pixels a thread
 RUN = 32  # queries whose bounds are found together
+# one stage: no gather goes through shared memory
+OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 128, **FUSED}
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -67,7 +58,6 @@ def _panoptic(
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    LIMIT: tl.constexpr,
 ):
     exact: tl.constexpr = bounds.dtype.element_ty
     program = tl.program_id(0)
@@ -97,7 +87,7 @@ def _panoptic(
                 low, high = extremes(
                     masks + tl.minimum(q, Q - 1) * query_stride,
                     *(place_y, place_x, top, left, bottom, right, H, W, y_stride, x_stride),
-                    *(exact, TAPS, BLOCK_Q, LIMIT),
+                    *(exact, TAPS, BLOCK_Q, 4 * BLOCK_Y * BLOCK_X),
                 )
                 tl.store(bounds + q, low, q < Q)
                 tl.store(bounds + Q + q, high, q < Q)
@@ -234,158 +224,6 @@ def _relabel(
     tl.store(map + image * n + i, tl.load(ids + image * Q + code, code >= 0, 0), i < n)
 
 
-@triton.jit
-def _shares(weight, i, n):
-    """The weights of the two positions in the image that positions i of the output lie between."""
-    first = tl.load(weight + 4 * n + i, i < n, 0.0)
-    return first, tl.load(weight + 5 * n + i, i < n, 0.0)
-
-
-@triton.jit
-def _sigmoids(map, y, x, shares, SCORES: tl.constexpr, TAPS: tl.constexpr):
-    """Sigmoids of logits; with SCORES resized from four positions in the image."""
-    if SCORES:
-        total = 0.0
-        for r in tl.static_range(2):
-            for c in tl.static_range(2):
-                share = shares[0][r] * shares[1][c]
-                total += share * sigmoid(blend(map, y, x, 2 * r, 2 * c, 2))
-        return total
-    return sigmoid(blend(map, y, x, 0, 0, TAPS))
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _semantic(
-    weights,  # [B, Q, K]
-    masks,  # [B, Q, h, w] by its strides
-    place_y,  # [TAPS, H]
-    weight_y,
-    place_x,  # [TAPS, W]
-    weight_x,
-    bounds,  # [B, programs, 2 Q + K]: sigmoids of a query's bounds; bounds of a class's score
-    listed,  # [B, programs, K] int32
-    map,  # [B, H, W] int32
-    areas,  # [B, K] int64, zeros
-    scores,  # [B, K, H, W] or None
-    Q,
-    K,
-    H,
-    W,
-    tiles,
-    tiles_x,
-    programs,
-    image_stride: tl.int64,
-    query_stride: tl.int64,
-    y_stride,
-    x_stride,
-    TAPS: tl.constexpr,
-    SCORES: tl.constexpr,  # scores are resized from image to output, and not the logits
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    LIMIT: tl.constexpr,
-):
-    exact: tl.constexpr = bounds.dtype.element_ty
-    program = tl.program_id(0)
-    image, pid = (program // programs).to(tl.int64), program.to(tl.int64)
-    bounds += pid * (2 * Q + K)
-    listed += pid * K
-    weights += image * Q * K
-    masks += image * image_stride
-    areas += image * K
-    j = tl.arange(0, 16)
-    p = tl.arange(0, BLOCK_Y * BLOCK_X)
-    for tile in tl.range(program % programs, tiles, programs):
-        top, left = tile // tiles_x * BLOCK_Y, tile % tiles_x * BLOCK_X
-        row, column = top + p // BLOCK_X, left + p % BLOCK_X
-        there = (row < H) & (column < W)
-        length = K
-        if scores is None:
-            tl.debug_barrier()  # what the last tile kept is read
-            bottom, right = tl.minimum(top + BLOCK_Y, H) - 1, tl.minimum(left + BLOCK_X, W) - 1
-            for start in tl.range(0, Q, BLOCK_Q):
-                q = start + tl.arange(0, BLOCK_Q)
-                low, high = extremes(
-                    masks + tl.minimum(q, Q - 1) * query_stride,
-                    *(place_y, place_x, top, left, bottom, right, H, W, y_stride, x_stride),
-                    *(exact, TAPS, BLOCK_Q, LIMIT),
-                )
-                tl.store(bounds + q, sigmoid(low), q < Q)
-                tl.store(bounds + Q + q, sigmoid(high), q < Q)
-            tl.debug_barrier()
-            least = tl.zeros((BLOCK_K,), exact)
-            for start in tl.range(0, K, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                low, high = tl.zeros((BLOCK_K,), exact), tl.zeros((BLOCK_K,), exact)
-                for begin in tl.range(0, Q, 16):
-                    q = begin + j
-                    inside = (q < Q)[:, None] & (k < K)[None, :]
-                    weight = tl.load(weights + q[:, None] * K + k[None, :], inside, 0.0)
-                    a = tl.load(bounds + q, q < Q, 0.0)
-                    b = tl.load(bounds + Q + q, q < Q, 0.0)
-                    low += tl.sum(a[:, None] * weight, 0)
-                    high += tl.sum(b[:, None] * weight, 0)
-                tl.store(bounds + 2 * Q + k, high, k < K)
-                least = tl.where(low > least, low, least)
-            floor = tl.max(least)
-            tl.debug_barrier()
-            length = 0
-            for start in tl.range(0, K, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                high = tl.load(bounds + 2 * Q + k, k < K, 0.0)
-                rival = ((k < K) & ~(high * (1 + rounding(Q, exact)) < floor)).to(tl.int32)
-                tl.store(listed + length + tl.cumsum(rival, 0) - 1, k, rival > 0)
-                length += tl.sum(rival)
-            tl.debug_barrier()
-
-        best = tl.full((BLOCK_Y * BLOCK_X,), -1.0, exact)
-        label = tl.zeros((BLOCK_Y * BLOCK_X,), tl.int32)
-        if scores is None:
-            label += tl.load(listed, length > 0, 0)
-        y = taps(place_y, weight_y, row[None, :], H, y_stride, TAPS)
-        x = taps(place_x, weight_x, column[None, :], W, x_stride, TAPS)
-        shares = y, x
-        if SCORES:
-            shares = (
-                _shares(weight_y, row[None, :], H),
-                _shares(weight_x, column[None, :], W),
-            )
-        many = length
-        if scores is None:
-            many = tl.where(length > 1, length, 0)
-        for start in tl.range(0, many, BLOCK_K):
-            at = start + tl.arange(0, BLOCK_K)
-            real, k = (at < length)[:, None], at[:, None]
-            if scores is None:
-                k = tl.load(listed + at, at < length, 0)[:, None]
-            total = tl.zeros((BLOCK_K, BLOCK_Y * BLOCK_X), exact)
-            for begin in tl.range(0, Q, 16):
-                q = begin + j
-                value = _sigmoids(
-                    masks + tl.minimum(q, Q - 1)[:, None] * query_stride, y, x, shares, SCORES, TAPS
-                )
-                weight = tl.load(weights + q[None, :] * K + k, real & (q < Q)[None, :], 0.0)
-                total = tl.dot(weight, value, total, input_precision="ieee", out_dtype=exact)
-            if scores is not None:
-                to = scores + (((image * K + k) * H + row[None, :]) * W + column[None, :])
-                tl.store(to, total, real & there[None, :])
-            total = tl.where(real, total, -1.0)
-            most = tl.max(total, 0)
-            first = tl.min(tl.where(total == most[None, :], k, K), 0)
-            label = tl.where(most > best, first, label)
-            best = tl.where(most > best, most, best)
-        tl.store(map + (image * H + row) * W + column, label, there)
-        for start in tl.range(0, length, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            real = k < length
-            if scores is None:
-                k = tl.load(listed + k, real, 0)
-            hits = (label[None, :] == k[:, None]) & there[None, :] & real[:, None]
-            count = tl.sum(hits.to(tl.int32), 1).to(tl.int64)
-            tl.atomic_add(areas + k, count, count > 0, sem="relaxed")
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _instance(
     queries,  # [B, n] int64
@@ -414,7 +252,6 @@ def _instance(
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    LIMIT: tl.constexpr,
 ):
     exact: tl.constexpr = weight_x.dtype.element_ty
     program = tl.program_id(0)
@@ -437,7 +274,7 @@ def _instance(
             _, high = extremes(
                 masks + tl.where(known, q, 0) * query_stride,
                 *(place_y, place_x, top, left, bottom, right, H, W, y_stride, x_stride),
-                *(exact, TAPS, BLOCK_Q, LIMIT),
+                *(exact, TAPS, BLOCK_Q, 4 * BLOCK_Y * BLOCK_X),
             )
             open = (known & (high > 0)).to(tl.int32)
             tl.store(listed + length + tl.cumsum(open, 0) - 1, slot, open > 0)
@@ -493,28 +330,6 @@ def _cover(
     tl.store(to, covered, (word < size)[:, None] & (column < W))
 
 
-class _Frame:
-    """What the kernels of one call share: tables of both axes, tiles, programs, strides."""
-
-    def __init__(self, masks, features, sizes, exact, tile, scores=False):
-        padded, image, self.size = sizes[:2], sizes[2:4], sizes[4:]
-        if min(sizes) < 1 or image[0] > padded[0] or image[1] > padded[1]:
-            raise RuntimeError(
-                "segment_map: sizes must be positive, the image within the padded input"
-            )
-        self.masks = mask_logits(masks, features, exact)
-        axes = list(zip(self.masks.shape[2:], padded, image, self.size))
-        self.scores = scores and image != self.size
-        self.taps = 4 if self.scores else max(count_taps(*axis) for axis in axes)
-        like = masks.new_empty(0, dtype=exact)
-        self.tables = [t for axis in axes for t in tabulate(*axis, self.taps, self.scores, like)]
-        tiles_x = triton.cdiv(self.size[1], tile[1])
-        tiles = triton.cdiv(self.size[0], tile[0]) * tiles_x
-        self.programs = min(tiles, PROGRAMS)
-        self.tiles = tiles, tiles_x, self.programs
-        self.limit = LOOKED_AT * tile[0] * tile[1]
-
-
 def segment_map(
     scores: Tensor,
     labels: Tensor,
@@ -532,7 +347,7 @@ def segment_map(
     if B == 0 or Q == 0:
         return map, ids, counts[0]
     with on(scores):
-        f = _Frame(masks, features, sizes, scores.dtype, TILE)
+        f = Frame(masks, features, sizes, scores.dtype, TILE, PROGRAMS)
         numbers = ids.new_empty((2, B, Q))
         _panoptic[(B * f.programs,)](
             scores.contiguous(),
@@ -543,17 +358,15 @@ def segment_map(
             map,
             counts,
             *(Q, H, W, *f.tiles, *f.masks.stride()),
-            *(f.taps, *TILE, RUN, f.limit),
-            num_warps=8,
-            **PLAIN,
+            *(f.taps, *TILE, RUN),
+            **OPTIONS,
         )
         stuff = None if stuff is None else stuff.contiguous().view(torch.uint8)
         K = 0 if stuff is None else len(stuff)
-        _merge[(B,)](
-            counts, labels.contiguous(), stuff, numbers, ids, overlap, Q, K, 32, num_warps=4, **FUSED
-        )
+        labels = labels.contiguous()
+        _merge[(B,)](counts, labels, stuff, numbers, ids, overlap, Q, K, 32, **FUSED)
         blocks = triton.cdiv(H * W, 1024)
-        _relabel[(B * blocks,)](ids, map, Q, H * W, blocks, 1024, num_warps=4, **FUSED)
+        _relabel[(B * blocks,)](ids, map, Q, H * W, blocks, 1024, **FUSED)
     return map, ids, counts[0]
 
 
@@ -569,15 +382,13 @@ def segment_map_semantic(
     (B, Q, K), (H, W) = weights.shape, sizes[4:]
     map = weights.new_zeros((B, H, W), dtype=torch.int32)
     areas = weights.new_zeros((B, K), dtype=torch.int64)
-    scores = weights.new_zeros((B, K, H, W)) if return_scores else None
-    if B == 0:
-        return map, areas, weights.new_empty(0) if scores is None else scores
-    if Q == 0:  # the first class everywhere
-        areas[:, 0] = H * W
-        return map, areas, weights.new_empty(0) if scores is None else scores
+    scores = weights.new_zeros((B, K, H, W) if return_scores else (0,))
+    if B == 0 or Q == 0:
+        areas[:, :1] = H * W  # the first class everywhere
+        return map, areas, scores
     with on(weights):
-        f = _Frame(masks, features, sizes, weights.dtype, PRODUCT, resize_scores)
-        _semantic[(B * f.programs,)](
+        f = Frame(masks, features, sizes, weights.dtype, PRODUCT, PROGRAMS, resize_scores)
+        semantic_tiles[(B * f.programs,)](
             weights.contiguous(),
             f.masks,
             *f.tables,
@@ -585,13 +396,12 @@ def segment_map_semantic(
             map.new_empty((B, f.programs, K)),
             map,
             areas,
-            scores,
+            scores if return_scores else None,
             *(Q, K, H, W, *f.tiles, *f.masks.stride()),
-            *(f.taps, f.scores, *PRODUCT, CLASSES, RUN, f.limit),
-            num_warps=8,
-            **PLAIN,
+            *(f.taps, f.scores, *PRODUCT, CLASSES, RUN),
+            **OPTIONS,
         )
-    return map, areas, weights.new_empty(0) if scores is None else scores
+    return map, areas, scores
 
 
 def segment_map_instance(
@@ -603,7 +413,7 @@ def segment_map_instance(
     bits = queries.new_zeros((B, n, H, words), dtype=torch.int32)
     areas = torch.zeros_like(queries)
     with on(queries):
-        f = _Frame(masks, features, sizes, exact, TILE)
+        f = Frame(masks, features, sizes, exact, TILE, PROGRAMS)
         sums = queries.new_zeros((B, f.programs, n), dtype=torch.float64)
         if areas.numel() and masks.shape[1]:
             _instance[(B * f.programs,)](
@@ -615,9 +425,8 @@ def segment_map_instance(
                 areas,
                 sums,
                 *(masks.shape[1], n, H, W, words, *f.tiles, *f.masks.stride()),
-                *(f.taps, *TILE, RUN, f.limit),
-                num_warps=8,
-                **PLAIN,
+                *(f.taps, *TILE, RUN),
+                **OPTIONS,
             )
     return bits, areas, sums.sum(1).to(exact)
 
@@ -634,7 +443,6 @@ def segment_map_cover(bits: Tensor, order: Tensor, width: int) -> Tensor:
                 order.contiguous(),
                 map,
                 *(n, N, H, width, words, blocks, WORDS),
-                num_warps=8,
-                **PLAIN,
+                **OPTIONS,
             )
     return map

@@ -1,12 +1,15 @@
-"""Mask logits at the resolution of the result, for the kernels of segment_map.
+"""Tiles of segment_map: mask logits at the resolution of the result, and the semantic product.
 
-Letters: B image, Q query, C channel, h w mask logits, H W result, n positions along an axis.
+Letters: B image, Q query, K class, C channel, h w mask logits, H W result, n positions along an
+axis.
 
 The resizes to the padded input and to the output are linear in each axis. What a position of the
 output reads of its axis, two to four taps, stands in a table: `tabulate` makes one for the rows
 and one for the columns, in float64, on the device. A tile of output pixels reads its taps through
 the L1 cache, where neighbours share them. A tap that weighs nothing names a place that is there,
 so that the inner loops need no mask.
+The largest and smallest logit that a tile can read bound all of its pixels, unless the result is
+so much smaller than the logits that looking would cost more than the pixels do.
 """
 
 import torch
@@ -31,7 +34,7 @@ def rounding(n, exact: tl.constexpr):
 
 @triton.jit
 def sigmoid(x):
-    """To rounding at every x: between logits far below 0 a faster exp would decide by its error."""
+    """To rounding at every x: far below 0 the error of a faster exp would decide between logits."""
     low = -tl.abs(x)
     if x.dtype == tl.float64:
         e = tl.exp(low)
@@ -178,6 +181,162 @@ def extremes(
     return low - slack * tl.abs(low), high + slack * tl.abs(high)
 
 
+@triton.jit
+def _shares(weight, i, n):
+    """The weights of the two positions in the image that positions i of the output lie between."""
+    first = tl.load(weight + 4 * n + i, i < n, 0.0)
+    return first, tl.load(weight + 5 * n + i, i < n, 0.0)
+
+
+@triton.jit
+def _sigmoids(map, y, x, shares, SCORES: tl.constexpr, TAPS: tl.constexpr):
+    """Sigmoids of logits; with SCORES resized from four positions in the image."""
+    if SCORES:
+        total = 0.0
+        for r in tl.static_range(2):
+            for c in tl.static_range(2):
+                share = shares[0][r] * shares[1][c]
+                total += share * sigmoid(blend(map, y, x, 2 * r, 2 * c, 2))
+        return total
+    return sigmoid(blend(map, y, x, 0, 0, TAPS))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def semantic_tiles(
+    weights,  # [B, Q, K]
+    masks,  # [B, Q, h, w] by its strides
+    place_y,  # [TAPS, H]
+    weight_y,
+    place_x,  # [TAPS, W]
+    weight_x,
+    bounds,  # [B, programs, 2 Q + K]: sigmoids of a query's bounds; bounds of a class's score
+    listed,  # [B, programs, K] int32
+    map,  # [B, H, W] int32
+    areas,  # [B, K] int64, zeros
+    scores,  # [B, K, H, W] or None
+    Q,
+    K,
+    H,
+    W,
+    tiles,
+    tiles_x,
+    programs,
+    image_stride: tl.int64,
+    query_stride: tl.int64,
+    y_stride,
+    x_stride,
+    TAPS: tl.constexpr,
+    SCORES: tl.constexpr,  # scores are resized from image to output, and not the logits
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    exact: tl.constexpr = bounds.dtype.element_ty
+    program = tl.program_id(0)
+    image, pid = (program // programs).to(tl.int64), program.to(tl.int64)
+    bounds += pid * (2 * Q + K)
+    listed += pid * K
+    weights += image * Q * K
+    masks += image * image_stride
+    areas += image * K
+    j = tl.arange(0, 16)
+    p = tl.arange(0, BLOCK_Y * BLOCK_X)
+    for tile in tl.range(program % programs, tiles, programs):
+        top, left = tile // tiles_x * BLOCK_Y, tile % tiles_x * BLOCK_X
+        row, column = top + p // BLOCK_X, left + p % BLOCK_X
+        there = (row < H) & (column < W)
+        length = K
+        if scores is None:
+            tl.debug_barrier()  # what the last tile kept is read
+            bottom, right = tl.minimum(top + BLOCK_Y, H) - 1, tl.minimum(left + BLOCK_X, W) - 1
+            for start in tl.range(0, Q, BLOCK_Q):
+                q = start + tl.arange(0, BLOCK_Q)
+                low, high = extremes(
+                    masks + tl.minimum(q, Q - 1) * query_stride,
+                    *(place_y, place_x, top, left, bottom, right, H, W, y_stride, x_stride),
+                    *(exact, TAPS, BLOCK_Q, 4 * BLOCK_Y * BLOCK_X),
+                )
+                tl.store(bounds + q, sigmoid(low), q < Q)
+                tl.store(bounds + Q + q, sigmoid(high), q < Q)
+            tl.debug_barrier()
+            least = tl.zeros((BLOCK_K,), exact)
+            for start in tl.range(0, K, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                low, high = tl.zeros((BLOCK_K,), exact), tl.zeros((BLOCK_K,), exact)
+                for begin in tl.range(0, Q, 16):
+                    q = begin + j
+                    inside = (q < Q)[:, None] & (k < K)[None, :]
+                    weight = tl.load(weights + q[:, None] * K + k[None, :], inside, 0.0)
+                    a = tl.load(bounds + q, q < Q, 0.0)
+                    b = tl.load(bounds + Q + q, q < Q, 0.0)
+                    low += tl.sum(a[:, None] * weight, 0)
+                    high += tl.sum(b[:, None] * weight, 0)
+                tl.store(bounds + 2 * Q + k, high, k < K)
+                least = tl.where(low > least, low, least)
+            floor = tl.max(least)
+            tl.debug_barrier()
+            length = 0
+            for start in tl.range(0, K, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                high = tl.load(bounds + 2 * Q + k, k < K, 0.0)
+                rival = ((k < K) & ~(high * (1 + rounding(Q, exact)) < floor)).to(tl.int32)
+                tl.store(listed + length + tl.cumsum(rival, 0) - 1, k, rival > 0)
+                length += tl.sum(rival)
+            tl.debug_barrier()
+
+        best = tl.full((BLOCK_Y * BLOCK_X,), -1.0, exact)
+        label = tl.zeros((BLOCK_Y * BLOCK_X,), tl.int32)
+        if scores is None:
+            label += tl.load(listed, length > 0, 0)
+        y = taps(place_y, weight_y, row[None, :], H, y_stride, TAPS)
+        x = taps(place_x, weight_x, column[None, :], W, x_stride, TAPS)
+        shares = y, x
+        if SCORES:
+            shares = (
+                _shares(weight_y, row[None, :], H),
+                _shares(weight_x, column[None, :], W),
+            )
+        many = length
+        if scores is None:
+            many = tl.where(length > 1, length, 0)
+        for start in tl.range(0, many, BLOCK_K):
+            at = start + tl.arange(0, BLOCK_K)
+            real, k = (at < length)[:, None], at[:, None]
+            if scores is None:
+                k = tl.load(listed + at, at < length, 0)[:, None]
+            total = tl.zeros((BLOCK_K, BLOCK_Y * BLOCK_X), exact)
+            for begin in tl.range(0, Q, 16):
+                q = begin + j
+                value = _sigmoids(
+                    masks + tl.minimum(q, Q - 1)[:, None] * query_stride,
+                    y,
+                    x,
+                    shares,
+                    SCORES,
+                    TAPS,
+                )
+                weight = tl.load(weights + q[None, :] * K + k, real & (q < Q)[None, :], 0.0)
+                total = tl.dot(weight, value, total, input_precision="ieee", out_dtype=exact)
+            if scores is not None:
+                to = scores + (((image * K + k) * H + row[None, :]) * W + column[None, :])
+                tl.store(to, total, real & there[None, :])
+            total = tl.where(real, total, -1.0)
+            most = tl.max(total, 0)
+            first = tl.min(tl.where(total == most[None, :], k, K), 0)
+            label = tl.where(most > best, first, label)
+            best = tl.where(most > best, most, best)
+        tl.store(map + (image * H + row) * W + column, label, there)
+        for start in tl.range(0, length, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            real = k < length
+            if scores is None:
+                k = tl.load(listed + k, real, 0)
+            hits = (label[None, :] == k[:, None]) & there[None, :] & real[:, None]
+            count = tl.sum(hits.to(tl.int32), 1).to(tl.int64)
+            tl.atomic_add(areas + k, count, count > 0, sem="relaxed")
+
+
 def tabulate(
     source: int, padded: int, image: int, output: int, n_taps: int, scores: bool, like: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -228,3 +387,24 @@ def mask_logits(masks: Tensor, features: Tensor | None, exact: torch.dtype) -> T
         rows = out[:, :, y : y + step]
         rows.copy_((embed @ part).view(rows.shape))
     return out
+
+
+class Frame:
+    """What the kernels of one call share: tables of both axes, tiles, programs, strides."""
+
+    def __init__(self, masks, features, sizes, exact, tile, most_programs, scores=False):
+        padded, image, self.size = sizes[:2], sizes[2:4], sizes[4:]
+        if min(sizes) < 1 or image[0] > padded[0] or image[1] > padded[1]:
+            raise RuntimeError(
+                "segment_map: sizes must be positive, the image within the padded input"
+            )
+        self.masks = mask_logits(masks, features, exact)
+        axes = list(zip(self.masks.shape[2:], padded, image, self.size))
+        self.scores = scores and image != self.size
+        self.taps = 4 if self.scores else max(count_taps(*axis) for axis in axes)
+        like = masks.new_empty(0, dtype=exact)
+        self.tables = [t for axis in axes for t in tabulate(*axis, self.taps, self.scores, like)]
+        tiles_x = triton.cdiv(self.size[1], tile[1])
+        tiles = triton.cdiv(self.size[0], tile[0]) * tiles_x
+        self.programs = min(tiles, most_programs)
+        self.tiles = tiles, tiles_x, self.programs
