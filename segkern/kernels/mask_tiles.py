@@ -34,7 +34,7 @@ def rounding(n, exact: tl.constexpr):
 
 @triton.jit
 def sigmoid(x):
-    """To rounding at every x: far below 0 the error of a faster exp would decide between logits."""
+    """To rounding at every x: far below 0 the error of a faster exp would decide."""
     low = -tl.abs(x)
     if x.dtype == tl.float64:
         e = tl.exp(low)
@@ -201,7 +201,7 @@ def _sigmoids(map, y, x, shares, SCORES: tl.constexpr, TAPS: tl.constexpr):
     return sigmoid(blend(map, y, x, 0, 0, TAPS))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["masks"])
 def semantic_tiles(
     weights,  # [B, Q, K]
     masks,  # [B, Q, h, w] by its strides

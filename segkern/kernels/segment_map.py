@@ -32,7 +32,7 @@ RUN = 32  # queries whose bounds are found together
 OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 128, **FUSED}
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["masks"])
 def _panoptic(
     scores,  # [B, Q]
     masks,  # [B, Q, h, w] by its strides
@@ -224,7 +224,7 @@ def _relabel(
     tl.store(map + image * n + i, tl.load(ids + image * Q + code, code >= 0, 0), i < n)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["masks"])
 def _instance(
     queries,  # [B, n] int64
     masks,  # [B, Q, h, w] by its strides

@@ -16,8 +16,8 @@ Letters: B image, Q query, K class, C channel, h w mask logits, H W output, N ro
    window of them, which may be stored, or made from embeddings and features on the spot.
 2. Extremes of a window bound the logits of the block. Panoptic: only queries whose upper bound
    reaches the highest lower bound are computed. Instance: blocks of negative logits are empty.
-   Semantic: only classes that may win; and first without the queries that add too little to
-   decide between those, then with them where two classes are closer than what they add.
+   Semantic: only classes that may win; and on the CPU first without the queries that add too
+   little to decide between those, then with them where two classes are closer than they add.
 3. Counts come from the same pass. No [Q, H, W] or [K, H, W] tensor is made; masks are kept as
    bits.
 Bytes: 4 Q h w read, 4 H W written (instance: Q H W / 8 more); FLOPs: semantic 2 Q K H W at most.
