@@ -123,23 +123,22 @@ def taps(place, weight, i, n, stride, TAPS: tl.constexpr):
 
 
 @triton.jit
-def blend(map, y, x, FIRST_Y: tl.constexpr, FIRST_X: tl.constexpr, TAPS: tl.constexpr):
+def blend(map, y, x, TAPS: tl.constexpr):
     """Logits from TAPS x TAPS taps of a map.
 
     Args:
         map: pointers to maps, which broadcast with the taps.
         y, x: offsets and weights of the rows and of the columns, as `taps` gives them.
-        FIRST_Y, FIRST_X: the first of them to use.
     """
     exact: tl.constexpr = y[1][0].dtype
     total = 0.0
     for r in tl.static_range(TAPS):
-        row, line = 0.0, map + y[0][FIRST_Y + r]
+        row, line = 0.0, map + y[0][r]
         for c in tl.static_range(TAPS):
-            value = tl.load(line + x[0][FIRST_X + c]).to(exact)
+            value = tl.load(line + x[0][c]).to(exact)
             value = tl.where(value > -FARTHEST, value, -FARTHEST)  # NaN is far outside
-            row += x[1][FIRST_X + c] * tl.minimum(value, FARTHEST)
-        total += y[1][FIRST_Y + r] * row
+            row += x[1][c] * tl.minimum(value, FARTHEST)
+        total += y[1][r] * row
     return total
 
 
@@ -182,23 +181,10 @@ def extremes(
 
 
 @triton.jit
-def _shares(weight, i, n):
-    """The weights of the two positions in the image that positions i of the output lie between."""
-    first = tl.load(weight + 4 * n + i, i < n, 0.0)
-    return first, tl.load(weight + 5 * n + i, i < n, 0.0)
-
-
-@triton.jit
-def _sigmoids(map, y, x, shares, SCORES: tl.constexpr, TAPS: tl.constexpr):
-    """Sigmoids of logits; with SCORES resized from four positions in the image."""
-    if SCORES:
-        total = 0.0
-        for r in tl.static_range(2):
-            for c in tl.static_range(2):
-                share = shares[0][r] * shares[1][c]
-                total += share * sigmoid(blend(map, y, x, 2 * r, 2 * c, 2))
-        return total
-    return sigmoid(blend(map, y, x, 0, 0, TAPS))
+def _taps_and_share(place, weight, i, n, stride, second):
+    """Of positions i of the output one of two in the image: its two taps, and what it weighs."""
+    share = tl.load(weight + (4 + second) * n + i, i < n, 0.0)
+    return taps(place + 2 * second * n, weight + 2 * second * n, i, n, stride, 2), share
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["masks"])
@@ -289,14 +275,10 @@ def semantic_tiles(
         label = tl.zeros((BLOCK_Y * BLOCK_X,), tl.int32)
         if scores is None:
             label += tl.load(listed, length > 0, 0)
-        y = taps(place_y, weight_y, row[None, :], H, y_stride, TAPS)
-        x = taps(place_x, weight_x, column[None, :], W, x_stride, TAPS)
-        shares = y, x
-        if SCORES:
-            shares = (
-                _shares(weight_y, row[None, :], H),
-                _shares(weight_x, column[None, :], W),
-            )
+        line, point = row[None, :], column[None, :]
+        if not SCORES:
+            y = taps(place_y, weight_y, line, H, y_stride, TAPS)
+            x = taps(place_x, weight_x, point, W, x_stride, TAPS)
         many = length
         if scores is None:
             many = tl.where(length > 1, length, 0)
@@ -308,18 +290,19 @@ def semantic_tiles(
             total = tl.zeros((BLOCK_K, BLOCK_Y * BLOCK_X), exact)
             for begin in tl.range(0, Q, 16):
                 q = begin + j
-                value = _sigmoids(
-                    masks + tl.minimum(q, Q - 1)[:, None] * query_stride,
-                    y,
-                    x,
-                    shares,
-                    SCORES,
-                    TAPS,
-                )
+                map_q = masks + tl.minimum(q, Q - 1)[:, None] * query_stride
+                if SCORES:  # one position after the other: registers
+                    value = tl.zeros((16, BLOCK_Y * BLOCK_X), exact)
+                    for corner in tl.range(0, 4):
+                        y, u = _taps_and_share(place_y, weight_y, line, H, y_stride, corner // 2)
+                        x, v = _taps_and_share(place_x, weight_x, point, W, x_stride, corner % 2)
+                        value += u * v * sigmoid(blend(map_q, y, x, 2))
+                else:
+                    value = sigmoid(blend(map_q, y, x, TAPS))
                 weight = tl.load(weights + q[None, :] * K + k, real & (q < Q)[None, :], 0.0)
                 total = tl.dot(weight, value, total, input_precision="ieee", out_dtype=exact)
             if scores is not None:
-                to = scores + (((image * K + k) * H + row[None, :]) * W + column[None, :])
+                to = scores + (((image * K + k) * H + line) * W + point)
                 tl.store(to, total, real & there[None, :])
             total = tl.where(real, total, -1.0)
             most = tl.max(total, 0)

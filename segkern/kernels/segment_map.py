@@ -128,7 +128,7 @@ def _panoptic(
             code = tl.load(listed + i)
             if (code % 2 > 0) | (rivals > 1):
                 q = code // 4
-                logit = blend(masks + q * query_stride, y, x, 0, 0, TAPS)
+                logit = blend(masks + q * query_stride, y, x, TAPS)
                 count = tl.sum(tl.where(there & (logit >= 0), 1, 0))
                 tl.atomic_add(own + q, count.to(tl.int64), code % 2 > 0, sem="relaxed")
                 value = tl.load(scores + q) * sigmoid(logit)
@@ -287,7 +287,7 @@ def _instance(
         word = (left // 32 + tl.arange(0, BLOCK_X // 32))[None, :]
         for i in tl.range(0, length):
             slot = tl.load(listed + i).to(tl.int64)
-            logit = blend(masks + tl.load(queries + slot) * query_stride, y, x, 0, 0, TAPS)
+            logit = blend(masks + tl.load(queries + slot) * query_stride, y, x, TAPS)
             hit = (there & (logit > 0)).to(tl.int32)
             count = tl.sum(hit).to(tl.int64)
             total = tl.sum(tl.where(hit > 0, sigmoid(logit), 0.0))
