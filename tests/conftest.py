@@ -24,8 +24,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         _interpreted.impl(_op, _launcher, "CPU", allow_override=True)
     from segkern.kernels import segment_map as _maps
 
-    # which takes as long for a tile of any size
-    _maps.TILE, _maps.PRODUCT, _maps.WORDS = (64, 128), (32, 128), 512
+    # it takes as long for a tile of any size; few programs, so that each has several tiles
+    _maps.TILE, _maps.PRODUCT, _maps.WORDS, _maps.PROGRAMS = (64, 128), (32, 128), 512, 3
 
 
 def pytest_addoption(parser):
