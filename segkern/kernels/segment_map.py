@@ -382,10 +382,10 @@ def segment_map_semantic(
     (B, Q, K), (H, W) = weights.shape, sizes[4:]
     map = weights.new_zeros((B, H, W), dtype=torch.int32)
     areas = weights.new_zeros((B, K), dtype=torch.int64)
-    scores = weights.new_zeros((B, K, H, W) if return_scores else (0,))
+    scores = weights.new_empty((B, K, H, W) if return_scores else (0,))
     if B == 0 or Q == 0:
         areas[:, :1] = H * W  # the first class everywhere
-        return map, areas, scores
+        return map, areas, scores.zero_()
     with on(weights):
         f = Frame(masks, features, sizes, weights.dtype, PRODUCT, PROGRAMS, resize_scores)
         semantic_tiles[(B * f.programs,)](
