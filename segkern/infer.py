@@ -185,8 +185,7 @@ def postprocess(
         return_scores: semantic: the class scores of every pixel, too: K H W floats.
 
     Returns:
-        B results, computed in float32 (float64 for float64 logits), on the logits' device; on a
-        GPU by plain PyTorch, which holds all maps at the size of the result.
+        B results, computed in float32 (float64 for float64 logits), on the logits' device.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, size, name or range, or class logits not finite.
@@ -231,7 +230,6 @@ def postprocess(
             top_k,
             resize,
             return_scores,
-            impl="reference" if masks.is_cuda else "kernel",  # which has none for CUDA yet
         )
         for b, (image, output) in enumerate(zip(image_sizes, output_sizes))
     ]

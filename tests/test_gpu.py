@@ -19,8 +19,10 @@ from segkern.ops import (
     point_mask_loss,
     point_sample,
     random_points,
+    segment_map,
 )
 from segkern.ops.mask_bits import pack_bits
+from segkern.ops.segment_map import TASKS
 from segkern.testing import (
     linear_assignment_inputs,
     mask_bits_inputs,
@@ -30,6 +32,7 @@ from segkern.testing import (
     ms_deform_attn_inputs,
     point_mask_loss_inputs,
     point_sample_inputs,
+    segment_map_inputs,
 )
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +43,15 @@ def random_points_inputs(N=40, n=101, dtype=None, seed=0, device="cpu"):
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 2**33, (N, 3), generator=g)
     return [*moved([torch.randint(-(2**63), 2**63 - 1, (1,), generator=g), ids], device), n]
+
+
+def every_map(classes, masks, tasks=TASKS, size=None):
+    """All that segment_map gives, task after task."""
+    h, w = masks.shape[2:]
+    sizes = (4 * h, 4 * w), (4 * h - 3, 4 * w - 2), size or (3 * h + 1, 5 * w)
+    options = {"object_mask_threshold": 0.2, "overlap_threshold": 0.3}
+    found = [t for task in tasks for t in segment_map(classes, masks, task, *sizes, **options)]
+    return tuple(t for t in found if t is not None)
 
 
 OPS = {  # op, inputs, sizes as in a model but small, places of the inputs that get a gradient
@@ -74,6 +86,12 @@ OPS = {  # op, inputs, sizes as in a model but small, places of the inputs that 
         linear_assignment,
         linear_assignment_inputs,
         {"N": 40, "Q": 100, "T": 20},
+        (),
+    ),
+    "segment_map": (
+        every_map,
+        segment_map_inputs,
+        {"Q": 100, "K": 133, "h": 24, "w": 32, "kind": "shapes"},
         (),
     ),
 }
@@ -305,6 +323,10 @@ def large_linear_assignment():
     return [cost, counts]
 
 
+def large_segment_map():
+    return [of_large(2, 256, 20), of_large(2, 256, SIDE, SIDE)]
+
+
 LARGE = {
     "ms_deform_attn": large_ms_deform_attn,
     "mask_bits": large_mask_bits,
@@ -313,6 +335,7 @@ LARGE = {
     "matching_cost": large_matching_cost,
     "point_mask_loss": large_point_mask_loss,
     "linear_assignment": large_linear_assignment,
+    "segment_map": large_segment_map,
 }
 
 
@@ -338,6 +361,19 @@ def test_more_than_2_to_31_elements(op, same_bits):
     assert_equal([t[1:] for t in got], want)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_maps_take_no_memory_for_upsampled_logits(task):
+    values = segment_map_inputs(B=1, Q=100, K=133, h=256, w=512, kind="shapes", device=DEVICE)
+    every_map(*values, (task,), (1024, 2048))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = every_map(*values, (task,), (1024, 2048))
+    results = sum(t.numel() * t.element_size() for t in found)
+    taken = torch.cuda.max_memory_allocated() - before - results
+    assert taken < 2**24  # of which there would be 800 MB
+
+
 def attn_of(S, T):
     return "masked_attn", masked_attn_inputs(Q=20, H=8, D=32, S=S, dtype=torch.bfloat16)
 
@@ -355,7 +391,11 @@ def cost_of_size(S, T):
     return "matching_cost", matching_cost_inputs(**sizes, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("make", [attn_of, bits_of, sample_of, cost_of_size])
+def maps_of(S, T):
+    return "segment_map", segment_map_inputs(Q=T, h=S, w=T + 3, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("make", [attn_of, bits_of, sample_of, cost_of_size, maps_of])
 def test_new_sizes_compile_nothing(make, monkeypatch):
     triton = pytest.importorskip("triton")
     compiled = []

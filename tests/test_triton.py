@@ -106,13 +106,36 @@ def matching_cost(dtype, B=2, R=10, Q=100, K=133, C=256, h=64, w=96, T=20, H=256
     )
 
 
-OPS = (masked_attn, mask_bits, point_sample, matching_cost)
+def segment_map(dtype, B=2, Q=100, K=133, h=128, w=192, out=(480, 640), C=256, n=100):
+    """Every task; logits and, once, embeddings; both ways to resize for semantic."""
+    exact, masks = exact_dtype(meta(dtype)), meta(dtype, B, Q, h, w)
+    sizes = [512, 768, 500, 700, *out]
+    rows = meta(exact, B, Q), meta(torch.int64, B, Q)
+    launch("segment_map", *rows, meta(torch.bool, K), masks, None, sizes, 0.8)
+    product = meta(dtype, B, Q, C), meta(dtype, B, C, h, w)
+    launch("segment_map", *rows, None, *product, sizes, 0.8)
+    weights = meta(exact, B, Q, K)
+    for resized in (False, True):
+        for asked in (False, True):
+            launch("segment_map_semantic", weights, masks, None, sizes, resized, asked)
+    launch("segment_map_instance", meta(torch.int64, B, n), masks, None, sizes)
+    bits, order = (B, n, out[0], (out[1] + 31) // 32), meta(torch.int64, B, n)
+    launch("segment_map_cover", meta(torch.int32, *bits), order, out[1])
+
+
+OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map)
 # sizes of one call after another, none of which may compile anew after the first two
 SIZES = {
     masked_attn: [{"S": s, "Q": q} for s in (1024, 1330, 4096, 16801) for q in (100, 77, 200)],
     mask_bits: [{"S": s, "B": b} for s in (1024, 1330, 4096, 16801) for b in (2, 3, 16)],
     point_sample: [{"P": p, "h": h} for p in (12544, 101, 37632) for h in (64, 51, 200)],
     matching_cost: [{"T": t, "B": b} for t in (16, 20, 24, 100, 33) for b in (2, 3, 16)],
+    segment_map: [
+        {"h": h, "out": out, "Q": q, "K": k}
+        for out in ((480, 640), (500, 333), (1, 1))
+        for h in (128, 125)
+        for q, k in ((100, 133), (1, 1), (300, 19))
+    ],
 }
 SLOW = [pytest.mark.slow]
 

@@ -16,8 +16,8 @@ Letters: B image, Q query, K class, C channel, h w mask logits, H W output, N ro
    window of them, which may be stored, or made from embeddings and features on the spot.
 2. Extremes of a window bound the logits of the block. Panoptic: only queries whose upper bound
    reaches the highest lower bound are computed. Instance: blocks of negative logits are empty.
-   Semantic: only classes that may win; and first without the queries that add too little to
-   decide between those, then with them where two classes are closer than what they add.
+   Semantic: only classes that may win; and on the CPU first without the queries that add too
+   little to decide between those, then with them where two classes are closer than they add.
 3. Counts come from the same pass. No [Q, H, W] or [K, H, W] tensor is made; masks are kept as
    bits.
 Bytes: 4 Q h w read, 4 H W written (instance: Q H W / 8 more); FLOPs: semantic 2 Q K H W at most.
@@ -241,24 +241,24 @@ _panoptic = _library.define(
     "segment_map(Tensor scores, Tensor labels, Tensor? stuff, Tensor masks, Tensor? features, "
     "int[] sizes, float overlap) -> (Tensor, Tensor, Tensor)",
     _fake_panoptic,
-    cpu_only=True,
+    triton="segment_map",
 )
 _semantic = _library.define(
     "segment_map_semantic(Tensor weights, Tensor masks, Tensor? features, int[] sizes, "
     "bool resize_scores, bool return_scores) -> (Tensor, Tensor, Tensor)",
     _fake_semantic,
-    cpu_only=True,
+    triton="segment_map",
 )
 _instance = _library.define(
     "segment_map_instance(Tensor queries, Tensor masks, Tensor? features, int[] sizes) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_instance,
-    cpu_only=True,
+    triton="segment_map",
 )
 _cover = _library.define(
     "segment_map_cover(Tensor bits, Tensor order, int width) -> Tensor",
     _fake_cover,
-    cpu_only=True,
+    triton="segment_map",
 )
 
 
