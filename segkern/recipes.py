@@ -91,19 +91,20 @@ def digits_segmenter(
     )
 
 
-def segmenter(model: str = "Seg-S-Mask/16", dataset: str = "ade20k"):
+def segmenter(model: str = "Seg-S-Mask/16", dataset: str = "ade20k", pretrained: bool = True):
     """The recipes of Segmenter's paper: SGD with momentum and a polynomial schedule.
 
     Args:
         model: as `SegmenterConfig.preset` takes it.
         dataset: "ade20k", "pascal_context" or "cityscapes".
+        pretrained: start the encoder from timm's ImageNet weights, as the paper does.
 
     Returns:
         a `TrainConfig`; its `data` stays that of the digits: give `train` the images, in views of
         `config.model.image_size` (data.transforms.SemanticViews), as `dataset`.
 
     Raises:
-        ValueError: no such model or data set.
+        ValueError: no such model or data set, or timm has no weights of it.
     """
     if dataset not in _SEGMENTER:
         raise ValueError(
@@ -114,8 +115,9 @@ def segmenter(model: str = "Seg-S-Mask/16", dataset: str = "ade20k"):
     if dataset == "ade20k":
         crop = config.image_size[0]  # 640 for L
     edge = {"pascal_context": 520, "cityscapes": 1024}.get(dataset, crop)
-    config.image_size, config.window_size, config.window_stride = (crop, crop), crop, stride
+    config.image_size, config.window_size = (crop, crop), crop
     config.window_stride = crop if dataset == "ade20k" else stride
+    config.backbone_pretrained = pretrained
     config.shortest_edge = edge
     config.longest_edge = (2 if dataset == "cityscapes" else 4) * edge
     if dataset == "cityscapes" and model.startswith("Seg-L"):

@@ -25,6 +25,20 @@ from ..weights.fit import misfits
 
 # embed_dim, depth, heads of the encoders that the paper names
 _ENCODERS = {"T": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
+# timm's names by encoder and patch size, or dagger
+_BACKBONES = {
+    ("T", "16"): "vit_tiny_patch16_384.augreg_in21k_ft_in1k",
+    ("S", "16"): "vit_small_patch16_384.augreg_in21k_ft_in1k",
+    ("S", "32"): "vit_small_patch32_384.augreg_in21k_ft_in1k",
+    ("B", "8"): "vit_base_patch8_224.augreg_in21k_ft_in1k",
+    ("B", "16"): "vit_base_patch16_384.augreg_in21k_ft_in1k",
+    ("B", "32"): "vit_base_patch32_384.augreg_in21k_ft_in1k",
+    ("L", "16"): "vit_large_patch16_384.augreg_in21k_ft_in1k",
+    ("L", "32"): "vit_large_patch32_384.orig_in21k_ft_in1k",
+    ("T", "†"): "deit_tiny_distilled_patch16_224.fb_in1k",
+    ("S", "†"): "deit_small_distilled_patch16_224.fb_in1k",
+    ("B", "†"): "deit_base_distilled_patch16_384.fb_in1k",
+}
 _HALF, _IMAGENET = (0.5, 0.5, 0.5), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -47,6 +61,8 @@ class SegmenterConfig:
         decoder_layers: blocks of the mask decoder.
         decoder_dropout: probability in the mask decoder.
         decoder_drop_path_rate: as drop_path_rate, in the mask decoder.
+        backbone: timm's name of a ViT or DeiT of the encoder's shape; None for none.
+        backbone_pretrained: start the encoder from its weights (downloads them).
         window_size: side in pixels of the windows that large images are cut into.
         window_stride: pixels from one window to the next.
         shortest_edge: pixels, to which an image's short side is resized for prediction.
@@ -69,6 +85,8 @@ class SegmenterConfig:
     decoder_layers: int = 2
     decoder_dropout: float = 0.1
     decoder_drop_path_rate: float = 0.0
+    backbone: str | None = None
+    backbone_pretrained: bool = False
     window_size: int = 512
     window_stride: int = 512
     shortest_edge: int = 512
@@ -108,6 +126,11 @@ class SegmenterConfig:
                 f"SegmenterConfig: window_stride must be from 1 to window_size "
                 f"({self.window_size}), got {self.window_stride}"
             )
+        if self.backbone_pretrained and not self.backbone:
+            raise ValueError(
+                "SegmenterConfig: backbone must name a ViT of timm with backbone_pretrained, "
+                f"got {self.backbone!r}"
+            )
 
     @property
     def size_divisor(self) -> int:
@@ -125,7 +148,9 @@ class SegmenterConfig:
             num_labels: K.
 
         Returns:
-            A `SegmenterConfig` with the crops and windows of ADE20K: 512 pixels, 640 for L.
+            A `SegmenterConfig` with the crops and windows of ADE20K: 512 pixels, 640 for L. Its
+            `backbone` is None where timm has no weights of that shape; those of Seg-B/8 were
+            trained at 224 pixels, where the paper's were at 384.
 
         Raises:
             ValueError: no such model.
@@ -151,6 +176,7 @@ class SegmenterConfig:
             num_heads=heads,
             distilled=distilled,
             decoder="mask" if mask else "linear",
+            backbone=_BACKBONES.get((size, "†" if distilled else patch)),
             window_size=crop,
             window_stride=crop,
             shortest_edge=crop,
@@ -177,7 +203,11 @@ class Segmenter(nn.Module):
     """Encoder and decoder.
 
     Args:
-        config: what to build; weights are random, as the original initialises them.
+        config: what to build; weights are random, as the original initialises them, but for a
+            pretrained backbone.
+
+    Raises:
+        ValueError: timm has no such backbone or no weights of it, or they do not fit.
     """
 
     def __init__(self, config: SegmenterConfig):
@@ -204,6 +234,30 @@ class Segmenter(nn.Module):
                 config.decoder_dropout,
                 config.decoder_drop_path_rate,
             )
+        if config.backbone_pretrained:
+            self.load_encoder(config.backbone)
+
+    def load_encoder(self, backbone: str | nn.Module) -> None:
+        """Takes the encoder's weights from a ViT or DeiT of timm, whose heads are left.
+
+        Position embeddings are resized to the config's image size. timm's LayerNorm has eps 1e-6,
+        ours keeps PyTorch's 1e-5, as the original does with the same weights.
+
+        Args:
+            backbone: timm's name of a pretrained model, which is downloaded once it is clear that
+                it fits; or a model.
+
+        Raises:
+            ValueError: no such model or no weights of it, or another architecture (names the
+                keys); nothing is loaded then.
+        """
+        name = backbone if isinstance(backbone, str) else type(backbone).__name__
+        encoder = self.encoder
+        if isinstance(backbone, str):
+            original.check_fit(original.timm_model(name, pretrained=False), encoder, name)
+            backbone = original.timm_model(name, pretrained=True)
+        original.check_fit(backbone, encoder, name)
+        encoder.load_state_dict(original.from_timm(backbone, encoder.grid))
 
     def patch_logits(self, pixel_values: Tensor) -> Tensor:
         """Class logits of the patches.
@@ -286,6 +340,7 @@ class Segmenter(nn.Module):
         unknown = sorted(settings.keys() - {f.name for f in fields(SegmenterConfig)})
         if unknown:
             raise ValueError(f"Segmenter: {folder} has unknown settings: {', '.join(unknown)}")
+        settings["backbone_pretrained"] = False  # its weights are in the checkpoint
         model = cls(SegmenterConfig(**settings))
         if faults := misfits(weights, model.state_dict()):
             raise ValueError(f"Segmenter: {folder} does not fit the model; {'; '.join(faults)}")
