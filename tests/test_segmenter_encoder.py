@@ -97,7 +97,7 @@ def test_the_papers_backbones_are_in_timm_and_fit(preset):
 @pytest.mark.parametrize("preset", ["Seg-T/8", "Seg-T/32", "Seg-S/8", "Seg-L-Mask/8"])
 def test_shapes_without_weights(preset):
     assert SegmenterConfig.preset(preset).backbone is None
-    with pytest.raises(ValueError, match="backbone must name a ViT of timm .*, got None"):
+    with pytest.raises(ValueError, match=r"backbone must name a ViT of timm .*, got None"):
         recipes.segmenter(preset)
     assert not recipes.segmenter(preset, pretrained=False).model.backbone_pretrained
 
