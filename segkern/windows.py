@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .nn.bands import band, neighbours, widened
+from .ops._checks import expect_integer
 
 _PIXELS_AT_ONCE = 2**21  # of windows that go through the model together
 _VALUES_AT_ONCE = 2**22  # of a band of probabilities: 16 MB in float32
@@ -87,19 +88,22 @@ def label_map(
     """The likeliest class of each pixel of one image; arguments as `probabilities`.
 
     Args:
-        window, stride: None takes the config's.
+        window, stride: None takes the config's; its stride no further than `window`.
         return_scores: also return the probabilities.
 
     Returns:
         [H, W] int32, and [K, H, W] float32 or None.
 
     Raises:
+        TypeError: window or stride is no integer.
         ValueError: window or stride out of range.
     """
     window = model.config.window_size if window is None else window
-    stride = model.config.window_stride if stride is None else stride
-    if not 0 < stride <= window:
-        raise ValueError(f"segment: stride must be from 1 to window ({window}), got {stride}")
+    expect_integer("segment: window", window)
+    stride = min(model.config.window_stride, window) if stride is None else stride
+    expect_integer("segment: stride", stride)
+    if stride > window:
+        raise ValueError(f"segment: stride must be <= window ({window}), got {stride}")
     maps, scores = [], []
     for _, part in probabilities(model, images, output_size, window, stride, flip):
         maps.append(part.argmax(0).int())

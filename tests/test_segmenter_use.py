@@ -1,5 +1,7 @@
 """What a Segmenter gives: attention maps, class embeddings, results of pictures, training."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -119,7 +121,11 @@ def test_segment_averages_windows_scales_and_mirrors():
 
 BAD_CALLS = {
     "task": ({"task": "panoptic"}, "task must be 'semantic' for a Segmenter, got 'panoptic'"),
-    "stride": ({"stride": 33}, r"stride must be from 1 to window \(32\), got 33"),
+    "stride > window": ({"stride": 33}, r"stride must be <= window \(32\), got 33"),
+    "stride > its window": ({"window": 8, "stride": 9}, r"stride must be <= window \(8\), got 9"),
+    "stride 0": ({"stride": 0}, "stride must be >= 1, got 0"),
+    "window 0": ({"window": 0}, "window must be >= 1, got 0"),
+    "window < 0": ({"window": -32}, "window must be >= 1, got -32"),
     "scales": ({"scales": (0.0,)}, r"scales must be positive, got \(0.0,\)"),
 }
 
@@ -129,6 +135,27 @@ def test_bad_calls_of_segment(case):
     change, message = BAD_CALLS[case]
     with pytest.raises(ValueError, match=message):
         segkern.segment(model(), np.zeros((9, 9, 3), np.uint8), **({"task": "semantic"} | change))
+
+
+@pytest.mark.parametrize("value", ["32", 32.0, True, (32, 32)], ids=str)
+@pytest.mark.parametrize("name", ["window", "stride"])
+def test_windows_of_another_type(name, value):
+    message = re.escape(f"segment: {name} must be an integer, got {value!r}")
+    with pytest.raises(TypeError, match=message):
+        segkern.segment(model(), np.zeros((9, 9, 3), np.uint8), "semantic", **{name: value})
+
+
+@pytest.mark.parametrize("size", [(9, 9), (40, 7), (1, 60)], ids=str)
+@pytest.mark.parametrize("window", [8, 24, 50, 100])
+def test_any_window_covers_any_image(size, window):
+    """Windows and images that no patch divides, images that are smaller than the window."""
+    image = np.random.default_rng(2).integers(0, 255, (*size, 3), dtype=np.uint8)
+    result = segkern.segment(
+        model(shortest_edge=8, longest_edge=64), image, "semantic", window=window,
+        return_scores=True,
+    )  # fmt: skip
+    assert result.segmentation.shape == size
+    torch.testing.assert_close(result.scores.sum(0), torch.ones(size))
 
 
 def test_evaluate_takes_the_semantic_task():

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.bands import resized_cross_entropy
+from ..nn.bands import IGNORED, resized_cross_entropy
 from ..nn.targets import Targets
 from ..nn.vit import LinearDecoder, MaskTransformer, ViT
-from ..ops._checks import expect, got
+from ..ops._checks import expect, expect_integer, expect_labels, got
 from ..weights import segmenter as original
 from ..weights.fit import misfits
 
@@ -97,12 +97,14 @@ class SegmenterConfig:
 
     def __post_init__(self):
         self.image_size = tuple(self.image_size)
-        for name in ("num_labels", "patch_size", "embed_dim", "depth", "num_heads", "window_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"SegmenterConfig: {name} must be >= 1, got {getattr(self, name)}"
-                )
-        if len(self.image_size) != 2 or any(n < 1 or n % self.patch_size for n in self.image_size):
+        for name in (
+            *("num_labels", "patch_size", "embed_dim", "depth", "num_heads", "decoder_layers"),
+            *("window_size", "window_stride", "shortest_edge", "longest_edge"),
+        ):
+            expect_integer(f"SegmenterConfig: {name}", getattr(self, name))
+        for side in self.image_size:
+            expect_integer("SegmenterConfig: image_size", side)
+        if len(self.image_size) != 2 or any(n % self.patch_size for n in self.image_size):
             raise ValueError(
                 "SegmenterConfig: image_size must be (H, W), multiples of patch_size "
                 f"({self.patch_size}), got {self.image_size}"
@@ -121,10 +123,10 @@ class SegmenterConfig:
                 "SegmenterConfig: embed_dim must be a multiple of 64 with the mask decoder, "
                 f"got {self.embed_dim}"
             )
-        if not 0 < self.window_stride <= self.window_size:
+        if self.window_stride > self.window_size:
             raise ValueError(
-                f"SegmenterConfig: window_stride must be from 1 to window_size "
-                f"({self.window_size}), got {self.window_stride}"
+                f"SegmenterConfig: window_stride must be <= window_size ({self.window_size}), "
+                f"got {self.window_stride}"
             )
         if self.backbone_pretrained and not self.backbone:
             raise ValueError(
@@ -290,13 +292,15 @@ class Segmenter(nn.Module):
 
         Args:
             pixel_values: [B, 3, H, W] floating, normalised.
-            labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count.
+            labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count. Out of range is an
+                error on the CPU in eager mode; elsewhere, where reading them would synchronise,
+                loss and gradients are NaN.
 
         Returns:
             A `SegmenterOutput`.
 
         Raises:
-            TypeError, ValueError: wrong dtype or shape.
+            TypeError, ValueError: wrong dtype or shape, or a label out of range.
         """
         p = self.config.patch_size
         patches = self.patch_logits(pixel_values)
@@ -306,6 +310,7 @@ class Segmenter(nn.Module):
             logits = F.interpolate(patches, size=(p * h, p * w), mode="bilinear")
             return SegmenterOutput(logits[:, :, :H, :W])
         expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
+        expect_labels("Segmenter", labels, self.config.num_labels, IGNORED)
         return SegmenterOutput(None, resized_cross_entropy(patches, labels, (p * h, p * w)))
 
     def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
@@ -313,14 +318,15 @@ class Segmenter(nn.Module):
 
         Args:
             pixel_values: [B, 3, H, W] floating, normalised.
-            targets: of the same B images, on the same device, with `semantic`.
+            targets: of the same B images, on the same device, with `semantic`, whose labels are
+                checked as `forward` says.
 
         Returns:
             mean cross entropy of the labelled pixels, [], and the same as "loss_cross_entropy",
             [1].
 
         Raises:
-            ValueError: targets without a map of labels.
+            ValueError: targets without a map of labels, or a label out of range.
         """
         if targets.semantic is None:
             raise ValueError("Segmenter: targets must have a semantic map, got None")
@@ -342,6 +348,11 @@ class Segmenter(nn.Module):
             raise ValueError(f"Segmenter: {folder} has unknown settings: {', '.join(unknown)}")
         settings["backbone_pretrained"] = False  # its weights are in the checkpoint
         model = cls(SegmenterConfig(**settings))
+        found, K = original.labels_of(weights), model.config.num_labels
+        if found not in (None, K):
+            raise ValueError(
+                f"Segmenter: {folder} has weights for {found} labels, its settings say {K}"
+            )
         if faults := misfits(weights, model.state_dict()):
             raise ValueError(f"Segmenter: {folder} does not fit the model; {'; '.join(faults)}")
         model.load_state_dict(weights)

@@ -241,8 +241,17 @@ def _read_own(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     if names := settings.get("id2label"):
         settings["id2label"] = {int(k): v for k, v in names.items()}
     for name in ("image_size", "image_mean", "image_std"):
-        settings[name] = tuple(settings[name])
+        if isinstance(settings.get(name), list):
+            settings[name] = tuple(settings[name])
     return settings, weights
+
+
+def labels_of(weights: dict[str, Tensor]) -> int | None:
+    """K that weights under the names of `Segmenter` are for; None where no decoder is found."""
+    for name, axis in (("decoder.cls_emb", 1), ("decoder.head.weight", 0)):
+        if name in weights and weights[name].ndim > axis:
+            return weights[name].shape[axis]
+    return None
 
 
 def timm_model(name: str, pretrained: bool) -> nn.Module:
