@@ -1,6 +1,9 @@
 """What a Segmenter gives: attention maps, class embeddings, results of pictures, training."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +159,43 @@ def test_any_window_covers_any_image(size, window):
     )  # fmt: skip
     assert result.segmentation.shape == size
     torch.testing.assert_close(result.scores.sum(0), torch.ones(size))
+
+
+MEMORY = """
+import torch
+import segkern
+from segkern.models.segmenter import Segmenter, SegmenterConfig
+
+H, W, K = 2048, 4096, 150
+small = dict(patch_size=32, embed_dim=64, depth=1, num_heads=1, decoder_layers=1)
+config = SegmenterConfig(num_labels=K, shortest_edge=H, longest_edge=W, **small)
+model = Segmenter(config)
+
+def memory(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+image = torch.zeros(3, H, W, dtype=torch.uint8)
+tiny = Segmenter(SegmenterConfig(num_labels=2, shortest_edge=64, **small))
+segkern.segment(tiny, image[:, :64, :64], "semantic", window=64, stride=64)
+before = memory("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the highest mark starts anew
+found = segkern.segment(model, image, "semantic", window=512, stride=512)
+assert found.segmentation.shape == (H, W)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts it there")
+def test_memory_does_not_grow_with_labels_times_pixels():
+    """2048 x 4096, 150 labels: what resizing and normalising the image takes, and no [K, H, W]."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    pixels = 2048 * 4096
+    most = 1.5 * 4 * (4 * 3 * pixels + pixels)  # four float images at once, and the map
+    assert int(run.stdout) <= most < 4 * 150 * pixels / 5
 
 
 def test_evaluate_takes_the_semantic_task():
