@@ -145,23 +145,39 @@ def test_a_class_of_zeros_gives_no_nan():
         assert model(torch.randn(1, 3, 64, 64, dtype=torch.float64)).logits.isfinite().all()
 
 
-PRESETS = {  # millions with the original's unused head, as the paper and its code count
-    "Seg-T-Mask/16": 6.9,
-    "Seg-S-Mask/16": 26.4,
-    "Seg-B-Mask/16": 103.3,
-    "Seg-B-Mask/32": 104.4,
-    "Seg-B/8": 89.2,
-    "Seg-L-Mask/16": 334.3,
-}
+# | preset | crop | millions | with the original's unused heads | paper | backbone |
+TABLE = [
+    [cell.strip() for cell in line.split("|")[1:-1]]
+    for line in (Path(__file__).parent.parent / "docs/segmenter.md").read_text().splitlines()
+    if line.startswith("| Seg-")
+]
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_the_size_of_the_papers(name):
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0])
+def test_presets_have_the_parameters_of_the_table(row):
+    name, crop, own, whole, paper, backbone = row
     config = SegmenterConfig.preset(name)
+    assert config.image_size == (int(crop),) * 2
+    assert (config.backbone or "none") == backbone
     with torch.device("meta"):
         count = sum(p.numel() for p in Segmenter(config).parameters())
-    head = 1000 * (config.embed_dim + 1)
-    assert (count + head) / 1e6 == pytest.approx(PRESETS[name], abs=0.06)
+    heads = (2 if config.distilled else 1) * 1000 * (config.embed_dim + 1)
+    assert f"{count / 1e6:.1f}" == own
+    assert f"{(count + heads) / 1e6:.1f}" == whole
+    if paper:
+        assert (count + heads) / 1e6 == pytest.approx(float(paper), rel=0.03)
+
+
+def test_the_table_has_every_preset_and_the_papers_figures():
+    assert len({row[0] for row in TABLE}) == 4 * 3 * 2 + 3 * 2
+    papers = {row[0]: row[4] for row in TABLE if row[4]}
+    assert papers == {
+        "Seg-T-Mask/16": "7",
+        "Seg-S-Mask/16": "27",
+        "Seg-B-Mask/16": "106",
+        "Seg-B/8": "89",
+        "Seg-L-Mask/16": "334",
+    }
 
 
 def test_a_distilled_preset():
