@@ -21,7 +21,7 @@ from segkern.testing import point_sample_inputs
 ROOT = Path(__file__).parent.parent
 OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))
 # from the top
-FLOORS = ["cli", "demo", "recipes", "train", "evaluate", "predict", "infer", "windows"]
+FLOORS = ["cli", "demo", "recipes", "train", "evaluate", "predict", "explain", "infer", "windows"]
 FLOORS += ["models", "nn", "ops"]
 GROUND = ["weights", "data"]
 

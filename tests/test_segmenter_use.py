@@ -229,9 +229,9 @@ def test_train_evaluate_predict_and_explain_from_the_command_line(tmp_path, caps
     picture = tmp_path / "picture.png"
     Image.fromarray(np.full((40, 50, 3), 99, np.uint8)).save(picture)
     out = tmp_path / "out"
-    assert main(["predict", str(picture), *folder, "--out", str(out), "--task", "semantic"]) == 0
+    assert main(["predict", str(picture), *folder, "--out", str(out)]) == 0  # semantic
     assert list(out.glob("*.json"))
     assert main(["explain", str(picture), *folder, "--out", str(out / "explain.png")]) == 0
     assert (out / "explain.png").is_file()
-    assert main(["predict", str(picture), *folder, "--out", str(out)]) == 2
+    assert main(["predict", str(picture), *folder, "--out", str(out), "--task", "panoptic"]) == 2
     assert "task must be 'semantic' for a Segmenter" in capsys.readouterr().err
