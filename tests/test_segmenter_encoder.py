@@ -10,6 +10,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from segkern import recipes
+from segkern.explain import attention_maps
 from segkern.models.segmenter import Segmenter, SegmenterConfig
 from segkern.weights import segmenter as weights
 
@@ -100,6 +101,32 @@ def test_shapes_without_weights(preset):
     with pytest.raises(ValueError, match=r"backbone must name a ViT of timm .*, got None"):
         recipes.segmenter(preset)
     assert not recipes.segmenter(preset, pretrained=False).model.backbone_pretrained
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_local_start_looks_at_what_is_near(distilled):
+    torch.manual_seed(0)
+    config = replace(SMALL, patch_size=8, local_start=True, distilled=distilled, decoder="linear")
+    model = Segmenter(config)
+    image = torch.zeros(1, 3, 64, 64)  # every patch the same: positions alone decide
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    for row, column in ((0, 0), (3, 4), (7, 2)):
+        (seen,) = attention_maps(model, image, [0], (row, column))
+        distance = ((rows - row) ** 2 + (columns - column) ** 2).float().sqrt()
+        assert (seen * distance).sum() / seen.sum() < 0.5 * distance.mean()
+    attn, D = model.encoder.blocks[1].attn, config.embed_dim
+    values = attn.proj.weight @ attn.qkv.weight[2 * D :]
+    assert float(values.diagonal().mean()) == pytest.approx(-0.4, abs=0.05)
+    positions = model.encoder.pos_embed[0, model.encoder.tokens :]
+    assert torch.cdist(positions, positions).add(10 * torch.eye(64)).min() > 0.5
+
+
+def test_pretrained_weights_come_after_a_local_start():
+    model, body = Segmenter(replace(SMALL, local_start=True)), of_timm(SMALL, double=False)
+    model.load_encoder(body)
+    assert torch.equal(model.encoder.pos_embed, body.pos_embed)
+    with pytest.raises(ValueError, match="embed_dim must be a multiple of 4 with local_start"):
+        replace(SMALL, local_start=True, decoder="linear", embed_dim=66)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..nn.bands import IGNORED, resized_cross_entropy
 from ..nn.targets import Targets
-from ..nn.vit import LinearDecoder, MaskTransformer, ViT
+from ..nn.vit import LinearDecoder, MaskTransformer, ViT, start_locally
 from ..ops._checks import expect, expect_integer, expect_labels, got
 from ..weights import segmenter as original
 from ..weights.fit import misfits
@@ -63,6 +63,8 @@ class SegmenterConfig:
         decoder_drop_path_rate: as drop_path_rate, in the mask decoder.
         backbone: timm's name of a ViT or DeiT of the encoder's shape; None for none.
         backbone_pretrained: start the encoder from its weights (downloads them).
+        local_start: without them, start it with positions of waves and attention to what is near
+            (nn.vit.start_locally), which learns sooner from few images.
         window_size: side in pixels of the windows that large images are cut into.
         window_stride: pixels from one window to the next.
         shortest_edge: pixels, to which an image's short side is resized for prediction.
@@ -87,6 +89,7 @@ class SegmenterConfig:
     decoder_drop_path_rate: float = 0.0
     backbone: str | None = None
     backbone_pretrained: bool = False
+    local_start: bool = False
     window_size: int = 512
     window_stride: int = 512
     shortest_edge: int = 512
@@ -127,6 +130,11 @@ class SegmenterConfig:
             raise ValueError(
                 f"SegmenterConfig: window_stride must be <= window_size ({self.window_size}), "
                 f"got {self.window_stride}"
+            )
+        if self.local_start and self.embed_dim % 4:
+            raise ValueError(
+                "SegmenterConfig: embed_dim must be a multiple of 4 with local_start, "
+                f"got {self.embed_dim}"
             )
         if self.backbone_pretrained and not self.backbone:
             raise ValueError(
@@ -236,6 +244,8 @@ class Segmenter(nn.Module):
                 config.decoder_dropout,
                 config.decoder_drop_path_rate,
             )
+        if config.local_start:
+            start_locally(self.encoder)
         if config.backbone_pretrained:
             self.load_encoder(config.backbone)
 
