@@ -57,7 +57,7 @@ def digits_segmenter(
 
     Returns:
         a `TrainConfig`. AdamW, not the paper's SGD, and attention that starts local: the encoder
-        is not pretrained (bench/README.md has what was tried).
+        is not pretrained. It ends at mIoU 0.40 on easy scenes (bench/README.md: what was tried).
     """
     names = [str(k) for k in range(10)] + ["background"]
     model = SegmenterConfig(
