@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -131,14 +132,15 @@ def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu
     return step
 
 
-def peak_memory(*arguments) -> float:
+def peak_memory(*arguments, script: str = __file__) -> float:
     """Megabytes that a fresh process needs for two runs on the CPU, above the imports.
 
     Args:
         arguments: of `build`, up to the dtype.
+        script: what to run; it prints the figure last.
     """
     values = [str(a) if isinstance(a, Path) else a for a in arguments]
-    command = [sys.executable, __file__, json.dumps(values)]
+    command = [sys.executable, script, json.dumps(values)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(run.stdout.split()[-1])
 
@@ -158,8 +160,13 @@ def _peak(impl: str, folder: str, *case) -> None:
         import transformers.models.mask2former.modeling_mask2former
         import transformers.models.swin.modeling_swin  # noqa: F401
 
+    print_peak(lambda: build(impl, Path(folder), *case))
+
+
+def print_peak(build: Callable[[], Callable]) -> None:
+    """Prints what building a function and two of its runs take above what is held now, in MB."""
     before = _resident("VmRSS")
-    function = build(impl, Path(folder), *case)
+    function = build()
     Path("/proc/self/clear_refs").write_text("5")  # the peak of loading the weights does not count
     function()
     function()

@@ -33,7 +33,8 @@ ROOT = Path(__file__).parent.parent
 TOTAL = 580.0  # seconds
 TESTS = 190.0  # of them for each test stage; these run side by side
 # shares of the rest for each benchmark; the largest compile, or open large models
-SHARES = {"mask2former": 6, "masked_attn": 7, "criterion": 2, "modules": 2, "ms_deform_attn": 2}
+SHARES = {"mask2former": 6, "masked_attn": 7, "segmenter": 3, "criterion": 2, "modules": 2}
+SHARES |= {"ms_deform_attn": 2}
 INTERRUPTED = 15.0  # seconds in which an interrupted stage may write its results
 SANITIZERS = ("memcheck", "racecheck")
 BAD = 86  # exit status of a sanitizer that found something

@@ -53,7 +53,7 @@ def evaluate(
         size: height and width of a scene.
         seed: other seeds give other scenes.
         scenes: how many.
-        tasks: what to measure.
+        tasks: what to measure; of a Segmenter semantic alone.
         threshold: least score of a panoptic segment, 0 to 1.
         out: JSON file for the figures.
     """
@@ -74,7 +74,7 @@ def predict(
     images: tyro.conf.Positional[tuple[Path, ...]],
     model: _Model = "demo",
     out: Path = Path("predictions"),
-    task: _Task = "panoptic",
+    task: _Task | None = None,
     threshold: float = 0.8,
 ) -> int:
     """Segment pictures: writes an overlay, a label map and a JSON of segments for each.
@@ -83,13 +83,16 @@ def predict(
         images: pictures of any kind and size, or folders of them.
         model: what to use.
         out: folder for the results.
-        task: what to look for.
-        threshold: least score of a segment, 0 to 1.
+        task: what to look for; not given, panoptic, or semantic with a Segmenter, which does no
+            other.
+        threshold: least score of a segment, 0 to 1; semantic results have none.
     """
     image_files(images)  # before a model is opened, maybe from the network
     if model == "demo" and not Path(model).is_dir():
         raise ValueError("no folder demo: run `segkern demo` first or give --model")
-    written, failed = predict_files(_open(model), images, out, task, threshold)
+    opened = _open(model)
+    task = task or ("semantic" if isinstance(opened, Segmenter) else "panoptic")
+    written, failed = predict_files(opened, images, out, task, threshold)
     for path in written:
         print(f"written: {path}")
     for _, reason in failed:
@@ -121,7 +124,7 @@ def explain(
 
     Args:
         image: a picture of any kind and size.
-        model: what to use.
+        model: a Segmenter.
         at: x and y of the place, 0 to 1 from the upper left.
         out: figure to write: PNG, PDF or SVG.
     """

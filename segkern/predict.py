@@ -30,7 +30,7 @@ def predict_files(
     being written. Two of the same name get NAME and NAME_2.
 
     Args:
-        model: a `Mask2Former`.
+        model: a `Mask2Former`, or a `Segmenter` for the semantic task.
         paths: pictures, and folders whose pictures are taken (not those of folders inside).
         out_dir: is made if it is not there.
         task, overlap_threshold, top_k: as in `infer.postprocess`.

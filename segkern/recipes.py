@@ -46,30 +46,32 @@ def digits(level: str = "mixed", task: str = "panoptic", size: tuple[int, int] =
 
 
 def digits_segmenter(
-    level: str = "mixed", size: tuple[int, int] = (64, 64), decoder: str = "mask"
+    level: str = "easy", size: tuple[int, int] = (64, 64), decoder: str = "linear"
 ):
     """A small Segmenter on scenes of handwritten digits: minutes on two CPU cores.
 
     Args:
         level: "easy", "hard" or "mixed".
         size: height and width of a scene, multiples of 4.
-        decoder: "mask" or "linear".
+        decoder: "linear", or "mask", which learns more slowly here.
 
     Returns:
-        a `TrainConfig`. AdamW and not the paper's SGD, which needs a pretrained encoder.
+        a `TrainConfig`. AdamW, not the paper's SGD, and attention that starts local: the encoder
+        is not pretrained. It ends at mIoU 0.40 on easy scenes (bench/README.md: what was tried).
     """
     names = [str(k) for k in range(10)] + ["background"]
     model = SegmenterConfig(
         num_labels=len(names),
         image_size=size,
         patch_size=4,
-        embed_dim=128,
+        embed_dim=64,
         depth=4,
         num_heads=4,
         drop_path_rate=0.0,
         decoder=decoder,
         decoder_layers=1,
         decoder_dropout=0.0,
+        local_start=True,
         window_size=min(size),
         window_stride=min(size),
         shortest_edge=min(size),
@@ -79,31 +81,32 @@ def digits_segmenter(
         image_std=(0.229, 0.224, 0.225),
     )
     return TrainConfig(
-        steps=1500,
-        batch_size=16,
-        lr=1e-3,
+        steps=4000,
+        batch_size=4,
+        lr=3e-3,
         schedule="cosine",
-        warmup=50,
+        warmup=100,
         clip=1.0,
-        evaluate_every=300,
+        evaluate_every=500,
         data=DigitsConfig(size=size, level=level, task="semantic"),
         model=model,
     )
 
 
-def segmenter(model: str = "Seg-S-Mask/16", dataset: str = "ade20k"):
+def segmenter(model: str = "Seg-S-Mask/16", dataset: str = "ade20k", pretrained: bool = True):
     """The recipes of Segmenter's paper: SGD with momentum and a polynomial schedule.
 
     Args:
         model: as `SegmenterConfig.preset` takes it.
         dataset: "ade20k", "pascal_context" or "cityscapes".
+        pretrained: start the encoder from timm's ImageNet weights, as the paper does.
 
     Returns:
         a `TrainConfig`; its `data` stays that of the digits: give `train` the images, in views of
         `config.model.image_size` (data.transforms.SemanticViews), as `dataset`.
 
     Raises:
-        ValueError: no such model or data set.
+        ValueError: no such model or data set, or timm has no weights of it.
     """
     if dataset not in _SEGMENTER:
         raise ValueError(
@@ -114,8 +117,9 @@ def segmenter(model: str = "Seg-S-Mask/16", dataset: str = "ade20k"):
     if dataset == "ade20k":
         crop = config.image_size[0]  # 640 for L
     edge = {"pascal_context": 520, "cityscapes": 1024}.get(dataset, crop)
-    config.image_size, config.window_size, config.window_stride = (crop, crop), crop, stride
+    config.image_size, config.window_size = (crop, crop), crop
     config.window_stride = crop if dataset == "ade20k" else stride
+    config.backbone_pretrained = pretrained
     config.shortest_edge = edge
     config.longest_edge = (2 if dataset == "cityscapes" else 4) * edge
     if dataset == "cityscapes" and model.startswith("Seg-L"):

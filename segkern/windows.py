@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .nn.bands import band, neighbours, widened
+from .ops._checks import expect_integer
 
 _PIXELS_AT_ONCE = 2**21  # of windows that go through the model together
 _VALUES_AT_ONCE = 2**22  # of a band of probabilities: 16 MB in float32
@@ -46,6 +47,7 @@ def probabilities(
     window: int,
     stride: int,
     flip: bool = False,
+    softmax: bool = True,
 ) -> Iterator[tuple[range, Tensor]]:
     """Class probabilities of one image, a band of rows after another.
 
@@ -56,6 +58,7 @@ def probabilities(
         window: s, in pixels.
         stride: pixels from one window to the next, from 1 to s.
         flip: also look at the mirror image of each scale.
+        softmax: False leaves it out, which keeps the order of the classes of a single view.
 
     Yields:
         rows of the output, and their probabilities [K, rows, W] float32.
@@ -69,6 +72,9 @@ def probabilities(
     step = max(1, _VALUES_AT_ONCE // (W * views[0].maps.shape[1]))
     for top in range(0, H, step):
         rows = range(top, min(top + step, H))
+        if not softmax:
+            yield rows, views[0].logits(rows, output_size)
+            continue
         total = 0
         for view in views:
             total = total + view.logits(rows, output_size).softmax(0)
@@ -87,25 +93,37 @@ def label_map(
     """The likeliest class of each pixel of one image; arguments as `probabilities`.
 
     Args:
-        window, stride: None takes the config's.
+        window, stride: None takes the config's; its stride no further than `window`.
         return_scores: also return the probabilities.
 
     Returns:
         [H, W] int32, and [K, H, W] float32 or None.
 
     Raises:
+        TypeError: window or stride is no integer.
         ValueError: window or stride out of range.
     """
     window = model.config.window_size if window is None else window
-    stride = model.config.window_stride if stride is None else stride
-    if not 0 < stride <= window:
-        raise ValueError(f"segment: stride must be from 1 to window ({window}), got {stride}")
-    maps, scores = [], []
-    for _, part in probabilities(model, images, output_size, window, stride, flip):
-        maps.append(part.argmax(0).int())
+    expect_integer("segment: window", window)
+    stride = min(model.config.window_stride, window) if stride is None else stride
+    expect_integer("segment: stride", stride)
+    if stride > window:
+        raise ValueError(f"segment: stride must be <= window ({window}), got {stride}")
+    views = len(images) * (2 if flip else 1)
+    # whole from the start: what bands leave behind would lie between their large blocks, and the
+    # heap would grow with K x H x W after all
+    found = torch.empty(output_size, dtype=torch.int32, device=images[0].device)
+    scores = None
+    if return_scores:
+        scores = found.new_empty(model.config.num_labels, *output_size, dtype=torch.float32)
+    parts = probabilities(
+        model, images, output_size, window, stride, flip, softmax=return_scores or views > 1
+    )
+    for rows, part in parts:
+        found[rows.start : rows.stop] = part.argmax(0)
         if return_scores:
-            scores.append(part)
-    return torch.cat(maps), torch.cat(scores, 1) if return_scores else None
+            scores[:, rows.start : rows.stop] = part
+    return found, scores
 
 
 class _View:
@@ -134,6 +152,9 @@ class _View:
 
     def logits(self, rows: range, output_size: tuple[int, int]) -> Tensor:
         """Logits [K, rows, W] of these rows of the output."""
+        if tuple(self.size) == tuple(output_size):
+            merged = self._merged(rows.start, rows.stop)
+            return merged.flip(2) if self.mirrored else merged
         first, weights = neighbours(rows, self.size[0], output_size[0])
         merged = self._merged(first, first + weights.shape[1])  # [K, n, w]
         merged = torch.einsum("rn,knw->krw", weights.to(merged), merged)
@@ -153,7 +174,7 @@ class _View:
             for j, left in enumerate(self.lefts):
                 total[:, a - first : b - first, left : left + s] += found[j, :, :, :s]
         count = torch.outer(self.counts[0][first:last], self.counts[1])
-        return total / count.to(total)
+        return total if (count == 1).all() else total.div_(count.to(total))
 
 
 def _within(n: int, start: int, length: int) -> Tensor:

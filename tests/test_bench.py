@@ -8,14 +8,20 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from segkern.models import segmenter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import _measure
 import _models
+import _segmenter
 import goals
 import gpu
 
@@ -118,6 +124,36 @@ def test_results_have_the_columns_that_are_written(tmp_path):
 def test_peak_memory_of_a_process_of_its_own():
     folder = _models.weights("tiny")
     assert 0 < _models.peak_memory("segkern", folder, "inference", 64, 64, 1) < 1000
+    for impl in ("segkern", "timm"):
+        assert 0 < _segmenter.peak_memory(impl, "tiny", "training step", 32, 1) < 1000
+
+
+CONFIGS = {
+    "mask": {},
+    "linear": {"decoder": "linear"},
+    "deeper": {"depth": 3, "decoder_layers": 2, "embed_dim": 128, "num_heads": 4, "patch_size": 4},
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_segmenters_peer_is_the_same_model(case):
+    ours = segmenter.Segmenter(replace(_segmenter.TINY, **CONFIGS[case])).eval()
+    with torch.no_grad():
+        for p in ours.parameters():
+            p += 0.1 * torch.randn_like(p)
+    peer, ours = _segmenter.Plain(ours).double().eval(), ours.double()
+    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(peer(image), ours(image).logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_the_formula_counts_every_product(case):
+    config = replace(_segmenter.TINY, **CONFIGS[case])
+    model = segmenter.Segmenter(config).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        model(torch.randn(3, 3, 32, 32))
+    assert sum(_segmenter.flops(config)) == counted.get_total_flops() / 3
 
 
 def row(bench, case, dtype, impl, ratio="1.00", **more):

@@ -21,8 +21,8 @@ from segkern.testing import point_sample_inputs
 ROOT = Path(__file__).parent.parent
 OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))
 # from the top
-FLOORS = ["cli", "demo", "recipes", "train", "step", "evaluate", "predict", "infer", "windows"]
-FLOORS += ["models", "nn", "ops"]
+FLOORS = ["cli", "demo", "recipes", "train", "step", "evaluate", "predict", "explain", "infer"]
+FLOORS += ["windows", "models", "nn", "ops"]
 GROUND = ["weights", "data"]
 
 

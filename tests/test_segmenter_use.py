@@ -1,5 +1,10 @@
 """What a Segmenter gives: attention maps, class embeddings, results of pictures, training."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -119,7 +124,11 @@ def test_segment_averages_windows_scales_and_mirrors():
 
 BAD_CALLS = {
     "task": ({"task": "panoptic"}, "task must be 'semantic' for a Segmenter, got 'panoptic'"),
-    "stride": ({"stride": 33}, r"stride must be from 1 to window \(32\), got 33"),
+    "stride > window": ({"stride": 33}, r"stride must be <= window \(32\), got 33"),
+    "stride > its window": ({"window": 8, "stride": 9}, r"stride must be <= window \(8\), got 9"),
+    "stride 0": ({"stride": 0}, "stride must be >= 1, got 0"),
+    "window 0": ({"window": 0}, "window must be >= 1, got 0"),
+    "window < 0": ({"window": -32}, "window must be >= 1, got -32"),
     "scales": ({"scales": (0.0,)}, r"scales must be positive, got \(0.0,\)"),
 }
 
@@ -129,6 +138,64 @@ def test_bad_calls_of_segment(case):
     change, message = BAD_CALLS[case]
     with pytest.raises(ValueError, match=message):
         segkern.segment(model(), np.zeros((9, 9, 3), np.uint8), **({"task": "semantic"} | change))
+
+
+@pytest.mark.parametrize("value", ["32", 32.0, True, (32, 32)], ids=str)
+@pytest.mark.parametrize("name", ["window", "stride"])
+def test_windows_of_another_type(name, value):
+    message = re.escape(f"segment: {name} must be an integer, got {value!r}")
+    with pytest.raises(TypeError, match=message):
+        segkern.segment(model(), np.zeros((9, 9, 3), np.uint8), "semantic", **{name: value})
+
+
+@pytest.mark.parametrize("size", [(9, 9), (40, 7), (1, 60)], ids=str)
+@pytest.mark.parametrize("window", [8, 24, 50, 100])
+def test_any_window_covers_any_image(size, window):
+    """Windows and images that no patch divides, images that are smaller than the window."""
+    image = np.random.default_rng(2).integers(0, 255, (*size, 3), dtype=np.uint8)
+    result = segkern.segment(
+        model(shortest_edge=8, longest_edge=64), image, "semantic", window=window,
+        return_scores=True,
+    )  # fmt: skip
+    assert result.segmentation.shape == size
+    torch.testing.assert_close(result.scores.sum(0), torch.ones(size))
+
+
+MEMORY = """
+import torch
+import segkern
+from segkern.models.segmenter import Segmenter, SegmenterConfig
+
+H, W, K = 2048, 4096, 150
+small = dict(patch_size=32, embed_dim=64, depth=1, num_heads=1, decoder_layers=1)
+config = SegmenterConfig(num_labels=K, shortest_edge=H, longest_edge=W, **small)
+model = Segmenter(config)
+
+def memory(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+image = torch.zeros(3, H, W, dtype=torch.uint8)
+tiny = Segmenter(SegmenterConfig(num_labels=2, shortest_edge=64, **small))
+segkern.segment(tiny, image[:, :64, :64], "semantic", window=64, stride=64)
+before = memory("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the highest mark starts anew
+found = segkern.segment(model, image, "semantic", window=512, stride=512)
+assert found.segmentation.shape == (H, W)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts it there")
+def test_memory_does_not_grow_with_labels_times_pixels():
+    """2048 x 4096, 150 labels: what resizing and normalising the image takes, and no [K, H, W]."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    pixels = 2048 * 4096
+    most = 1.5 * 4 * (4 * 3 * pixels + pixels)  # four float images at once, and the map
+    assert int(run.stdout) <= most < 4 * 150 * pixels / 5
 
 
 def test_evaluate_takes_the_semantic_task():
@@ -162,9 +229,9 @@ def test_train_evaluate_predict_and_explain_from_the_command_line(tmp_path, caps
     picture = tmp_path / "picture.png"
     Image.fromarray(np.full((40, 50, 3), 99, np.uint8)).save(picture)
     out = tmp_path / "out"
-    assert main(["predict", str(picture), *folder, "--out", str(out), "--task", "semantic"]) == 0
+    assert main(["predict", str(picture), *folder, "--out", str(out)]) == 0  # semantic
     assert list(out.glob("*.json"))
     assert main(["explain", str(picture), *folder, "--out", str(out / "explain.png")]) == 0
     assert (out / "explain.png").is_file()
-    assert main(["predict", str(picture), *folder, "--out", str(out)]) == 2
+    assert main(["predict", str(picture), *folder, "--out", str(out), "--task", "panoptic"]) == 2
     assert "task must be 'semantic' for a Segmenter" in capsys.readouterr().err

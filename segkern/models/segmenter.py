@@ -16,15 +16,29 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.bands import resized_cross_entropy
+from ..nn.bands import IGNORED, resized_cross_entropy
 from ..nn.targets import Targets
-from ..nn.vit import LinearDecoder, MaskTransformer, ViT
-from ..ops._checks import expect, got
+from ..nn.vit import LinearDecoder, MaskTransformer, ViT, start_locally
+from ..ops._checks import expect, expect_integer, expect_labels, got
 from ..weights import segmenter as original
 from ..weights.fit import misfits
 
 # embed_dim, depth, heads of the encoders that the paper names
 _ENCODERS = {"T": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
+# timm's names by encoder and patch size, or dagger
+_BACKBONES = {
+    ("T", "16"): "vit_tiny_patch16_384.augreg_in21k_ft_in1k",
+    ("S", "16"): "vit_small_patch16_384.augreg_in21k_ft_in1k",
+    ("S", "32"): "vit_small_patch32_384.augreg_in21k_ft_in1k",
+    ("B", "8"): "vit_base_patch8_224.augreg_in21k_ft_in1k",
+    ("B", "16"): "vit_base_patch16_384.augreg_in21k_ft_in1k",
+    ("B", "32"): "vit_base_patch32_384.augreg_in21k_ft_in1k",
+    ("L", "16"): "vit_large_patch16_384.augreg_in21k_ft_in1k",
+    ("L", "32"): "vit_large_patch32_384.orig_in21k_ft_in1k",
+    ("T", "†"): "deit_tiny_distilled_patch16_224.fb_in1k",
+    ("S", "†"): "deit_small_distilled_patch16_224.fb_in1k",
+    ("B", "†"): "deit_base_distilled_patch16_384.fb_in1k",
+}
 _HALF, _IMAGENET = (0.5, 0.5, 0.5), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -47,6 +61,10 @@ class SegmenterConfig:
         decoder_layers: blocks of the mask decoder.
         decoder_dropout: probability in the mask decoder.
         decoder_drop_path_rate: as drop_path_rate, in the mask decoder.
+        backbone: timm's name of a ViT or DeiT of the encoder's shape; None for none.
+        backbone_pretrained: start the encoder from its weights (downloads them).
+        local_start: without them, start it with positions of waves and attention to what is near
+            (nn.vit.start_locally), which learns sooner from few images.
         window_size: side in pixels of the windows that large images are cut into.
         window_stride: pixels from one window to the next.
         shortest_edge: pixels, to which an image's short side is resized for prediction.
@@ -69,6 +87,9 @@ class SegmenterConfig:
     decoder_layers: int = 2
     decoder_dropout: float = 0.1
     decoder_drop_path_rate: float = 0.0
+    backbone: str | None = None
+    backbone_pretrained: bool = False
+    local_start: bool = False
     window_size: int = 512
     window_stride: int = 512
     shortest_edge: int = 512
@@ -79,12 +100,14 @@ class SegmenterConfig:
 
     def __post_init__(self):
         self.image_size = tuple(self.image_size)
-        for name in ("num_labels", "patch_size", "embed_dim", "depth", "num_heads", "window_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"SegmenterConfig: {name} must be >= 1, got {getattr(self, name)}"
-                )
-        if len(self.image_size) != 2 or any(n < 1 or n % self.patch_size for n in self.image_size):
+        for name in (
+            *("num_labels", "patch_size", "embed_dim", "depth", "num_heads", "decoder_layers"),
+            *("window_size", "window_stride", "shortest_edge", "longest_edge"),
+        ):
+            expect_integer(f"SegmenterConfig: {name}", getattr(self, name))
+        for side in self.image_size:
+            expect_integer("SegmenterConfig: image_size", side)
+        if len(self.image_size) != 2 or any(n % self.patch_size for n in self.image_size):
             raise ValueError(
                 "SegmenterConfig: image_size must be (H, W), multiples of patch_size "
                 f"({self.patch_size}), got {self.image_size}"
@@ -103,10 +126,20 @@ class SegmenterConfig:
                 "SegmenterConfig: embed_dim must be a multiple of 64 with the mask decoder, "
                 f"got {self.embed_dim}"
             )
-        if not 0 < self.window_stride <= self.window_size:
+        if self.window_stride > self.window_size:
             raise ValueError(
-                f"SegmenterConfig: window_stride must be from 1 to window_size "
-                f"({self.window_size}), got {self.window_stride}"
+                f"SegmenterConfig: window_stride must be <= window_size ({self.window_size}), "
+                f"got {self.window_stride}"
+            )
+        if self.local_start and self.embed_dim % 4:
+            raise ValueError(
+                "SegmenterConfig: embed_dim must be a multiple of 4 with local_start, "
+                f"got {self.embed_dim}"
+            )
+        if self.backbone_pretrained and not self.backbone:
+            raise ValueError(
+                "SegmenterConfig: backbone must name a ViT of timm with backbone_pretrained, "
+                f"got {self.backbone!r}"
             )
 
     @property
@@ -125,7 +158,9 @@ class SegmenterConfig:
             num_labels: K.
 
         Returns:
-            A `SegmenterConfig` with the crops and windows of ADE20K: 512 pixels, 640 for L.
+            A `SegmenterConfig` with the crops and windows of ADE20K: 512 pixels, 640 for L. Its
+            `backbone` is None where timm has no weights of that shape; those of Seg-B/8 were
+            trained at 224 pixels, where the paper's were at 384.
 
         Raises:
             ValueError: no such model.
@@ -151,6 +186,7 @@ class SegmenterConfig:
             num_heads=heads,
             distilled=distilled,
             decoder="mask" if mask else "linear",
+            backbone=_BACKBONES.get((size, "†" if distilled else patch)),
             window_size=crop,
             window_stride=crop,
             shortest_edge=crop,
@@ -177,7 +213,11 @@ class Segmenter(nn.Module):
     """Encoder and decoder.
 
     Args:
-        config: what to build; weights are random, as the original initialises them.
+        config: what to build; weights are random, as the original initialises them, but for a
+            pretrained backbone.
+
+    Raises:
+        ValueError: timm has no such backbone or no weights of it, or they do not fit.
     """
 
     def __init__(self, config: SegmenterConfig):
@@ -204,6 +244,32 @@ class Segmenter(nn.Module):
                 config.decoder_dropout,
                 config.decoder_drop_path_rate,
             )
+        if config.local_start:
+            start_locally(self.encoder)
+        if config.backbone_pretrained:
+            self.load_encoder(config.backbone)
+
+    def load_encoder(self, backbone: str | nn.Module) -> None:
+        """Takes the encoder's weights from a ViT or DeiT of timm, whose heads are left.
+
+        Position embeddings are resized to the config's image size. timm's LayerNorm has eps 1e-6,
+        ours keeps PyTorch's 1e-5, as the original does with the same weights.
+
+        Args:
+            backbone: timm's name of a pretrained model, which is downloaded once it is clear that
+                it fits; or a model.
+
+        Raises:
+            ValueError: no such model or no weights of it, or another architecture (names the
+                keys); nothing is loaded then.
+        """
+        name = backbone if isinstance(backbone, str) else type(backbone).__name__
+        encoder = self.encoder
+        if isinstance(backbone, str):
+            original.check_fit(original.timm_model(name, pretrained=False), encoder, name)
+            backbone = original.timm_model(name, pretrained=True)
+        original.check_fit(backbone, encoder, name)
+        encoder.load_state_dict(original.from_timm(backbone, encoder.grid))
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """Keep only the inputs of the encoder's blocks for backward, and compute the rest again.
@@ -244,13 +310,15 @@ class Segmenter(nn.Module):
 
         Args:
             pixel_values: [B, 3, H, W] floating, normalised.
-            labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count.
+            labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count. Out of range is an
+                error on the CPU in eager mode; elsewhere, where reading them would synchronise,
+                loss and gradients are NaN.
 
         Returns:
             A `SegmenterOutput`.
 
         Raises:
-            TypeError, ValueError: wrong dtype or shape.
+            TypeError, ValueError: wrong dtype or shape, or a label out of range.
         """
         p = self.config.patch_size
         patches = self.patch_logits(pixel_values)
@@ -260,6 +328,7 @@ class Segmenter(nn.Module):
             logits = F.interpolate(patches, size=(p * h, p * w), mode="bilinear")
             return SegmenterOutput(logits[:, :, :H, :W])
         expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
+        expect_labels("Segmenter", labels, self.config.num_labels, IGNORED)
         return SegmenterOutput(None, resized_cross_entropy(patches, labels, (p * h, p * w)))
 
     def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
@@ -267,14 +336,15 @@ class Segmenter(nn.Module):
 
         Args:
             pixel_values: [B, 3, H, W] floating, normalised.
-            targets: of the same B images, on the same device, with `semantic`.
+            targets: of the same B images, on the same device, with `semantic`, whose labels are
+                checked as `forward` says.
 
         Returns:
             mean cross entropy of the labelled pixels, [], and the same as "loss_cross_entropy",
             [1].
 
         Raises:
-            ValueError: targets without a map of labels.
+            ValueError: targets without a map of labels, or a label out of range.
         """
         if targets.semantic is None:
             raise ValueError("Segmenter: targets must have a semantic map, got None")
@@ -294,7 +364,13 @@ class Segmenter(nn.Module):
         unknown = sorted(settings.keys() - {f.name for f in fields(SegmenterConfig)})
         if unknown:
             raise ValueError(f"Segmenter: {folder} has unknown settings: {', '.join(unknown)}")
+        settings["backbone_pretrained"] = False  # its weights are in the checkpoint
         model = cls(SegmenterConfig(**settings))
+        found, K = original.labels_of(weights), model.config.num_labels
+        if found not in (None, K):
+            raise ValueError(
+                f"Segmenter: {folder} has weights for {found} labels, its settings say {K}"
+            )
         if faults := misfits(weights, model.state_dict()):
             raise ValueError(f"Segmenter: {folder} does not fit the model; {'; '.join(faults)}")
         model.load_state_dict(weights)

@@ -68,15 +68,18 @@ class _CrossEntropy(torch.autograd.Function):
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
         maps = logits.detach().to(exact)
         grad, total = torch.zeros_like(maps), maps.new_zeros(())
-        count = (labels != IGNORED).sum()
+        counts = labels != IGNORED
+        outside = counts & ((labels < 0) | (labels >= logits.shape[1]))
+        # nothing may wait for the device to raise: loss and gradient are NaN, and training stops
+        count = counts.sum().to(exact).where(~outside.any(), float("nan"))
         for rows in _bands(maps, labels, size):
             first, weights = neighbours(rows, maps.shape[2], size[0])
             weights = weights.to(maps)
             part = slice(first, first + weights.shape[1])
             thin = torch.einsum("rn,bknw->bkrw", weights, maps[:, :, part])
             z = widened(thin, size[1])[..., : labels.shape[2]]
-            truth = labels[:, rows.start : rows.stop]
-            known = truth != IGNORED
+            known = counts[:, rows.start : rows.stop]
+            truth = labels[:, rows.start : rows.stop].clamp(0, logits.shape[1] - 1)
             index = truth.where(known, 0).unsqueeze(1)
             log_p = z.log_softmax(1)
             total -= log_p.gather(1, index)[:, 0].where(known, 0).sum()
@@ -115,6 +118,7 @@ def resized_cross_entropy(logits: Tensor, labels: Tensor, size: tuple[int, int])
         size: of the resized logits; its upper left [H, W] belongs to the labels.
 
     Returns:
-        [] float32 (float64); NaN where no pixel counts, as torch's cross entropy.
+        [] float32 (float64); NaN where no pixel counts, as torch's cross entropy, and where a
+        label is out of range.
     """
     return _CrossEntropy.apply(logits, labels, size)

@@ -138,6 +138,44 @@ class ViT(nn.Module):
         return self.norm(x)
 
 
+@torch.no_grad()
+def start_locally(encoder: ViT) -> None:
+    """Weights from which a patch first looks at those near it, for training from scratch.
+
+    Position embeddings are sines and cosines, wavelengths 3 to 32 patches. In a head q . k is
+    x^T M x with M = 0.7 (Z / sqrt(D) + I), in a block values are projected by
+    0.4 (Z / sqrt(D) - I), Z normal; both by their singular values, as many as a head has channels.
+    Source: Mimetic Initialization of Self-Attention Layers (Trockman and Kolter, ICML 2023).
+
+    Args:
+        encoder: D must be a multiple of 4.
+    """
+    D = encoder.pos_embed.shape[2]
+    wavelengths = 3 * (32 / 3) ** torch.linspace(0, 1, D // 4)
+    places = [torch.arange(n)[:, None] * (2 * torch.pi / wavelengths) for n in encoder.grid]
+    rows, columns = (torch.cat((x.sin(), x.cos()), 1) for x in places)
+    h, w = encoder.grid
+    waves = torch.cat((rows[:, None].expand(h, w, -1), columns.expand(h, w, -1)), 2)
+    encoder.pos_embed[0, encoder.tokens :] = waves.flatten(0, 1)
+    for block in encoder.blocks:
+        attn, eye = block.attn, torch.eye(D)
+        n = attn.head_dim
+        for first in range(0, D, n):
+            q, k = _factors(0.7 * (torch.randn(D, D) / D**0.5 + eye), n)
+            attn.qkv.weight[first : first + n] = q.T
+            attn.qkv.weight[D + first : D + first + n] = k.T
+        v, out = _factors(0.4 * (torch.randn(D, D) / D**0.5 - eye), D)
+        attn.qkv.weight[2 * D :] = v.T
+        attn.proj.weight.copy_(out)
+
+
+def _factors(m: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """[D, rank] twice, whose product a b^T is the best of this rank for m [D, D]."""
+    u, s, v = torch.linalg.svd(m)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, v[:rank].T * root
+
+
 class LinearDecoder(nn.Module):
     """Class logits of each patch by one linear layer."""
 

@@ -57,6 +57,43 @@ def expect(op: str, name: str, x, shape: str, kind: str, sizes: dict) -> None:
         raise ValueError(f"{op}: {name} must be on {sizes['device']}, got {x.device}")
 
 
+def expect_integer(name: str, value, least: int = 1) -> None:
+    """Checks a setting.
+
+    Args:
+        name: whose it is and which, for the message.
+        value: must be an int; a bool is none.
+        least: that it may be.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: too small.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def expect_labels(op: str, labels: Tensor, K: int, ignored: int) -> None:
+    """Checks the values of labels [B, ...] on the CPU in eager mode; elsewhere reading them would
+    synchronise.
+
+    Raises:
+        ValueError: a label that is neither in [0, K) nor `ignored`; names the first image.
+    """
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = ((labels < 0) | (labels >= K)) & (labels != ignored)
+    if bad.any():
+        image = int(bad.flatten(1).any(1).nonzero()[0])
+        found = labels[image][bad[image]].unique().tolist()
+        raise ValueError(
+            f"{op}: labels must be in [0, {K}) or {ignored}, got {', '.join(map(str, found[:4]))}"
+            f"{' and more' if len(found) > 4 else ''} in image {image}"
+        )
+
+
 def exact_dtype(t: Tensor) -> torch.dtype:
     """float64 for float64, else float32: the dtype of coordinates and of sums."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32

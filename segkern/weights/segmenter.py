@@ -1,4 +1,4 @@
-"""Segmenter's checkpoints: those of the original code, and our own.
+"""Segmenter's checkpoints: those of the original code, and our own; encoders of timm.
 
 Original: checkpoint.pth, {"model": weights, ...}, and variant.yml beside it. Nothing in either is
 executed: weights are read as such, and of YAML's Python tags only the tuple is known.
@@ -6,16 +6,20 @@ Ours: model.safetensors and config.json. The names of the weights are the same i
 original's unused ImageNet heads have no place in the model.
 """
 
+import difflib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import atomic, write_json
+from .fit import misfits
 
 FORMATS = ("segkern", "original")
 _MODEL_TYPE = "segmenter"
@@ -237,10 +241,76 @@ def _read_own(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     if names := settings.get("id2label"):
         settings["id2label"] = {int(k): v for k, v in names.items()}
     for name in ("image_size", "image_mean", "image_std"):
-        settings[name] = tuple(settings[name])
+        if isinstance(settings.get(name), list):
+            settings[name] = tuple(settings[name])
     return settings, weights
 
 
-def from_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A timm ViT's or DeiT's weights under the names of the encoder, without its heads."""
-    return {k: v for k, v in weights.items() if not k.startswith(("head", "fc_norm"))}
+def labels_of(weights: dict[str, Tensor]) -> int | None:
+    """K that weights under the names of `Segmenter` are for; None where no decoder is found."""
+    for name, axis in (("decoder.cls_emb", 1), ("decoder.head.weight", 0)):
+        if name in weights and weights[name].ndim > axis:
+            return weights[name].shape[axis]
+    return None
+
+
+def timm_model(name: str, pretrained: bool) -> nn.Module:
+    """A model of timm.
+
+    Args:
+        name: of a model in timm, with or without the tag of its weights.
+        pretrained: with its weights (downloads them), or else shapes only, on the meta device.
+
+    Raises:
+        ValueError: no such model, or no weights of it.
+    """
+    import timm  # here, because it takes as long to import as torch
+
+    if ":" not in name and not timm.is_model(name):
+        close = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], 3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"Segmenter: backbone must be a ViT of timm, got '{name}'{hint}")
+    try:
+        with nullcontext() if pretrained else torch.device("meta"):
+            return timm.create_model(name, pretrained=pretrained)
+    except RuntimeError as error:
+        raise ValueError(f"Segmenter: timm cannot give backbone '{name}': {error}") from error
+
+
+def check_fit(backbone: nn.Module, encoder: nn.Module, name: str) -> None:
+    """Raises ValueError where a model of timm is not of the encoder's architecture.
+
+    Args:
+        backbone: of timm; may be on the meta device.
+        encoder: a `ViT`.
+        name: for the message.
+    """
+    faults = misfits(from_timm(backbone, encoder.grid), encoder.state_dict())
+    heads = encoder.blocks[0].attn.num_heads
+    if not faults and (found := backbone.blocks[0].attn.num_heads) != heads:
+        faults = [f"{found} attention heads instead of {heads}"]
+    if faults:
+        raise ValueError(
+            f"Segmenter: backbone '{name}' does not fit the encoder; {'; '.join(faults)}"
+        )
+
+
+def from_timm(backbone: nn.Module, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The weights of a ViT or DeiT of timm under the names of the encoder, without its heads.
+
+    Args:
+        backbone: of timm; of another architecture, its weights come as they are.
+        grid: height and width in patches that position embeddings [1, tokens + N, D] are resized
+            to: bicubically, and bilinearly for a DeiT, as the original does.
+    """
+    heads = ("head.", "head_dist.")
+    weights = {k: v for k, v in backbone.state_dict().items() if not k.startswith(heads)}
+    own = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    positions = weights.get("pos_embed")
+    if positions is None or own is None or tuple(own) == tuple(grid):
+        return weights
+    tokens, maps = positions.split([positions.shape[1] - own[0] * own[1], own[0] * own[1]], 1)
+    maps = maps.unflatten(1, own).permute(0, 3, 1, 2)
+    mode = "bilinear" if "dist_token" in weights else "bicubic"
+    maps = F.interpolate(maps, size=tuple(grid), mode=mode)
+    return weights | {"pos_embed": torch.cat((tokens, maps.flatten(2).mT), 1)}
