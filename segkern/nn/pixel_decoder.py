@@ -27,6 +27,7 @@ from .position import pixel_centres, sine_position
 
 LEVELS = 3
 GROUPS = 32
+BAND = 2**21  # values of a band of rows
 
 
 def _linear_exact(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -46,16 +47,24 @@ def _pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _in_halves(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """`convolution(x)` of channels-last [B, C, h, w], C even, as the sum over two halves of C.
+    """A 3 x 3 convolution of channels-last [B, C, h, w], C even, as the sum over two halves of C.
 
     A CPU's channels-last convolution adds up all 9 C products one by one; two sums of half as many
-    round less, and take no longer. Half precision is summed in float32 in any case.
+    round less, and take no longer. Half precision is summed in float32 in any case. Without
+    gradient it goes by bands of rows: both sums of the whole map would be fresh memory each time.
     """
     if x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
         return convolution(x)
     halves = torch.cat(convolution.weight.chunk(2, 1))
-    y = F.conv2d(x, halves, padding=convolution.padding, groups=2)
-    return torch.add(*y.chunk(2, 1))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.add(*F.conv2d(x, halves, padding=1, groups=2).chunk(2, 1))
+    b, c, h, w = x.shape
+    out, rows = torch.empty_like(x), max(1, BAND // (2 * b * c * w))
+    for start in range(0, h, rows):
+        end, top = min(start + rows, h), max(start - 1, 0)
+        y = F.conv2d(x[:, :, top : end + 1], halves, padding=1, groups=2)
+        torch.add(*y[:, :, start - top : end - top].chunk(2, 1), out=out[:, :, start:end])
+    return out
 
 
 class DeformableAttention(nn.Module):
@@ -237,5 +246,5 @@ class PixelDecoder(nn.Module):
         lateral = norm(_pointwise(project, features[0]))
         up = F.interpolate(finest, lateral.shape[2:], mode="bilinear", align_corners=False)
         convolution, norm = self.output_conv
-        pyramid = F.relu(norm(_in_halves(convolution, lateral + up)), inplace=True)
+        pyramid = F.relu(norm(_in_halves(convolution, lateral.add_(up))), inplace=True)
         return _pointwise(self.mask_features, pyramid), x, shapes

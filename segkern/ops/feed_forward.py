@@ -58,9 +58,12 @@ def _forward(
     gelu: bool,
 ) -> Tensor:  # [R, C]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for rows in _blocks(x, len(weight1)):
-        hidden = torch.addmm(bias1, x[rows], weight1.t())
-        hidden = _aten.gelu_(hidden) if gelu else hidden.relu_()
+    blocks = list(_blocks(x, len(weight1)))
+    memory = x.new_empty(blocks[0].stop if blocks else 0, len(weight1))  # of every block in turn
+    for rows in blocks:
+        hidden = memory[: rows.stop - rows.start]
+        torch.addmm(bias1, x[rows], weight1.t(), out=hidden)
+        _aten.gelu_(hidden) if gelu else hidden.relu_()
         torch.addmm(bias2, hidden, weight2.t(), out=out[rows])
     return out
 
