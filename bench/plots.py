@@ -1,28 +1,34 @@
 """python bench/plots.py [--small] [--out FOLDER]: what a model costs at growing sizes, drawn.
 
-Each `Case` is a point of a series: its time (median), its peak memory, and the FLOP that formulas
-expect, those that grow with the square of the tokens apart from the others. The plot shows the
-measured figures and, through the first point of a series, the formula: what grows as it says lies
-on its line. Rows go to plots.csv, the figure to plots.png. Time on an idle machine.
-
-A further model is a further list of cases, added in `main`.
+Each `Case` is a point of a series: its time (median), its peak memory, and the work that formulas
+expect, the part that grows with the square of the tokens apart from the rest: FLOP of Segmenter,
+pixels of Mask2Former, all of whose parts grow with them. The plot shows the measured figures and,
+through the first point of a series, the formula: what grows as it says lies on its line. Rows go
+to plots.csv, a figure a model to plots_MODEL.png. Time on an idle machine.
 """
 
 import argparse
 import csv
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import _measure
+import _models
 import _segmenter
 import torch
 
+from segkern.models import Mask2Former, Mask2FormerConfig
+from segkern.nn.targets import Targets
+from segkern.testing import random_targets
+
 COLUMNS = [
     *("date", "commit", "device", "threads", "torch", "plot", "series", "axis", "x", "tokens"),
-    *("attention_flops", "other_flops", "p50_ms", "runs", "peak_mb"),
+    *("square_work", "other_work", "p50_ms", "runs", "peak_mb"),
 ]
 
 
@@ -36,7 +42,7 @@ class Case:
         axis: what `x` is.
         x: the size.
         tokens: that attention is over.
-        flops: of attention, and of the rest, in one run.
+        work: what grows with the square of the tokens, and the rest, in one run.
         build: makes the function to time, on `_measure.DEVICE`.
         peak: its peak memory in MB in a process of its own, for the CPU.
     """
@@ -46,7 +52,7 @@ class Case:
     axis: str
     x: int
     tokens: int
-    flops: tuple[int, int]
+    work: tuple[int, int]
     build: Callable[[], Callable]
     peak: Callable[[], float]
     row: dict = field(default_factory=dict)
@@ -78,6 +84,67 @@ def segmenter_cases(name: str, sizes: list[int], patches: list[int], dtype: str)
     return cases
 
 
+def mask2former(kind: str, backbone: str, side: int, batch: int, queries: int, targets: int):
+    """The function to time: our model of random weights; "tiny" is one that runs in a moment."""
+    torch.manual_seed(0)
+    tiny = backbone == "tiny"
+    config = Mask2FormerConfig.tiny(7) if tiny else Mask2FormerConfig.preset(backbone)
+    config.num_queries = queries
+    model = Mask2Former(config).to(_measure.DEVICE)
+    x = torch.randn(batch, 3, side, side, device=_measure.DEVICE)
+    if kind == "inference":
+        model.eval()
+        return torch.inference_mode()(lambda: model(x))
+    packed = Targets.from_lists(*random_targets([targets] * batch, 7, side, side))
+    packed = packed.to(_measure.DEVICE)
+
+    def step():
+        model.zero_grad()
+        model.loss(x, packed)[0].backward()
+
+    return step
+
+
+def mask2former_cases(small: bool) -> list[Case]:
+    """Image size, batch, queries and backbone of an inference, targets of forward and backward."""
+    backbone, side = ("tiny", 32) if small else ("swin_tiny", 256)
+    sizes = [32, 64] if small else [256, 512, 1024, 2048]
+    letters = ["tiny"] if small else ["swin_tiny", "swin_small", "swin_base", "swin_large"]
+    counts = [1, 3] if small else [1, 4, 16, 48, 100]
+    points = [  # plot, axis, x, arguments of `mask2former`
+        *(("image size", "side, pixels", n, ("inference", backbone, n, 1, 100, 1)) for n in sizes),
+        *(
+            ("images", "images of a batch", n, ("inference", backbone, side, n, 100, 1))
+            for n in ([1, 2] if small else [1, 2, 4, 8, 16])
+        ),
+        *(
+            ("queries", "queries", n, ("inference", backbone, side, 1, n, 1))
+            for n in ([8, 16] if small else [50, 100, 200])
+        ),
+        *(
+            ("targets", "targets of the image", n, ("training", backbone, side, 1, 100, n))
+            for n in counts
+        ),
+        *(
+            ("backbone", "tiny, small, base, large", i + 1, ("inference", b, 2 * side, 1, 100, 1))
+            for i, b in enumerate(letters)
+        ),
+    ]
+    cases = []
+    for plot, axis, x, arguments in points:
+
+        def build(a=arguments):
+            return mask2former(*a)
+
+        def peak(a=arguments):
+            return _models.peak_memory(*a, script=__file__)
+
+        pixels = arguments[2] ** 2 * arguments[3]
+        title = f"Mask2Former against {plot}"
+        cases.append(Case(title, "segkern", axis, x, pixels // 16, (0, pixels), build, peak))
+    return cases
+
+
 def measure(cases: list[Case], runs: int) -> list[dict]:
     """A row for each case; what is built alike (same tokens and build arguments) is timed once."""
     known: dict[tuple, tuple[list[float], float]] = {}
@@ -98,8 +165,8 @@ def measure(cases: list[Case], runs: int) -> list[dict]:
             "axis": case.axis,
             "x": case.x,
             "tokens": case.tokens,
-            "attention_flops": case.flops[0],
-            "other_flops": case.flops[1],
+            "square_work": case.work[0],
+            "other_work": case.work[1],
             "p50_ms": f"{1e3 * statistics.median(times):.3f}",
             "runs": len(times),
             "peak_mb": f"{peak:.1f}",
@@ -120,13 +187,15 @@ def draw(rows: list[dict], path: Path) -> None:
             line = sorted((r for r in of_plot if r["series"] == series), key=lambda r: int(r["x"]))
             x = [int(r["x"]) for r in line]
             ms = [float(r["p50_ms"]) for r in line]
-            flops = [int(r["attention_flops"]) + int(r["other_flops"]) for r in line]
+            work = [int(r["square_work"]) + int(r["other_work"]) for r in line]
             axes[0].plot(x, [int(r["tokens"]) for r in line], "o-", label=series)
             (drawn,) = axes[1].plot(x, ms, "o-", label=series)
-            scaled = [ms[0] * f / flops[0] for f in flops]
+            scaled = [ms[0] * w / work[0] for w in work]
             axes[1].plot(x, scaled, ":", color=drawn.get_color())
             axes[2].plot(x, [float(r["peak_mb"]) for r in line], "o-", label=series)
-        for ax, title in zip(axes, ("tokens", "time, ms (dotted: FLOP)", "peak memory, MB")):
+        for ax, title in zip(
+            axes, ("tokens", "time, ms (dotted: the formula)", "peak memory, MB")
+        ):
             ax.set(title=title, xlabel=of_plot[0]["axis"], xscale="log", yscale="log")
             ax.legend(fontsize="small")
         axes[0].set_ylabel(plot)
@@ -138,23 +207,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args(arguments)
+    cuda = _measure.DEVICE == "cuda"
     if options.small:
-        cases = segmenter_cases("tiny", [16, 32], [4, 8], "float32")
-    elif _measure.DEVICE == "cpu":
-        cases = segmenter_cases("Seg-S-Mask/16", [256, 512, 1024], [8, 16, 32], "float32")
+        segmenter = segmenter_cases("tiny", [16, 32], [4, 8], "float32")
+    elif cuda:
+        segmenter = segmenter_cases(
+            "Seg-B-Mask/16", [256, 512, 1024, 2048], [8, 16, 32], "bfloat16"
+        )
     else:
-        sizes = [256, 512, 1024, 2048]
-        cases = segmenter_cases("Seg-B-Mask/16", sizes, [8, 16, 32], "bfloat16")
-    start = time.monotonic()
-    rows = measure(cases, 2 if options.small else 9)
+        segmenter = segmenter_cases("Seg-S-Mask/16", [256, 512, 1024], [8, 16, 32], "float32")
     options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    models = {"mask2former": mask2former_cases(options.small), "segmenter": segmenter}
+    for name, cases in models.items():
+        start = time.monotonic()
+        found = measure(cases, 9 if cuda else 3)
+        draw(found, options.out / f"plots_{name}.png")
+        rows += found
+        print(f"{name}: {len(found)} points in {time.monotonic() - start:.0f} s")
     with (options.out / "plots.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, options.out / "plots.png")
-    print(f"{len(rows)} points in {time.monotonic() - start:.0f} s: {options.out / 'plots.png'}")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] and sys.argv[1].startswith("["):  # the process of its own of `peak_memory`
+        _models.print_peak(lambda: mask2former(*json.loads(sys.argv[1])))
+    else:
+        main()

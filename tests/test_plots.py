@@ -10,6 +10,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import _measure
+import _models
 import _segmenter
 import plots
 
@@ -19,6 +20,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(_measure, "DEVICE", "cpu")
     asked = []
     monkeypatch.setattr(_segmenter, "peak_memory", lambda *a: asked.append(a) or 7.0)
+    monkeypatch.setattr(_models, "peak_memory", lambda *a, script: asked.append(a) or 7.0)
     return asked
 
 
@@ -27,13 +29,24 @@ def test_rows_and_figure(quick, tmp_path):
     with (tmp_path / "out/plots.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == plots.COLUMNS
-    assert len(rows) == 8  # two image sizes, two patch sizes, each in both plots
-    assert len(quick) == 4  # and measured once
-    assert {r["plot"] for r in rows} == {"tiny against image size", "tiny against patch size"}
     assert all(float(r["p50_ms"]) > 0 and r["peak_mb"] == "7.0" for r in rows)
-    assert {int(r["tokens"]) for r in rows} == {4, 16, 64}
-    with Image.open(tmp_path / "out/plots.png") as picture:
-        assert min(picture.size) > 400
+    segmenter = [r for r in rows if r["plot"].startswith("tiny against")]
+    assert len(segmenter) == 8  # two image sizes, two patch sizes, each in both plots
+    assert {int(r["tokens"]) for r in segmenter} == {4, 16, 64}
+    other = {r["plot"].removeprefix("Mask2Former against ") for r in rows if r not in segmenter}
+    assert other == {"image size", "images", "queries", "targets", "backbone"}
+    assert len(quick) == len(set(quick))  # what is in several plots is measured once
+    for name in ("segmenter", "mask2former"):
+        with Image.open(tmp_path / f"out/plots_{name}.png") as picture:
+            assert min(picture.size) > 400
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own():
+    one, four = (
+        _models.peak_memory("inference", "tiny", side, 1, 8, 1, script=plots.__file__)
+        for side in (64, 512)
+    )
+    assert 0 < one < four
 
 
 def test_attention_grows_with_the_square_of_the_tokens_and_the_rest_does_not():
