@@ -1,6 +1,7 @@
 """segkern: a custom-kernel segmentation engine for PyTorch."""
 
 from . import ops as ops
+from .graphs import Replay as Replay
 from .infer import Segmentation as Segmentation
 from .infer import postprocess as postprocess
 from .infer import segment as segment
