@@ -26,7 +26,7 @@ from . import _library
 from ._checks import expect
 
 _aten = torch.ops.aten
-_HIDDEN = 2**21  # values of the hidden layer in a block: 8 MB in float32
+_HIDDEN = 2**23  # bytes of the hidden layer in a block
 _ROWS = 512  # the fewest of a block: the weights are read once a block
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
 
@@ -45,7 +45,9 @@ def feed_forward_reference(
 
 def _blocks(x: Tensor, hidden: int) -> Iterator[slice]:
     """Ranges of rows that are computed together."""
-    rows = max(_ROWS, _HIDDEN // max(hidden, 1)) if x.device.type == "cpu" else max(len(x), 1)
+    rows = max(len(x), 1)
+    if x.device.type == "cpu":
+        rows = max(_ROWS, _HIDDEN // max(hidden * x.element_size(), 1))
     return (slice(i, min(i + rows, len(x))) for i in range(0, len(x), rows))
 
 
@@ -57,8 +59,11 @@ def _forward(
     bias2: Tensor,  # [C]
     gelu: bool,
 ) -> Tensor:  # [R, C]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     blocks = list(_blocks(x, len(weight1)))
+    if len(blocks) == 1:
+        hidden = F.linear(x, weight1, bias1)
+        return F.linear(_aten.gelu_(hidden) if gelu else hidden.relu_(), weight2, bias2)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     memory = x.new_empty(blocks[0].stop if blocks else 0, len(weight1))  # of every block in turn
     for rows in blocks:
         hidden = memory[: rows.stop - rows.start]
