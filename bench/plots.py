@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
             "Seg-B-Mask/16", [256, 512, 1024, 2048], [8, 16, 32], "bfloat16"
         )
     else:
-        segmenter = segmenter_cases("Seg-S-Mask/16", [256, 512, 1024], [8, 16, 32], "float32")
+        segmenter = segmenter_cases("Seg-S-Mask/16", [256, 512, 768], [8, 16, 32], "float32")
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     models = {"mask2former": mask2former_cases(options.small), "segmenter": segmenter}

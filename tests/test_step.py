@@ -245,6 +245,7 @@ def test_kernels_and_references_train_alike(monkeypatch, tmp_path):
         settings = TrainConfig(
             output=tmp_path / f"{impl}{seed}",
             steps=200,
+            batch_size=4,
             lr=1e-3,
             clip=0.1,
             seed=seed,
