@@ -224,11 +224,11 @@ def main(arguments: list[str] | None = None) -> None:
         found = measure(cases, 9 if cuda else 3)
         draw(found, options.out / f"plots_{name}.png")
         rows += found
+        with (options.out / "plots.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
         print(f"{name}: {len(found)} points in {time.monotonic() - start:.0f} s")
-    with (options.out / "plots.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":
