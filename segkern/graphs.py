@@ -1,7 +1,6 @@
 """CUDA graphs: work that reads nothing back is captured once for each set of sizes, then replayed.
 
-A replay starts all kernels with one call: on a GPU an image alone keeps the host busier with
-starting kernels than the device with running them.
+A replay starts all kernels with one call of the host. Written for GPUs and not yet run on one.
 """
 
 from collections import OrderedDict

@@ -174,7 +174,7 @@ class _View:
             for j, left in enumerate(self.lefts):
                 total[:, a - first : b - first, left : left + s] += found[j, :, :, :s]
         count = torch.outer(self.counts[0][first:last], self.counts[1])
-        return total if (count == 1).all() else total.div_(count.to(total))
+        return total.div_(count.to(total))
 
 
 def _within(n: int, start: int, length: int) -> Tensor:

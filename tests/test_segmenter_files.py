@@ -6,22 +6,10 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import yaml
+from test_segmenter import CASES, SMALL
 
 from segkern.models.segmenter import Segmenter, SegmenterConfig
 from segkern.weights import segmenter as weights
-
-SMALL = SegmenterConfig(
-    num_labels=5, image_size=(64, 64), embed_dim=64, depth=2, num_heads=2, window_size=64,
-    window_stride=48,
-)  # fmt: skip
-CASES = {
-    "mask decoder": {},
-    "linear decoder": {"decoder": "linear"},
-    "one decoder layer": {"decoder_layers": 1},
-    "patch 8": {"patch_size": 8},
-    "distilled": {"distilled": True},
-    "wide image": {"image_size": (32, 96)},
-}
 
 
 def random_model(**changes):

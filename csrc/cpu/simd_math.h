@@ -25,12 +25,8 @@ SEGKERN_INLINE double simd_exp(double x) { return std::exp(x); }
 SEGKERN_INLINE double simd_log(double x) { return std::log(x); }
 SEGKERN_INLINE double simd_log1p(double x) { return std::log1p(x); }
 
-// exp(x) = 2^n exp(r), |r| <= ln2/2; 0 below -87.3, inf above 88.7
-SEGKERN_INLINE float simd_exp(float x) {
-  float c = x < -87.33654f ? -87.33654f : x;
-  c = c > 88.72284f ? 88.72284f : c;
-  const float shifted =
-      c * 1.44269504f + 12582912.0f;  // the addition rounds to the nearest integer
+// exp(r) of c = n ln2 + r, |r| <= ln2/2; `shifted` is n + 12582912
+SEGKERN_INLINE float exp_rest(float c, float shifted) {
   const float n = shifted - 12582912.0f;
   float r = c - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -40,7 +36,16 @@ SEGKERN_INLINE float simd_exp(float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  return p * r * r + r + 1.0f;
+}
+
+// exp(x) = 2^n exp(r); 0 below -87.3, inf above 88.7
+SEGKERN_INLINE float simd_exp(float x) {
+  float c = x < -87.33654f ? -87.33654f : x;
+  c = c > 88.72284f ? 88.72284f : c;
+  const float shifted =
+      c * 1.44269504f + 12582912.0f;  // the addition rounds to the nearest integer
+  const float p = exp_rest(c, shifted);
   // 2^n in two halves, so that n = 128 does not overflow the exponent field before the product is
   // formed
   const int32_t e = float_to_bits(shifted) - 0x4B400000;
@@ -55,16 +60,7 @@ SEGKERN_INLINE double simd_exp_low(double x) { return std::exp(x); }
 SEGKERN_INLINE float simd_exp_low(float x) {
   const float c = x < -87.0f ? -87.0f : x;
   const float shifted = c * 1.44269504f + 12582912.0f;  // rounds to the nearest integer n
-  const float n = shifted - 12582912.0f;
-  float r = c - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  const float p = exp_rest(c, shifted);
   return p * bits_to_float((float_to_bits(shifted) - 0x4B400000 + 127) << 23);
 }
 

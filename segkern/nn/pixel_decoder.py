@@ -187,7 +187,6 @@ class PixelDecoder(nn.Module):
     ):
         super().__init__()
         self.checkpointing = False  # keep the layers' inputs alone, compute the rest again
-        self.random = dropout > 0  # a generator's state cannot be read in a CUDA graph
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(n, channels, 1), nn.GroupNorm(GROUPS, channels))
             for n in reversed(in_channels[1:])
@@ -238,7 +237,9 @@ class PixelDecoder(nn.Module):
         for layer in self.layers:
             inputs = (x, position, shapes, reference)
             if self.checkpointing and self.training:
-                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self.random)
+                # a generator's state cannot be read in a CUDA graph
+                random = layer.dropout.p > 0
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=random)
             else:
                 x = layer(*inputs)
         finest = x[:, -sizes[-1] :].unflatten(1, shapes[-1]).permute(0, 3, 1, 2)
