@@ -38,8 +38,12 @@ test: setup
 
 check: lint slow interpret sanitize emulate racecheck oldest gate
 
+# tests that no second thread would help, a process a core
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(MAX_JOBS)
+
 slow: setup
-	$(BIN)/pytest tests -m "slow and not gpu"
+	$(PARALLEL) tests/test_triton.py -m "slow and not gpu"
+	$(BIN)/pytest tests --ignore tests/test_triton.py -m "slow and not gpu"
 
 tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(basename $(notdir $(1)))))
 OPS = $(call tests_of,$(filter-out segkern/ops/_%,$(wildcard segkern/ops/*.py)))
@@ -49,7 +53,7 @@ CUDA_OPS = $(call tests_of,$(wildcard csrc/cuda/*.cu))
 # the Triton kernels in place of the C++ ones, in Triton's interpreter (its bfloat16 products are
 # wrong); compiled kernels are in tests/test_triton.py
 interpret: setup
-	TRITON_INTERPRET=1 $(BIN)/pytest $(TRITON_OPS) -m "not slow and not gpu" -k "not bfloat16"
+	TRITON_INTERPRET=1 $(PARALLEL) $(TRITON_OPS) -m "not slow and not gpu" -k "not bfloat16"
 
 # $(call library,KIND,SETTINGS): builds a library of test kernels in build/KIND, and checks that it
 # is the one that is loaded; $(PYTEST_KIND) runs tests on it
@@ -90,10 +94,14 @@ PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.1
 oldest: setup .venv-oldest/installed
 	PYTHONPATH=. .venv-oldest/bin/pytest $(OPS) tests/test_triton.py -m "not slow and not gpu"
 
-# the demo must have learned what it is there to show
+# the demo and the recipe of Segmenter must have learned what they are there to show
 gate: demo
 	$(PY) -c "import json; m = json.load(open('demo/metrics.json')); \
 	  assert m['pq'] >= 0.8 and m['class_accuracy'] >= 0.9, m; print('demo:', m)"
+	$(BIN)/segkern train --recipe digits-segmenter --output build/segmenter --overwrite
+	$(BIN)/segkern evaluate build/segmenter --out build/segmenter.json
+	$(PY) -c "import json; m = json.load(open('build/segmenter.json')); \
+	  assert m['miou'] >= 0.8, m; print('Segmenter:', m['miou'])"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -141,8 +141,7 @@ def build(
         @torch.inference_mode()
         def run():
             with autocast:
-                out = call(x)
-                return (out if impl == "timm" else out.logits).argmax(1)
+                return call(x).argmax(1) if impl == "timm" else model.predict(x)
 
         return run
     labels = torch.randint(0, c.num_labels, (batch, *c.image_size), device=device)

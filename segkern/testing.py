@@ -369,6 +369,22 @@ def segment_map_inputs(
 
 
 @_made_on_cpu
+def resize_argmax_inputs(
+    B=2, K=7, h=5, w=6, H=37, W=50, windows=1, dtype=torch.float32, seed=0
+) -> list[Tensor]:
+    """maps [B, K, h, w], normal; rows [H, h] and columns [W, w] of a bilinear resize, of which
+    `windows` stand side by side and share the result's columns."""
+    maps = torch.randn(B, K, h, w, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+
+    def bilinear(n, out):
+        eye = torch.eye(n, dtype=exact)[None]
+        return torch.nn.functional.interpolate(eye, size=out, mode="linear")[0].mT
+
+    return [maps, bilinear(h, H), bilinear(w // windows, W).repeat(1, windows) / windows]
+
+
+@_made_on_cpu
 def window_attn_inputs(
     B=2, h=9, w=12, H=3, D=16, window=4, shift=0, dtype=torch.float32, seed=0
 ) -> list:

@@ -1,24 +1,28 @@
 """Class probabilities of large images, from windows, scales and mirror images.
 
-Letters: K class, H W output size, p patch size, s window side, h w size of a scaled image.
+Letters: K class, H W output size, p patch size, s window side, h w size of the patch logits of all
+windows of a view, laid side by side.
 
-    logits of a view  = mean over the windows that cover a pixel of resize(patch logits)
-    probabilities     = mean over views of softmax_k(resize(logits))
+    logits of a view  = rows maps_k columns^T: the mean over the windows that cover a pixel of
+                        resize(patch logits), resized to the output
+    probabilities     = mean over views of softmax_k(logits)
 
 A view is the image at one scale, as it is or mirrored. Windows lie `stride` apart, the last one
-at the edge; an image with a side below s is first enlarged until its short side is s. Only patch
-logits are kept: every step after them is linear until the softmax, so bands of output rows are
-formed one after another, and memory grows with K x W, not with K x H x W.
+at the edge; an image with a side below s is first enlarged until its short side is s. Every step
+from the patch logits to the softmax is linear and treats rows and columns apart, so two matrices
+hold all of them; bands of output rows are formed one after another, and memory grows with K x W,
+not with K x H x W. The labels of a single view need no softmax: `resize_argmax` finds them.
 Source: Segmenter (Strudel et al., ICCV 2021), inference of the original code.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn.bands import band, neighbours, widened
+from .nn.bands import resize_matrix, resized
+from .ops import resize_argmax
 from .ops._checks import expect_integer
 
 _PIXELS_AT_ONCE = 2**21  # of windows that go through the model together
@@ -40,47 +44,6 @@ def enlarged(image: Tensor, window: int) -> Tensor:
     return F.interpolate(image, size, mode="bilinear")
 
 
-def probabilities(
-    model: nn.Module,
-    images: Sequence[Tensor],
-    output_size: tuple[int, int],
-    window: int,
-    stride: int,
-    flip: bool = False,
-    softmax: bool = True,
-) -> Iterator[tuple[range, Tensor]]:
-    """Class probabilities of one image, a band of rows after another.
-
-    Args:
-        model: a `Segmenter` in eval mode.
-        images: the image at each scale, [1, 3, h, w] floating, normalised.
-        output_size: (H, W).
-        window: s, in pixels.
-        stride: pixels from one window to the next, from 1 to s.
-        flip: also look at the mirror image of each scale.
-        softmax: False leaves it out, which keeps the order of the classes of a single view.
-
-    Yields:
-        rows of the output, and their probabilities [K, rows, W] float32.
-    """
-    views = [
-        _View(model, enlarged(image, window), window, stride, mirrored)
-        for image in images
-        for mirrored in ((False, True) if flip else (False,))
-    ]
-    H, W = output_size
-    step = max(1, _VALUES_AT_ONCE // (W * views[0].maps.shape[1]))
-    for top in range(0, H, step):
-        rows = range(top, min(top + step, H))
-        if not softmax:
-            yield rows, views[0].logits(rows, output_size)
-            continue
-        total = 0
-        for view in views:
-            total = total + view.logits(rows, output_size).softmax(0)
-        yield rows, total / len(views)
-
-
 def label_map(
     model: nn.Module,
     images: Sequence[Tensor],
@@ -90,10 +53,16 @@ def label_map(
     flip: bool = False,
     return_scores: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The likeliest class of each pixel of one image; arguments as `probabilities`.
+    """The likeliest class of each pixel of one image.
 
     Args:
-        window, stride: None takes the config's; its stride no further than `window`.
+        model: a `Segmenter` in eval mode.
+        images: the image at each scale, [1, 3, h, w] floating, normalised.
+        output_size: (H, W).
+        window: s, in pixels.
+        stride: pixels from one window to the next, from 1 to s. None takes the config's for both;
+            its stride no further than `window`.
+        flip: also look at the mirror image of each scale.
         return_scores: also return the probabilities.
 
     Returns:
@@ -109,74 +78,67 @@ def label_map(
     expect_integer("segment: stride", stride)
     if stride > window:
         raise ValueError(f"segment: stride must be <= window ({window}), got {stride}")
-    views = len(images) * (2 if flip else 1)
+    views = [
+        _View(model, enlarged(image, window), output_size, window, stride, mirrored)
+        for image in images
+        for mirrored in ((False, True) if flip else (False,))
+    ]
+    if len(views) == 1 and not return_scores:
+        view = views[0]
+        return resize_argmax(view.maps[None], view.rows, view.columns)[0], None
     # whole from the start: what bands leave behind would lie between their large blocks, and the
     # heap would grow with K x H x W after all
     found = torch.empty(output_size, dtype=torch.int32, device=images[0].device)
     scores = None
     if return_scores:
         scores = found.new_empty(model.config.num_labels, *output_size, dtype=torch.float32)
-    parts = probabilities(
-        model, images, output_size, window, stride, flip, softmax=return_scores or views > 1
-    )
-    for rows, part in parts:
-        found[rows.start : rows.stop] = part.argmax(0)
+    step = max(1, _VALUES_AT_ONCE // (output_size[1] * model.config.num_labels))
+    for top in range(0, output_size[0], step):
+        rows = slice(top, top + step)
+        part = sum(view.logits(rows).softmax(0) for view in views) / len(views)
+        found[rows] = part.argmax(0)
         if return_scores:
-            scores[:, rows.start : rows.stop] = part
+            scores[:, rows] = part
     return found, scores
 
 
 class _View:
-    """The patch logits of the windows of one image, and what becomes of them."""
+    """The patch logits of the windows of one image, side by side, and the way to the result.
 
-    def __init__(self, model, image, window, stride, mirrored):
-        self.window, self.mirrored = window, mirrored
-        self.size = image.shape[2:]
-        self.tops, self.lefts = (starts(n, window, stride) for n in self.size)
+    Attributes:
+        maps: [K, h, w] float32.
+        rows, columns: [H, h] and [W, w] float32.
+    """
+
+    def __init__(self, model, image, output_size, window, stride, mirrored):
+        tops, lefts = (starts(n, window, stride) for n in image.shape[2:])
         image = image.flip(3) if mirrored else image
-        crops = [
-            image[0, :, y : y + window, x : x + window] for y in self.tops for x in self.lefts
-        ]
+        crops = [image[0, :, y : y + window, x : x + window] for y in tops for x in lefts]
         at_once = max(1, _PIXELS_AT_ONCE // window**2)
         maps = [
             model.patch_logits(torch.stack(crops[i : i + at_once]))
             for i in range(0, len(crops), at_once)
         ]
-        self.maps = torch.cat(maps).float()  # [windows, K, s / p, s / p]
-        self.padded = model.config.patch_size * self.maps.shape[3]
-        # how many windows cover a row and a column; a pixel's count is their product
-        self.counts = [
-            sum(_within(n, a, window) for a in first)
-            for n, first in zip(self.size, (self.tops, self.lefts))
-        ]
+        maps = torch.cat(maps).float().unflatten(0, (len(tops), len(lefts)))
+        self.maps = maps.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        # sums of at most a few terms, rounded once
+        one = resize_matrix(maps.shape[3], model.config.patch_size, window, image.device)
+        self.rows, self.columns = (
+            resized(_mean(one, first, size), out).float()
+            for first, size, out in zip((tops, lefts), image.shape[2:], output_size)
+        )
+        if mirrored:
+            self.columns = self.columns.flip(0)
 
-    def logits(self, rows: range, output_size: tuple[int, int]) -> Tensor:
+    def logits(self, rows: slice) -> Tensor:
         """Logits [K, rows, W] of these rows of the output."""
-        if tuple(self.size) == tuple(output_size):
-            merged = self._merged(rows.start, rows.stop)
-            return merged.flip(2) if self.mirrored else merged
-        first, weights = neighbours(rows, self.size[0], output_size[0])
-        merged = self._merged(first, first + weights.shape[1])  # [K, n, w]
-        merged = torch.einsum("rn,knw->krw", weights.to(merged), merged)
-        out = widened(merged[None], output_size[1])[0]
-        return out.flip(2) if self.mirrored else out
-
-    def _merged(self, first: int, last: int) -> Tensor:
-        """Mean logits [K, last - first, w] of rows of the scaled image, over its windows."""
-        s, n = self.window, len(self.lefts)
-        total = self.maps.new_zeros(self.maps.shape[1], last - first, self.size[1])
-        for i, top in enumerate(self.tops):
-            a, b = max(first, top), min(last, top + s)
-            if a >= b:
-                continue
-            maps = self.maps[i * n : (i + 1) * n]
-            found = band(maps, range(a - top, b - top), (self.padded, self.padded))
-            for j, left in enumerate(self.lefts):
-                total[:, a - first : b - first, left : left + s] += found[j, :, :, :s]
-        count = torch.outer(self.counts[0][first:last], self.counts[1])
-        return total.div_(count.to(total))
+        return torch.einsum("yi,kij->kyj", self.rows[rows], self.maps) @ self.columns.mT
 
 
-def _within(n: int, start: int, length: int) -> Tensor:
-    position = torch.arange(n)
-    return ((position >= start) & (position < start + length)).float()
+def _mean(one: Tensor, first: Sequence[int], size: int) -> Tensor:
+    """[size, windows x patches]: of the windows that begin at `first`, each of `one`
+    [s, patches], the mean over those that cover a pixel."""
+    out = one.new_zeros(size, len(first), one.shape[1])
+    for i, start in enumerate(first):
+        out[start : start + len(one), i] = one
+    return (out / out.sum((1, 2), keepdim=True)).flatten(1)

@@ -377,7 +377,20 @@ def test_windows_scales_and_mirrors_are_the_originals(case, values, tmp_path, mo
         images = [waves(int(h * s), int(w * s)) for s in scales]
         H, W = map(int, out.split("x"))
         with torch.no_grad():
-            bands = windows.probabilities(model, images, (H, W), 64, 48, flip=len(scales) > 1)
-            found = torch.cat([p for _, p in bands], 1)
+            options = (H, W), 64, 48, len(scales) > 1
+            labels, found = windows.label_map(model, images, *options, return_scores=True)
+            alone, _ = windows.label_map(model, images, *options)
         assert found.shape == (5, H, W)
         torch.testing.assert_close(sampled(found), torch.tensor(want), rtol=0, atol=1e-4)
+        assert torch.equal(labels, found.argmax(0))
+        # without probabilities another way is taken: only classes that are as likely may differ
+        chosen = found.gather(0, alone[None].long())[0]
+        torch.testing.assert_close(chosen, found.amax(0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (50, 71)], ids=str)
+def test_predict_is_the_argmax_of_the_logits(size, tmp_path):
+    model = Segmenter.from_pretrained(original_folder(tmp_path, **VARIANTS["mask"])).double()
+    x = torch.cat((waves(*size), waves(*size).flip(3))).double()
+    with torch.no_grad():
+        assert torch.equal(model.predict(x), model(x).logits.argmax(1).int())

@@ -13,12 +13,14 @@ Differs: the encoder's unused ImageNet head is not part of the model.
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.bands import IGNORED, resized_cross_entropy
+from ..nn.bands import IGNORED, resize_matrix, resized_cross_entropy
 from ..nn.targets import Targets
 from ..nn.vit import LinearDecoder, MaskTransformer, ViT, start_locally
+from ..ops import resize_argmax
 from ..ops._checks import expect, expect_integer, expect_labels, got
 from ..weights import segmenter as original
 from ..weights.fit import misfits
@@ -330,6 +332,26 @@ class Segmenter(nn.Module):
         expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
         expect_labels("Segmenter", labels, self.config.num_labels, IGNORED)
         return SegmenterOutput(None, resized_cross_entropy(patches, labels, (p * h, p * w)))
+
+    @torch.no_grad()
+    def predict(self, pixel_values: Tensor) -> Tensor:
+        """The likeliest class of each pixel: `forward(...).logits.argmax(1)` without the logits.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised, of any size.
+
+        Returns:
+            [B, H, W] int32.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        patches = self.patch_logits(pixel_values)
+        rows, columns = (
+            resize_matrix(n, self.config.patch_size, length, patches.device)
+            for n, length in zip(patches.shape[2:], pixel_values.shape[2:])
+        )
+        return resize_argmax(patches, rows, columns)
 
     def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss.

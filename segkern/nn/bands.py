@@ -38,21 +38,18 @@ def neighbours(rows: range, size: int, out: int) -> tuple[int, Tensor]:
     return first, weights
 
 
-def band(maps: Tensor, rows: range, size: tuple[int, int]) -> Tensor:
-    """Rows of a bilinear resize.
+def resize_matrix(n: int, factor: int, length: int, device: torch.device) -> Tensor:
+    """The first `length` rows of a bilinear resize from n to factor x n, as a matrix [length, n]
+    float64."""
+    eye = torch.eye(n, dtype=torch.float64, device=device)
+    return resized(eye, factor * n)[:length]
 
-    Args:
-        maps: [B, K, h, w].
-        rows: of the output.
-        size: (H, W) of the output.
 
-    Returns:
-        [B, K, r, W].
-    """
-    first, weights = neighbours(rows, maps.shape[2], size[0])
-    part = maps[:, :, first : first + weights.shape[1]]
-    part = torch.einsum("rn,bknw->bkrw", weights.to(part), part)
-    return widened(part, size[1])
+def resized(matrix: Tensor, out: int) -> Tensor:
+    """The columns of a matrix [n, m] resized to [out, m], linearly as bilinear resizing does."""
+    if len(matrix) == out:
+        return matrix
+    return F.interpolate(matrix.mT[None], size=out, mode="linear")[0].mT
 
 
 def widened(maps: Tensor, width: int) -> Tensor:

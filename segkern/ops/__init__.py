@@ -15,6 +15,7 @@ from .ms_deform_attn import (
 from .point_mask_loss import point_mask_loss as point_mask_loss
 from .point_sample import point_sample as point_sample
 from .point_sample import random_points as random_points
+from .resize_argmax import resize_argmax as resize_argmax
 from .segment_map import SegmentMap as SegmentMap
 from .segment_map import segment_map as segment_map
 from .window_attn import window_attn as window_attn
