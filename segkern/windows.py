@@ -93,7 +93,7 @@ def label_map(
     """The likeliest class of each pixel of one image; arguments as `probabilities`.
 
     Args:
-        window, stride: None takes the config's; its stride no further than `window`.
+        window, stride: as `window_and_stride` takes them.
         return_scores: also return the probabilities.
 
     Returns:
@@ -103,12 +103,7 @@ def label_map(
         TypeError: window or stride is no integer.
         ValueError: window or stride out of range.
     """
-    window = model.config.window_size if window is None else window
-    expect_integer("segment: window", window)
-    stride = min(model.config.window_stride, window) if stride is None else stride
-    expect_integer("segment: stride", stride)
-    if stride > window:
-        raise ValueError(f"segment: stride must be <= window ({window}), got {stride}")
+    window, stride = window_and_stride(model.config, window, stride)
     views = len(images) * (2 if flip else 1)
     # whole from the start: what bands leave behind would lie between their large blocks, and the
     # heap would grow with K x H x W after all
@@ -124,6 +119,22 @@ def label_map(
         if return_scores:
             scores[:, rows.start : rows.stop] = part
     return found, scores
+
+
+def window_and_stride(config, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Both in pixels; None takes the config's, its stride no further than the window.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: out of range.
+    """
+    window = config.window_size if window is None else window
+    expect_integer("segment: window", window)
+    stride = min(config.window_stride, window) if stride is None else stride
+    expect_integer("segment: stride", stride)
+    if stride > window:
+        raise ValueError(f"segment: stride must be <= window ({window}), got {stride}")
+    return window, stride
 
 
 class _View:
