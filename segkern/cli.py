@@ -14,6 +14,7 @@ from rich.console import Console
 
 from . import checkpoint, recipes
 from .data import Digits, DigitsConfig, Folder, FolderConfig
+from .data.folder import Layout
 from .demo import demo as run_demo
 from .evaluate import evaluate as run_evaluate
 from .evaluate import table
@@ -27,7 +28,6 @@ from .train import train as run_train
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 _Task = Literal[TASKS]
-_Layout = Literal["ade20k", "cityscapes", "plain"]
 _Model = Annotated[
     str, tyro.conf.arg(help="folder of a run or a model, or a name on the Hugging Face hub")
 ]
@@ -46,7 +46,7 @@ def evaluate(
     tasks: tuple[_Task, ...] = TASKS,
     threshold: float = recipes.DIGITS_THRESHOLD,
     data: Path | None = None,
-    layout: _Layout = "plain",
+    layout: Layout = "plain",
     out: Path | None = None,
 ) -> None:
     """Measure a model on held-out scenes of digits, or images in folders: PQ, SQ, RQ, AP, mIoU.

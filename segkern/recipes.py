@@ -113,7 +113,7 @@ def segmenter(
         pretrained: start the encoder from timm's ImageNet weights, as the paper does.
         root: folder of the images (data.FolderConfig): ADE20K and Cityscapes as they are, others
             in the layout "plain". The model gets the names of its classes, and of "plain" their
-            number. None: `config.data.root` is to be set before training.
+            number. None: set `config.data.root` before training, or give `train` a `dataset`.
 
     Returns:
         a `TrainConfig`.

@@ -27,6 +27,8 @@ from ..images import open_image, picture_suffixes, read_pixels
 from .collate import VOID
 from .transforms import SemanticViews
 
+Layout = Literal["ade20k", "cityscapes", "plain"]
+
 
 class _Layout(NamedTuple):
     """Folders of images and maps, those of the splits in them, and how names end that are the same
@@ -85,7 +87,7 @@ class FolderConfig:
     """
 
     root: Path = Path(".")
-    layout: Literal["ade20k", "cityscapes", "plain"] = "plain"
+    layout: Layout = "plain"
     seed: int = 0
     task: ClassVar[str] = "semantic"
 
