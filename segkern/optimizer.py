@@ -6,34 +6,83 @@ import torch
 from torch import Tensor, nn
 
 
-def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer:
-    """The optimizer of a `TrainConfig`; its rates are tensors on the device."""
+class MuonAndAdamW:
+    """Muon for the matrices of the blocks, AdamW for all else, as one optimizer.
+
+    Both take the same rate: Muon's steps are scaled to the size of AdamW's. Its rate is a number
+    of the host, so that its step is no part of a CUDA graph.
+    Source: Muon (Jordan et al., 2024), as torch.optim has it; the scale: Liu et al., 2025.
+
+    Args:
+        groups: of `parameter_groups`; those with "matrices" go to Muon.
+        momentum: of Muon.
+    """
+
+    def __init__(self, groups: list[dict], momentum: float):
+        capturable = groups[0]["params"][0].is_cuda
+        hidden = [group | {"lr": group["lr"].cpu()} for group in groups if group["matrices"]]
+        rest = [group for group in groups if not group["matrices"]]
+        self.parts = (
+            torch.optim.Muon(hidden, momentum=momentum, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, fused=True, capturable=capturable),
+        )
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for part, found in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(found)
+
+
+def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer | MuonAndAdamW:
+    """The optimizer of a `TrainConfig`; its rates are tensors."""
     groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    if config.optimizer == "muon":
+        return MuonAndAdamW(groups, config.momentum)
     capturable = groups[0]["params"][0].is_cuda
     return torch.optim.AdamW(groups, fused=True, capturable=capturable)
 
 
 def parameter_groups(model: nn.Module, config) -> list[dict]:
-    """Parameters by rate and decay: norms, embeddings and position tables do not decay."""
+    """Parameters by rate and decay: norms, embeddings and position tables do not decay.
+
+    For Muon the weights of linear layers inside numbered blocks are groups of their own.
+    """
     norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.Embedding)
-    groups: dict[tuple[float, float], list[Tensor]] = {}
+    groups: dict[tuple[float, float, bool], list[Tensor]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             free = isinstance(module, norms) or name == "relative_position_bias_table"
             decay = 0.0 if free else config.weight_decay
             factor = config.backbone_lr_factor if path.startswith("backbone") else 1.0
+            matrix = isinstance(module, nn.Linear) and name == "weight"
+            matrix &= config.optimizer == "muon" and any(map(str.isdigit, path.split(".")))
             if parameter.requires_grad:
-                groups.setdefault((factor, decay), []).append(parameter)
+                groups.setdefault((factor, decay, matrix), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": decay,
             "factor": factor,
+            "matrices": matrices,
             "lr": torch.tensor(config.lr * factor, device=parameters[0].device),
         }
-        for (factor, decay), parameters in groups.items()
+        for (factor, decay, matrices), parameters in groups.items()
     ]
 
 

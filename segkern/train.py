@@ -64,15 +64,17 @@ class TrainConfig:
         lr: highest learning rate.
         backbone_lr_factor: the backbone's rate over the others'.
         min_lr: least learning rate of the schedule.
-        optimizer: "adamw" or "sgd".
-        momentum: of SGD.
+        optimizer: "adamw", "sgd", or "muon" for the matrices inside blocks with AdamW for the
+            rest, which takes fewer steps from scratch and more time for each.
+        momentum: of SGD and Muon.
         weight_decay: of the optimizer.
         schedule: "cosine" or "poly" (power 0.9) to min_lr, or "steps": a tenth at 8/9 of the steps
             and again at 26/27.
         warmup: steps in which the rate rises.
         clip: largest norm of the gradient; 0 does not clip.
         precision: "fp32", "bf16" for autocast, or "fp16" for autocast with a scaled loss.
-        cuda_graphs: on a GPU capture the whole step in a CUDA graph for each size of a batch.
+        cuda_graphs: on a GPU capture the whole step in a CUDA graph for each size of a batch; not
+            with Muon, whose rate is a number of the host.
         gradient_checkpointing: keep only the inputs of blocks and layers for backward, and compute
             the rest again: less memory, more time.
         seed: of the weights, the order of the samples and dropout.
@@ -96,7 +98,7 @@ class TrainConfig:
     lr: float = 1e-4
     backbone_lr_factor: float = 0.1
     min_lr: float = 0.0
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     momentum: float = 0.9
     weight_decay: float = 0.05
     schedule: Literal["cosine", "poly", "steps"] = "cosine"
@@ -135,7 +137,7 @@ class TrainConfig:
         for name, known in (
             ("schedule", ("cosine", "poly", "steps")),
             ("precision", tuple(PRECISIONS)),
-            ("optimizer", ("adamw", "sgd")),
+            ("optimizer", ("adamw", "sgd", "muon")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -237,7 +239,8 @@ def train(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, config)
-    train_step = Step(model, optimizer, config.clip, config.precision, config.cuda_graphs)
+    graphs = config.cuda_graphs and config.optimizer != "muon"
+    train_step = Step(model, optimizer, config.clip, config.precision, graphs)
     start, seconds = 0, 0.0
     if state is not None:
         start, seconds = _restore(state, train_step, resume)

@@ -62,6 +62,38 @@ def test_sgd_with_momentum():
     torch.testing.assert_close(parameter.detach(), start - 0.5 * (grad + 1.8 * grad))
 
 
+def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest():
+    torch.manual_seed(0)
+    model = SegmenterConfig(num_labels=3, image_size=(32, 32), embed_dim=64, depth=2, num_heads=1)
+    setting = TrainConfig(optimizer="muon", momentum=0.9, lr=0.5, weight_decay=0.1, model=model)
+    built = Segmenter(model)
+    names = {id(p): n for n, p in built.named_parameters()}
+    optimizer = build_optimizer(built, setting)
+    muon, adamw = optimizer.parts
+    found = {names[id(p)] for g in muon.param_groups for p in g["params"]}
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    blocks = [f"{part}.blocks.{i}" for part in ("encoder", "decoder") for i in (0, 1)]
+    assert found == {f"{block}.{layer}.weight" for block in blocks for layer in layers}
+    rest = {names[id(p)] for g in adamw.param_groups for p in g["params"]}
+    assert rest == set(names.values()) - found
+    # a step of Muon is the nearest orthogonal matrix, in the size of an AdamW step
+    parameter = built.encoder.blocks[0].mlp.fc1.weight
+    for p in built.parameters():
+        p.grad = torch.randn_like(p)
+    start, grad = parameter.detach().clone(), parameter.grad.double()
+    for group in optimizer.param_groups:
+        group["lr"].fill_(0.01 * group["factor"])
+    optimizer.step()
+    step = (start * (1 - 0.01 * 0.1) - parameter.detach()).double() / (0.01 * 0.2 * 256**0.5)
+    u, _, v = torch.linalg.svd(grad, full_matrices=False)
+    assert torch.linalg.svdvals(step).sub(1).abs().max() < 0.5  # five Newton-Schulz steps
+    assert (step * (u @ v)).sum() / step.norm() / 64**0.5 > 0.95
+    again = build_optimizer(built, setting)
+    again.load_state_dict(optimizer.state_dict())
+    buffer = again.parts[0].state[parameter]["momentum_buffer"]
+    assert torch.equal(buffer, muon.state[parameter]["momentum_buffer"])
+
+
 @pytest.mark.parametrize("settings", [{"optimizer": "lion"}, {"momentum": -1.0}], ids=str)
 def test_bad_settings(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):

@@ -10,7 +10,6 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from segkern import recipes
-from segkern.explain import attention_maps
 from segkern.models.segmenter import Segmenter, SegmenterConfig
 from segkern.weights import segmenter as weights
 
@@ -104,29 +103,32 @@ def test_shapes_without_weights(preset):
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-def test_a_local_start_looks_at_what_is_near(distilled):
+@pytest.mark.parametrize("heads", [2, 8])
+def test_a_local_start_looks_at_the_patches_around(distilled, heads):
     torch.manual_seed(0)
-    config = replace(SMALL, patch_size=8, local_start=True, distilled=distilled, decoder="linear")
-    model = Segmenter(config)
-    image = torch.zeros(1, 3, 64, 64)  # every patch the same: positions alone decide
-    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
-    for row, column in ((0, 0), (3, 4), (7, 2)):
-        (seen,) = attention_maps(model, image, [0], (row, column))
-        distance = ((rows - row) ** 2 + (columns - column) ** 2).float().sqrt()
-        assert (seen * distance).sum() / seen.sum() < 0.5 * distance.mean()
-    attn, D = model.encoder.blocks[1].attn, config.embed_dim
-    values = attn.proj.weight @ attn.qkv.weight[2 * D :]
-    assert float(values.detach().diagonal().mean()) == pytest.approx(-0.4, abs=0.05)
-    positions = model.encoder.pos_embed[0, model.encoder.tokens :]
-    assert torch.cdist(positions, positions).add(10 * torch.eye(64)).min() > 0.5
+    config = replace(SMALL, patch_size=8, local_start=True, distilled=distilled, depth=2)
+    encoder = Segmenter(replace(config, num_heads=heads, embed_dim=64)).encoder
+    with torch.no_grad():
+        x = encoder.patch_embed["proj"](torch.randn(1, 3, 64, 64)).flatten(2).mT
+        block = encoder.blocks[0]
+        qkv = block.attn.qkv(block.norm1(x + encoder.pos_embed[:, encoder.tokens :]))
+        q, k, _ = qkv.view(64, 3, heads, -1).permute(1, 2, 0, 3)
+        seen = (q @ k.mT * (64 // heads) ** -0.5).softmax(-1)
+    around = [(0, 1), (1, 0), (0, -1), (-1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]
+    for row, column in ((1, 1), (3, 4), (6, 2)):
+        places = [(row + y) * 8 + column + x for y, x in around[:heads]]
+        assert seen[range(heads), row * 8 + column, places].mean() > 0.75  # uniform: 0.016
+    # the blocks of the second half look anywhere
+    assert encoder.blocks[1].attn.qkv.weight[:128].abs().max() < 0.2
+    assert encoder.blocks[0].attn.qkv.weight[:128].abs().max() > 1
 
 
 def test_pretrained_weights_come_after_a_local_start():
     model, body = Segmenter(replace(SMALL, local_start=True)), of_timm(SMALL, double=False)
     model.load_encoder(body)
     assert torch.equal(model.encoder.pos_embed, body.pos_embed)
-    with pytest.raises(ValueError, match="embed_dim must be a multiple of 4 with local_start"):
-        replace(SMALL, local_start=True, decoder="linear", embed_dim=66)
+    with pytest.raises(ValueError, match="embed_dim must be at least 8 a head with local_start"):
+        replace(SMALL, local_start=True, num_heads=16)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_is_loss_backward_clip_and_optimizer():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_half_precision_keeps_float32_weights_near_those_of_float32(precision, optimizer):
     start, half, single = network(), network(), network()
     run = stepper(half, precision, optimizer=optimizer)

@@ -63,8 +63,8 @@ class SegmenterConfig:
         decoder_drop_path_rate: as drop_path_rate, in the mask decoder.
         backbone: timm's name of a ViT or DeiT of the encoder's shape; None for none.
         backbone_pretrained: start the encoder from its weights (downloads them).
-        local_start: without them, start it with positions of waves and attention to what is near
-            (nn.vit.start_locally), which learns sooner from few images.
+        local_start: without them, start it with positions of waves and attention to the patches
+            around each (nn.vit.start_locally), which learns much sooner.
         window_size: side in pixels of the windows that large images are cut into.
         window_stride: pixels from one window to the next.
         shortest_edge: pixels, to which an image's short side is resized for prediction.
@@ -131,10 +131,10 @@ class SegmenterConfig:
                 f"SegmenterConfig: window_stride must be <= window_size ({self.window_size}), "
                 f"got {self.window_stride}"
             )
-        if self.local_start and self.embed_dim % 4:
+        if self.local_start and self.embed_dim // self.num_heads < 8:
             raise ValueError(
-                "SegmenterConfig: embed_dim must be a multiple of 4 with local_start, "
-                f"got {self.embed_dim}"
+                "SegmenterConfig: embed_dim must be at least 8 a head with local_start, "
+                f"got {self.embed_dim} for {self.num_heads} heads"
             )
         if self.backbone_pretrained and not self.backbone:
             raise ValueError(

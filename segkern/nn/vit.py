@@ -13,6 +13,8 @@ Source: Segmenter (Strudel et al., ICCV 2021), section 3; ViT (Dosovitskiy et al
 Differs: normalised embeddings divide by at least 1e-12, so that an embedding of zeros is no NaN.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
@@ -140,40 +142,60 @@ class ViT(nn.Module):
 
 @torch.no_grad()
 def start_locally(encoder: ViT) -> None:
-    """Weights from which a patch first looks at those near it, for training from scratch.
+    """Weights from which the first half of the blocks mixes patches as 3 x 3 convolutions do, for
+    training from scratch.
 
-    Position embeddings are sines and cosines, wavelengths 3 to 32 patches. In a head q . k is
-    x^T M x with M = 0.7 (Z / sqrt(D) + I), in a block values are projected by
-    0.4 (Z / sqrt(D) - I), Z normal; both by their singular values, as many as a head has channels.
-    Source: Mimetic Initialization of Self-Attention Layers (Trockman and Kolter, ICML 2023).
+    Positions are sines and cosines, of wavelengths that have no common period below 15 patches,
+    in the first channels, where patches write nothing yet. A head of the first half of the blocks
+    asks for one neighbour: its queries are positions turned by the step there, its keys positions
+    as they are, so that q . k is largest where key - query is that step. Values, their projections
+    and the feed-forward networks start from normal weights wide enough to pass on what is seen.
+    Source: Structured Initialization for Attention in Vision Transformers (Zheng et al., 2024);
+    there q and k are fitted to such maps, here they are written down.
 
     Args:
-        encoder: D must be a multiple of 4.
+        encoder: its heads have at least 8 channels.
     """
-    D = encoder.pos_embed.shape[2]
-    wavelengths = 3 * (32 / 3) ** torch.linspace(0, 1, D // 4)
-    places = [torch.arange(n)[:, None] * (2 * torch.pi / wavelengths) for n in encoder.grid]
-    rows, columns = (torch.cat((x.sin(), x.cos()), 1) for x in places)
-    h, w = encoder.grid
-    waves = torch.cat((rows[:, None].expand(h, w, -1), columns.expand(h, w, -1)), 2)
-    encoder.pos_embed[0, encoder.tokens :] = waves.flatten(0, 1)
-    for block in encoder.blocks:
-        attn, eye = block.attn, torch.eye(D)
-        n = attn.head_dim
-        for first in range(0, D, n):
-            q, k = _factors(0.7 * (torch.randn(D, D) / D**0.5 + eye), n)
-            attn.qkv.weight[first : first + n] = q.T
-            attn.qkv.weight[D + first : D + first + n] = k.T
-        v, out = _factors(0.4 * (torch.randn(D, D) / D**0.5 - eye), D)
-        attn.qkv.weight[2 * D :] = v.T
-        attn.proj.weight.copy_(out)
+    D, n = encoder.pos_embed.shape[2], encoder.blocks[0].attn.head_dim
+    rates = [2 * math.pi / wavelength for wavelength in (3, 5, 4, 7)[: n // 4]]
+    used = 4 * len(rates)  # channels of positions: sine and cosine of both axes
+    encoder.pos_embed[0, encoder.tokens :] = 0
+    encoder.pos_embed[0, encoder.tokens :, :used] = _waves(encoder.grid, rates).flatten(0, 1)
+    encoder.patch_embed["proj"].weight[:used] = 0
+    encoder.patch_embed["proj"].bias[:used] = 0
+    gain = (3 * n**0.5) ** 0.5  # of q and of k: turned alike, they meet at 3 times |position|^2
+    for i, block in enumerate(encoder.blocks):
+        attn, mlp = block.attn, block.mlp
+        if i < len(encoder.blocks) // 2:
+            attn.qkv.weight[: 2 * D] = 0
+            for head, first in enumerate(range(0, D, n)):
+                turn = _turn(rates, _NEIGHBOURS[head % len(_NEIGHBOURS)])
+                attn.qkv.weight[first : first + used, :used] = gain * turn
+                attn.qkv.weight[D + first : D + first + used, :used] = gain * torch.eye(used)
+        nn.init.normal_(attn.qkv.weight[2 * D :], std=D**-0.5)
+        for layer in (attn.proj, mlp.fc1, mlp.fc2):
+            nn.init.normal_(layer.weight, std=0.5 * layer.in_features**-0.5)
 
 
-def _factors(m: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """[D, rank] twice, whose product a b^T is the best of this rank for m [D, D]."""
-    u, s, v = torch.linalg.svd(m)
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, v[:rank].T * root
+# rows and columns to the patches around one: the nearest first
+_NEIGHBOURS = ((0, 1), (1, 0), (0, -1), (-1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
+
+
+def _waves(grid: tuple[int, int], rates: list[float]) -> Tensor:
+    """[h, w, 4 rates]: for each rate sine and cosine of the row, sine and cosine of the column."""
+    rows, columns = (torch.arange(n)[:, None] * torch.tensor(rates) for n in grid)
+    rows, columns = (torch.stack((x.sin(), x.cos()), -1) for x in (rows, columns))
+    h, w = grid
+    rows, columns = rows[:, None].expand(h, w, -1, 2), columns.expand(h, w, -1, 2)
+    return torch.stack((rows, columns), -2).flatten(2)
+
+
+def _turn(rates: list[float], step: tuple[int, int]) -> Tensor:
+    """[4 rates, 4 rates]: what takes the waves of a place to those of the place a step away."""
+    angles = torch.tensor([rate * along for rate in rates for along in step])
+    sine, cosine = angles.sin(), angles.cos()
+    turns = torch.stack((cosine, sine, -sine, cosine), -1).view(-1, 2, 2)
+    return torch.block_diag(*turns)
 
 
 class LinearDecoder(nn.Module):
