@@ -60,17 +60,19 @@ def differences(stored: dict, wanted: dict, free: tuple[str, ...] = (), prefix="
 
     Args:
         stored, wanted: settings by name.
-        free: names at the top that may differ.
+        free: names that may differ, such as "steps" or "data.root".
         prefix: put before the names.
 
     Returns:
         lines such as "model.num_queries is 8 there, 10 here".
     """
     out = []
-    for name in sorted((stored.keys() | wanted.keys()) - set(free)):
-        there, here = stored.get(name), wanted.get(name)
+    for key in sorted(stored.keys() | wanted.keys()):
+        there, here, name = stored.get(key), wanted.get(key), f"{prefix}{key}"
+        if name in free:
+            continue
         if isinstance(there, dict) and isinstance(here, dict):
-            out += differences(there, here, prefix=f"{prefix}{name}.")
+            out += differences(there, here, free, f"{name}.")
         elif there != here:
-            out.append(f"{prefix}{name} is {there} there, {here} here")
+            out.append(f"{name} is {there} there, {here} here")
     return out

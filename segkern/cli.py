@@ -13,7 +13,8 @@ import tyro
 from rich.console import Console
 
 from . import checkpoint, recipes
-from .data import Digits, DigitsConfig
+from .data import Digits, DigitsConfig, Folder, FolderConfig
+from .data.folder import Layout
 from .demo import demo as run_demo
 from .evaluate import evaluate as run_evaluate
 from .evaluate import table
@@ -30,6 +31,8 @@ _Task = Literal[TASKS]
 _Model = Annotated[
     str, tyro.conf.arg(help="folder of a run or a model, or a name on the Hugging Face hub")
 ]
+# options of train that are read before the others, whose defaults depend on them
+_FIRST = ("--recipe", "--resume", "--preset", "--data.root", "--data.layout")
 _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error arose."
 
 
@@ -39,12 +42,14 @@ def evaluate(
     split: Literal["val", "test"] = "test",
     size: tuple[int, int] = (64, 64),
     seed: int = 0,
-    scenes: int = 400,
+    scenes: int | None = None,
     tasks: tuple[_Task, ...] = TASKS,
     threshold: float = recipes.DIGITS_THRESHOLD,
+    data: Path | None = None,
+    layout: Layout = "plain",
     out: Path | None = None,
 ) -> None:
-    """Measure a model on held-out scenes of digits: PQ, SQ, RQ, mask AP, mIoU.
+    """Measure a model on held-out scenes of digits, or images in folders: PQ, SQ, RQ, AP, mIoU.
 
     Args:
         model: what to measure.
@@ -52,20 +57,27 @@ def evaluate(
         split: of the digit images.
         size: height and width of a scene.
         seed: other seeds give other scenes.
-        scenes: how many.
-        tasks: what to measure; of a Segmenter semantic alone.
+        scenes: how many, or how many images; not given, 400 scenes, or all images.
+        tasks: what to measure; of a Segmenter and of images in folders semantic alone.
         threshold: least score of a panoptic segment, 0 to 1.
+        data: folder of images and maps of their classes, whose val split is measured on, in place
+            of scenes.
+        layout: of that folder.
         out: JSON file for the figures.
     """
     if out is not None and out.is_dir():
         raise ValueError(f"evaluate: --out must be a file, {out} is a folder")
     opened = _open(model)
-    if isinstance(opened, Segmenter) and tasks == TASKS:
+    if (isinstance(opened, Segmenter) or data) and tasks == TASKS:
         tasks = ("semantic",)
-    task = "panoptic" if opened.config.num_labels == 11 else "instance"
-    data = Digits(DigitsConfig(size, level, task, seed=seed), split)
-    value = run_evaluate(opened, data, tasks, scenes, object_mask_threshold=threshold, out=out)
-    Console().print(table(value, f"{level} scenes"))
+    if data is None:
+        task = "panoptic" if opened.config.num_labels == 11 else "instance"
+        source = Digits(DigitsConfig(size, level, task, seed=seed), split)
+        title, scenes = f"{level} scenes", 400 if scenes is None else scenes
+    else:
+        source, title = Folder(FolderConfig(data, layout), "val"), str(data)
+    value = run_evaluate(opened, source, tasks, scenes, object_mask_threshold=threshold, out=out)
+    Console().print(table(value, title))
     if out is not None:
         print(f"written: {out}")
 
@@ -76,6 +88,10 @@ def predict(
     out: Path = Path("predictions"),
     task: _Task | None = None,
     threshold: float = 0.8,
+    window: int | None = None,
+    stride: int | None = None,
+    scales: tuple[float, ...] = (1.0,),
+    flip: bool = False,
 ) -> int:
     """Segment pictures: writes an overlay, a label map and a JSON of segments for each.
 
@@ -86,13 +102,18 @@ def predict(
         task: what to look for; not given, panoptic, or semantic with a Segmenter, which does no
             other.
         threshold: least score of a segment, 0 to 1; semantic results have none.
+        window: side in pixels of a Segmenter's windows; not given, the model's.
+        stride: pixels from one window to the next; not given, the model's.
+        scales: of a Segmenter: sizes of the picture to average over; 1 is the model's.
+        flip: of a Segmenter: average over the mirror images, too.
     """
     image_files(images)  # before a model is opened, maybe from the network
     if model == "demo" and not Path(model).is_dir():
         raise ValueError("no folder demo: run `segkern demo` first or give --model")
     opened = _open(model)
     task = task or ("semantic" if isinstance(opened, Segmenter) else "panoptic")
-    written, failed = predict_files(opened, images, out, task, threshold)
+    views = {"window": window, "stride": stride, "scales": scales, "flip": flip}
+    written, failed = predict_files(opened, images, out, task, threshold, **views)
     for path in written:
         print(f"written: {path}")
     for _, reason in failed:
@@ -148,9 +169,17 @@ def _train_command(arguments: list[str]) -> Callable:
     given = {}
     for name, following in zip(arguments, [*arguments[1:], ""]):
         name, _, value = name.partition("=")
-        if name in ("--recipe", "--resume") and arguments[0] == "train":
+        if name in _FIRST and arguments[0] == "train":
             given[name] = value or following
-    default = recipes.RECIPES.get(given.get("--recipe"), recipes.digits)()
+    if given.get("--recipe") == "segmenter":
+        default = recipes.segmenter(
+            given.get("--preset", "Seg-S-Mask/16"),
+            given.get("--data.layout", "plain"),
+            "--model.no-backbone-pretrained" not in arguments,
+            given.get("--data.root"),
+        )
+    else:
+        default = recipes.RECIPES.get(given.get("--recipe"), recipes.digits)()
     if given.get("--resume"):
         folder = Path(given["--resume"])
         stored = checkpoint.load(folder)["config"]
@@ -165,14 +194,19 @@ def _train_command(arguments: list[str]) -> Callable:
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         recipe: Literal[tuple(recipes.RECIPES)] = "digits",
         resume: Path | None = None,
+        preset: str | None = None,
     ) -> None:
-        """Train on scenes of handwritten digits.
+        """Train on scenes of handwritten digits, or with --recipe segmenter on images in folders.
 
         Args:
             config: what and how.
-            recipe: the model, and the defaults of the other options.
+            recipe: the model, and the defaults of the other options. Those of segmenter are its
+                paper's for the layout of --data.root.
             resume: go on with the run in this folder; other options default to its settings.
+            preset: model of the recipe segmenter, such as Seg-B-Mask/16; not given, Seg-S-Mask/16.
         """
+        if preset is not None and (recipe != "segmenter" or resume is not None):
+            raise ValueError("train: --preset is for a new run with --recipe segmenter")
         run = run_train(config, resume)
         print(f"trained {run.steps} steps in {run.seconds:.0f} s: {config.output / 'model'}")
 

@@ -93,6 +93,28 @@ def read_image(image, name: str = "image") -> Tensor:
     return x.expand(3, -1, -1)
 
 
+def read_pixels(image, name: str = "image") -> np.ndarray:
+    """A picture in 8 bits.
+
+    Args:
+        image, name: as `read_image` takes them.
+
+    Returns:
+        [H, W, 3] uint8.
+
+    Raises:
+        TypeError, ValueError: as `read_image`.
+    """
+    pixels = read_image(image, name)
+    pixels = pixels if not pixels.is_floating_point() else (pixels * 255).round().byte()
+    return np.ascontiguousarray(pixels.movedim(0, 2).numpy())
+
+
+def picture_suffixes() -> set[str]:
+    """Suffixes of the files that PIL can read, such as ".png"."""
+    return {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
 def prepare(image: Tensor, config) -> Tensor:
     """A picture as the model takes it: resized and normalised, not yet padded.
 

@@ -24,7 +24,7 @@ from .ops.mask_bits import unpack_bits
 from .ops.segment_map import TASKS as TASKS
 from .ops.segment_map import SegmentMap, check_options
 from .rle import encode
-from .windows import label_map
+from .windows import label_map, window_and_stride
 
 
 class Segment(NamedTuple):
@@ -278,6 +278,7 @@ def segment(
             named by its place.
     """
     check_options(task, object_mask_threshold, overlap_threshold, top_k, resize, return_scores)
+    check_views(model, window, stride, scales, flip)
     one, config = not isinstance(images, (list, tuple)), model.config
     pictures = [
         read_image(x, "image" if one else f"image {i}")
@@ -290,8 +291,6 @@ def segment(
         options = window, stride, flip, return_scores
         results = [_by_windows(model, x, scales, *options) for x in pictures]
         return results[0] if one else results
-    if window is not None or stride is not None or tuple(scales) != (1.0,) or flip:
-        raise ValueError("segment: window, stride, scales and flip are for a Segmenter")
     inputs = [target_size(size, config.shortest_edge, config.longest_edge) for size in outputs]
 
     def read(i: int) -> Tensor:
@@ -317,6 +316,23 @@ def segment(
             result.names = config.id2label
             results[i] = result
     return results[0] if one else results
+
+
+def check_views(
+    model: nn.Module, window: int | None, stride: int | None, scales: Sequence[float], flip: bool
+) -> None:
+    """Checks the options of `segment` that only a Segmenter has.
+
+    Raises:
+        TypeError: window or stride is no integer.
+        ValueError: one out of range, or given to another model.
+    """
+    if isinstance(model, Segmenter):
+        window_and_stride(model.config, window, stride)
+        if not scales or not all(s > 0 for s in scales):
+            raise ValueError(f"segment: scales must be positive, got {tuple(scales)}")
+    elif window is not None or stride is not None or tuple(scales) != (1.0,) or flip:
+        raise ValueError("segment: window, stride, scales and flip are for a Segmenter")
 
 
 def logits(
@@ -360,8 +376,6 @@ def logits(
 def _by_windows(model, picture, scales, window, stride, flip, return_scores) -> Segmentation:
     """One picture [3, H, W] through a Segmenter at each scale."""
     config = model.config
-    if not scales or not all(s > 0 for s in scales):
-        raise ValueError(f"segment: scales must be positive, got {tuple(scales)}")
     edges = [
         replace(
             config,

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from .files import writable_folder, write_json
-from .images import open_image, read_image
-from .infer import check_options, segment
+from .images import open_image, picture_suffixes, read_pixels
+from .infer import check_options, check_views, segment
 from .pictures import overlay, save_label_map, save_picture
 
 
@@ -22,6 +20,10 @@ def predict_files(
     object_mask_threshold: float = 0.8,
     overlap_threshold: float = 0.8,
     top_k: int = 100,
+    window: int | None = None,
+    stride: int | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
     report: Callable[[Path, str | None], None] | None = None,
 ) -> tuple[list[Path], list[tuple[Path, str]]]:
     """Segments every picture and writes NAME_overlay.png, NAME_labels.png and NAME.json for each.
@@ -35,17 +37,19 @@ def predict_files(
         out_dir: is made if it is not there.
         task, overlap_threshold, top_k: as in `infer.postprocess`.
         object_mask_threshold: there as well; of instance results those below it are left out.
+        window, stride, scales, flip: of a Segmenter, as in `infer.segment`.
         report: called after each picture with its path and None, or what went wrong.
 
     Returns:
         the JSON files written, and the pictures that failed with the reasons.
 
     Raises:
-        ValueError: an option out of range, no path, a folder without pictures, or `out_dir` holds
-            some of them.
+        TypeError, ValueError: an option out of range or not for this model, no path, a folder
+            without pictures, or `out_dir` holds some of them.
         OSError: nothing can be written to `out_dir`; found before the model runs.
     """
     check_options(task, object_mask_threshold, overlap_threshold, top_k)
+    check_views(model, window, stride, scales, flip)
     pictures = image_files(paths)
     if Path(out_dir).resolve() in {path.resolve().parent for path in pictures}:
         raise ValueError(f"predict: {out_dir} holds the pictures themselves; choose another --out")
@@ -55,12 +59,18 @@ def predict_files(
         try:
             image = open_image(path)
             result = segment(
-                model, image, task, object_mask_threshold, overlap_threshold, top_k
+                model,
+                image,
+                task,
+                object_mask_threshold,
+                overlap_threshold,
+                top_k,
+                window=window,
+                stride=stride,
+                scales=scales,
+                flip=flip,
             ).above(object_mask_threshold)
-            pixels = read_image(image)
-            pixels = pixels if not pixels.is_floating_point() else (pixels * 255).round().byte()
-            pixels = np.ascontiguousarray(pixels.movedim(0, 2).numpy())
-            save_picture(folder / f"{name}_overlay.png", overlay(pixels, result))
+            save_picture(folder / f"{name}_overlay.png", overlay(read_pixels(image), result))
             save_label_map(folder / f"{name}_labels.png", result)
             write_json(folder / f"{name}.json", {"image": path.name, **result.to_json()})
             written.append(folder / f"{name}.json")
@@ -78,7 +88,7 @@ def image_files(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         ValueError: no path, or a folder without pictures.
     """
-    known = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known = picture_suffixes()
     out = []
     for path in map(Path, paths):
         if not path.is_dir():

@@ -1,6 +1,9 @@
 """Recipes: functions that return a `TrainConfig` tried out on its data, or a paper's settings."""
 
-from .data import DigitsConfig
+from pathlib import Path
+
+from .data import DigitsConfig, FolderConfig
+from .data.folder import class_names
 from .models import Mask2FormerConfig, SegmenterConfig
 from .train import TrainConfig
 
@@ -12,6 +15,8 @@ _SEGMENTER = {
     "pascal_context": (480, 4_996, 256, 16, 1e-3, 60, 320),
     "cityscapes": (768, 2_975, 216, 8, 1e-2, 19, 512),
 }
+# one's own images: as ADE20K
+_SEGMENTER["plain"] = _SEGMENTER["ade20k"]
 
 
 def digits(level: str = "mixed", task: str = "panoptic", size: tuple[int, int] = (64, 64)):
@@ -95,32 +100,48 @@ def digits_segmenter(
     )
 
 
-def segmenter(model: str = "Seg-S-Mask/16", dataset: str = "ade20k", pretrained: bool = True):
+def segmenter(
+    model: str = "Seg-S-Mask/16",
+    dataset: str = "ade20k",
+    pretrained: bool = True,
+    root: str | Path | None = None,
+):
     """The recipes of Segmenter's paper: SGD with momentum and a polynomial schedule.
 
     Args:
         model: as `SegmenterConfig.preset` takes it.
-        dataset: "ade20k", "pascal_context" or "cityscapes".
+        dataset: "ade20k", "pascal_context" or "cityscapes"; "plain", one's own images, has
+            ADE20K's settings.
         pretrained: start the encoder from timm's ImageNet weights, as the paper does.
+        root: folder of the images (data.FolderConfig): ADE20K and Cityscapes as they are, others
+            in the layout "plain". The model gets the names of its classes, and of "plain" their
+            number. None: set `config.data.root` before training, or give `train` a `dataset`.
 
     Returns:
-        a `TrainConfig`; its `data` stays that of the digits: give `train` the images, in views of
-        `config.model.image_size` (data.transforms.SemanticViews), as `dataset`.
+        a `TrainConfig`.
 
     Raises:
-        ValueError: no such model or data set, or timm has no weights of it.
+        ValueError: no such model or data set, timm has no weights of it, or there is no file of
+            the classes' names.
     """
     if dataset not in _SEGMENTER:
         raise ValueError(
             f"segmenter: dataset must be one of {', '.join(_SEGMENTER)}, got {dataset!r}"
         )
     crop, images, epochs, batch, lr, labels, stride = _SEGMENTER[dataset]
+    layout = "plain" if dataset == "pascal_context" else dataset
+    data = FolderConfig(root or ".", layout)
+    names = class_names(data) if root or dataset == "cityscapes" else None
+    if names and dataset == "plain":
+        labels = len(names)
     config = SegmenterConfig.preset(model, labels)
-    if dataset == "ade20k":
+    config.id2label = dict(enumerate(names)) if names else None
+    as_ade20k = dataset in ("ade20k", "plain")
+    if as_ade20k:
         crop = config.image_size[0]  # 640 for L
     edge = {"pascal_context": 520, "cityscapes": 1024}.get(dataset, crop)
     config.image_size, config.window_size = (crop, crop), crop
-    config.window_stride = crop if dataset == "ade20k" else stride
+    config.window_stride = crop if as_ade20k else stride
     config.backbone_pretrained = pretrained
     config.shortest_edge = edge
     config.longest_edge = (2 if dataset == "cityscapes" else 4) * edge
@@ -128,6 +149,7 @@ def segmenter(model: str = "Seg-S-Mask/16", dataset: str = "ade20k", pretrained:
         config.decoder_layers = 1
     config.__post_init__()
     return TrainConfig(
+        output=Path("runs/segmenter"),
         steps=epochs * (images // batch),
         batch_size=batch,
         lr=lr,
@@ -139,10 +161,10 @@ def segmenter(model: str = "Seg-S-Mask/16", dataset: str = "ade20k", pretrained:
         warmup=0,
         clip=0.0,
         checkpoint_every=images // batch,
-        data=DigitsConfig(task="semantic"),
+        data=data,
         model=config,
     )
 
 
 # what `segkern train --recipe` knows
-RECIPES = {"digits": digits, "digits-segmenter": digits_segmenter}
+RECIPES = {"digits": digits, "digits-segmenter": digits_segmenter, "segmenter": segmenter}

@@ -24,10 +24,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from . import checkpoint
-from .data import DigitsConfig, Order, build_dataset, collate
+from .data import DataConfig, DigitsConfig, FolderConfig, Order, build_dataset, collate
 from .evaluate import evaluate
 from .files import writable_folder
-from .models import CLASSES, Config, Mask2FormerConfig, Model, build_model, kind_of
+from .models import (
+    CLASSES,
+    Config,
+    Mask2FormerConfig,
+    Model,
+    SegmenterConfig,
+    build_model,
+    kind_of,
+)
 from .optimizer import build_optimizer, learning_rate
 from .process import Interrupt, leave_interrupts_to_parent, usable_device
 from .step import PRECISIONS, Step
@@ -38,7 +46,7 @@ from .weights.fit import misfits
 # schedule: from the resume on, the rate is that of a run of so many
 _FREE = (
     "output overwrite steps device workers threads log_every checkpoint_every evaluate_every "
-    "evaluate_scenes threshold tensorboard "
+    "evaluate_scenes threshold tensorboard data.root "
     "cuda_graphs gradient_checkpointing"
 )
 
@@ -109,7 +117,7 @@ class TrainConfig:
     evaluate_scenes: int = 100
     threshold: float = 0.8
     tensorboard: bool = True
-    data: DigitsConfig = field(default_factory=DigitsConfig)
+    data: DataConfig = field(default_factory=DigitsConfig)
     model: Config = field(default_factory=lambda: Mask2FormerConfig.tiny(11))
 
     def __post_init__(self):
@@ -136,11 +144,17 @@ class TrainConfig:
                     f"TrainConfig: {name} must be one of {', '.join(known)}, "
                     f"got {getattr(self, name)!r}"
                 )
+        if isinstance(self.data, FolderConfig) and not isinstance(self.model, SegmenterConfig):
+            raise ValueError(
+                "TrainConfig: model must be a SegmenterConfig where data is a FolderConfig, "
+                f"got a {type(self.model).__name__}"
+            )
 
     def to_dict(self) -> dict:
         """Nested plain types, as checkpoints keep it."""
         model = {"type": kind_of(self.model)} | asdict(self.model)
-        return asdict(self) | {"output": str(self.output), "model": model}
+        data = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.data).items()}
+        return asdict(self) | {"output": str(self.output), "data": data, "model": model}
 
     @classmethod
     def from_dict(cls, settings: dict) -> "TrainConfig":
@@ -150,9 +164,9 @@ class TrainConfig:
             ValueError: there are settings that this version does not know or allow.
         """
         try:
-            model = dict(settings["model"])
+            model, data = dict(settings["model"]), settings["data"]
             parts = {
-                "data": DigitsConfig(**settings["data"]),
+                "data": (FolderConfig if "root" in data else DigitsConfig)(**data),
                 "model": CLASSES[model.pop("type")][0](**model),
             }
             return cls(**(settings | parts))
@@ -190,7 +204,8 @@ def train(
         resume: checkpoint, or folder of a run, to go on from; with more steps the schedule is the
             longer one's from there on.
         dataset: the training samples, with a length, `classes` and samples as `collate` takes
-            them; None builds those of `config.data`.
+            them, and a true `passes` if it takes (index, pass) for one; None builds those of
+            `config.data`.
         progress: show a bar.
 
     Raises:
@@ -209,12 +224,13 @@ def train(
             f"{folder} holds a run: go on with --resume {folder}, choose another --output, "
             "or start anew with --overwrite"
         )
-    data = build_dataset(config.data, "train") if dataset is None else dataset
+    data = build_dataset(config.data, "train", config.model) if dataset is None else dataset
     if len(data.classes) != config.model.num_labels:
         raise ValueError(
             f"train: model.num_labels must be {len(data.classes)}, the classes of the data, "
             f"got {config.model.num_labels}"
         )
+    held_out = build_dataset(config.data, "val") if config.evaluate_every else None
     if config.threads:
         torch.set_num_threads(config.threads)
     device = usable_device(config.device)
@@ -252,7 +268,7 @@ def train(
             meter.advance(line)
             if config.evaluate_every and done % config.evaluate_every == 0:
                 _check_weights(model.state_dict(), done)
-                line = (line or {"step": done}) | {"metrics": _metrics(model, config)}
+                line = (line or {"step": done}) | {"metrics": _metrics(model, held_out, config)}
             if line is not None:
                 log.write(line | {"seconds": round(seconds, 3)})
             if due:
@@ -270,7 +286,8 @@ def train(
 
 
 def _batches(data, config: TrainConfig, start: int) -> Iterator:
-    order = Order(len(data), config.batch_size, config.seed, start, config.steps)
+    passes = getattr(data, "passes", False)
+    order = Order(len(data), config.batch_size, config.seed, start, config.steps, passes)
     pack = partial(collate, num_labels=config.model.num_labels, divisor=config.model.size_divisor)
     loader = DataLoader(
         data,
@@ -302,10 +319,9 @@ def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float) -> dict
     return {"step": step, "loss": total, "losses": values, "lr": lr}
 
 
-def _metrics(model: Model, config: TrainConfig) -> dict[str, float]:
+def _metrics(model: Model, data, config: TrainConfig) -> dict[str, float]:
     task = config.data.task
     with torch.random.fork_rng():
-        data = build_dataset(config.data, "val")
         value = evaluate(
             model,
             data,

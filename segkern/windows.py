@@ -59,9 +59,7 @@ def label_map(
         model: a `Segmenter` in eval mode.
         images: the image at each scale, [1, 3, h, w] floating, normalised.
         output_size: (H, W).
-        window: s, in pixels.
-        stride: pixels from one window to the next, from 1 to s. None takes the config's for both;
-            its stride no further than `window`.
+        window, stride: as `window_and_stride` takes them.
         flip: also look at the mirror image of each scale.
         return_scores: also return the probabilities.
 
@@ -72,12 +70,7 @@ def label_map(
         TypeError: window or stride is no integer.
         ValueError: window or stride out of range.
     """
-    window = model.config.window_size if window is None else window
-    expect_integer("segment: window", window)
-    stride = min(model.config.window_stride, window) if stride is None else stride
-    expect_integer("segment: stride", stride)
-    if stride > window:
-        raise ValueError(f"segment: stride must be <= window ({window}), got {stride}")
+    window, stride = window_and_stride(model.config, window, stride)
     views = [
         _View(model, enlarged(image, window), output_size, window, stride, mirrored)
         for image in images
@@ -100,6 +93,22 @@ def label_map(
         if return_scores:
             scores[:, rows] = part
     return found, scores
+
+
+def window_and_stride(config, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Both in pixels; None takes the config's, its stride no further than the window.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: out of range.
+    """
+    window = config.window_size if window is None else window
+    expect_integer("segment: window", window)
+    stride = min(config.window_stride, window) if stride is None else stride
+    expect_integer("segment: stride", stride)
+    if stride > window:
+        raise ValueError(f"segment: stride must be <= window ({window}), got {stride}")
+    return window, stride
 
 
 class _View:

@@ -12,9 +12,9 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
-import segkern.evaluate as module
 from segkern.evaluate import evaluate, table, truth
 from segkern.infer import postprocess
+from segkern.meters import Semantic
 
 K, STUFF = 5, (3, 4)
 BIG = 12.0
@@ -228,7 +228,7 @@ def test_the_data_set_stays_as_it_was():
 
 
 def test_class_255_of_many_is_no_void():
-    meter = module._Semantic(300, ())
+    meter = Semantic(300, ())
     semantic = torch.tensor([[255, 255, 299, 300]])
     found = SimpleNamespace(segmentation=torch.tensor([[255, 7, 299, 7]]))
     meter.update(found, {"semantic": semantic})
@@ -416,4 +416,4 @@ def test_wrong_model_and_empty_set(tmp_path):
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pycocotools.mask", None)
     with pytest.raises(ImportError, match=r"needs pycocotools: pip install pycocotools \("):
-        module.evaluate(Painted(), random_scenes(1), tasks=("instance",), progress=False)
+        evaluate(Painted(), random_scenes(1), tasks=("instance",), progress=False)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import segkern
-from segkern import evaluate, pictures
+from segkern import meters, pictures
 from segkern.data import digits
 from segkern.ops import _library, point_sample
 from segkern.testing import point_sample_inputs
@@ -21,8 +21,8 @@ from segkern.testing import point_sample_inputs
 ROOT = Path(__file__).parent.parent
 OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))
 # from the top
-FLOORS = ["cli", "demo", "recipes", "train", "step", "evaluate", "predict", "explain", "infer"]
-FLOORS += ["windows", "models", "nn", "ops"]
+FLOORS = ["cli", "demo", "recipes", "train", "step", "evaluate", "meters", "predict", "explain"]
+FLOORS += ["infer", "windows", "models", "nn", "ops"]
 GROUND = ["weights", "data"]
 
 
@@ -118,7 +118,7 @@ def test_kernels_that_were_not_built_come_with_the_remedy(tmp_path, monkeypatch)
 EXTRAS = [  # module, package, call
     ("sklearn.datasets", "scikit-learn", lambda: digits.digit_images.__wrapped__("val")),
     ("matplotlib.figure", "matplotlib", lambda: pictures._figure(1, 1)),
-    ("torchmetrics.classification", "torchmetrics", lambda: evaluate._Semantic(2, ())),
+    ("torchmetrics.classification", "torchmetrics", lambda: meters.Semantic(2, ())),
 ]
 
 

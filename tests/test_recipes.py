@@ -3,10 +3,10 @@
 import pytest
 
 from segkern import recipes
-from segkern.data import build_dataset
+from segkern.data import FolderConfig, build_dataset
 
 
-@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("name", ["digits", "digits-segmenter"])
 def test_model_and_data_fit(name):
     config = recipes.RECIPES[name]()
     data = build_dataset(config.data, "train")
@@ -39,6 +39,21 @@ def test_segmenters_recipes(case):
     )
     assert model.num_labels == labels
     assert model.decoder_layers == (1 if case[1] == "cityscapes" else 2)
+
+
+def test_a_segmenters_labels_are_those_of_its_folder(tmp_path):
+    (tmp_path / "classes.txt").write_text("road\nriver\n")
+    config = recipes.segmenter("Seg-L-Mask/16", "plain", root=tmp_path)
+    assert config.model.num_labels == 2
+    assert config.model.id2label == {0: "road", 1: "river"}
+    assert config.model.image_size == (640, 640)
+    assert config.model.window_stride == 640
+    assert config.data == FolderConfig(tmp_path, "plain")
+    assert type(config).from_dict(config.to_dict()) == config
+    streets = recipes.segmenter("Seg-T/16", "cityscapes", root=tmp_path)
+    assert streets.data == FolderConfig(tmp_path, "cityscapes")
+    assert streets.model.id2label[18] == "bicycle"
+    assert recipes.segmenter().model.id2label is None
 
 
 def test_no_such_data_set():

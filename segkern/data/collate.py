@@ -96,25 +96,37 @@ class Order:
         batch_size: samples a step.
         seed: of the permutations.
         start, stop: steps to yield.
+        passes: yield (sample, pass) for data sets that give another view in each pass.
 
     Raises:
         ValueError: an empty data set.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, start: int, stop: int):
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        passes: bool = False,
+    ):
         if length < 1:
             raise ValueError("training: the data set is empty")
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start, self.stop = start, stop
+        self.start, self.stop, self.passes = start, stop, passes
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int] | list[tuple[int, int]]]:
         for step in range(self.start, self.stop):
             first = step * self.batch_size
             places = (divmod(i, self.length) for i in range(first, first + self.batch_size))
-            yield [int(_permutation(self.length, self.seed, epoch)[i]) for epoch, i in places]
+            found = [
+                (int(_permutation(self.length, self.seed, epoch)[i]), epoch) for epoch, i in places
+            ]
+            yield found if self.passes else [index for index, _ in found]
 
 
 @lru_cache(maxsize=2)

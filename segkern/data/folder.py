@@ -1,0 +1,267 @@
+"""Images and maps of their classes in folders: ADE20K's, Cityscapes' or one's own.
+
+Letters: H W image size, K class.
+
+    layout      images of the training split         maps                               values
+    ade20k      images/training/NAME.jpg             annotations/training/NAME.png      1 to 150
+    cityscapes  leftImg8bit/train/CITY/NAME          gtFine/train/CITY/NAME             ids, or
+                  _leftImg8bit.png                     _gtFine_labelIds.png               train ids
+    plain       images/train/NAME.jpg                labels/train/NAME.png              0 to K - 1
+
+The val split is in validation, val and val. An image may be of any kind that PIL reads, a map is a
+PNG of one channel or a palette; 255 is void everywhere, and so are ADE20K's 0 and those ids of
+Cityscapes that are none of its 19 classes. Where Cityscapes has maps of train ids, too
+(_gtFine_labelTrainIds.png), they are taken.
+Source: ADE20K's scene parsing benchmark (Zhou et al., CVPR 2017); Cityscapes (Cordts et al., CVPR
+2016).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from ..images import open_image, picture_suffixes, read_pixels
+from .collate import VOID
+from .transforms import SemanticViews
+
+Layout = Literal["ade20k", "cityscapes", "plain"]
+
+
+class _Layout(NamedTuple):
+    """Folders of images and maps, those of the splits in them, and how names end that are the same
+    before."""
+
+    images: str
+    maps: str
+    train: str = "train"
+    val: str = "val"
+    end: str = ""
+    map_ends: tuple[str, ...] = (".png",)
+
+
+_LAYOUTS = {
+    "ade20k": _Layout("images", "annotations", "training", "validation"),
+    "cityscapes": _Layout(
+        "leftImg8bit",
+        "gtFine",
+        end="_leftImg8bit",
+        map_ends=("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"),
+    ),
+    "plain": _Layout("images", "labels"),
+}
+_CITYSCAPES = {  # ids of the 19 classes in the order of their train ids
+    "road": 7,
+    "sidewalk": 8,
+    "building": 11,
+    "wall": 12,
+    "fence": 13,
+    "pole": 17,
+    "traffic light": 19,
+    "traffic sign": 20,
+    "vegetation": 21,
+    "terrain": 22,
+    "sky": 23,
+    "person": 24,
+    "rider": 25,
+    "car": 26,
+    "truck": 27,
+    "bus": 28,
+    "train": 31,
+    "motorcycle": 32,
+    "bicycle": 33,
+}
+
+
+@dataclass
+class FolderConfig:
+    """Images and maps of their classes in folders.
+
+    Attributes:
+        root: the folder that holds those of images and maps.
+        layout: "ade20k", "cityscapes" or "plain": images/{train,val} and labels/{train,val} with
+            the same names, and classes.txt with a name a line.
+        seed: other seeds give other views of the training images.
+    """
+
+    root: Path = Path(".")
+    layout: Layout = "plain"
+    seed: int = 0
+    task: ClassVar[str] = "semantic"
+
+    def __post_init__(self):
+        self.root = Path(self.root)
+        if self.layout not in _LAYOUTS:
+            raise ValueError(
+                f"FolderConfig: layout must be one of {', '.join(_LAYOUTS)}, got {self.layout!r}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"FolderConfig: seed must be >= 0, got {self.seed}")
+
+
+class Folder:
+    """Image i of a split as a dict; files are read when it is asked for.
+
+    Whole: image [H, W, 3] uint8, semantic [H, W] uint8, label of each pixel or 255; id, int.
+    With views, which differ from pass to pass (`data[i, pass]`; `data[i]` is that of pass 0):
+    pixel_values [3, H, W] float32 normalised, semantic, id, and no masks and labels. A view
+    depends on the config's seed, i and the pass alone.
+
+    Attributes:
+        classes: name of each label.
+        things, stuff: labels with and without instances: none and all.
+        passes: whether samples differ from pass to pass.
+    """
+
+    def __init__(
+        self, config: FolderConfig, split: str = "train", views: SemanticViews | None = None
+    ):
+        """
+        Args:
+            config: which folder.
+            split: "train" or "val".
+            views: what to make of each image; None leaves them whole.
+
+        Raises:
+            ValueError: no such split, a folder or the file of the classes is missing, there is no
+                image, or one has no map; says which.
+        """
+        if split not in ("train", "val"):
+            raise ValueError(f"Folder: split must be train or val, got {split!r}")
+        self.config, self.views, self.passes = config, views, views is not None
+        self.pairs = _pairs(config, split)
+        self.classes = class_names(config)
+        self.things, self.stuff = (), tuple(range(len(self.classes)))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, place: int | tuple[int, int]) -> dict:
+        index, epoch = place if isinstance(place, tuple) else (place, 0)
+        if not 0 <= index < len(self):
+            raise IndexError(f"Folder: index must be in [0, {len(self)}), got {index}")
+        of_image, of_map = self.pairs[index]
+        image = read_pixels(of_image, str(of_image))
+        labels = self._labels(of_map)
+        if labels.shape != image.shape[:2]:
+            raise ValueError(
+                f"{of_map}: the map must have the size of {of_image}, {list(image.shape[:2])}, "
+                f"got {list(labels.shape)}"
+            )
+        if self.views is None:
+            return {"image": image, "semantic": labels, "id": index}
+        mixed = np.random.SeedSequence((self.config.seed, epoch, index)).generate_state(1, "u8")
+        view = self.views(image, labels, torch.Generator().manual_seed(int(mixed[0])))
+        none = np.zeros((0, *view["semantic"].shape), np.uint8)
+        return view | {"masks": none, "labels": np.zeros(0, np.int64), "id": index}
+
+    def _labels(self, path: Path) -> np.ndarray:
+        """Labels [H, W] uint8 of a map's values.
+
+        Raises:
+            ValueError: no map of one channel, or a value that stands for no class; names the file.
+        """
+        picture = open_image(path)
+        if len(picture.getbands()) != 1:
+            raise ValueError(f"{path}: a map must have one channel, got mode {picture.mode}")
+        values, K = np.asarray(picture), len(self.classes)
+        table = np.full(VOID + 2, -1, np.int16)  # of a value its label; -1: stands for none
+        table[VOID] = VOID
+        if self.config.layout == "ade20k":
+            table[0], table[1 : K + 1] = VOID, range(K)
+        elif path.name.endswith("_labelIds.png"):
+            table[:34] = VOID
+            table[list(_CITYSCAPES.values())] = range(K)
+        else:
+            table[:K] = range(K)
+        if values.dtype == np.uint8:
+            labels = table[values]
+        else:  # 1 bit or 16
+            labels = table[values.astype(np.int64).clip(0, VOID + 1)]
+        if (labels < 0).any():
+            found = ", ".join(map(str, np.unique(values[labels < 0])[:4]))
+            raise ValueError(
+                f"{path}: values must be those of layout {self.config.layout} with {K} classes, "
+                f"or 255, got {found}"
+            )
+        return labels.astype(np.uint8)
+
+
+def class_names(config: FolderConfig) -> list[str]:
+    """Names of the labels: Cityscapes' 19, ADE20K's 150 from objectInfo150.txt in the root
+    ("class 1", "class 2", ... without it), or the lines of classes.txt.
+
+    Raises:
+        ValueError: the file is missing or does not hold names; 1 to 255 of classes.txt.
+    """
+    if config.layout == "cityscapes":
+        return list(_CITYSCAPES)
+    if config.layout == "ade20k":
+        path = config.root / "objectInfo150.txt"
+        if not path.is_file():
+            return [f"class {k}" for k in range(1, 151)]
+        rows = [line.split("\t") for line in _lines(path)[1:]]
+        names = [row[-1].split(",")[0].strip() for row in rows]  # the first of the synonyms
+        if [row[0].strip() for row in rows] != [str(k) for k in range(1, 151)] or not all(names):
+            raise ValueError(f"{path}: must have a headline, then rows 1 to 150 that end in names")
+        return names
+    path = config.root / "classes.txt"
+    names = [line.strip() for line in _lines(path)]
+    if not 1 <= len(names) <= VOID or not all(names):
+        raise ValueError(
+            f"{path}: must have 1 to {VOID} names, one a line and no empty line, got {len(names)}"
+        )
+    return names
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").rstrip().splitlines()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; it names the classes, one a line") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be text in UTF-8 ({error})") from error
+
+
+def _pairs(config: FolderConfig, split: str) -> list[tuple[Path, Path]]:
+    """Images and their maps, in the order of the images' names below the split's folder.
+
+    Raises:
+        ValueError: a folder is missing, there is no image, or one has no map.
+    """
+    layout = _LAYOUTS[config.layout]
+    part, end = getattr(layout, split), layout.end
+    images, maps = config.root / layout.images / part, config.root / layout.maps / part
+    for folder in (config.root, images, maps):
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder}: no such folder; layout {config.layout} has the {split} split in "
+                f"{images} and {maps}"
+            )
+    known = picture_suffixes()
+    names = sorted(
+        path.relative_to(images)
+        for path in images.rglob(f"*{end}.*")
+        if path.suffix.lower() in known and not path.name.startswith(".")
+    )
+    if not names:
+        raise ValueError(f"{images}: holds no image{f' *{end}.png' if end else ''}")
+    there = {path.relative_to(maps) for path in maps.rglob("*.png")}
+    found, lacking = [], []
+    for name in names:
+        stem = str(name.with_suffix("")).removesuffix(end)
+        candidates = [Path(stem + map_end) for map_end in layout.map_ends]
+        of_map = next((path for path in candidates if path in there), None)
+        if of_map is None:
+            lacking.append((name, candidates[-1]))
+        else:
+            found.append((images / name, maps / of_map))
+    if lacking:
+        name, wanted = lacking[0]
+        raise ValueError(
+            f"{images / name}: has no map {maps / wanted} ({len(lacking)} of {len(names)} images "
+            "have none)"
+        )
+    return found
