@@ -175,16 +175,14 @@ class PixelDecoderLayer(nn.Module):
         reference: Tensor,  # [1, S, 1, 2]
     ) -> Tensor:  # [B, S, C]
         attended = self.attn(x, position, shapes, reference)
-        before = plus(self.dropout(attended), x.flatten(0, 1))
-        fed = self.dropout(self._feed_forward(before))
-        return self.norm2(plus(fed, self.norm1(before))).view_as(x)
+        y = self.norm1(plus(self.dropout(attended), x.flatten(0, 1)))
+        return self.norm2(plus(self.dropout(self._feed_forward(y)), y)).view_as(x)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:  # [B S, C], normalised here
-        first, second, norm = self.linear1, self.linear2, self.norm1
+    def _feed_forward(self, x: Tensor) -> Tensor:  # [B S, C]
+        first, second = self.linear1, self.linear2
         if self.training and self.dropout.p > 0:  # it drops hidden values too
-            return second(self.dropout(F.relu(first(norm(x)), inplace=True)))
-        weights = (first.weight, first.bias, second.weight, second.bias)
-        return feed_forward(x, *weights, "relu", norm=(norm.weight, norm.bias, norm.eps))
+            return second(self.dropout(F.relu(first(x), inplace=True)))
+        return feed_forward(x, first.weight, first.bias, second.weight, second.bias, "relu")
 
 
 class PixelDecoder(nn.Module):

@@ -41,6 +41,7 @@ VARIANTS = {
     },
 }
 PATCH = 4  # side of the patches that become tokens
+WIDE = 384  # channels: to form q, k and v again takes C / 2 operations a byte that is not kept
 
 
 class WindowAttention(nn.Module):
@@ -67,11 +68,20 @@ class WindowAttention(nn.Module):
         norm: nn.LayerNorm,  # of x
         offsets: Tensor,  # [S, S] rows of the bias table
     ) -> Tensor:  # [B h w, C]
-        return self.proj(recomputed(self._attend, x, norm, offsets).flatten(0, 2))
+        if x.shape[3] < WIDE:
+            out = recomputed(self._attend, x, norm, offsets)
+        else:
+            out = self._attention(recomputed(self._project, x, norm), offsets)
+        return self.proj(out.flatten(0, 2))
 
-    def _attend(self, x: Tensor, norm: nn.LayerNorm, offsets: Tensor) -> Tensor:  # [B, h, w, C]
-        x = norm(x)
-        qkv, padding = (t.unflatten(-1, (3, self.heads, -1)) for t in (self.qkv(x), self.qkv.bias))
+    def _attend(self, x: Tensor, norm: nn.LayerNorm, offsets: Tensor) -> Tensor:
+        return self._attention(self._project(x, norm), offsets)
+
+    def _project(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:  # [B, h, w, 3 C]
+        return self.qkv(norm(x))
+
+    def _attention(self, qkv: Tensor, offsets: Tensor) -> Tensor:  # [B, h, w, C]
+        qkv, padding = (t.unflatten(-1, (3, self.heads, -1)) for t in (qkv, self.qkv.bias))
         bias = F.embedding(offsets, self.relative_position_bias_table).permute(2, 0, 1)
         return window_attn(qkv, padding, bias, self.window, self.shift)
 

@@ -90,15 +90,21 @@ def _backward(
     exact = torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = [torch.zeros_like(w, dtype=exact) for w in (weight1, bias1, weight2)]
-    for rows in _blocks(x, len(weight1)):
-        before, above = torch.addmm(bias1, x[rows], weight1.t()), grad[rows]
-        after = F.gelu(before) if gelu else before.relu()
-        _add_product(sums[2], above.t(), after)
-        inner = torch.mm(above, weight2, out=after)
+    blocks = list(_blocks(x, len(weight1)))
+    memory = x.new_empty(2, blocks[0].stop if blocks else 0, len(weight1))  # of every block in turn
+    for rows in blocks:
+        (before, inner), above = memory[:, : rows.stop - rows.start], grad[rows]
+        torch.addmm(bias1, x[rows], weight1.t(), out=before)
         if gelu:
-            inner = _aten.gelu_backward(inner, before)
+            _aten.gelu.out(before, out=inner)
         else:
-            inner = _aten.threshold_backward(inner, before, 0)
+            torch.clamp_min(before, 0, out=inner)
+        _add_product(sums[2], above.t(), inner)
+        torch.mm(above, weight2, out=inner)
+        if gelu:
+            _aten.gelu_backward.grad_input(inner, before, grad_input=inner)
+        else:
+            _aten.threshold_backward.grad_input(inner, before, 0, grad_input=inner)
         _add_product(sums[0], inner.t(), x[rows])
         sums[1] += inner.sum(0, dtype=exact)
         torch.mm(inner, weight1, out=grad_x[rows])
