@@ -46,7 +46,7 @@ CASES = {  # what is kept, the result with it, over the input's size
 def test_kept_for_backward(case):
     build, factor = CASES[case]
     torch.manual_seed(0)
-    function, shape, module = build()
+    function, shape, _ = build()
     x = torch.randn(shape, requires_grad=True)
     function(x)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -66,7 +66,7 @@ def test_computing_again_changes_no_bit(case, autocast, monkeypatch):
     for again in (True, False):
         if not again:
             for place in (swin, pixel_decoder, query_decoder):
-                monkeypatch.setattr(place, "recomputed", lambda function, *inputs: function(*inputs))
+                monkeypatch.setattr(place, "recomputed", lambda call, *inputs: call(*inputs))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = function(x)
         tensors = [out] if isinstance(out, torch.Tensor) else [t for part in out for t in part]

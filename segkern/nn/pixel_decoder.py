@@ -130,7 +130,8 @@ class DeformableAttention(nn.Module):
         shapes: tuple[tuple[int, int], ...],  # (h, w) of L levels
         reference: Tensor,  # [1, S, 1, 2]
     ) -> Tensor:  # [B S, C]
-        return self.output_proj(recomputed(self._sample, x, position, shapes, reference).flatten(0, 1))
+        out = recomputed(self._sample, x, position, shapes, reference)
+        return self.output_proj(out.flatten(0, 1))
 
     def _sample(
         self, x: Tensor, position: Tensor, shapes: tuple, reference: Tensor

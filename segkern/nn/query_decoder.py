@@ -202,6 +202,6 @@ class QueryDecoder(nn.Module):
         x, out = x + embed, []
         for name, source in (("k_proj", x + position), ("v_proj", x)):
             project = [getattr(self.layers[i].cross_attn, name) for i in users]
-            weight, bias = (torch.cat([getattr(p, n) for p in project]) for n in ("weight", "bias"))
-            out.append(F.linear(source, weight, bias))
+            weight = torch.cat([p.weight for p in project])
+            out.append(F.linear(source, weight, torch.cat([p.bias for p in project])))
         return tuple(out)

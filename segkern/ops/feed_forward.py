@@ -27,7 +27,7 @@ from . import _library
 from ._checks import expect
 
 _aten = torch.ops.aten
-_HIDDEN = 2**23  # bytes of the hidden layer in a block
+_HIDDEN = 2**22  # bytes of the hidden layer in a block
 _ROWS = 512  # the fewest of a block: the weights are read once a block
 Norm = tuple[Tensor, Tensor, float]  # weight, bias and epsilon of a layer norm
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
@@ -91,7 +91,8 @@ def _backward(
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = [torch.zeros_like(w, dtype=exact) for w in (weight1, bias1, weight2)]
     blocks = list(_blocks(x, len(weight1)))
-    memory = x.new_empty(2, blocks[0].stop if blocks else 0, len(weight1))  # of every block in turn
+    rows = blocks[0].stop if blocks else 0
+    memory = x.new_empty(2, rows, len(weight1))  # of every block in turn
     for rows in blocks:
         (before, inner), above = memory[:, : rows.stop - rows.start], grad[rows]
         torch.addmm(bias1, x[rows], weight1.t(), out=before)
@@ -160,9 +161,7 @@ class _FeedForward(torch.autograd.Function):
             grads = _backward_op(grad.contiguous(), x, *weights, ctx.gelu)
             return *grads, None, None, None, None
         y, *moments = _normed(x, scale, shift, ctx.eps)
-        grad, *grads = _backward_op(
-            grad.contiguous(), y.to(weights[0].dtype), *weights, ctx.gelu
-        )
+        grad, *grads = _backward_op(grad.contiguous(), y.to(weights[0].dtype), *weights, ctx.gelu)
         grad, *norm = _aten.native_layer_norm_backward(
             grad.to(y.dtype), x, x.shape[1:], *moments, scale, shift, [True, True, True]
         )
@@ -197,7 +196,7 @@ def feed_forward(
         bias2: [C].
         activation: "gelu" (with the error function, not its tanh approximation) or "relu".
         impl: "kernel", or "reference" for plain PyTorch.
-        norm: weight [C], bias [C] and epsilon of a layer norm of x that comes first; None for none.
+        norm: weight [C], bias [C] and epsilon of a layer norm of x that comes first, if any.
 
     Returns:
         [..., C] in the dtype of the products.
