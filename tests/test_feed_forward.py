@@ -40,6 +40,53 @@ def test_gradients(case, dtype):
     compare(kernel, reference, inputs, grads=TENSORS)
 
 
+def normed(function, activation="gelu"):
+    """`function` of x, the four weights, and the norm's weight and bias."""
+    return lambda *t: function(*t[:5], activation, norm=(t[5], t[6], 1e-5))
+
+
+def norm_inputs(shape=(6, 5), dtype=torch.float32):
+    inputs = feed_forward_inputs(shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    norm = torch.randn(2, inputs[0].shape[-1], generator=generator) + torch.tensor([[1.0], [0.0]])
+    return [*inputs, *norm.to(inputs[0])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_norm_comes_first(dtype):
+    inputs = norm_inputs(dtype=dtype)
+    compare(normed(feed_forward), normed(feed_forward_reference), inputs)
+    compare(normed(feed_forward), normed(feed_forward_reference), inputs, grads=range(7))
+
+
+@pytest.mark.parametrize("impl", ["kernel", "reference"])
+def test_a_norm_stays_in_float32_under_autocast(impl):
+    x, *weights, scale, shift = (t.requires_grad_() for t in norm_inputs())
+    device, norm = x.device.type, (scale, shift, 1e-5)
+    with torch.autocast(device, torch.bfloat16):
+        y = torch.nn.functional.layer_norm(x, x.shape[-1:], *norm)
+        want = feed_forward(y, *weights, impl=impl)
+        out = feed_forward(x, *weights, impl=impl, norm=norm)
+    assert torch.equal(out, want)
+    grads = [torch.autograd.grad(o.float().sum(), (x, scale, shift)) for o in (out, want)]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda t: t[:-1], ValueError, r"norm's bias must be \[C\] float with"),
+        (torch.Tensor.double, TypeError, "norm's bias must be torch.float32 as x, got torch.flo"),
+    ],
+    ids=["too short", "other dtype"],
+)
+def test_bad_norm(change, error, message):
+    *inputs, scale, shift = norm_inputs()
+    with pytest.raises(error, match=message):
+        feed_forward(*inputs, norm=(scale, change(shift), 1e-5))
+
+
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_gradcheck(activation):
     inputs = [t.requires_grad_() for t in feed_forward_inputs(F=9, dtype=torch.float64)]

@@ -19,10 +19,29 @@ Source: Mask2Former (Cheng et al., CVPR 2022), section 3.3; DETR (Carion et al.,
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..ops import linear_assignment, matching_cost, point_mask_loss, random_points
 from ..ops.point_sample import MATCHING
 from .targets import Targets
+
+
+class _Product(torch.autograd.Function):
+    """a b^T of a [B, N, M] and b [B, S, M], whose gradient lies in memory as b does.
+
+    That of a plain product with the transpose lies across, and has to be copied.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a @ b.mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return grad @ b, grad.mT @ a
 
 
 class Criterion(nn.Module):
@@ -89,7 +108,8 @@ class Criterion(nn.Module):
         losses = {"loss_cross_entropy": self._class_loss(class_logits, target_of_query, targets)}
         index = query_of_target.clamp(min=0)[..., None].expand(-1, -1, -1, mask_embed.shape[3])
         chosen = mask_embed.gather(2, index).flatten(1, 2)  # [B, R * T, M]
-        logits = chosen @ features.flatten(2).to(chosen.dtype)  # [B, R * T, h * w]
+        rows = features.flatten(2).transpose(1, 2).to(chosen.dtype)  # [B, h * w, M]
+        logits = _Product.apply(chosen, rows)  # [B, R * T, h * w]
         bce, dice = point_mask_loss(
             logits.unflatten(1, (R, T)).unflatten(3, features.shape[2:]),
             targets.masks,

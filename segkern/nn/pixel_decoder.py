@@ -20,9 +20,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import feed_forward, ms_deform_attn
+from .memory import plus, recomputed
 from .position import pixel_centres, sine_position
 
 LEVELS = 3
@@ -50,21 +52,39 @@ def _in_halves(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """A 3 x 3 convolution of channels-last [B, C, h, w], C even, as the sum over two halves of C.
 
     A CPU's channels-last convolution adds up all 9 C products one by one; two sums of half as many
-    round less, and take no longer. Half precision is summed in float32 in any case. Without
-    gradient it goes by bands of rows: both sums of the whole map would be fresh memory each time.
+    round less, and take no longer. Half precision is summed in float32 in any case.
     """
     if x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
         return convolution(x)
-    halves = torch.cat(convolution.weight.chunk(2, 1))
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        halves = torch.cat(convolution.weight.chunk(2, 1))
         return torch.add(*F.conv2d(x, halves, padding=1, groups=2).chunk(2, 1))
-    b, c, h, w = x.shape
-    out, rows = torch.empty_like(x), max(1, BAND // (2 * b * c * w))
-    for start in range(0, h, rows):
-        end, top = min(start + rows, h), max(start - 1, 0)
-        y = F.conv2d(x[:, :, top : end + 1], halves, padding=1, groups=2)
-        torch.add(*y[:, :, start - top : end - top].chunk(2, 1), out=out[:, :, start:end])
-    return out
+    return _InHalves.apply(x, convolution.weight)
+
+
+class _InHalves(torch.autograd.Function):
+    """By bands of rows: both sums of the whole map would be fresh memory each time."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        halves = torch.cat(weight.chunk(2, 1))
+        b, c, h, w = x.shape
+        out, rows = torch.empty_like(x), max(1, BAND // (2 * b * c * w))
+        for start in range(0, h, rows):
+            end, top = min(start + rows, h), max(start - 1, 0)
+            y = F.conv2d(x[:, :, top : end + 1], halves, padding=1, groups=2)
+            torch.add(*y[:, :, start - top : end - top].chunk(2, 1), out=out[:, :, start:end])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        sides, wanted = (1, 1), (*ctx.needs_input_grad, False)
+        grads = torch.ops.aten.convolution_backward(
+            grad, *ctx.saved_tensors, None, sides, sides, sides, False, (0, 0), 1, wanted
+        )
+        return grads[:2]
 
 
 class DeformableAttention(nn.Module):
@@ -109,6 +129,12 @@ class DeformableAttention(nn.Module):
         position: Tensor,  # [S, C]
         shapes: tuple[tuple[int, int], ...],  # (h, w) of L levels
         reference: Tensor,  # [1, S, 1, 2]
+    ) -> Tensor:  # [B S, C]
+        out = recomputed(self._sample, x, position, shapes, reference)
+        return self.output_proj(out.flatten(0, 1))
+
+    def _sample(
+        self, x: Tensor, position: Tensor, shapes: tuple, reference: Tensor
     ) -> Tensor:  # [B, S, C]
         heads, levels, points = self.grid
         query = x + position
@@ -117,7 +143,7 @@ class DeformableAttention(nn.Module):
             -1, (heads, levels, points, 2)
         )
         logits = self.attention_weights(query).unflatten(-1, (heads, levels, points))
-        return self.output_proj(ms_deform_attn(value, shapes, reference, offsets, logits))
+        return ms_deform_attn(value, shapes, reference, offsets, logits)
 
 
 class PixelDecoderLayer(nn.Module):
@@ -149,10 +175,11 @@ class PixelDecoderLayer(nn.Module):
         shapes: tuple[tuple[int, int], ...],  # (h, w) of L levels
         reference: Tensor,  # [1, S, 1, 2]
     ) -> Tensor:  # [B, S, C]
-        x = self.norm1(x + self.dropout(self.attn(x, position, shapes, reference)))
-        return self.norm2(x + self.dropout(self._feed_forward(x)))
+        attended = self.attn(x, position, shapes, reference)
+        y = self.norm1(plus(self.dropout(attended), x.flatten(0, 1)))
+        return self.norm2(plus(self.dropout(self._feed_forward(y)), y)).view_as(x)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Tensor) -> Tensor:  # [B S, C]
         first, second = self.linear1, self.linear2
         if self.training and self.dropout.p > 0:  # it drops hidden values too
             return second(self.dropout(F.relu(first(x), inplace=True)))

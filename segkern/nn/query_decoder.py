@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import mask_bits, masked_attn
+from .memory import recomputed
 from .position import sine_position
 
 LEVELS = 3
@@ -186,14 +187,21 @@ class QueryDecoder(nn.Module):
         sizes = [h * w for h, w in shapes]
         levels = zip(pixels.split(sizes, 1), position.split(sizes), self.level_embed.weight)
         for level, (x, pos, embed) in zip(range(count), levels):
-            x = x + embed
             users = range(level, count, LEVELS)
-            for out, name, source in ((keys, "k_proj", x + pos), (values, "v_proj", x)):
-                project = [getattr(self.layers[i].cross_attn, name) for i in users]
-                weight = torch.cat([p.weight for p in project])
-                bias = torch.cat([p.bias for p in project])
-                together = F.linear(source, weight, bias)
-                split = together.unflatten(-1, (len(project), self.heads, -1)).unbind(2)
+            together = recomputed(self._project, x, pos, embed, users)
+            for out, projected in zip((keys, values), together):
+                split = projected.unflatten(-1, (len(users), self.heads, -1)).unbind(2)
                 for i, part in zip(users, split):
                     out[i] = part
         return keys, values
+
+    def _project(
+        self, x: Tensor, position: Tensor, embed: Tensor, users: range
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, N C] of a level [B, S, C] for the N layers that use it."""
+        x, out = x + embed, []
+        for name, source in (("k_proj", x + position), ("v_proj", x)):
+            project = [getattr(self.layers[i].cross_attn, name) for i in users]
+            weight = torch.cat([p.weight for p in project])
+            out.append(F.linear(source, weight, torch.cat([p.bias for p in project])))
+        return tuple(out)

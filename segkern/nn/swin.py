@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import feed_forward, window_attn
+from .memory import plus, recomputed
 
 VARIANTS = {
     "swin_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
@@ -40,6 +41,7 @@ VARIANTS = {
     },
 }
 PATCH = 4  # side of the patches that become tokens
+WIDE = 384  # channels: to form q, k and v again takes C / 2 operations a byte that is not kept
 
 
 class WindowAttention(nn.Module):
@@ -63,11 +65,25 @@ class WindowAttention(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, h, w, C]
+        norm: nn.LayerNorm,  # of x
         offsets: Tensor,  # [S, S] rows of the bias table
-    ) -> Tensor:  # [B, h, w, C]
-        qkv, padding = (t.unflatten(-1, (3, self.heads, -1)) for t in (self.qkv(x), self.qkv.bias))
+    ) -> Tensor:  # [B h w, C]
+        if x.shape[3] < WIDE:
+            out = recomputed(self._attend, x, norm, offsets)
+        else:
+            out = self._attention(recomputed(self._project, x, norm), offsets)
+        return self.proj(out.flatten(0, 2))
+
+    def _attend(self, x: Tensor, norm: nn.LayerNorm, offsets: Tensor) -> Tensor:
+        return self._attention(self._project(x, norm), offsets)
+
+    def _project(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:  # [B, h, w, 3 C]
+        return self.qkv(norm(x))
+
+    def _attention(self, qkv: Tensor, offsets: Tensor) -> Tensor:  # [B, h, w, C]
+        qkv, padding = (t.unflatten(-1, (3, self.heads, -1)) for t in (qkv, self.qkv.bias))
         bias = F.embedding(offsets, self.relative_position_bias_table).permute(2, 0, 1)
-        return self.proj(window_attn(qkv, padding, bias, self.window, self.shift))
+        return window_attn(qkv, padding, bias, self.window, self.shift)
 
 
 class Block(nn.Module):
@@ -106,15 +122,17 @@ class Block(nn.Module):
         first: Tensor | None,  # [B, 1, 1, 1]
         second: Tensor | None,  # [B, 1, 1, 1]
     ) -> Tensor:  # [B, h, w, C]
-        x = _add(x, self.attn(self.norm1(x), offsets), first)
-        fc1, fc2 = self.mlp["fc1"], self.mlp["fc2"]
-        hidden = feed_forward(self.norm2(x), fc1.weight, fc1.bias, fc2.weight, fc2.bias, "gelu")
-        return _add(x, hidden, second)
+        x = _add(x, self.attn(x, self.norm1, offsets), first)
+        weights = (p for name in ("fc1", "fc2") for p in self.mlp[name].parameters())
+        norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
+        return _add(x, feed_forward(x.flatten(0, 2), *weights, "gelu", norm=norm), second)
 
 
 def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
-    """x + keep branch."""
-    return x + (branch if keep is None else branch * keep.to(branch.dtype))
+    """x + keep branch; [B, h, w, C], the branch [B h w, C]."""
+    if keep is not None:
+        branch = (branch.view(len(x), -1) * keep.view(-1, 1).to(branch.dtype)).view_as(branch)
+    return plus(branch, x.flatten(0, 2)).view_as(x)
 
 
 class Downsample(nn.Module):
@@ -130,6 +148,9 @@ class Downsample(nn.Module):
         self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, h, w, C] -> [B, ceil(h/2), ceil(w/2), 2 C]
+        return recomputed(self._reduce, x)
+
+    def _reduce(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
         if h % 2 or w % 2:
             x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
