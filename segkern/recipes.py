@@ -87,7 +87,7 @@ def digits_segmenter(
     )
     return TrainConfig(
         steps=2400,
-        batch_size=4,
+        batch_size=2,
         lr=2e-3,
         optimizer="muon",
         momentum=0.95,

@@ -394,3 +394,19 @@ def test_predict_is_the_argmax_of_the_logits(size, tmp_path):
     x = torch.cat((waves(*size), waves(*size).flip(3))).double()
     with torch.no_grad():
         assert torch.equal(model.predict(x), model(x).logits.argmax(1).int())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_under_autocast_is_that_of_its_logits(dtype, tmp_path):
+    model = Segmenter.from_pretrained(original_folder(tmp_path, **VARIANTS["mask"]))
+    x, labels = waves(50, 71), torch.randint(0, 5, (1, 50, 71))
+    with torch.autocast("cpu", dtype):
+        loss, patches = model(x, labels).loss, model.patch_logits(x)
+    whole = torch.nn.functional.interpolate(
+        patches.detach().float(), scale_factor=model.config.patch_size, mode="bilinear"
+    )
+    want = torch.nn.functional.cross_entropy(whole[:, :, :50, :71], labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.detach(), want)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -118,4 +118,5 @@ def resized_cross_entropy(logits: Tensor, labels: Tensor, size: tuple[int, int])
         [] float32 (float64); NaN where no pixel counts, as torch's cross entropy, and where a
         label is out of range.
     """
-    return _CrossEntropy.apply(logits, labels, size)
+    with torch.autocast(logits.device.type, enabled=False):
+        return _CrossEntropy.apply(logits, labels, size)

@@ -142,16 +142,19 @@ class ViT(nn.Module):
 
 @torch.no_grad()
 def start_locally(encoder: ViT) -> None:
-    """Weights from which the first half of the blocks mixes patches as 3 x 3 convolutions do, for
-    training from scratch.
+    """Weights from which the first half of the blocks mixes patches as 3 x 3 convolutions do, and
+    the others look at what is alike and near, for training from scratch.
 
     Positions are sines and cosines, of wavelengths that have no common period below 15 patches,
     in the first channels, where patches write nothing yet. A head of the first half of the blocks
     asks for one neighbour: its queries are positions turned by the step there, its keys positions
-    as they are, so that q . k is largest where key - query is that step. Values, their projections
-    and the feed-forward networks start from normal weights wide enough to pass on what is seen.
-    Source: Structured Initialization for Attention in Vision Transformers (Zheng et al., 2024);
-    there q and k are fitted to such maps, here they are written down.
+    as they are, so that q . k is largest where key - query is that step. In the other blocks q . k
+    is x^T M x with M = 0.7 (Z / sqrt(D) + I), Z normal, by its singular values, as many as a head
+    has channels. Values, their projections and the feed-forward networks start from normal weights
+    wide enough to pass on what is seen.
+    Sources: Structured Initialization for Attention in Vision Transformers (Zheng et al., 2024),
+    where q and k are fitted to such maps and here are written down; Mimetic Initialization of
+    Self-Attention Layers (Trockman and Kolter, ICML 2023).
 
     Args:
         encoder: its heads have at least 8 channels.
@@ -165,16 +168,29 @@ def start_locally(encoder: ViT) -> None:
     encoder.patch_embed["proj"].bias[:used] = 0
     gain = (3 * n**0.5) ** 0.5  # of q and of k: turned alike, they meet at 3 times |position|^2
     for i, block in enumerate(encoder.blocks):
-        attn, mlp = block.attn, block.mlp
+        attn = block.attn
         if i < len(encoder.blocks) // 2:
             attn.qkv.weight[: 2 * D] = 0
             for head, first in enumerate(range(0, D, n)):
                 turn = _turn(rates, _NEIGHBOURS[head % len(_NEIGHBOURS)])
                 attn.qkv.weight[first : first + used, :used] = gain * turn
                 attn.qkv.weight[D + first : D + first + used, :used] = gain * torch.eye(used)
-        nn.init.normal_(attn.qkv.weight[2 * D :], std=D**-0.5)
-        for layer in (attn.proj, mlp.fc1, mlp.fc2):
-            nn.init.normal_(layer.weight, std=0.5 * layer.in_features**-0.5)
+        else:
+            for first in range(0, D, n):
+                m = 0.7 * (torch.randn(D, D) / D**0.5 + torch.eye(D))
+                q, values, k = torch.linalg.svd(m)
+                root = values[:n, None].sqrt()
+                attn.qkv.weight[first : first + n] = root * q.T[:n]
+                attn.qkv.weight[D + first : D + first + n] = root * k[:n]
+        _widen(block)
+
+
+def _widen(block: Block) -> None:
+    """Values, projections and feed-forward weights that pass on what comes, at any width."""
+    D = block.attn.qkv.in_features
+    nn.init.normal_(block.attn.qkv.weight[2 * D :], std=D**-0.5)
+    for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        nn.init.normal_(layer.weight, std=0.5 * layer.in_features**-0.5)
 
 
 # rows and columns to the patches around one: the nearest first
