@@ -86,7 +86,7 @@ def digits_segmenter(
         image_std=(0.229, 0.224, 0.225),
     )
     return TrainConfig(
-        steps=2400,
+        steps=1900,
         batch_size=2,
         lr=2e-3,
         optimizer="muon",
@@ -94,7 +94,7 @@ def digits_segmenter(
         schedule="cosine",
         warmup=100,
         clip=1.0,
-        evaluate_every=600,
+        evaluate_every=950,
         data=DigitsConfig(size=size, level=level, task="semantic"),
         model=model,
     )
