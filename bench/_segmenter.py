@@ -53,7 +53,9 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] to [B, K, H, W]
         x = self.decoder(self.encoder(x)[:, 1:])
-        x = x.transpose(1, 2).reshape(len(x), -1, *self.grid)
+        # the original leaves the classes last in memory, where resize and argmax take five times
+        # as long
+        x = x.transpose(1, 2).reshape(len(x), -1, *self.grid).contiguous()
         return F.interpolate(x, size=self.size, mode="bilinear")
 
 
