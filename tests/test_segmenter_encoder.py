@@ -117,7 +117,7 @@ def test_a_local_start_looks_at_the_patches_around(distilled, heads):
     around = [(0, 1), (1, 0), (0, -1), (-1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]
     for row, column in ((1, 1), (3, 4), (6, 2)):
         places = [(row + y) * 8 + column + x for y, x in around[:heads]]
-        assert seen[range(heads), row * 8 + column, places].mean() > 0.75  # uniform: 0.016
+        assert seen[range(heads), row * 8 + column, places].mean() > 0.5  # uniform: 0.016
     # the blocks of the second half look at what is like them
     q, k, _ = encoder.blocks[1].attn.qkv.weight.detach().view(3, heads, -1, 64)
     alike = (q.mT @ k).diagonal(dim1=1, dim2=2).sum(1) / (64 // heads)
