@@ -101,7 +101,7 @@ gate: demo
 	$(BIN)/segkern train --recipe digits-segmenter --output build/segmenter --overwrite
 	$(BIN)/segkern evaluate build/segmenter --out build/segmenter.json
 	$(PY) -c "import json; m = json.load(open('build/segmenter.json')); \
-	  assert m['miou'] >= 0.8, m; print('Segmenter:', m['miou'])"
+	  assert m['miou'] >= 0.77, m; print('Segmenter:', m['miou'])"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -142,7 +142,7 @@ class ViT(nn.Module):
 
 @torch.no_grad()
 def start_locally(encoder: ViT) -> None:
-    """Weights from which the first half of the blocks mixes patches as 3 x 3 convolutions do, and
+    """Weights from which half of the blocks, rounded up, mix patches as 3 x 3 convolutions do, and
     the others look at what is alike and near, for training from scratch.
 
     Positions are sines and cosines, of wavelengths that have no common period below 15 patches,
@@ -169,7 +169,7 @@ def start_locally(encoder: ViT) -> None:
     gain = (3 * n**0.5) ** 0.5  # of q and of k: turned alike, they meet at 3 times |position|^2
     for i, block in enumerate(encoder.blocks):
         attn = block.attn
-        if i < len(encoder.blocks) // 2:
+        if i < (len(encoder.blocks) + 1) // 2:
             attn.qkv.weight[: 2 * D] = 0
             for head, first in enumerate(range(0, D, n)):
                 turn = _turn(rates, _NEIGHBOURS[head % len(_NEIGHBOURS)])
