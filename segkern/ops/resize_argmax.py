@@ -8,7 +8,8 @@ Any resize that treats rows and columns apart is such a pair of matrices: biline
 one after the other, a crop, the mean over windows that overlap (the maps then stand side by side).
 Their entries that are 0 cost nothing. The kernel blends the rows that an output row reads, then
 16 pixels at a time over all classes; the resized logits are never stored.
-Of equal logits the first wins; NaN never does, and where nothing wins the label is 0.
+Of equal logits the first wins; NaN never does, and where nothing wins the label is 0. A logit that
+is not finite also reaches pixels of its tile or line that give it no weight: 0 times it is NaN.
 Bytes: K h w values read, 4 H W written. FLOPs: 2 n K H W with n columns read by 16 pixels (3 or 4
 where patches of 16 are resized bilinearly).
 Source: Segmenter (Strudel et al., ICCV 2021): its logits go to the image's size before the argmax.
