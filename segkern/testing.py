@@ -392,3 +392,12 @@ def window_attn_inputs(
     g = torch.Generator().manual_seed(seed)
     shapes = (B, h, w, 3, H, D), (3, H, D), (H, window**2, window**2)
     return [*(torch.randn(s, generator=g).to(dtype) for s in shapes), window, shift]
+
+
+@_made_on_cpu
+def conv3x3_inputs(B=2, C=6, K=5, h=7, w=10, dtype=torch.float32, seed=0) -> list[Tensor]:
+    """x [B, C, h, w], normal, channels last; weight [K, C, 3, 3], so that the sums are about 1."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, h, w, C, generator=g).permute(0, 3, 1, 2)
+    weight = torch.randn(K, C, 3, 3, generator=g) / (3 * max(C, 1) ** 0.5)
+    return [x.to(dtype), weight.to(dtype)]

@@ -20,16 +20,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import feed_forward, ms_deform_attn
+from ..ops import conv3x3, feed_forward, ms_deform_attn
 from .memory import plus, recomputed
 from .position import pixel_centres, sine_position
 
 LEVELS = 3
 GROUPS = 32
-BAND = 2**21  # values of a band of rows
 
 
 def _linear_exact(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -46,45 +44,6 @@ def _pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """
     weight = convolution.weight.flatten(1)
     return F.linear(x.permute(0, 2, 3, 1), weight, convolution.bias).permute(0, 3, 1, 2)
-
-
-def _in_halves(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 3 x 3 convolution of channels-last [B, C, h, w], C even, as the sum over two halves of C.
-
-    A CPU's channels-last convolution adds up all 9 C products one by one; two sums of half as many
-    round less, and take no longer. Half precision is summed in float32 in any case.
-    """
-    if x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
-        return convolution(x)
-    if torch.compiler.is_compiling():
-        halves = torch.cat(convolution.weight.chunk(2, 1))
-        return torch.add(*F.conv2d(x, halves, padding=1, groups=2).chunk(2, 1))
-    return _InHalves.apply(x, convolution.weight)
-
-
-class _InHalves(torch.autograd.Function):
-    """By bands of rows: both sums of the whole map would be fresh memory each time."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        halves = torch.cat(weight.chunk(2, 1))
-        b, c, h, w = x.shape
-        out, rows = torch.empty_like(x), max(1, BAND // (2 * b * c * w))
-        for start in range(0, h, rows):
-            end, top = min(start + rows, h), max(start - 1, 0)
-            y = F.conv2d(x[:, :, top : end + 1], halves, padding=1, groups=2)
-            torch.add(*y[:, :, start - top : end - top].chunk(2, 1), out=out[:, :, start:end])
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        sides, wanted = (1, 1), (*ctx.needs_input_grad, False)
-        grads = torch.ops.aten.convolution_backward(
-            grad, *ctx.saved_tensors, None, sides, sides, sides, False, (0, 0), 1, wanted
-        )
-        return grads[:2]
 
 
 class DeformableAttention(nn.Module):
@@ -274,5 +233,5 @@ class PixelDecoder(nn.Module):
         lateral = norm(_pointwise(project, features[0]))
         up = F.interpolate(finest, lateral.shape[2:], mode="bilinear", align_corners=False)
         convolution, norm = self.output_conv
-        pyramid = F.relu(norm(_in_halves(convolution, lateral.add_(up))), inplace=True)
+        pyramid = F.relu(norm(conv3x3(lateral.add_(up), convolution.weight)), inplace=True)
         return _pointwise(self.mask_features, pyramid), x, shapes
