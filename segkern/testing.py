@@ -401,3 +401,16 @@ def conv3x3_inputs(B=2, C=6, K=5, h=7, w=10, dtype=torch.float32, seed=0) -> lis
     x = torch.randn(B, h, w, C, generator=g).permute(0, 3, 1, 2)
     weight = torch.randn(K, C, 3, 3, generator=g) / (3 * max(C, 1) ** 0.5)
     return [x.to(dtype), weight.to(dtype)]
+
+
+@_made_on_cpu
+def group_norm_inputs(
+    B=2, C=12, h=7, w=10, up=None, dtype=torch.float32, seed=0, mean=0.0
+) -> list[Tensor]:
+    """x [B, C, h, w] around `mean`, channels last; weight and bias [C]; a map of size `up`, if
+    any."""
+    g = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(B, *s, C, generator=g).permute(0, 3, 1, 2) for s in ((h, w), up) if s]
+    maps[0] = maps[0] + mean
+    weight, bias = torch.randn(2, C, generator=g)
+    return [t.to(dtype) for t in (maps[0], weight, bias, *maps[1:])]

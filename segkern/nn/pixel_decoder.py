@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import conv3x3, feed_forward, ms_deform_attn
+from ..ops import conv3x3, feed_forward, group_norm, ms_deform_attn
 from .memory import plus, recomputed
 from .position import pixel_centres, sine_position
 
@@ -44,6 +44,10 @@ def _pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """
     weight = convolution.weight.flatten(1)
     return F.linear(x.permute(0, 2, 3, 1), weight, convolution.bias).permute(0, 3, 1, 2)
+
+
+def _normed(x: Tensor, norm: nn.GroupNorm, **then) -> Tensor:
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **then)
 
 
 class DeformableAttention(nn.Module):
@@ -208,7 +212,7 @@ class PixelDecoder(nn.Module):
             the three other maps, coarsest first; the (h, w) of those three.
         """
         maps = [
-            norm(_pointwise(project, feature))
+            _normed(_pointwise(project, feature), norm)
             for (project, norm), feature in zip(self.input_proj, reversed(features[1:]))
         ]
         shapes = tuple((m.shape[2], m.shape[3]) for m in maps)
@@ -230,8 +234,7 @@ class PixelDecoder(nn.Module):
                 x = layer(*inputs)
         finest = x[:, -sizes[-1] :].unflatten(1, shapes[-1]).permute(0, 3, 1, 2)
         project, norm = self.adapter
-        lateral = norm(_pointwise(project, features[0]))
-        up = F.interpolate(finest, lateral.shape[2:], mode="bilinear", align_corners=False)
+        lateral = _normed(_pointwise(project, features[0]), norm, up=finest)
         convolution, norm = self.output_conv
-        pyramid = F.relu(norm(conv3x3(lateral.add_(up), convolution.weight)), inplace=True)
+        pyramid = _normed(conv3x3(lateral, convolution.weight), norm, relu=True)
         return _pointwise(self.mask_features, pyramid), x, shapes

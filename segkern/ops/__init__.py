@@ -5,6 +5,7 @@ The specification of each is `NAME_reference` in its file.
 
 from .conv3x3 import conv3x3 as conv3x3
 from .feed_forward import feed_forward as feed_forward
+from .group_norm import group_norm as group_norm
 from .linear_assignment import linear_assignment as linear_assignment
 from .mask_bits import mask_bits as mask_bits
 from .masked_attn import masked_attn as masked_attn

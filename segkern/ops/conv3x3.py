@@ -1,4 +1,4 @@
-r"""A 3 x 3 convolution of a channels-last map with a border of zeros, by Winograd's minimal filters.
+r"""A 3 x 3 convolution of a channels-last map, border of zeros, by Winograd's minimal filters.
 
     y[b, i, j, k] = sum_{c, m, n in 0..2} weight[k, c, m, n] x[b, i + m - 1, j + n - 1, c]
     each 2 x 2 of it:  A^T ((G g G^T) * (B^T d B)) A        F(2 x 2, 3 x 3)
@@ -85,8 +85,8 @@ def conv3x3(x: Tensor, weight: Tensor, impl: str = "kernel") -> Tensor:
     Args:
         x: [B, C, h, w] floating; copied unless it is channels last in memory.
         weight: [K, C, 3, 3] in x's dtype (without autocast). Gradients flow to both.
-        impl: "kernel", or "reference" for PyTorch's convolution, which also runs in half precision,
-            under autocast and for CUDA tensors: its own kernels use the matrix units there.
+        impl: "kernel", or "reference" for PyTorch's convolution, which also runs in half
+            precision, under autocast and for CUDA tensors: it uses the matrix units there.
 
     Returns:
         [B, K, h, w] in the dtype of the products, channels last in memory.
