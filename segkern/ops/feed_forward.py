@@ -13,7 +13,9 @@ result is not kept either.
 FLOPs: 4 R C F forward, 10 R C F backward; bytes: 2 R C and 2 C F values.
 Source: Attention Is All You Need (Vaswani et al., NeurIPS 2017), section 3.3; keeping inputs only:
 Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
-The matrix products are those of PyTorch, so that the kernel is a composition in this file.
+The matrix products are those of PyTorch, so that the kernel is a composition in this file. On a
+CPU addmm copies the bias over the hidden block before it multiplies, and the activation is another
+pass: in float32 a kernel does both in one, after the product.
 """
 
 from collections.abc import Iterator
@@ -56,6 +58,27 @@ def _blocks(x: Tensor, hidden: int) -> Iterator[slice]:
     return (slice(i, min(i + rows, len(x))) for i in range(0, len(x), rows))
 
 
+def _first_layer(
+    x: Tensor,  # [R, C]
+    weight: Tensor,  # [F, C]
+    bias: Tensor,  # [F]
+    gelu: bool,
+    out: Tensor,  # [R, F]
+    before: Tensor | None = None,  # [R, F]
+) -> None:
+    """out = act(x W^T + bias); before, if it is given, = x W^T + bias."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and "cpu" not in _library.MISSING:
+        torch.mm(x, weight.t(), out=out)
+        _bias_activation_op(out, bias.contiguous(), gelu, before)
+        return
+    total = out if before is None else before
+    torch.addmm(bias, x, weight.t(), out=total)
+    if gelu:
+        _aten.gelu.out(total, out=out)
+    else:
+        torch.clamp_min(total, 0, out=out)
+
+
 def _forward(
     x: Tensor,  # [R, C]
     weight1: Tensor,  # [F, C]
@@ -64,16 +87,15 @@ def _forward(
     bias2: Tensor,  # [C]
     gelu: bool,
 ) -> Tensor:  # [R, C]
-    blocks = list(_blocks(x, len(weight1)))
-    if len(blocks) == 1:
+    if x.device.type != "cpu":
         hidden = F.linear(x, weight1, bias1)
         return F.linear(_aten.gelu_(hidden) if gelu else hidden.relu_(), weight2, bias2)
+    blocks = list(_blocks(x, len(weight1)))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     memory = x.new_empty(blocks[0].stop if blocks else 0, len(weight1))  # of every block in turn
     for rows in blocks:
         hidden = memory[: rows.stop - rows.start]
-        torch.addmm(bias1, x[rows], weight1.t(), out=hidden)
-        _aten.gelu_(hidden) if gelu else hidden.relu_()
+        _first_layer(x[rows], weight1, bias1, gelu, hidden)
         torch.addmm(bias2, hidden, weight2.t(), out=out[rows])
     return out
 
@@ -95,11 +117,7 @@ def _backward(
     memory = x.new_empty(2, rows, len(weight1))  # of every block in turn
     for rows in blocks:
         (before, inner), above = memory[:, : rows.stop - rows.start], grad[rows]
-        torch.addmm(bias1, x[rows], weight1.t(), out=before)
-        if gelu:
-            _aten.gelu.out(before, out=inner)
-        else:
-            torch.clamp_min(before, 0, out=inner)
+        _first_layer(x[rows], weight1, bias1, gelu, inner, before)
         _add_product(sums[2], above.t(), inner)
         torch.mm(above, weight2, out=inner)
         if gelu:
@@ -130,6 +148,11 @@ def _fake_backward(grad, x, weight1, bias1, weight2, gelu) -> tuple[Tensor, ...]
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in likes)
 
 
+_bias_activation_op = _library.define(
+    "bias_activation_(Tensor(a!) x, Tensor bias, bool gelu, Tensor(b!)? before) -> ()",
+    lambda *args: None,
+    cpu_only=True,
+)
 _forward_op = _library.define(
     "feed_forward(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,"
     " bool gelu) -> Tensor",
