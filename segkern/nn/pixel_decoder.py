@@ -233,8 +233,13 @@ class PixelDecoder(nn.Module):
             else:
                 x = layer(*inputs)
         finest = x[:, -sizes[-1] :].unflatten(1, shapes[-1]).permute(0, 3, 1, 2)
+        return self._pyramid(features[0], finest), x, shapes
+
+    def _pyramid(self, x: Tensor, coarser: Tensor) -> Tensor:  # [B, M, h, w]
+        # one name for all: each map's memory is free for the next but one
         project, norm = self.adapter
-        lateral = _normed(_pointwise(project, features[0]), norm, up=finest)
+        x = _normed(_pointwise(project, x), norm, up=coarser)
         convolution, norm = self.output_conv
-        pyramid = _normed(conv3x3(lateral, convolution.weight), norm, relu=True)
-        return _pointwise(self.mask_features, pyramid), x, shapes
+        x = conv3x3(x, convolution.weight)
+        x = _normed(x, norm, relu=True)
+        return _pointwise(self.mask_features, x)

@@ -100,6 +100,14 @@ class DecoderLayer(nn.Module):
         return attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+def _planar(maps: Tensor) -> Tensor:  # [B, C, h, w] -> contiguous [B, C, S]
+    """Image by image: a CPU transposes a matrix by blocks, a stack of them value by value."""
+    out = torch.empty_like(maps, memory_format=torch.contiguous_format).flatten(2)
+    for image, source in zip(out, maps):
+        image.copy_(source.flatten(1))
+    return out
+
+
 class QueryDecoder(nn.Module):
     """Predicts, for each of Q queries and after each layer, a class and the embedding of a mask.
 
@@ -177,7 +185,7 @@ class QueryDecoder(nn.Module):
             F.interpolate(mask_features, size, mode="bilinear", align_corners=False)
             for size in shapes
         )
-        return [x.flatten(2).contiguous() for x in resized]
+        return [_planar(x) for x in resized]
 
     def _keys_values(self, pixels: Tensor, shapes: tuple) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values [B, S, H, D] of every layer, those of a level in one product each."""
