@@ -102,10 +102,7 @@ class DecoderLayer(nn.Module):
 
 def _planar(maps: Tensor) -> Tensor:  # [B, C, h, w] -> contiguous [B, C, S]
     """Image by image: a CPU transposes a matrix by blocks, a stack of them value by value."""
-    out = torch.empty_like(maps, memory_format=torch.contiguous_format).flatten(2)
-    for image, source in zip(out, maps):
-        image.copy_(source.flatten(1))
-    return out
+    return torch.stack([image.flatten(1).contiguous() for image in maps])
 
 
 class QueryDecoder(nn.Module):
