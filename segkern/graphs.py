@@ -55,7 +55,7 @@ class Replay:
         self.function, self.warmup, self.keep = function, warmup, keep
         self._calls: dict[tuple, int] = {}
         self._captured: OrderedDict[tuple, tuple] = OrderedDict()
-        self._pool = None  # shared: one graph runs at a time, and outputs are copied
+        self._pool = None  # of memory, shared: one graph runs at a time, and outputs are copied
 
     def __call__(self, *inputs: Tensor):
         if not inputs or not inputs[0].is_cuda:
@@ -90,7 +90,8 @@ class Replay:
     def _capture(self, key: tuple, inputs: tuple[Tensor, ...]) -> None:
         while len(self._captured) >= self.keep:
             self._captured.popitem(last=False)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if not self._captured:  # a pool ends with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
         fixed = [t.clone() for t in inputs]
         graph = torch.cuda.CUDAGraph()
         torch.clear_autocast_cache()  # casts kept until autocast ends would be read after it
@@ -173,7 +174,6 @@ class _Inference(Replay):
             if not self._captured:
                 raise
         self._captured.clear()
-        self._pool = None
         return self.function(x)
 
 

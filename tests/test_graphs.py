@@ -44,6 +44,7 @@ def stubbed(monkeypatch):
 
     @contextlib.contextmanager
     def capture(graph, **options):
+        graph.pool = options["pool"]
         captured.append(graph)
         yield
 
@@ -63,7 +64,7 @@ def stubbed(monkeypatch):
         "default_stream": lambda *_: default,
         "stream": lambda s: contextlib.nullcontext(),
         "device": lambda d: contextlib.nullcontext(),
-        "graph_pool_handle": lambda: (0, 1),
+        "graph_pool_handle": object,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     whole = graphs.Replay._capture
@@ -100,6 +101,14 @@ def test_a_replay_drops_the_size_that_was_unused_for_longest(stubbed):
     for size in (1, 1, 2, 2, 1, 3, 3, 1, 2):
         run(torch.zeros(size).as_subclass(OnDevice))
     assert len(stubbed) == 4, "1, 2, 3, and 2 again"
+
+
+@pytest.mark.parametrize(("keep", "pools"), [(2, 1), (1, 3)])
+def test_a_pool_is_shared_and_ends_with_its_last_graph(stubbed, keep, pools):
+    run = graphs.Replay(lambda x: [x + 1], warmup=1, keep=keep)
+    for size in (1, 1, 2, 2, 3, 3):
+        run(torch.zeros(size).as_subclass(OnDevice))
+    assert len({graph.pool for graph in stubbed}) == pools
 
 
 def test_work_that_cannot_be_captured_says_so(stubbed, monkeypatch):
