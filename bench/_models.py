@@ -31,8 +31,14 @@ TINY = {  # runs in a moment
 }
 
 
-def save_weights(backbone: str, folder: Path) -> None:
-    """Random weights, as transformers initialises and stores them."""
+def save_weights(backbone: str, folder: Path, queries: int | None = None) -> None:
+    """Random weights, as transformers initialises and stores them.
+
+    Args:
+        backbone: "swin_tiny" to "swin_large", "resnet50" or "tiny".
+        folder: to write to.
+        queries: None takes 100, of "tiny" 6.
+    """
     from transformers import (
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,
@@ -40,10 +46,12 @@ def save_weights(backbone: str, folder: Path) -> None:
         SwinConfig,
     )
 
+    from segkern.nn.swin import VARIANTS
+
     torch.manual_seed(0)
     settings = {"num_labels": LABELS}
-    if backbone == "swin_tiny":
-        body = SwinConfig(drop_path_rate=0.3, out_features=STAGES)
+    if backbone in VARIANTS:
+        body = SwinConfig(**VARIANTS[backbone], drop_path_rate=0.3, out_features=STAGES)
     elif backbone == "resnet50":
         body = ResNetConfig(out_features=STAGES)
     else:
@@ -51,16 +59,18 @@ def save_weights(backbone: str, folder: Path) -> None:
             embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], out_features=STAGES
         )
         settings = TINY
+    if queries is not None:
+        settings = settings | {"num_queries": queries}
     config = Mask2FormerConfig(backbone_config=body, **settings)
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
 
 
 @functools.cache
-def weights(backbone: str) -> Path:
+def weights(backbone: str, queries: int | None = None) -> Path:
     """A folder that lasts as long as the process."""
     folder = tempfile.TemporaryDirectory()
     _kept.append(folder)
-    save_weights(backbone, Path(folder.name))
+    save_weights(backbone, Path(folder.name), queries)
     return Path(folder.name)
 
 
@@ -153,14 +163,13 @@ def _resident(field: str) -> float:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _peak(impl: str, folder: str, *case) -> None:
+def load(impl: str) -> None:
+    """Imports what the models of "segkern..." or "transformers..." need."""
     if impl.startswith("segkern"):
         import segkern.models  # noqa: F401
     else:
         import transformers.models.mask2former.modeling_mask2former
         import transformers.models.swin.modeling_swin  # noqa: F401
-
-    print_peak(lambda: build(impl, Path(folder), *case))
 
 
 def print_peak(build: Callable[[], Callable]) -> None:
@@ -174,4 +183,6 @@ def print_peak(build: Callable[[], Callable]) -> None:
 
 
 if __name__ == "__main__":
-    _peak(*json.loads(sys.argv[1]))
+    impl, folder, *case = json.loads(sys.argv[1])
+    load(impl)
+    print_peak(lambda: build(impl, Path(folder), *case))

@@ -23,6 +23,7 @@ from .infer import TASKS
 from .models import Model, Segmenter, open_model
 from .ops import _library
 from .predict import image_files, predict_files
+from .process import usable_device
 from .train import TrainConfig
 from .train import train as run_train
 
@@ -48,6 +49,8 @@ def evaluate(
     data: Path | None = None,
     layout: Layout = "plain",
     out: Path | None = None,
+    device: str = "auto",
+    cuda_graphs: bool = True,
 ) -> None:
     """Measure a model on held-out scenes of digits, or images in folders: PQ, SQ, RQ, AP, mIoU.
 
@@ -64,10 +67,12 @@ def evaluate(
             of scenes.
         layout: of that folder.
         out: JSON file for the figures.
+        device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
+        cuda_graphs: on a GPU run the model from a CUDA graph for sizes that come again and again.
     """
     if out is not None and out.is_dir():
         raise ValueError(f"evaluate: --out must be a file, {out} is a folder")
-    opened = _open(model)
+    opened = _open(model).to(usable_device(device))
     if (isinstance(opened, Segmenter) or data) and tasks == TASKS:
         tasks = ("semantic",)
     if data is None:
@@ -76,7 +81,8 @@ def evaluate(
         title, scenes = f"{level} scenes", 400 if scenes is None else scenes
     else:
         source, title = Folder(FolderConfig(data, layout), "val"), str(data)
-    value = run_evaluate(opened, source, tasks, scenes, object_mask_threshold=threshold, out=out)
+    options = {"object_mask_threshold": threshold, "out": out, "cuda_graphs": cuda_graphs}
+    value = run_evaluate(opened, source, tasks, scenes, **options)
     Console().print(table(value, title))
     if out is not None:
         print(f"written: {out}")
@@ -92,6 +98,8 @@ def predict(
     stride: int | None = None,
     scales: tuple[float, ...] = (1.0,),
     flip: bool = False,
+    device: str = "auto",
+    cuda_graphs: bool = True,
 ) -> int:
     """Segment pictures: writes an overlay, a label map and a JSON of segments for each.
 
@@ -106,14 +114,17 @@ def predict(
         stride: pixels from one window to the next; not given, the model's.
         scales: of a Segmenter: sizes of the picture to average over; 1 is the model's.
         flip: of a Segmenter: average over the mirror images, too.
+        device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
+        cuda_graphs: on a GPU run the model from a CUDA graph for sizes that come again and again.
     """
     image_files(images)  # before a model is opened, maybe from the network
     if model == "demo" and not Path(model).is_dir():
         raise ValueError("no folder demo: run `segkern demo` first or give --model")
-    opened = _open(model)
+    opened = _open(model).to(usable_device(device))
     task = task or ("semantic" if isinstance(opened, Segmenter) else "panoptic")
-    views = {"window": window, "stride": stride, "scales": scales, "flip": flip}
-    written, failed = predict_files(opened, images, out, task, threshold, **views)
+    options = {"window": window, "stride": stride, "scales": scales, "flip": flip}
+    options["cuda_graphs"] = cuda_graphs
+    written, failed = predict_files(opened, images, out, task, threshold, **options)
     for path in written:
         print(f"written: {path}")
     for _, reason in failed:

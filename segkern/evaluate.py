@@ -17,18 +17,10 @@ from torch.utils.data import DataLoader
 
 from .files import writable_folder, write_json
 from .images import prepare
-from .infer import (
-    TASKS,
-    Segment,
-    Segmentation,
-    check_options,
-    evaluating,
-    logits,
-    postprocess,
-    semantic,
-)
+from .infer import TASKS, check_options, evaluating, logits, postprocess, semantic
 from .meters import Instances, Panoptic, Semantic, truth_map
 from .models.segmenter import Segmenter
+from .results import Segment, Segmentation
 from .windows import label_map
 
 
@@ -44,6 +36,7 @@ def evaluate(
     top_k: int = 100,
     out: str | Path | None = None,
     progress: bool = True,
+    cuda_graphs: bool = True,
 ) -> dict:
     """Runs the model over a data set and measures the results.
 
@@ -62,6 +55,7 @@ def evaluate(
         object_mask_threshold, overlap_threshold, top_k: as in `postprocess`.
         out: JSON file for the result.
         progress: show a bar.
+        cuda_graphs: as in `infer.segment`.
 
     Returns:
         plain types, None where nothing occurs that could be measured: images, seconds,
@@ -106,7 +100,7 @@ def evaluate(
         job = bar.add_task("evaluate", total=total)
         for samples in loader:
             samples = samples[: total - images]
-            for sample, results in _results(model, samples, tuple(meters), find):
+            for sample, results in _results(model, samples, tuple(meters), find, cuda_graphs):
                 for task, result in results.items():
                     meters[task].update(result, sample)
                 images += 1
@@ -171,7 +165,7 @@ def table(value: dict, title: str = "evaluation") -> Table:
 
 
 def _results(
-    model: nn.Module, samples: list[dict], tasks: Sequence[str], find: Callable
+    model: nn.Module, samples: list[dict], tasks: Sequence[str], find: Callable, cuda_graphs: bool
 ) -> Iterator[tuple[dict, dict[str, Segmentation]]]:
     """Each sample with the result of every task at the size of its targets."""
     if tasks != ("semantic",) and not all("masks" in s for s in samples):
@@ -183,12 +177,12 @@ def _results(
         for sample in samples:
             image = _pixels(model, sample)[None].to(weight)
             with evaluating(model), torch.no_grad():
-                found = label_map(model, [image], _size(sample))
+                found = label_map(model, [image], _size(sample), cuda_graphs=cuda_graphs)
             yield sample, {"semantic": semantic(*found, model.config.id2label)}
         return
     inputs = [_pixels(model, s) for s in samples]
     sizes = [tuple(x.shape[1:]) for x in inputs]
-    batches = logits(model, sizes, inputs.__getitem__, len(samples))
+    batches = logits(model, sizes, inputs.__getitem__, len(samples), cuda_graphs)
     for places, class_logits, mask_logits, padded in batches:
         for row, i in enumerate(places):
             part, sample = slice(row, row + 1), samples[i]

@@ -1,7 +1,6 @@
 """From the logits of queries to segments, and from pictures to segments.
 
-Letters: B image, Q query, K class, C channel, H W output size, h w size of the mask logits, n
-instance.
+Letters: B image, Q query, K class, C channel, H W output size, h w size of the mask logits.
 
 What a result holds is said by `ops.segment_map`, which makes the maps: the rules are those of the
 original Mask2Former code. Here they become one `Segmentation` an image.
@@ -9,147 +8,20 @@ original Mask2Former code. Here they become one `Segmentation` an image.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
-from scipy.ndimage import find_objects
 from torch import Tensor, nn
 
+from .graphs import replayed
 from .images import prepare, read_image, target_size
 from .models.segmenter import Segmenter
 from .ops import segment_map
 from .ops._checks import expect
-from .ops.mask_bits import unpack_bits
 from .ops.segment_map import TASKS as TASKS
 from .ops.segment_map import SegmentMap, check_options
-from .rle import encode
+from .results import Masks, Segment, Segmentation
 from .windows import label_map, window_and_stride
-
-
-class Segment(NamedTuple):
-    """One segment.
-
-    Attributes:
-        id: its value in the label map: from 1 for panoptic and instance, the label for semantic.
-        label_id: in [0, K).
-        score: in [0, 1]; of merged stuff the highest. None for semantic.
-        area: pixels.
-        isthing: False for labels listed as stuff.
-    """
-
-    id: int
-    label_id: int
-    score: float | None
-    area: int
-    isthing: bool
-
-
-class Masks:
-    """Masks of one size that may overlap, a bit a pixel; `masks[i]` is [H, W] bool.
-
-    Attributes:
-        bits: [m, H, ceil(W / 32)] int32, packed as `ops.mask_bits` packs.
-        slots: of each mask its place in `bits`; instances of one query share one.
-        width: W.
-    """
-
-    def __init__(self, bits: Tensor, slots: Sequence[int], width: int):
-        self.bits, self.slots, self.width = bits, list(slots), width
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-    def __getitem__(self, index: int | slice):
-        if isinstance(index, slice):
-            return Masks(self.bits, self.slots[index], self.width)
-        return unpack_bits(self.bits[self.slots[index]], self.width)
-
-    def dense(self) -> Tensor:
-        """[n, H, W] bool."""
-        return unpack_bits(self.bits[self.slots], self.width)
-
-
-@dataclass
-class Segmentation:
-    """The segments of one image.
-
-    Attributes:
-        task: "panoptic", "instance" or "semantic".
-        segmentation: [H, W] int32: segment ids with 0 for void (panoptic), label ids (semantic),
-            or 1 + index of the best-scored instance that covers the pixel, 0 where none does.
-        segments: of the map; for instance one for each mask, in their order.
-        names: label id to name.
-        masks: n `Masks`, instance only; they may overlap and may be empty.
-        labels: [n] int64, instance only.
-        scores: instance: [n] float, in descending order; semantic: [K, H, W], where asked for.
-    """
-
-    task: str
-    segmentation: Tensor
-    segments: list[Segment]
-    names: dict[int, str] | None = None
-    masks: Masks | None = None
-    labels: Tensor | None = None
-    scores: Tensor | None = None
-
-    def above(self, score: float) -> "Segmentation":
-        """The instances with at least this score; panoptic and semantic results as they are."""
-        if self.task != "instance":
-            return self
-        n = int((self.scores >= score).sum())  # they are sorted
-        seen = torch.where(self.segmentation > n, 0, self.segmentation)
-        return replace(
-            self,
-            segmentation=seen,
-            segments=self.segments[:n],
-            masks=self.masks[:n],
-            labels=self.labels[:n],
-            scores=self.scores[:n],
-        )
-
-    def name(self, label_id: int) -> str:
-        """The label's name, or its number as text."""
-        return (self.names or {}).get(label_id, str(label_id))
-
-    def mask(self, index: int) -> Tensor:
-        """[H, W] bool: the pixels of `segments[index]`."""
-        if self.masks is not None:
-            return self.masks[index]
-        return self.segmentation == self.segments[index].id
-
-    def to_json(self) -> dict:
-        """The segments in plain types.
-
-        Returns:
-            task, size [H, W], and segments: id, label_id, label, score, isthing, area, bbox
-            [x, y, width, height] and segmentation, a COCO RLE with its counts as text.
-        """
-        if self.masks is None:
-            ids = self.segmentation.cpu().numpy()
-            codes = encode(ids, [s.id for s in self.segments])
-            found = find_objects(ids + 1)  # of id 0, 1, ...; it takes 0 for nothing
-            boxes = [_box(found[s.id]) for s in self.segments]
-        else:
-            codes, boxes = [], []
-            for mask in self.masks:
-                mask = mask.byte().cpu().numpy()
-                codes += encode(mask, [1])
-                boxes.append(_box(next(iter(find_objects(mask)), None)))
-        segments = [
-            {
-                "id": s.id,
-                "label_id": s.label_id,
-                "label": self.name(s.label_id),
-                "score": None if s.score is None else round(s.score, 6),
-                "isthing": s.isthing,
-                "area": s.area,
-                "bbox": box,
-                "segmentation": code,
-            }
-            for s, code, box in zip(self.segments, codes, boxes)
-        ]
-        return {"task": self.task, "size": list(self.segmentation.shape), "segments": segments}
 
 
 def postprocess(
@@ -250,6 +122,7 @@ def segment(
     stride: int | None = None,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
+    cuda_graphs: bool = True,
 ) -> Segmentation | list[Segmentation]:
     """Finds the segments of pictures.
 
@@ -269,6 +142,8 @@ def segment(
         window, stride: of a Segmenter, in pixels; None takes the config's.
         scales: of a Segmenter: sizes of the image to average over; 1 is the config's.
         flip: of a Segmenter: average over the mirror images, too.
+        cuda_graphs: on a GPU, run the model from a CUDA graph for sizes that come again and again
+            (`graphs.replayed`); False runs it eagerly and frees the graphs.
 
     Returns:
         one `Segmentation` for one image, a list for a list, at the images' own sizes.
@@ -288,7 +163,7 @@ def segment(
     if isinstance(model, Segmenter):
         if task != "semantic":
             raise ValueError(f"segment: task must be 'semantic' for a Segmenter, got {task!r}")
-        options = window, stride, flip, return_scores
+        options = window, stride, flip, return_scores, cuda_graphs
         results = [_by_windows(model, x, scales, *options) for x in pictures]
         return results[0] if one else results
     inputs = [target_size(size, config.shortest_edge, config.longest_edge) for size in outputs]
@@ -297,7 +172,8 @@ def segment(
         return prepare(pictures[i], config)
 
     results = [None] * len(inputs)
-    for places, class_logits, mask_logits, padded in logits(model, inputs, read, batch_size):
+    batches = logits(model, inputs, read, batch_size, cuda_graphs)
+    for places, class_logits, mask_logits, padded in batches:
         found = postprocess(
             class_logits,
             mask_logits,
@@ -340,6 +216,7 @@ def logits(
     sizes: Sequence[tuple[int, int]],
     read: Callable[[int], Tensor],
     batch_size: int = 8,
+    cuda_graphs: bool = True,
 ) -> Iterator[tuple[list[int], Tensor, Tensor, tuple[int, int]]]:
     """Runs the model over prepared images, those of one padded size together.
 
@@ -348,6 +225,7 @@ def logits(
         sizes: of each image its height and width.
         read: gives image i, [3, h, w] float, normalised; called when its batch is made.
         batch_size: at most so many images at once.
+        cuda_graphs: as in `segment`.
 
     Yields:
         places in `sizes`, class logits [b, Q, K + 1], mask logits [b, Q, h, w], padded size.
@@ -367,13 +245,18 @@ def logits(
                 row[:, : sizes[i][0], : sizes[i][1]] = read(i)
             # no_grad, not inference_mode: constants that the model keeps must serve training too
             with evaluating(model), torch.no_grad():
-                out = model(batch)
-            found = out.class_queries_logits, out.masks_queries_logits
-            del batch, row, out  # large, and not needed while the caller works on the logits
+                found = replayed(_last, model, batch, cuda_graphs)
+            del batch, row  # large, and not needed while the caller works on the logits
             yield places, *found, padded
 
 
-def _by_windows(model, picture, scales, window, stride, flip, return_scores) -> Segmentation:
+def _last(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Class logits and mask logits of the last prediction."""
+    out = model(pixel_values)
+    return out.class_queries_logits, out.masks_queries_logits
+
+
+def _by_windows(model, picture, scales, *options) -> Segmentation:
     """One picture [3, H, W] through a Segmenter at each scale."""
     config = model.config
     edges = [
@@ -388,7 +271,7 @@ def _by_windows(model, picture, scales, window, stride, flip, return_scores) -> 
     images = [prepare(picture, scaled)[None].to(weight) for scaled in edges]
     size = tuple(picture.shape[1:])
     with evaluating(model), torch.no_grad():
-        found = label_map(model, images, size, window, stride, flip, return_scores)
+        found = label_map(model, images, size, *options)
     return semantic(*found, config.id2label)
 
 
@@ -438,11 +321,3 @@ def _result(found: SegmentMap, task: str, stuff: frozenset[int]) -> Segmentation
     elif found.class_scores is not None:
         result.scores = found.class_scores[0]
     return result
-
-
-def _box(found: tuple[slice, slice] | None) -> list[int]:
-    """x, y, width and height of a segment's rows and columns; zeros where there are none."""
-    if found is None:
-        return [0, 0, 0, 0]
-    rows, columns = found
-    return [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start]

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .infer import Segmentation
+from .results import Segmentation
 
 VOID = -1  # in place of a label that the model does not have
 

@@ -4,7 +4,7 @@ Letters: H W picture size, K class.
 
 A label has one hue wherever it is drawn, so truth and prediction can be compared by colour;
 further instances of it differ in lightness. A result is anything with `segmentation`, `segments`
-and `name(label)` like infer.Segmentation. Matplotlib is imported by the functions that need it.
+and `name(label)` like results.Segmentation. Matplotlib is imported by the functions that need it.
 """
 
 import colorsys

@@ -24,6 +24,7 @@ def predict_files(
     stride: int | None = None,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
+    cuda_graphs: bool = True,
     report: Callable[[Path, str | None], None] | None = None,
 ) -> tuple[list[Path], list[tuple[Path, str]]]:
     """Segments every picture and writes NAME_overlay.png, NAME_labels.png and NAME.json for each.
@@ -38,6 +39,7 @@ def predict_files(
         task, overlap_threshold, top_k: as in `infer.postprocess`.
         object_mask_threshold: there as well; of instance results those below it are left out.
         window, stride, scales, flip: of a Segmenter, as in `infer.segment`.
+        cuda_graphs: as in `infer.segment`.
         report: called after each picture with its path and None, or what went wrong.
 
     Returns:
@@ -69,6 +71,7 @@ def predict_files(
                 stride=stride,
                 scales=scales,
                 flip=flip,
+                cuda_graphs=cuda_graphs,
             ).above(object_mask_threshold)
             save_picture(folder / f"{name}_overlay.png", overlay(read_pixels(image), result))
             save_label_map(folder / f"{name}_labels.png", result)

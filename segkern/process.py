@@ -1,4 +1,4 @@
-"""What training asks of the process: Ctrl-C, and the device to run on."""
+"""What a command asks of the process: Ctrl-C, and the device to run on."""
 
 import signal
 import threading
@@ -22,9 +22,9 @@ def usable_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"train: device {name!r} cannot be used: {reason}") from error
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
     if device.type in _library.MISSING and not _library.PURE:
-        raise ValueError(f"train: device {name!r} has no kernels: {_library.MISSING[device.type]}")
+        raise ValueError(f"device {name!r} has no kernels: {_library.MISSING[device.type]}")
     return device
 
 

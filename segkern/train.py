@@ -329,6 +329,7 @@ def _metrics(model: Model, data, config: TrainConfig) -> dict[str, float]:
             limit=config.evaluate_scenes,
             object_mask_threshold=config.threshold,
             progress=False,
+            cuda_graphs=False,  # their memory is the next step's
         )
     if task == "panoptic":
         value |= {"pq": value["things"]["pq"]}

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .graphs import replayed
 from .nn.bands import resize_matrix, resized
 from .ops import resize_argmax
 from .ops._checks import expect_integer
@@ -52,6 +53,7 @@ def label_map(
     stride: int | None = None,
     flip: bool = False,
     return_scores: bool = False,
+    cuda_graphs: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The likeliest class of each pixel of one image.
 
@@ -62,6 +64,7 @@ def label_map(
         window, stride: as `window_and_stride` takes them.
         flip: also look at the mirror image of each scale.
         return_scores: also return the probabilities.
+        cuda_graphs: as in `infer.segment`.
 
     Returns:
         [H, W] int32, and [K, H, W] float32 or None.
@@ -72,7 +75,7 @@ def label_map(
     """
     window, stride = window_and_stride(model.config, window, stride)
     views = [
-        _View(model, enlarged(image, window), output_size, window, stride, mirrored)
+        _View(model, enlarged(image, window), output_size, window, stride, mirrored, cuda_graphs)
         for image in images
         for mirrored in ((False, True) if flip else (False,))
     ]
@@ -119,13 +122,13 @@ class _View:
         rows, columns: [H, h] and [W, w] float32.
     """
 
-    def __init__(self, model, image, output_size, window, stride, mirrored):
+    def __init__(self, model, image, output_size, window, stride, mirrored, cuda_graphs):
         tops, lefts = (starts(n, window, stride) for n in image.shape[2:])
         image = image.flip(3) if mirrored else image
         crops = [image[0, :, y : y + window, x : x + window] for y in tops for x in lefts]
         at_once = max(1, _PIXELS_AT_ONCE // window**2)
         maps = [
-            model.patch_logits(torch.stack(crops[i : i + at_once]))
+            replayed(_patches, model, torch.stack(crops[i : i + at_once]), cuda_graphs)
             for i in range(0, len(crops), at_once)
         ]
         maps = torch.cat(maps).float().unflatten(0, (len(tops), len(lefts)))
@@ -142,6 +145,10 @@ class _View:
     def logits(self, rows: slice) -> Tensor:
         """Logits [K, rows, W] of these rows of the output."""
         return torch.einsum("yi,kij->kyj", self.rows[rows], self.maps) @ self.columns.mT
+
+
+def _patches(model: nn.Module, windows: Tensor) -> Tensor:
+    return model.patch_logits(windows)
 
 
 def _mean(one: Tensor, first: Sequence[int], size: int) -> Tensor:

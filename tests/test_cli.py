@@ -91,7 +91,7 @@ def test_train_resume_evaluate_predict(tmp_path, capsys):
     for path, shape in zip(pictures, ((70, 50), (64, 64, 4), (33, 91, 3))):
         Image.fromarray(np.full(shape, 90, np.uint8)).save(path)
     command = ["predict", *map(str, pictures), "--model", str(run), "--out", str(out)]
-    assert main([*command, "--threshold", "0"]) == 0
+    assert main([*command, "--threshold", "0", "--device", "cpu", "--no-cuda-graphs"]) == 0
     for path in pictures:
         assert json.loads((out / f"{path.stem}.json").read_text())["task"] == "panoptic"
         assert (out / f"{path.stem}_overlay.png").is_file()
@@ -159,6 +159,11 @@ def save_run(folder, settings):
     checkpoint.save(folder, state | {"model": {}, "optimizer": {}, "random": {}})
 
 
+def wrong_device(folder):
+    Image.new("RGB", (9, 9)).save(folder / "a.png")
+    return ["predict", str(folder / "a.png"), "--out", str(folder / "out"), "--device", "abacus"]
+
+
 ERRORS = [
     (spoilt_model, "model.safetensors"),
     (other_model, "the model has 7 labels, the data set 10 classes"),
@@ -173,6 +178,7 @@ ERRORS = [
     (lambda f: ["train", "--output", str(f), "--steps", "0"], "steps must be >= 1, got 0"),
     (lambda f: ["evaluate", str(f / "none")], "no such folder"),
     (lambda f: ["evaluate", str(f)], "config.json"),
+    (wrong_device, "device 'abacus' cannot be used"),
     (lambda f: ["demo", "--output", str(f), "--scenes", "0"], "scenes must be >= 1, got 0"),
 ]
 

@@ -1,14 +1,18 @@
-"""Mask2Former on a GPU: the CPU's numbers, no host synchronisation, a step as one CUDA graph."""
+"""Models on a GPU: the CPU's numbers, no synchronisation, a step and `segment` as CUDA graphs."""
 
 import copy
+import gc
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from test_gpu import DEVICE, no_synchronisation
 
+from segkern import graphs, segment
 from segkern.data.collate import Batch
 from segkern.graphs import Replay
-from segkern.models import Mask2Former, Mask2FormerConfig
+from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterConfig
 from segkern.nn.targets import Targets
 from segkern.optimizer import build_optimizer
 from segkern.step import PRECISIONS, Step
@@ -136,3 +140,134 @@ def test_an_inference_is_one_graph(backbone):
             want, got = network.predict(x + i), run(x + i)
             assert distance(list(got), list(want)) < 1e-5
     assert len(run._captured) == 1
+
+
+def small_segmenter():
+    torch.manual_seed(0)
+    sides = {"image_size": (64, 64), "window_size": 48, "window_stride": 48, "shortest_edge": 64}
+    return Segmenter(SegmenterConfig(LABELS, patch_size=8, embed_dim=64, num_heads=1, **sides))
+
+
+def small_mask2former():
+    network = model()
+    network.config.shortest_edge, network.config.longest_edge = 64, 512
+    return network
+
+
+GRAPHED = {"mask2former": small_mask2former, "segmenter": small_segmenter}
+
+
+def picture(i, width=64):
+    return np.random.default_rng(i).integers(0, 255, (64, width, 3), dtype=np.uint8)
+
+
+def scores(network, *which, **options):
+    options["return_scores"] = True
+    return segment(network, picture(*which), "semantic", **options).scores
+
+
+def eager_scores(network, *which):
+    """Of a copy, as running eagerly frees the graphs."""
+    return scores(copy.deepcopy(network), *which, cuda_graphs=False)
+
+
+def garbage():
+    """Memory that was freed and is still read holds NaN afterwards."""
+    sizes = [2**n for n in range(8, 23, 2)] * 16
+    held = [torch.full((size,), float("nan"), device=DEVICE) for size in sizes]
+    del held
+
+
+def graphs_of(network):
+    return len(graphs._INFERENCES[network]._captured)
+
+
+@pytest.mark.parametrize("kind", GRAPHED)
+def test_segment_replays_sizes_that_come_again(kind):
+    network, wanted = GRAPHED[kind]().to(DEVICE), []
+    for i in range(8):
+        which = i, (64, 128)[i % 2]
+        wanted.append(eager_scores(network, *which))
+        assert distance([scores(network, *which)], [wanted[-1]]) < 1e-3
+    assert graphs_of(network) == 2
+    assert distance([wanted[0]], [wanted[6]]) > 0.01, "pictures differ in what is found"
+
+
+@pytest.mark.parametrize("kind", GRAPHED)
+def test_graphs_outlive_what_other_sizes_push_out(kind):
+    network = GRAPHED[kind]().to(DEVICE)
+    for i in range(3):
+        scores(network, i)
+    other = {"window": 32} if kind == "segmenter" else {}
+    for width in range(96, 96 + 32 * 10, 32):  # position embeddings of eight sizes are kept
+        scores(network, 0, width, **other)
+    garbage()
+    assert graphs_of(network) == 1
+    assert distance([scores(network, 7)], [eager_scores(network, 7)]) < 1e-3
+
+
+CHANGES = {  # what is done to the model, graphs left after it, tolerance
+    "load_state_dict": (lambda m: m.load_state_dict(shaken(m)), 1, 1e-3),
+    "half": (lambda m: m.half(), 0, 0.02),
+    "there and back": (lambda m: m.cpu().to(DEVICE), None, 1e-3),
+    "assigned": (lambda m: m.load_state_dict(shaken(m), assign=True), 0, 1e-3),
+}
+
+
+def shaken(network):
+    """Weights a little off, of the same statistics."""
+    return {
+        name: w + 0.1 * w.std() * torch.randn_like(w) if "weight" in name and w.ndim > 1 else w
+        for name, w in network.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", GRAPHED)
+def test_graphs_follow_the_weights(kind, change):
+    network = GRAPHED[kind]().to(DEVICE)
+    before = [scores(network, i) for i in range(3)][2]
+    assert graphs_of(network) == 1
+    apply, left, close = CHANGES[change]
+    apply(network)
+    garbage()
+    for i in range(4):
+        want = eager_scores(network, 2)
+        assert distance([scores(network, 2)], [want]) < close
+        if i == 0 and left is not None:
+            assert graphs_of(network) == left
+    assert graphs_of(network) == 1
+    if left is not None and change != "half":
+        assert distance([want], [before]) > 0.01
+
+
+@pytest.mark.parametrize("kind", GRAPHED)
+def test_graphs_do_not_read_casts_of_an_autocast_that_has_ended(kind):
+    network = GRAPHED[kind]().to(DEVICE)
+    for block in range(3):  # a capture in the second, after an eager call
+        with torch.autocast(DEVICE, torch.bfloat16):
+            for i in range(2):
+                want = eager_scores(network, i)
+                assert distance([scores(network, i)], [want]) < 0.02
+        assert graphs_of(network) == (block > 0)
+        garbage()
+    assert distance([scores(network, 0)], [eager_scores(network, 0)]) < 1e-3
+
+
+@pytest.mark.parametrize("kind", GRAPHED)
+def test_graphs_are_freed_with_their_model(kind):
+    def run():
+        network = GRAPHED[kind]().to(DEVICE)
+        for i in range(4):
+            scores(network, i)
+        assert graphs_of(network) == 1
+        return weakref.ref(network)
+
+    allocated = []
+    for _ in range(3):  # the first one leaves workspaces and position embeddings
+        network = run()
+        gc.collect()
+        assert network() is None
+        torch.cuda.synchronize()
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[2] <= allocated[1] + 2**20

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))
 # from the top
 FLOORS = ["cli", "demo", "recipes", "train", "step", "evaluate", "meters", "predict", "explain"]
-FLOORS += ["infer", "windows", "models", "nn", "ops"]
+FLOORS += ["infer", "results", "windows", "graphs", "models", "nn", "ops"]
 GROUND = ["weights", "data"]
 
 

@@ -33,8 +33,12 @@ def test_rows_and_figure(quick, tmp_path):
     segmenter = [r for r in rows if r["plot"].startswith("tiny against")]
     assert len(segmenter) == 8  # two image sizes, two patch sizes, each in both plots
     assert {int(r["tokens"]) for r in segmenter} == {4, 16, 64}
-    other = {r["plot"].removeprefix("Mask2Former against ") for r in rows if r not in segmenter}
-    assert other == {"image size", "images", "queries", "targets", "backbone"}
+    assert {r["impl"] for r in segmenter} == {"segkern"}
+    pairs = {(r["plot"].removeprefix("Mask2Former against "), r["impl"]) for r in rows[:-8]}
+    panels = ("image size", "images", "queries", "targets", "backbone")
+    assert pairs == {(p, impl) for p in panels for impl in ("segkern", "transformers")}
+    alone = [r["impl"] for r in rows if r["plot"].endswith("images") and r["x"] == "2"]
+    assert alone == ["segkern"]
     assert len(quick) == len(set(quick))  # what is in several plots is measured once
     for name in ("segmenter", "mask2former"):
         with Image.open(tmp_path / f"out/plots_{name}.png") as picture:
@@ -42,11 +46,12 @@ def test_rows_and_figure(quick, tmp_path):
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own():
-    one, four = (
-        _models.peak_memory("inference", "tiny", side, 1, 8, 1, script=plots.__file__)
-        for side in (64, 512)
+    case = str(_models.weights("tiny", 8)), "inference"
+    ours, theirs = (
+        _models.peak_memory(impl, *case, side, 1, 1, script=plots.__file__)
+        for impl, side in (("segkern", 64), ("transformers", 512))
     )
-    assert 0 < one < four
+    assert 0 < ours < theirs
 
 
 def test_attention_grows_with_the_square_of_the_tokens_and_the_rest_does_not():

@@ -1,13 +1,11 @@
-"""A training step: what it does to the weights, precisions, compilation; graphs, stubbed."""
+"""A training step: what it does to the weights, precisions, compilation."""
 
-import contextlib
 import copy
 import json
 
 import pytest
 import torch
 
-from segkern import graphs
 from segkern.data.collate import Batch
 from segkern.models import Mask2Former, Mask2FormerConfig
 from segkern.nn.targets import Targets
@@ -121,114 +119,6 @@ def test_the_compiled_loss_has_the_gradients_of_the_eager_one():
     whole = torch.cat([g.flatten() for _, g in pairs]).norm()
     for got, want in pairs:
         assert (got - want).norm() <= 1e-3 * (want.norm() + 1e-3 * whole)
-
-
-class OnDevice(torch.Tensor):
-    """A CPU tensor that says it is on a GPU."""
-
-    is_cuda = True
-
-
-class Graph:
-    """What a capture would replay: the last function that ran in it, into the same outputs."""
-
-    work = None
-
-    def replay(self):
-        function, fixed, outputs = self.work
-        for kept, new in zip(outputs, function(*fixed)):
-            kept.copy_(new)
-
-
-@pytest.fixture
-def stubbed(monkeypatch):
-    """torch.cuda without a GPU; lists what was captured."""
-    captured = []
-
-    @contextlib.contextmanager
-    def capture(graph, pool):
-        captured.append(graph)
-        yield
-
-    def stream(*_):
-        return type("Stream", (), {"wait_stream": lambda self, other: None})()
-
-    for name, value in {
-        "graph": capture,
-        "CUDAGraph": Graph,
-        "Stream": stream,
-        "current_stream": stream,
-        "stream": lambda s: contextlib.nullcontext(),
-        "graph_pool_handle": lambda: (0, 1),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    return captured
-
-
-def replay_of(function, **options):
-    """A Replay whose stubbed graphs know their work."""
-    run = graphs.Replay(function, **options)
-    whole = run._capture
-
-    def capture(key, inputs):
-        whole(key, inputs)
-        graph, *rest = run._captured[key]
-        graph.work = (function, *rest)
-
-    run._capture = capture
-    return run
-
-
-def test_a_replay_captures_each_size_once_and_takes_new_values(stubbed):
-    calls = []
-
-    def function(x, y):
-        calls.append(x.shape)
-        return [x + y, x * y]
-
-    run = replay_of(function, warmup=2)
-    for size in (3, 5):
-        for i in range(6):
-            x = torch.full((size,), float(i)).as_subclass(OnDevice)
-            total, product = run(x, x + 1)
-            assert torch.equal(total, torch.full((size,), 2.0 * i + 1))
-            assert torch.equal(product, torch.full((size,), i * (i + 1.0)))
-            total.fill_(7)  # a caller may keep and change what it got
-    assert len(stubbed) == 2
-
-
-def test_a_replay_drops_the_size_that_was_unused_for_longest(stubbed):
-    run = replay_of(lambda x: [x + 1], warmup=1, keep=2)
-    for size in (1, 1, 2, 2, 1, 3, 3, 1, 2):
-        run(torch.zeros(size).as_subclass(OnDevice))
-    assert len(stubbed) == 4, "1, 2, 3, and 2 again"
-
-
-def test_work_that_cannot_be_captured_says_so(stubbed, monkeypatch):
-    def fails(x):
-        if stubbed:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return x + 1
-
-    run = replay_of(fails, warmup=1)
-    x = torch.zeros(2, 3).as_subclass(OnDevice)
-    run(x)
-    with pytest.raises(
-        RuntimeError, match=r"work on \[\[2, 3\]\] cannot be captured .* not permi"
-    ):
-        run(x)
-
-
-def test_a_replay_runs_the_function_on_a_cpu():
-    run = graphs.Replay(lambda x: {"a": (x + 1, [x])}, warmup=1)
-    for _ in range(4):
-        assert torch.equal(run(torch.zeros(2))["a"][0], torch.ones(2))
-
-
-@pytest.mark.parametrize("option", ["warmup", "keep"])
-def test_replay_options(option):
-    with pytest.raises(ValueError, match=r"warmup and keep must be >= 1, got .*0"):
-        graphs.Replay(print, **{option: 0})
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .position import is_recording
+
 
 def blocks(dim: int, heads: int, depth: int, dropout: float, drop_path: float) -> nn.ModuleList:
     """`depth` pre-norm blocks with feed-forward networks of 4 x dim.
@@ -110,13 +112,14 @@ class ViT(nn.Module):
         if h * w == self.grid[0] * self.grid[1]:
             return self.pos_embed
         key = (h, w, self.pos_embed._version, self.pos_embed.dtype, self.pos_embed.device)
-        if self._resized[0] == key and not torch.is_grad_enabled():
+        keeps = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_recording())
+        if keeps and self._resized[0] == key:
             return self._resized[1]
         tokens, grid = self.pos_embed.split([self.tokens, self.grid[0] * self.grid[1]], 1)
         grid = grid.unflatten(1, self.grid).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, size=(h, w), mode="bilinear")
         found = torch.cat((tokens, grid.flatten(2).mT), 1)
-        if not torch.is_grad_enabled():
+        if keeps:
             self._resized = (key, found)
         return found
 
