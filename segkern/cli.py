@@ -47,6 +47,10 @@ def evaluate(
     threshold: float = recipes.DIGITS_THRESHOLD,
     data: Path | None = None,
     layout: Layout = "plain",
+    window: int | None = None,
+    stride: int | None = None,
+    scales: tuple[float, ...] = (1.0,),
+    flip: bool = False,
     out: Path | None = None,
 ) -> None:
     """Measure a model on held-out scenes of digits, or images in folders: PQ, SQ, RQ, AP, mIoU.
@@ -63,6 +67,10 @@ def evaluate(
         data: folder of images and maps of their classes, whose val split is measured on, in place
             of scenes.
         layout: of that folder.
+        window: side in pixels of a Segmenter's windows; not given, the model's.
+        stride: pixels from one window to the next; not given, the model's.
+        scales: of a Segmenter: sizes of the images to average over; 1 is the model's.
+        flip: of a Segmenter: average over the mirror images, too.
         out: JSON file for the figures.
     """
     if out is not None and out.is_dir():
@@ -76,7 +84,9 @@ def evaluate(
         title, scenes = f"{level} scenes", 400 if scenes is None else scenes
     else:
         source, title = Folder(FolderConfig(data, layout), "val"), str(data)
-    value = run_evaluate(opened, source, tasks, scenes, object_mask_threshold=threshold, out=out)
+    views = {"window": window, "stride": stride, "scales": scales, "flip": flip}
+    views |= {"object_mask_threshold": threshold, "out": out}
+    value = run_evaluate(opened, source, tasks, scenes, **views)
     Console().print(table(value, title))
     if out is not None:
         print(f"written: {out}")

@@ -24,7 +24,7 @@ from .ops.mask_bits import unpack_bits
 from .ops.segment_map import TASKS as TASKS
 from .ops.segment_map import SegmentMap, check_options
 from .rle import encode
-from .windows import label_map, window_and_stride
+from .windows import at_scales, label_map, window_and_stride
 
 
 class Segment(NamedTuple):
@@ -375,21 +375,12 @@ def logits(
 
 def _by_windows(model, picture, scales, window, stride, flip, return_scores) -> Segmentation:
     """One picture [3, H, W] through a Segmenter at each scale."""
-    config = model.config
-    edges = [
-        replace(
-            config,
-            shortest_edge=max(1, round(s * config.shortest_edge)),
-            longest_edge=max(1, round(s * config.longest_edge)),
-        )
-        for s in scales
-    ]
     weight = next(model.parameters())
-    images = [prepare(picture, scaled)[None].to(weight) for scaled in edges]
+    images = [x[None].to(weight) for x in at_scales(picture, model.config, scales)]
     size = tuple(picture.shape[1:])
     with evaluating(model), torch.no_grad():
         found = label_map(model, images, size, window, stride, flip, return_scores)
-    return semantic(*found, config.id2label)
+    return semantic(*found, model.config.id2label)
 
 
 def semantic(labels: Tensor, scores: Tensor | None, names: dict | None) -> Segmentation:

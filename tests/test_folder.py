@@ -264,19 +264,23 @@ def test_bad_settings(plain):
     assert not (plain / "run/last.pt").exists()
 
 
-@pytest.mark.parametrize("kind", ["segmenter", "mask2former"])
+VIEWS = {"window": 24, "stride": 12, "scales": (0.75, 1.5), "flip": True}
+
+
+@pytest.mark.parametrize("kind", ["segmenter", "segmenter, views", "mask2former"])
 def test_evaluation_is_that_of_segment(kind, plain):
     torch.manual_seed(0)
-    if kind == "segmenter":
+    views = VIEWS if kind.endswith("views") else {}
+    if kind.startswith("segmenter"):
         model = Segmenter(tiny()).eval()
     else:
         config = replace(Mask2FormerConfig.tiny(3), num_queries=5, decoder_layers=1)
         model = Mask2Former(replace(config, shortest_edge=32, longest_edge=64)).eval()
     data = Folder(FolderConfig(plain), "val")
-    value = evaluate(model, data, ("semantic",), progress=False)
+    value = evaluate(model, data, ("semantic",), progress=False, **views)
     both, seen = np.zeros(3), np.zeros(3)
     for sample in (data[0], data[1]):
-        found = segkern.segment(model, sample["image"], "semantic").segmentation.numpy()
+        found = segkern.segment(model, sample["image"], "semantic", **views).segmentation.numpy()
         counts = sample["semantic"] != 255
         for k in range(3):
             a, b = found[counts] == k, sample["semantic"][counts] == k
@@ -284,6 +288,9 @@ def test_evaluation_is_that_of_segment(kind, plain):
     assert value["images"] == 2
     assert value["miou"] == pytest.approx(np.mean(both[seen > 0] / seen[seen > 0]))
     assert [row["name"] for row in value["classes"]] == NAMES
+    if views:
+        plainly = evaluate(model, data, ("semantic",), progress=False)
+        assert plainly["pixel_accuracy"] != value["pixel_accuracy"]
     if kind == "mask2former":
         with pytest.raises(ValueError, match=r"tasks must be .* for samples without masks"):
             evaluate(model, data, progress=False)
@@ -306,19 +313,22 @@ def test_train_evaluate_and_predict_from_the_command_line(plain, tmp_path, capsy
     value = json.loads(figures.read_text())
     assert value["images"] == 2
     assert [row["name"] for row in value["classes"]] == NAMES
+    options = ["--window", "16", "--stride", "8", "--scales", "1", "1.5", "--flip"]
+    assert main([*measure, *options]) == 0
+    more = json.loads(figures.read_text())
     assert main([*measure, "--layout", "ade20k"]) == 2
     assert "images/validation: no such folder" in capsys.readouterr().err
     images = [str(plain / "images/val/part"), "--model", str(run), "--out", str(out)]
-    options = ["--window", "16", "--stride", "8", "--scales", "1", "1.5", "--flip"]
     assert main(["predict", *images, *options]) == 0
     found = json.loads((out / "scene.0.json").read_text())
     assert found["size"] == [24, 40]
     assert {s["label"] for s in found["segments"]} <= set(NAMES)
     model = segkern.Segmenter.from_pretrained(run / "model")
     picture = plain / "images/val/part/scene.0.png"
-    want = segkern.segment(
-        model, picture, "semantic", window=16, stride=8, scales=(1, 1.5), flip=True
-    )
+    views = {"window": 16, "stride": 8, "scales": (1, 1.5), "flip": True}
+    want = segkern.segment(model, picture, "semantic", **views)
+    own = evaluate(model, Folder(FolderConfig(plain), "val"), ("semantic",), **views)
+    assert more["pixel_accuracy"] == own["pixel_accuracy"]
     assert sum(s["area"] for s in found["segments"] if s["label_id"] == 0) == sum(
         s.area for s in want.segments if s.label_id == 0
     )
@@ -327,6 +337,14 @@ def test_train_evaluate_and_predict_from_the_command_line(plain, tmp_path, capsy
 BAD_COMMANDS = {
     "stride": ("predict {image} --model {run} --stride 0", "stride must be >= 1, got 0"),
     "scales": ("predict {image} --model {run} --scales 0", r"scales must be positive, got (0.0,)"),
+    "stride of evaluate": (
+        "evaluate {run} --window 8 --stride 9",
+        "stride must be <= window (8), got 9",
+    ),
+    "evaluate another model": (
+        "evaluate {other} --scales 0.5 1",
+        "window, stride, scales and flip are for a Segmenter",
+    ),
     "another model": (
         "predict {image} --model {other} --window 64",
         "window, stride, scales and flip are for a Segmenter",
