@@ -1,4 +1,4 @@
-"""Images in folders: the three layouts, views, what is refused, and a run from end to end."""
+"""Images in folders: the layouts, views, what is refused, and a run from end to end."""
 
 import json
 from dataclasses import replace
@@ -76,6 +76,10 @@ LAYOUTS = {
         *(ULM, "gtFine/train/ulm/ulm_0_gtFine_labelTrainIds.png"),
         *([0, 18, 255], [0, 18, 255], 19),
     ),
+    "pascal_context": (
+        *("JPEGImages/2008_000002.jpg", "SegmentationClassContext/2008_000002.png"),
+        *([0, 1, 59, 255], [0, 1, 59, 255], 60),
+    ),
     "plain": ("images/train/a.b.bmp", "labels/train/a.b.png", [2, 0, 255], [2, 0, 255], 3),
 }  # fmt: skip
 
@@ -89,6 +93,8 @@ def test_layouts(layout, tmp_path):
     write(tmp_path / of_image, pixels)
     write(tmp_path / of_map, np.uint8([values] * 4))
     (tmp_path / "classes.txt").write_text("a\nb\nc")
+    if layout == "pascal_context":
+        listed(tmp_path, train="2008_000002\n", val="")
     known = "cityscapes" if layout == "train ids" else layout
     data = Folder(FolderConfig(tmp_path, known), "train")
     assert (len(data), len(data.classes), len(data.stuff)) == (1, classes, classes)
@@ -98,6 +104,41 @@ def test_layouts(layout, tmp_path):
     assert sample["semantic"].tolist() == [labels] * 4
     if not of_image.endswith(".jpg"):
         assert (sample["image"] == pixels).all()
+
+
+def listed(root, **splits):
+    """Writes Pascal Context's lists of names."""
+    folder = root / "ImageSets/SegmentationContext"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, names in splits.items():
+        (folder / f"{split}.txt").write_text(names)
+
+
+def test_pascal_contexts_lists(tmp_path):
+    config = FolderConfig(tmp_path, "pascal_context")
+    for i, name in enumerate(("b", "a", "c")):  # c, of another task, has no map
+        write(tmp_path / f"JPEGImages/{name}.jpg", np.full((2, 2, 3), 80 * i, np.uint8))
+        if name != "c":
+            write(tmp_path / f"SegmentationClassContext/{name}.png", np.full((2, 2), i, np.uint8))
+    with pytest.raises(ValueError, match=r"train.txt: no such file; it has .* of the images"):
+        Folder(config)
+    listed(tmp_path, train="b\na\n", val="a")
+    assert [path.stem for path, _ in Folder(config).pairs] == ["a", "b"]
+    val = Folder(config, "val")
+    assert [path.stem for path, _ in val.pairs] == ["a"]
+    assert (val[0]["semantic"] == 1).all()
+    assert (val.classes[0], val.classes[2], val.classes[59]) == ("background", "bag", "wood")
+    assert val.classes[1:] == sorted(val.classes[1:])
+    listed(tmp_path, train="a\nd", val="c")
+    with pytest.raises(
+        ValueError, match="JPEGImages: has no image d, which the train split lists"
+    ):
+        Folder(config)
+    with pytest.raises(ValueError, match=r"c.jpg: has no map .*SegmentationClassContext/c.png"):
+        Folder(config, "val")
+    listed(tmp_path, val="")
+    with pytest.raises(ValueError, match=r"val.txt: names no image"):
+        Folder(config, "val")
 
 
 def test_names_of_classes(tmp_path):
@@ -201,7 +242,10 @@ ERRORS = {
         lambda r: (r / "labels/train/part/scene.1.png").unlink(),
         r"scene.1.jpg: has no map .*labels/train/part/scene.1.png \(1 of 3 images have none\)",
     ),
-    "no names": (lambda r: (r / "classes.txt").unlink(), "classes.txt: no such file; it names"),
+    "no names": (
+        lambda r: (r / "classes.txt").unlink(),
+        "classes.txt: no such file; it has the names of the classes",
+    ),
     "empty name": (
         lambda r: (r / "classes.txt").write_text("a\n\nb"),
         "classes.txt: must have 1 to 255 names, one a line and no empty line, got 3",
