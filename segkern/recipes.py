@@ -58,7 +58,7 @@ def digits_segmenter(
     Args:
         level: "easy", "hard" or "mixed".
         size: height and width of a scene, multiples of 4.
-        decoder: "linear", or "mask", which learns more slowly here.
+        decoder: "linear", or "mask", which takes some more steps here.
 
     Returns:
         a `TrainConfig`. Muon, not the paper's SGD, and attention that starts local: the encoder
