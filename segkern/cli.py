@@ -48,6 +48,10 @@ def evaluate(
     threshold: float = recipes.DIGITS_THRESHOLD,
     data: Path | None = None,
     layout: Layout = "plain",
+    window: int | None = None,
+    stride: int | None = None,
+    scales: tuple[float, ...] = (1.0,),
+    flip: bool = False,
     out: Path | None = None,
     device: str = "auto",
     cuda_graphs: bool = True,
@@ -66,6 +70,10 @@ def evaluate(
         data: folder of images and maps of their classes, whose val split is measured on, in place
             of scenes.
         layout: of that folder.
+        window: side in pixels of a Segmenter's windows; not given, the model's.
+        stride: pixels from one window to the next; not given, the model's.
+        scales: of a Segmenter: sizes of the images to average over; 1 is the model's.
+        flip: of a Segmenter: average over the mirror images, too.
         out: JSON file for the figures.
         device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
         cuda_graphs: on a GPU run the model from a CUDA graph for sizes that come again and again.
@@ -81,7 +89,8 @@ def evaluate(
         title, scenes = f"{level} scenes", 400 if scenes is None else scenes
     else:
         source, title = Folder(FolderConfig(data, layout), "val"), str(data)
-    options = {"object_mask_threshold": threshold, "out": out, "cuda_graphs": cuda_graphs}
+    options = {"window": window, "stride": stride, "scales": scales, "flip": flip}
+    options |= {"object_mask_threshold": threshold, "out": out, "cuda_graphs": cuda_graphs}
     value = run_evaluate(opened, source, tasks, scenes, **options)
     Console().print(table(value, title))
     if out is not None:

@@ -17,11 +17,19 @@ from torch.utils.data import DataLoader
 
 from .files import writable_folder, write_json
 from .images import prepare
-from .infer import TASKS, check_options, evaluating, logits, postprocess, semantic
+from .infer import (
+    TASKS,
+    check_options,
+    check_views,
+    evaluating,
+    logits,
+    postprocess,
+    semantic,
+)
 from .meters import Instances, Panoptic, Semantic, truth_map
 from .models.segmenter import Segmenter
 from .results import Segment, Segmentation
-from .windows import label_map
+from .windows import at_scales, label_map
 
 
 def evaluate(
@@ -34,6 +42,10 @@ def evaluate(
     object_mask_threshold: float = 0.8,
     overlap_threshold: float = 0.8,
     top_k: int = 100,
+    window: int | None = None,
+    stride: int | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
     out: str | Path | None = None,
     progress: bool = True,
     cuda_graphs: bool = True,
@@ -53,6 +65,8 @@ def evaluate(
         limit: the first so many images; None for all.
         batch_size, num_workers: of the loader made for a data set.
         object_mask_threshold, overlap_threshold, top_k: as in `postprocess`.
+        window, stride, scales, flip: of a Segmenter, as in `infer.segment`; other scales than 1
+            need samples with image.
         out: JSON file for the result.
         progress: show a bar.
         cuda_graphs: as in `infer.segment`.
@@ -66,12 +80,14 @@ def evaluate(
         miou, pixel_accuracy; classes: a list with each class's figures.
 
     Raises:
-        ValueError: an option out of range, no image, a model with another number of labels,
-            samples without masks where a task needs them, or `out` is a folder.
+        TypeError: window or stride is no integer.
+        ValueError: an option out of range or not for this model, no image, a model with another
+            number of labels, samples without what a task or the scales need, or `out` is a folder.
         OSError: `out` cannot be written; found before the model runs.
     """
     if isinstance(model, Segmenter) and tuple(tasks) != ("semantic",):
         raise ValueError(f"evaluate: tasks must be ('semantic',) for a Segmenter, got {tasks}")
+    check_views(model, window, stride, scales, flip)
     for task in tasks or ("",):
         check_options(task, object_mask_threshold, overlap_threshold, top_k)
     loader, source = _loader(dataset, limit, batch_size, num_workers)
@@ -95,12 +111,17 @@ def evaluate(
         overlap_threshold=overlap_threshold,
         top_k=top_k,
     )
+    if isinstance(model, Segmenter):
+        options = {"window": window, "stride": stride, "flip": flip, "cuda_graphs": cuda_graphs}
+        look = partial(_by_windows, model, scales=scales, options=options)
+    else:
+        look = partial(_by_queries, model, tasks=tuple(meters), find=find, cuda_graphs=cuda_graphs)
     images, start = 0, time.perf_counter()
     with _bar(progress) as bar:
         job = bar.add_task("evaluate", total=total)
         for samples in loader:
             samples = samples[: total - images]
-            for sample, results in _results(model, samples, tuple(meters), find, cuda_graphs):
+            for sample, results in look(samples):
                 for task, result in results.items():
                     meters[task].update(result, sample)
                 images += 1
@@ -164,7 +185,27 @@ def table(value: dict, title: str = "evaluation") -> Table:
     return out
 
 
-def _results(
+def _by_windows(
+    model: nn.Module, samples: list[dict], scales: Sequence[float], options: dict
+) -> Iterator[tuple[dict, dict[str, Segmentation]]]:
+    """Each sample with a Segmenter's semantic result at the size of its targets."""
+    weight = next(model.parameters())
+    for sample in samples:
+        if tuple(scales) == (1.0,):
+            images = [_pixels(model, sample)]
+        elif "image" in sample:
+            images = at_scales(_picture(sample), model.config, scales)
+        else:
+            raise ValueError(
+                f"evaluate: scales must be (1.0,) for samples without image, got {tuple(scales)}"
+            )
+        images = [x[None].to(weight) for x in images]
+        with evaluating(model), torch.no_grad():
+            found = label_map(model, images, _size(sample), **options)
+        yield sample, {"semantic": semantic(*found, model.config.id2label)}
+
+
+def _by_queries(
     model: nn.Module, samples: list[dict], tasks: Sequence[str], find: Callable, cuda_graphs: bool
 ) -> Iterator[tuple[dict, dict[str, Segmentation]]]:
     """Each sample with the result of every task at the size of its targets."""
@@ -172,14 +213,6 @@ def _results(
         raise ValueError(
             f"evaluate: tasks must be ('semantic',) for samples without masks, got {tasks}"
         )
-    if isinstance(model, Segmenter):
-        weight = next(model.parameters())
-        for sample in samples:
-            image = _pixels(model, sample)[None].to(weight)
-            with evaluating(model), torch.no_grad():
-                found = label_map(model, [image], _size(sample), cuda_graphs=cuda_graphs)
-            yield sample, {"semantic": semantic(*found, model.config.id2label)}
-        return
     inputs = [_pixels(model, s) for s in samples]
     sizes = [tuple(x.shape[1:]) for x in inputs]
     batches = logits(model, sizes, inputs.__getitem__, len(samples), cuda_graphs)
@@ -195,7 +228,12 @@ def _pixels(model: nn.Module, sample: dict) -> Tensor:
     """[3, h, w] float32, normalised."""
     if "pixel_values" in sample:
         return torch.as_tensor(sample["pixel_values"])
-    return prepare(torch.as_tensor(sample["image"]).movedim(2, 0), model.config)
+    return prepare(_picture(sample), model.config)
+
+
+def _picture(sample: dict) -> Tensor:
+    """[3, H, W] uint8."""
+    return torch.as_tensor(sample["image"]).movedim(2, 0)
 
 
 def _size(sample: dict) -> tuple[int, int]:

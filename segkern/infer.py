@@ -8,7 +8,6 @@ original Mask2Former code. Here they become one `Segmentation` an image.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from .ops._checks import expect
 from .ops.segment_map import TASKS as TASKS
 from .ops.segment_map import SegmentMap, check_options
 from .results import Masks, Segment, Segmentation
-from .windows import label_map, window_and_stride
+from .windows import at_scales, label_map, window_and_stride
 
 
 def postprocess(
@@ -258,21 +257,12 @@ def _last(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_windows(model, picture, scales, *options) -> Segmentation:
     """One picture [3, H, W] through a Segmenter at each scale."""
-    config = model.config
-    edges = [
-        replace(
-            config,
-            shortest_edge=max(1, round(s * config.shortest_edge)),
-            longest_edge=max(1, round(s * config.longest_edge)),
-        )
-        for s in scales
-    ]
     weight = next(model.parameters())
-    images = [prepare(picture, scaled)[None].to(weight) for scaled in edges]
+    images = [x[None].to(weight) for x in at_scales(picture, model.config, scales)]
     size = tuple(picture.shape[1:])
     with evaluating(model), torch.no_grad():
         found = label_map(model, images, size, *options)
-    return semantic(*found, config.id2label)
+    return semantic(*found, model.config.id2label)
 
 
 def semantic(labels: Tensor, scores: Tensor | None, names: dict | None) -> Segmentation:

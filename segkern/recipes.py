@@ -58,7 +58,7 @@ def digits_segmenter(
     Args:
         level: "easy", "hard" or "mixed".
         size: height and width of a scene, multiples of 4.
-        decoder: "linear", or "mask", which learns more slowly here.
+        decoder: "linear", or "mask", which takes some more steps here.
 
     Returns:
         a `TrainConfig`. Muon, not the paper's SGD, and attention that starts local: the encoder
@@ -113,9 +113,9 @@ def segmenter(
         dataset: "ade20k", "pascal_context" or "cityscapes"; "plain", one's own images, has
             ADE20K's settings.
         pretrained: start the encoder from timm's ImageNet weights, as the paper does.
-        root: folder of the images (data.FolderConfig): ADE20K and Cityscapes as they are, others
-            in the layout "plain". The model gets the names of its classes, and of "plain" their
-            number. None: set `config.data.root` before training, or give `train` a `dataset`.
+        root: folder of the images (data.FolderConfig), in the layout of that name. The model gets
+            the names of its classes, and of "plain" their number. None: set `config.data.root`
+            before training, or give `train` a `dataset`.
 
     Returns:
         a `TrainConfig`.
@@ -129,9 +129,9 @@ def segmenter(
             f"segmenter: dataset must be one of {', '.join(_SEGMENTER)}, got {dataset!r}"
         )
     crop, images, epochs, batch, lr, labels, stride = _SEGMENTER[dataset]
-    layout = "plain" if dataset == "pascal_context" else dataset
-    data = FolderConfig(root or ".", layout)
-    names = class_names(data) if root or dataset == "cityscapes" else None
+    data = FolderConfig(root or ".", dataset)
+    named = dataset in ("cityscapes", "pascal_context")  # by the layout, without a file
+    names = class_names(data) if root or named else None
     if names and dataset == "plain":
         labels = len(names)
     config = SegmenterConfig.preset(model, labels)

@@ -235,7 +235,7 @@ def train(
         torch.set_num_threads(config.threads)
     device = usable_device(config.device)
     torch.manual_seed(config.seed)
-    model = build_model(config.model).to(device).train()
+    model = build_model(config.model, pretrained=state is None).to(device).train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, config)

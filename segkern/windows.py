@@ -16,18 +16,32 @@ Source: Segmenter (Strudel et al., ICCV 2021), inference of the original code.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .graphs import replayed
+from .images import prepare
 from .nn.bands import resize_matrix, resized
 from .ops import resize_argmax
 from .ops._checks import expect_integer
 
 _PIXELS_AT_ONCE = 2**21  # of windows that go through the model together
 _VALUES_AT_ONCE = 2**22  # of a band of probabilities: 16 MB in float32
+
+
+def at_scales(picture: Tensor, config, scales: Sequence[float]) -> list[Tensor]:
+    """A picture [3, H, W] at each scale, [3, h, w] float32 normalised; 1 is the config's size."""
+    edges = [
+        {
+            "shortest_edge": max(1, round(s * config.shortest_edge)),
+            "longest_edge": max(1, round(s * config.longest_edge)),
+        }
+        for s in scales
+    ]
+    return [prepare(picture, replace(config, **edge)) for edge in edges]
 
 
 def starts(size: int, window: int, stride: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Backbones against transformers on random weights, in float64; and what they refuse."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 from torch import nn
 from transformers import ResNetBackbone, ResNetConfig, SwinBackbone, SwinConfig
 
+from segkern.data import DigitsConfig
+from segkern.models import Mask2FormerConfig, SegmenterConfig
 from segkern.nn.backbone import build_backbone
 from segkern.nn.swin import VARIANTS, Block, Swin
+from segkern.train import TrainConfig, train
 from segkern.weights.huggingface_keys import from_huggingface
 
 with torch.device("meta"):
@@ -298,3 +302,33 @@ def test_pretrained_weights_are_asked_of_timm(monkeypatch):
     backbone("resnet18", pretrained=True)
     backbone("resnet10t")
     assert asked == {"resnet18": True, "resnet10t": False}
+
+
+@pytest.mark.parametrize("kind", ["mask2former", "segmenter"])
+def test_a_resumed_training_asks_for_them_no_more(kind, tmp_path, monkeypatch):
+    if kind == "mask2former":
+        model = replace(Mask2FormerConfig.tiny(11), backbone="resnet10t", num_queries=5)
+    else:
+        model = replace(SegmenterConfig.preset("Seg-T/16", 11), image_size=(32, 32))
+    model = replace(model, backbone_pretrained=True)
+    asked, create = [], timm.create_model
+
+    def create_model(name, pretrained, **options):
+        asked.extend([name] * pretrained)
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    task = "panoptic" if kind == "mask2former" else "semantic"
+    data = DigitsConfig(size=(32, 32), task=task)
+    run = TrainConfig(output=tmp_path, steps=1, batch_size=2, tensorboard=False)
+    run = replace(run, data=data, model=model, lr=1e-9)
+    first = train(run, progress=False).model.state_dict()
+    assert asked == [model.backbone]
+    settings = (tmp_path / "model/config.json").read_text()
+    again = train(replace(run, steps=2), resume=tmp_path, progress=False).model
+    assert asked == [model.backbone]
+    assert again.config == model
+    assert (tmp_path / "model/config.json").read_text() == settings
+    moved = again.state_dict()
+    for name, _ in again.named_parameters():  # not those of another draw
+        torch.testing.assert_close(moved[name], first[name], rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Images in folders: the three layouts, views, what is refused, and a run from end to end."""
+"""Images in folders: the layouts, views, what is refused, and a run from end to end."""
 
 import json
 from dataclasses import replace
@@ -76,6 +76,10 @@ LAYOUTS = {
         *(ULM, "gtFine/train/ulm/ulm_0_gtFine_labelTrainIds.png"),
         *([0, 18, 255], [0, 18, 255], 19),
     ),
+    "pascal_context": (
+        *("JPEGImages/2008_000002.jpg", "SegmentationClassContext/2008_000002.png"),
+        *([0, 1, 59, 255], [0, 1, 59, 255], 60),
+    ),
     "plain": ("images/train/a.b.bmp", "labels/train/a.b.png", [2, 0, 255], [2, 0, 255], 3),
 }  # fmt: skip
 
@@ -89,6 +93,8 @@ def test_layouts(layout, tmp_path):
     write(tmp_path / of_image, pixels)
     write(tmp_path / of_map, np.uint8([values] * 4))
     (tmp_path / "classes.txt").write_text("a\nb\nc")
+    if layout == "pascal_context":
+        listed(tmp_path, train="2008_000002\n", val="")
     known = "cityscapes" if layout == "train ids" else layout
     data = Folder(FolderConfig(tmp_path, known), "train")
     assert (len(data), len(data.classes), len(data.stuff)) == (1, classes, classes)
@@ -98,6 +104,41 @@ def test_layouts(layout, tmp_path):
     assert sample["semantic"].tolist() == [labels] * 4
     if not of_image.endswith(".jpg"):
         assert (sample["image"] == pixels).all()
+
+
+def listed(root, **splits):
+    """Writes Pascal Context's lists of names."""
+    folder = root / "ImageSets/SegmentationContext"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, names in splits.items():
+        (folder / f"{split}.txt").write_text(names)
+
+
+def test_pascal_contexts_lists(tmp_path):
+    config = FolderConfig(tmp_path, "pascal_context")
+    for i, name in enumerate(("b", "a", "c")):  # c, of another task, has no map
+        write(tmp_path / f"JPEGImages/{name}.jpg", np.full((2, 2, 3), 80 * i, np.uint8))
+        if name != "c":
+            write(tmp_path / f"SegmentationClassContext/{name}.png", np.full((2, 2), i, np.uint8))
+    with pytest.raises(ValueError, match=r"train.txt: no such file; it has .* of the images"):
+        Folder(config)
+    listed(tmp_path, train="b\na\n", val="a")
+    assert [path.stem for path, _ in Folder(config).pairs] == ["a", "b"]
+    val = Folder(config, "val")
+    assert [path.stem for path, _ in val.pairs] == ["a"]
+    assert (val[0]["semantic"] == 1).all()
+    assert (val.classes[0], val.classes[2], val.classes[59]) == ("background", "bag", "wood")
+    assert val.classes[1:] == sorted(val.classes[1:])
+    listed(tmp_path, train="a\nd", val="c")
+    with pytest.raises(
+        ValueError, match="JPEGImages: has no image d, which the train split lists"
+    ):
+        Folder(config)
+    with pytest.raises(ValueError, match=r"c.jpg: has no map .*SegmentationClassContext/c.png"):
+        Folder(config, "val")
+    listed(tmp_path, val="")
+    with pytest.raises(ValueError, match=r"val.txt: names no image"):
+        Folder(config, "val")
 
 
 def test_names_of_classes(tmp_path):
@@ -201,7 +242,10 @@ ERRORS = {
         lambda r: (r / "labels/train/part/scene.1.png").unlink(),
         r"scene.1.jpg: has no map .*labels/train/part/scene.1.png \(1 of 3 images have none\)",
     ),
-    "no names": (lambda r: (r / "classes.txt").unlink(), "classes.txt: no such file; it names"),
+    "no names": (
+        lambda r: (r / "classes.txt").unlink(),
+        "classes.txt: no such file; it has the names of the classes",
+    ),
     "empty name": (
         lambda r: (r / "classes.txt").write_text("a\n\nb"),
         "classes.txt: must have 1 to 255 names, one a line and no empty line, got 3",
@@ -264,19 +308,23 @@ def test_bad_settings(plain):
     assert not (plain / "run/last.pt").exists()
 
 
-@pytest.mark.parametrize("kind", ["segmenter", "mask2former"])
+VIEWS = {"window": 24, "stride": 12, "scales": (0.75, 1.5), "flip": True}
+
+
+@pytest.mark.parametrize("kind", ["segmenter", "segmenter, views", "mask2former"])
 def test_evaluation_is_that_of_segment(kind, plain):
     torch.manual_seed(0)
-    if kind == "segmenter":
+    views = VIEWS if kind.endswith("views") else {}
+    if kind.startswith("segmenter"):
         model = Segmenter(tiny()).eval()
     else:
         config = replace(Mask2FormerConfig.tiny(3), num_queries=5, decoder_layers=1)
         model = Mask2Former(replace(config, shortest_edge=32, longest_edge=64)).eval()
     data = Folder(FolderConfig(plain), "val")
-    value = evaluate(model, data, ("semantic",), progress=False)
+    value = evaluate(model, data, ("semantic",), progress=False, **views)
     both, seen = np.zeros(3), np.zeros(3)
     for sample in (data[0], data[1]):
-        found = segkern.segment(model, sample["image"], "semantic").segmentation.numpy()
+        found = segkern.segment(model, sample["image"], "semantic", **views).segmentation.numpy()
         counts = sample["semantic"] != 255
         for k in range(3):
             a, b = found[counts] == k, sample["semantic"][counts] == k
@@ -284,6 +332,9 @@ def test_evaluation_is_that_of_segment(kind, plain):
     assert value["images"] == 2
     assert value["miou"] == pytest.approx(np.mean(both[seen > 0] / seen[seen > 0]))
     assert [row["name"] for row in value["classes"]] == NAMES
+    if views:
+        plainly = evaluate(model, data, ("semantic",), progress=False)
+        assert plainly["pixel_accuracy"] != value["pixel_accuracy"]
     if kind == "mask2former":
         with pytest.raises(ValueError, match=r"tasks must be .* for samples without masks"):
             evaluate(model, data, progress=False)
@@ -306,19 +357,22 @@ def test_train_evaluate_and_predict_from_the_command_line(plain, tmp_path, capsy
     value = json.loads(figures.read_text())
     assert value["images"] == 2
     assert [row["name"] for row in value["classes"]] == NAMES
+    options = ["--window", "16", "--stride", "8", "--scales", "1", "1.5", "--flip"]
+    assert main([*measure, *options]) == 0
+    more = json.loads(figures.read_text())
     assert main([*measure, "--layout", "ade20k"]) == 2
     assert "images/validation: no such folder" in capsys.readouterr().err
     images = [str(plain / "images/val/part"), "--model", str(run), "--out", str(out)]
-    options = ["--window", "16", "--stride", "8", "--scales", "1", "1.5", "--flip"]
     assert main(["predict", *images, *options]) == 0
     found = json.loads((out / "scene.0.json").read_text())
     assert found["size"] == [24, 40]
     assert {s["label"] for s in found["segments"]} <= set(NAMES)
     model = segkern.Segmenter.from_pretrained(run / "model")
     picture = plain / "images/val/part/scene.0.png"
-    want = segkern.segment(
-        model, picture, "semantic", window=16, stride=8, scales=(1, 1.5), flip=True
-    )
+    views = {"window": 16, "stride": 8, "scales": (1, 1.5), "flip": True}
+    want = segkern.segment(model, picture, "semantic", **views)
+    own = evaluate(model, Folder(FolderConfig(plain), "val"), ("semantic",), **views)
+    assert more["pixel_accuracy"] == own["pixel_accuracy"]
     assert sum(s["area"] for s in found["segments"] if s["label_id"] == 0) == sum(
         s.area for s in want.segments if s.label_id == 0
     )
@@ -327,6 +381,14 @@ def test_train_evaluate_and_predict_from_the_command_line(plain, tmp_path, capsy
 BAD_COMMANDS = {
     "stride": ("predict {image} --model {run} --stride 0", "stride must be >= 1, got 0"),
     "scales": ("predict {image} --model {run} --scales 0", r"scales must be positive, got (0.0,)"),
+    "stride of evaluate": (
+        "evaluate {run} --window 8 --stride 9",
+        "stride must be <= window (8), got 9",
+    ),
+    "evaluate another model": (
+        "evaluate {other} --scales 0.5 1",
+        "window, stride, scales and flip are for a Segmenter",
+    ),
     "another model": (
         "predict {image} --model {other} --window 64",
         "window, stride, scales and flip are for a Segmenter",

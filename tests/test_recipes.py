@@ -53,6 +53,9 @@ def test_a_segmenters_labels_are_those_of_its_folder(tmp_path):
     streets = recipes.segmenter("Seg-T/16", "cityscapes", root=tmp_path)
     assert streets.data == FolderConfig(tmp_path, "cityscapes")
     assert streets.model.id2label[18] == "bicycle"
+    things = recipes.segmenter("Seg-T/16", "pascal_context", root=tmp_path)
+    assert things.data == FolderConfig(tmp_path, "pascal_context")
+    assert (things.model.num_labels, things.model.id2label[59]) == (60, "wood")
     assert recipes.segmenter().model.id2label is None
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -123,6 +124,32 @@ def test_a_local_start_looks_at_the_patches_around(distilled, heads):
     q, k, _ = encoder.blocks[1].attn.qkv.weight.detach().view(3, heads, -1, 64)
     alike = (q.mT @ k).diagonal(dim1=1, dim2=2).sum(1) / (64 // heads)
     assert ((alike > 0.5) & (alike < 2)).all()
+
+
+@pytest.mark.parametrize(("classes", "most"), [(5, 0.2), (70, 0.5)])
+def test_a_local_start_compares_patches_with_classes_apart(classes, most):
+    torch.manual_seed(0)
+    config = replace(SMALL, local_start=True, num_labels=classes)
+    decoder = Segmenter(config).double().decoder
+    x = torch.randn(2, 16, 64, dtype=torch.float64)
+    patches, found = decoder.embeddings(x)
+    want = x @ decoder.proj_dec.weight.T  # turned alone: no patch sees another
+    want = F.normalize(want - want.mean(-1, keepdim=True), dim=-1)
+    torch.testing.assert_close(patches, want, rtol=0, atol=1e-4)
+    turn = decoder.proj_dec.weight / 4
+    torch.testing.assert_close(turn @ turn.T, torch.eye(64).double(), rtol=0, atol=1e-6)
+    assert (found[0] @ found[0].mT - torch.eye(classes)).abs().max() < most
+    lead = decoder.mask_norm(torch.eye(classes).double()[0])  # one class as sure as can be
+    assert float((lead[0] - lead[1]).detach()) == pytest.approx(
+        7 if classes == 5 else 8.43, rel=1e-3
+    )
+    decoder(x)[..., 0].sum().backward()
+    for block in decoder.blocks:  # they can learn
+        assert block.attn.proj.weight.grad.abs().max() > 0
+        assert block.mlp.fc2.weight.grad.abs().max() > 0
+    plain = Segmenter(SMALL).decoder  # as the original starts it
+    assert plain.cls_emb.std() < 0.03
+    assert plain.blocks[0].mlp.fc2.weight.abs().max() > 0
 
 
 def test_pretrained_weights_come_after_a_local_start():

@@ -203,6 +203,17 @@ def test_evaluate_takes_the_semantic_task():
     data = Digits(DigitsConfig(size=(32, 32), task="semantic"), "test")
     value = evaluate(built, data, ("semantic",), 2, progress=False)
     assert 0 <= value["miou"] <= 1
+
+    class Prepared(Digits):
+        def __getitem__(self, i):
+            return {k: v for k, v in super().__getitem__(i).items() if k != "image"}
+
+    prepared = Prepared(data.config, "test")
+    mirrored = evaluate(built, data, ("semantic",), 2, flip=True, progress=False)
+    again = evaluate(built, prepared, ("semantic",), 2, flip=True, progress=False)
+    assert again["classes"] == mirrored["classes"] != value["classes"]
+    with pytest.raises(ValueError, match=r"scales must be \(1.0,\) for samples without image"):
+        evaluate(built, prepared, ("semantic",), 2, scales=(0.5, 1), progress=False)
     with pytest.raises(ValueError, match=r"tasks must be \('semantic',\) for a Segmenter"):
         evaluate(built, data, ("panoptic",), 2, progress=False)
 

@@ -1,19 +1,22 @@
-"""Images and maps of their classes in folders: ADE20K's, Cityscapes' or one's own.
+"""Images and maps of their classes in folders: of ADE20K, Cityscapes, Pascal Context or one's own.
 
 Letters: H W image size, K class.
 
-    layout      images of the training split         maps                               values
-    ade20k      images/training/NAME.jpg             annotations/training/NAME.png      1 to 150
-    cityscapes  leftImg8bit/train/CITY/NAME          gtFine/train/CITY/NAME             ids, or
-                  _leftImg8bit.png                     _gtFine_labelIds.png               train ids
-    plain       images/train/NAME.jpg                labels/train/NAME.png              0 to K - 1
+    layout          images of the training split     maps                              values
+    ade20k          images/training/NAME.jpg         annotations/training/NAME.png     1 to 150
+    cityscapes      leftImg8bit/train/CITY/NAME      gtFine/train/CITY/NAME            ids, or
+                      _leftImg8bit.png                 _gtFine_labelIds.png              train ids
+    pascal_context  JPEGImages/NAME.jpg              SegmentationClassContext/NAME.png 0 to 59
+    plain           images/train/NAME.jpg            labels/train/NAME.png             0 to K - 1
 
-The val split is in validation, val and val. An image may be of any kind that PIL reads, a map is a
-PNG of one channel or a palette; 255 is void everywhere, and so are ADE20K's 0 and those ids of
-Cityscapes that are none of its 19 classes. Where Cityscapes has maps of train ids, too
-(_gtFine_labelTrainIds.png), they are taken.
+The val split is in validation, val and val; the splits of Pascal Context are lists of names,
+ImageSets/SegmentationContext/train.txt and val.txt. An image may be of any kind that PIL reads, a
+map is a PNG of one channel or a palette; 255 is void everywhere, and so are ADE20K's 0 and those
+ids of Cityscapes that are none of its 19 classes; Pascal Context's 0, the background, is a class.
+Where Cityscapes has maps of train ids, too (_gtFine_labelTrainIds.png), they are taken.
 Source: ADE20K's scene parsing benchmark (Zhou et al., CVPR 2017); Cityscapes (Cordts et al., CVPR
-2016).
+2016); Pascal Context (Mottaghi et al., CVPR 2014) as MMSegmentation's converter leaves it in
+VOCdevkit/VOC2010.
 """
 
 from dataclasses import dataclass
@@ -27,12 +30,12 @@ from ..images import open_image, picture_suffixes, read_pixels
 from .collate import VOID
 from .transforms import SemanticViews
 
-Layout = Literal["ade20k", "cityscapes", "plain"]
+Layout = Literal["ade20k", "cityscapes", "pascal_context", "plain"]
 
 
 class _Layout(NamedTuple):
-    """Folders of images and maps, those of the splits in them, and how names end that are the same
-    before."""
+    """Folders of images and maps, those of the splits in them, how names end that are the same
+    before, and the folder of the lists where splits are lists of names."""
 
     images: str
     maps: str
@@ -40,6 +43,7 @@ class _Layout(NamedTuple):
     val: str = "val"
     end: str = ""
     map_ends: tuple[str, ...] = (".png",)
+    lists: str | None = None
 
 
 _LAYOUTS = {
@@ -49,6 +53,9 @@ _LAYOUTS = {
         "gtFine",
         end="_leftImg8bit",
         map_ends=("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"),
+    ),
+    "pascal_context": _Layout(
+        "JPEGImages", "SegmentationClassContext", lists="ImageSets/SegmentationContext"
     ),
     "plain": _Layout("images", "labels"),
 }
@@ -73,6 +80,14 @@ _CITYSCAPES = {  # ids of the 19 classes in the order of their train ids
     "motorcycle": 32,
     "bicycle": 33,
 }
+# in the order of the values: the converter's, alphabetical; Segmenter's code lists other names
+_PASCAL_CONTEXT = """
+    background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus
+    cabinet car cat ceiling chair cloth computer cow cup curtain dog door fence floor flower food
+    grass ground horse keyboard light motorbike mountain mouse person plate platform pottedplant
+    road rock sheep shelves sidewalk sign sky snow sofa table track train tree truck tvmonitor
+    wall water window wood
+"""
 
 
 @dataclass
@@ -81,8 +96,9 @@ class FolderConfig:
 
     Attributes:
         root: the folder that holds those of images and maps.
-        layout: "ade20k", "cityscapes" or "plain": images/{train,val} and labels/{train,val} with
-            the same names, and classes.txt with a name a line.
+        layout: "ade20k", "cityscapes", "pascal_context" (root is VOCdevkit/VOC2010) or "plain":
+            images/{train,val} and labels/{train,val} with the same names, and classes.txt with a
+            name a line.
         seed: other seeds give other views of the training images.
     """
 
@@ -190,14 +206,17 @@ class Folder:
 
 
 def class_names(config: FolderConfig) -> list[str]:
-    """Names of the labels: Cityscapes' 19, ADE20K's 150 from objectInfo150.txt in the root
-    ("class 1", "class 2", ... without it), or the lines of classes.txt.
+    """Names of the labels: Cityscapes' 19, Pascal Context's 60, ADE20K's 150 from
+    objectInfo150.txt in the root ("class 1", "class 2", ... without it), or the lines of
+    classes.txt.
 
     Raises:
         ValueError: the file is missing or does not hold names; 1 to 255 of classes.txt.
     """
     if config.layout == "cityscapes":
         return list(_CITYSCAPES)
+    if config.layout == "pascal_context":
+        return _PASCAL_CONTEXT.split()
     if config.layout == "ade20k":
         path = config.root / "objectInfo150.txt"
         if not path.is_file():
@@ -216,11 +235,11 @@ def class_names(config: FolderConfig) -> list[str]:
     return names
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path, what: str = "the names of the classes") -> list[str]:
     try:
         return path.read_text(encoding="utf-8").rstrip().splitlines()
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; it names the classes, one a line") from error
+        raise ValueError(f"{path}: no such file; it has {what}, one a line") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: must be text in UTF-8 ({error})") from error
 
@@ -229,10 +248,10 @@ def _pairs(config: FolderConfig, split: str) -> list[tuple[Path, Path]]:
     """Images and their maps, in the order of the images' names below the split's folder.
 
     Raises:
-        ValueError: a folder is missing, there is no image, or one has no map.
+        ValueError: a folder or list is missing, there is no image, or one has no map.
     """
     layout = _LAYOUTS[config.layout]
-    part, end = getattr(layout, split), layout.end
+    part, end = "" if layout.lists else getattr(layout, split), layout.end
     images, maps = config.root / layout.images / part, config.root / layout.maps / part
     for folder in (config.root, images, maps):
         if not folder.is_dir():
@@ -246,6 +265,14 @@ def _pairs(config: FolderConfig, split: str) -> list[tuple[Path, Path]]:
         for path in images.rglob(f"*{end}.*")
         if path.suffix.lower() in known and not path.name.startswith(".")
     )
+    if layout.lists:
+        lists = config.root / layout.lists / f"{split}.txt"
+        listed = {line.strip() for line in _lines(lists, "the names of the images")}
+        names = [name for name in names if name.stem in listed]
+        if not listed:
+            raise ValueError(f"{lists}: names no image")
+        if lost := sorted(listed - {name.stem for name in names}):
+            raise ValueError(f"{images}: has no image {lost[0]}, which the {split} split lists")
     if not names:
         raise ValueError(f"{images}: holds no image{f' *{end}.png' if end else ''}")
     there = {path.relative_to(maps) for path in maps.rglob("*.png")}

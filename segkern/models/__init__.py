@@ -1,5 +1,6 @@
 """The models: a config dataclass and one class each."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..weights.segmenter import is_segmenter
@@ -30,9 +31,18 @@ def kind_of(config: Config) -> str:
     raise TypeError(f"segkern has no model for a {type(config).__name__}")
 
 
-def build_model(config: Config) -> Model:
-    """A model with random weights."""
-    return CLASSES[kind_of(config)][1](config)
+def build_model(config: Config, pretrained: bool = True) -> Model:
+    """A model with random weights.
+
+    Args:
+        config: what to build.
+        pretrained: False leaves out the backbone's weights that the config asks for, where those
+            of a checkpoint will be loaded over them.
+    """
+    wanted = config if pretrained else replace(config, backbone_pretrained=False)
+    model = CLASSES[kind_of(config)][1](wanted)
+    model.config = config
+    return model
 
 
 def open_model(name: str | Path) -> Model:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..nn.bands import IGNORED, resize_matrix, resized_cross_entropy
 from ..nn.targets import Targets
-from ..nn.vit import LinearDecoder, MaskTransformer, ViT, start_locally
+from ..nn.vit import LinearDecoder, MaskTransformer, ViT, start_apart, start_locally
 from ..ops import resize_argmax
 from ..ops._checks import expect, expect_integer, expect_labels, got
 from ..weights import segmenter as original
@@ -66,7 +66,8 @@ class SegmenterConfig:
         backbone: timm's name of a ViT or DeiT of the encoder's shape; None for none.
         backbone_pretrained: start the encoder from its weights (downloads them).
         local_start: without them, start it with positions of waves and attention to the patches
-            around each (nn.vit.start_locally), which learns much sooner.
+            around each, and the mask decoder with blocks that do nothing and classes at right
+            angles (nn.vit.start_locally, start_apart), which learns much sooner.
         window_size: side in pixels of the windows that large images are cut into.
         window_stride: pixels from one window to the next.
         shortest_edge: pixels, to which an image's short side is resized for prediction.
@@ -248,6 +249,8 @@ class Segmenter(nn.Module):
             )
         if config.local_start:
             start_locally(self.encoder)
+            if config.decoder == "mask":
+                start_apart(self.decoder)
         if config.backbone_pretrained:
             self.load_encoder(config.backbone)
 

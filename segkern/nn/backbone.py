@@ -6,12 +6,11 @@ Our own Swin; a small ResNet for small images; any other that timm has with such
 Letters: B image, C channels, h w map size.
 """
 
-import difflib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..weights.names import check_timm_name
 from .swin import VARIANTS, Swin
 
 _DIGITS = "resnet_digits"
@@ -109,14 +108,9 @@ class TimmBackbone(nn.Module):
         super().__init__()
         import timm  # here, because it takes as long to import as torch
 
-        if ":" not in name and not timm.is_model(name):
-            known = [*VARIANTS, _DIGITS, *timm.list_models(), *timm.list_pretrained()]
-            close = difflib.get_close_matches(name, known, 3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise ValueError(
-                f"build_backbone: backbone must be {', '.join(VARIANTS)}, {_DIGITS} or a timm "
-                f"model, got '{name}'{hint}"
-            )
+        own = (*VARIANTS, _DIGITS)
+        rule = f"build_backbone: backbone must be {', '.join(own)} or a timm model"
+        check_timm_name(name, rule, own)
         try:
             self.body = timm.create_model(
                 name,

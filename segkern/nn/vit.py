@@ -276,3 +276,31 @@ class MaskTransformer(nn.Module):
         """[B, N, encoder_dim] to [B, N, K]."""
         patches, classes = self.embeddings(x)
         return self.mask_norm(patches @ classes.mT)
+
+
+@torch.no_grad()
+def start_apart(decoder: MaskTransformer) -> None:
+    """Weights from which the mask decoder compares patches with classes at right angles, for
+    training from scratch.
+
+    Blocks begin as the identity, so that patches stay apart; projections are rotations. From the
+    small random embeddings that are usual, classes that are not told apart yet (all but the
+    background) take the same steps, which soon are longer than what the embeddings differ by:
+    they fall together, and patches with them. Norms take out the lengths of embeddings and
+    projections, so starting four times as long only means that they turn more slowly. The last
+    norm leaves a logit at most K / sqrt(K - 1) above the others; where that is less than 7, with
+    fewer than 48 classes, its weights start larger.
+
+    Args:
+        decoder: its classes are at right angles if they are no more than its channels.
+    """
+    for block in decoder.blocks:
+        nn.init.zeros_(block.attn.proj.weight)
+        nn.init.zeros_(block.mlp.fc2.weight)
+    nn.init.orthogonal_(decoder.proj_dec.weight, gain=4)
+    for projection in (decoder.proj_patch, decoder.proj_classes):
+        projection.copy_(4 * torch.eye(len(projection)))
+    nn.init.orthogonal_(decoder.cls_emb[0], gain=4 * decoder.cls_emb.shape[2] ** 0.5)
+    K = decoder.labels
+    lead = K / max(K - 1, 1) ** 0.5  # of one logit over the others, after the norm
+    decoder.mask_norm.weight.fill_(max(1, 7 / lead))

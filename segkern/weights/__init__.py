@@ -1,1 +1,1 @@
-"""State dicts: one file a format of another project, and whether one fits a model."""
+"""State dicts: one file a format of another project, whether one fits a model; names of timm."""

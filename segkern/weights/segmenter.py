@@ -6,7 +6,6 @@ Ours: model.safetensors and config.json. The names of the weights are the same i
 original's unused ImageNet heads have no place in the model.
 """
 
-import difflib
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from ..files import atomic, write_json
 from .fit import misfits
+from .names import check_timm_name
 
 FORMATS = ("segkern", "original")
 _MODEL_TYPE = "segmenter"
@@ -266,10 +266,7 @@ def timm_model(name: str, pretrained: bool) -> nn.Module:
     """
     import timm  # here, because it takes as long to import as torch
 
-    if ":" not in name and not timm.is_model(name):
-        close = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], 3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"Segmenter: backbone must be a ViT of timm, got '{name}'{hint}")
+    check_timm_name(name, "Segmenter: backbone must be a ViT of timm")
     try:
         with nullcontext() if pretrained else torch.device("meta"):
             return timm.create_model(name, pretrained=pretrained)
