@@ -18,6 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..nn.backbone import build_backbone
@@ -439,4 +440,6 @@ def mask_logits(embeddings: Tensor, mask_features: Tensor) -> Tensor:
     Returns:
         [B, Q, h, w].
     """
-    return (embeddings @ mask_features.flatten(2)).unflatten(2, mask_features.shape[2:])
+    # image by image: a CPU copies a stack of transposed maps in half precision before its product
+    logits = [x @ features.flatten(1) for x, features in zip(embeddings, mask_features)]
+    return torch.stack(logits).unflatten(2, mask_features.shape[2:])

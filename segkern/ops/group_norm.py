@@ -36,8 +36,8 @@ def group_norm_reference(
     """The specification, in plain PyTorch; arguments as `group_norm`."""
     y = F.group_norm(x, groups, weight, bias, eps)
     if up is not None:
-        y = y + F.interpolate(up, x.shape[2:], mode="bilinear")
-    return F.relu(y) if relu else y
+        y.add_(F.interpolate(up, x.shape[2:], mode="bilinear"))
+    return F.relu(y, inplace=True) if relu else y
 
 
 def _fake(x, weight, bias, groups, eps, relu, up) -> tuple[Tensor, Tensor, Tensor]:
