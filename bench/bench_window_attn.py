@@ -29,12 +29,12 @@ def cut(x, window):
     return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, window * window, C)
 
 
-def products(qkv, padding, bias, window, shift):
+def products(qkv, qkv_bias, bias, window, shift):
     """pad, roll, partition, two products with the scores between them, and all the way back."""
     B, h, w, _, H, D = qkv.shape
     y, x = h + -h % window, w + -w % window
-    tokens = padding.expand(B, y, x, 3, H, D).clone()
-    tokens[:, :h, :w] = qkv
+    tokens = qkv_bias.expand(B, y, x, 3, H, D).clone()
+    tokens[:, :h, :w] += qkv
     windows = cut(tokens.flatten(3).roll((-shift, -shift), (1, 2)), window)
     q, k, v = windows.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
     scores = q @ k.transpose(-1, -2) * D**-0.5 + bias
@@ -54,7 +54,7 @@ def products(qkv, padding, bias, window, shift):
 
 def build(B, side, H, window, dtype, backward):
     inputs = window_attn_inputs(1, side, side, H, D, window, window // 2, dtype=dtype)
-    (qkv,), (padding, bias) = repeated(inputs[:1], B), repeated(inputs[1:3], 1)
+    (qkv,), (qkv_bias, bias) = repeated(inputs[:1], B), repeated(inputs[1:3], 1)
     peers = {
         "segkern": window_attn,
         "products": products,
@@ -64,9 +64,9 @@ def build(B, side, H, window, dtype, backward):
         name: lambda *t, f=f: f(*t, window, window // 2).contiguous() for name, f in peers.items()
     }
     if backward:
-        impls = {name: step(f, [qkv, padding, bias]) for name, f in impls.items()}
+        impls = {name: step(f, [qkv, qkv_bias, bias]) for name, f in impls.items()}
     else:
-        impls = {name: lambda f=f: f(qkv, padding, bias) for name, f in impls.items()}
+        impls = {name: lambda f=f: f(qkv, qkv_bias, bias) for name, f in impls.items()}
     tokens = B * side * side  # each attends to a window
     moved = tokens * H * D * (11 if backward else 4) * qkv.element_size()
     flops = 4 * tokens * window**2 * H * D * (3.5 if backward else 1)

@@ -19,7 +19,7 @@ CASES = {
     "one token a window": {"window": 1},
     "two tokens a window and axis": {"h": 8, "window": 2, "shift": 1},
     "odd channels": {"D": 7, "shift": 2},
-    "one channel, one head": {"D": 1, "H": 1, "shift": 2},
+    "one channel, one head": {"D": 1, "H": 1, "shift": 2, "h": 7},
     "wide heads": {"D": 72, "H": 1, "window": 3, "shift": 1},
     "many heads": {"B": 1, "H": 10, "h": 6, "window": 3, "shift": 1},
     "many windows": {"B": 1, "h": 30, "w": 41, "H": 1, "D": 8, "window": 3, "shift": 1},
@@ -39,7 +39,7 @@ def test_scale(scale):
     compare(window_attn, window_attn_reference, inputs, [0, 1, 2])
 
 
-def by_definition(qkv, padding, bias, window, shift):
+def by_definition(qkv, qkv_bias, bias, window, shift):
     """One image, token by token: who shares a window, and which of those are neighbours."""
     h, w, _, H, D = qkv.shape
     y, x = -(-h // window) * window, -(-w // window) * window
@@ -54,12 +54,12 @@ def by_definition(qkv, padding, bias, window, shift):
                     place = first[0] + i + shift, first[1] + j + shift
                     wrapped = place[0] >= y, place[1] >= x
                     row, column = place[0] % y, place[1] % x
-                    keys.append(qkv[row, column] if row < h and column < w else padding)
+                    keys.append(qkv[row, column] if row < h and column < w else 0 * qkv_bias)
                     same = wrapped == (rolled[0] + shift >= y, rolled[1] + shift >= x)
                     added.append(0.0 if same else -100.0)
-            _, k, v = torch.stack(keys).unbind(1)  # [S, H, D]
+            _, k, v = (torch.stack(keys) + qkv_bias).unbind(1)  # [S, H, D]
             own = (rolled[0] - first[0]) * window + rolled[1] - first[1]
-            scores = torch.einsum("hd,shd->hs", qkv[at, to, 0], k) * D**-0.5
+            scores = torch.einsum("hd,shd->hs", qkv[at, to, 0] + qkv_bias[0], k) * D**-0.5
             weights = (scores + bias[:, own] + torch.tensor(added)).softmax(-1)
             out[at, to] = torch.einsum("hs,shd->hd", weights, v)
     return out.flatten(2)
@@ -69,12 +69,12 @@ def by_definition(qkv, padding, bias, window, shift):
 @pytest.mark.parametrize("shift", [0, 1, 2])
 @pytest.mark.parametrize("size", [(6, 9), (5, 7), (2, 4)], ids=str)
 def test_definition(size, shift):
-    qkv, padding, bias, _, _ = window_attn_inputs(
+    qkv, qkv_bias, bias, _, _ = window_attn_inputs(
         B=1, h=size[0], w=size[1], H=2, D=4, window=3, dtype=torch.float64
     )
-    want = by_definition(qkv[0], padding, bias, 3, shift)
+    want = by_definition(qkv[0], qkv_bias, bias, 3, shift)
     for impl in ("kernel", "reference"):
-        out = window_attn(qkv, padding, bias, 3, shift, impl=impl)
+        out = window_attn(qkv, qkv_bias, bias, 3, shift, impl=impl)
         torch.testing.assert_close(out[0], want)
 
 
@@ -88,9 +88,10 @@ def test_gradcheck(shift):
 @pytest.mark.cpu_only  # there is no kernel for CUDA yet
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
-    qkv, padding, bias, window, shift = window_attn_inputs(shift=1, dtype=dtype)
-    bias = bias if dtype == torch.float64 else bias.float()
-    inputs = qkv, padding, bias, window, shift, 0.25
+    qkv, qkv_bias, bias, window, shift = window_attn_inputs(shift=1, dtype=dtype)
+    if dtype != torch.float64:
+        qkv_bias, bias = qkv_bias.float(), bias.float()
+    inputs = qkv, qkv_bias, bias, window, shift, 0.25
     torch.library.opcheck(torch.ops.segkern.window_attn, inputs)
     out = torch.ops.segkern.window_attn(*inputs)
     torch.library.opcheck(torch.ops.segkern.window_attn_backward, (out, *inputs))
@@ -115,12 +116,12 @@ BAD = {
         r"qkv must be \[B, h, w, 3, H, D\] float, got \[2, 9, 12, 144\] float32",
     ),
     "qkv int64": (lambda x, p, b: (x.long(), p, b, 4), TypeError, "qkv must be .* int64"),
-    "padding of a head": (
+    "qkv_bias of a head": (
         lambda x, p, b: (x, p[:, 0], b, 4),
         ValueError,
-        r"padding must be \[3, H, D\] float with H = 3, D = 16, got \[3, 16\]",
+        r"qkv_bias must be \[3, H, D\] float with H = 3, D = 16, got \[3, 16\]",
     ),
-    "padding int32": (lambda x, p, b: (x, p.int(), b, 4), TypeError, "padding must be .* int32"),
+    "qkv_bias int32": (lambda x, p, b: (x, p.int(), b, 4), TypeError, "qkv_bias must be .* int32"),
     "bias of another window": (
         lambda x, p, b: (x, p, b, 3),
         ValueError,
@@ -171,9 +172,9 @@ def test_empty(sizes):
 
 @pytest.mark.cpu_only  # where sums have an order
 def test_non_contiguous():
-    qkv, padding, bias, window, _ = window_attn_inputs()
-    want = window_attn(qkv, padding, bias, window, 1)
-    turned = [t.mT.contiguous().mT for t in (qkv.transpose(1, 2), padding, bias)]
+    qkv, qkv_bias, bias, window, _ = window_attn_inputs()
+    want = window_attn(qkv, qkv_bias, bias, window, 1)
+    turned = [t.mT.contiguous().mT for t in (qkv.transpose(1, 2), qkv_bias, bias)]
     turned[0] = turned[0].transpose(1, 2)
     leaves = [t.requires_grad_() for t in turned]
     out = window_attn(*leaves, window, 1)
@@ -188,33 +189,36 @@ def test_non_contiguous():
 
 
 def test_a_padded_token_asks_nothing():
-    qkv, padding, bias, window, shift = window_attn_inputs(shift=2)
-    padding.requires_grad_()
-    (grad,) = torch.autograd.grad(window_attn(qkv, padding, bias, window, shift).sum(), padding)
-    assert not grad[0].any()
-    assert grad[1:].any()
+    """The bias of q has the gradients of the tokens alone, those of k and v the padding's too."""
+    qkv, qkv_bias, *rest = window_attn_inputs(shift=2, dtype=torch.float64)
+    inputs = qkv.requires_grad_(), qkv_bias.requires_grad_()
+    tokens, bias = torch.autograd.grad(window_attn(*inputs, *rest).sin().sum(), inputs)
+    tokens = tokens.sum((0, 1, 2))
+    torch.testing.assert_close(bias[0], tokens[0])
+    for padded in (bias - tokens)[1:]:
+        assert (padded.abs() > 1e-3).any()
 
 
 def test_the_ends_of_the_map_do_not_meet():
-    qkv, padding, bias, window, _ = window_attn_inputs(h=8, w=8)
-    want = window_attn(qkv, padding, bias, window, 2)
+    qkv, qkv_bias, bias, window, _ = window_attn_inputs(h=8, w=8)
+    want = window_attn(qkv, qkv_bias, bias, window, 2)
     qkv[:, :, :2] += 1
-    out = window_attn(qkv, padding, bias, window, 2)
+    out = window_attn(qkv, qkv_bias, bias, window, 2)
     assert torch.equal(out[:, :, 2:], want[:, :, 2:])
 
 
 @pytest.mark.parametrize("shift", [300.0, -300.0], ids=["high", "low"])
 def test_large_scores(shift):
-    qkv, padding, bias, window, _ = window_attn_inputs()
-    inputs = [10 * qkv, padding, bias + shift, window, 1]
+    qkv, qkv_bias, bias, window, _ = window_attn_inputs()
+    inputs = [10 * qkv, qkv_bias, bias + shift, window, 1]
     compare(window_attn, window_attn_reference, inputs, [0, 1, 2])
 
 
 def test_nan_stays_in_its_row():
-    qkv, padding, bias, window, shift = window_attn_inputs(shift=1)
-    clean = window_attn(qkv, padding, bias, window, shift)
+    qkv, qkv_bias, bias, window, shift = window_attn_inputs(shift=1)
+    clean = window_attn(qkv, qkv_bias, bias, window, shift)
     qkv[1, 3, 5, 0] = float("nan")
-    out = window_attn(qkv, padding, bias, window, shift)
+    out = window_attn(qkv, qkv_bias, bias, window, shift)
     assert out[1, 3, 5].isnan().all()
     keep = torch.ones(2, 9, 12, dtype=torch.bool)
     keep[1, 3, 5] = False
@@ -228,12 +232,13 @@ def test_autocast_keeps_the_bias():
     x = torch.randn(2, 9, 12, 48)
     bias = torch.randn(3, 16, 16)
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
-        qkv, padding = (t.unflatten(-1, (3, 3, 16)) for t in (layer(x), layer.bias))
-        out = window_attn(qkv, padding, bias, 4, 2)
+        qkv = torch.nn.functional.linear(x, layer.weight)
+        qkv, qkv_bias = (t.unflatten(-1, (3, 3, 16)) for t in (qkv, layer.bias))
+        out = window_attn(qkv, qkv_bias, bias, 4, 2)
     assert qkv.dtype == out.dtype == torch.bfloat16
     grads = torch.autograd.grad(out.float().square().sum(), [*layer.parameters()])
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
-    want = window_attn(qkv.float(), padding.bfloat16().float(), bias, 4, 2)
+    want = window_attn(qkv.float(), qkv_bias, bias, 4, 2)
     torch.testing.assert_close(out.float(), want, rtol=0.01, atol=0.01)
 
 

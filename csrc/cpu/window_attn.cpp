@@ -75,33 +75,47 @@ void cut(const Sizes& n, int64_t index, Window<T>& window) {
   std::fill(window.region.get() + s, window.region.get() + n.L, T(0));
 }
 
-// out[r, d] = x[token[r], d], or padding[d] where that is -1; zeros up to [lines, E]
+// out[r, d] = x[token[r], d] + bias[d], bias[d] alone where the token is -1; zeros up to [lines,
+// E]
 template <class S, class T>
-SEGKERN_CLONES void gather(const S* x, int64_t stride, const S* padding, const int64_t* token,
+SEGKERN_CLONES void gather(const S* x, int64_t stride, const T* bias, const int64_t* token,
                            int64_t n, int64_t D, int64_t lines, int64_t E, T* out /*[lines, E]*/) {
   for (int64_t r = 0; r < n; ++r) {
-    const S* from = token[r] < 0 ? padding : x + token[r] * stride;
+    const S* from = x + token[r] * stride;
+    if (token[r] < 0) {
+      std::copy_n(bias, D, out + r * E);
+    } else {
 #pragma omp simd
-    for (int64_t d = 0; d < D; ++d) out[r * E + d] = static_cast<T>(from[d]);
+      for (int64_t d = 0; d < D; ++d) out[r * E + d] = static_cast<T>(from[d]) + bias[d];
+    }
     for (int64_t d = D; d < E; ++d) out[r * E + d] = T(0);
   }
   std::fill(out + n * E, out + lines * E, T(0));
 }
 
-// to[token[r], d] = x[r, d] / total[r]; where the token is -1, it is added to padding[d]
+// to[token[r], d] = x[r, d] / total[r], but where the token is -1
 template <class S, class T>
 SEGKERN_CLONES void scatter(const T* x /*[n, E]*/, const T* total, const int64_t* token, int64_t n,
-                            int64_t D, int64_t E, S* to, int64_t stride, T* padding) {
+                            int64_t D, int64_t E, S* to, int64_t stride) {
   for (int64_t r = 0; r < n; ++r, x += E) {
-    if (token[r] < 0) {
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) padding[d] += x[d];
-      continue;
-    }
+    if (token[r] < 0) continue;
     const T factor = total ? T(1) / total[r] : T(1);
     S* line = to + token[r] * stride;
 #pragma omp simd
     for (int64_t d = 0; d < D; ++d) line[d] = static_cast<S>(factor * x[d]);
+  }
+}
+
+// sum[d] += sum_r x[r, d], a window's rows first
+template <class T>
+SEGKERN_CLONES void add_rows(const T* x /*[n, E]*/, int64_t n, int64_t D, int64_t E, T* sum) {
+  constexpr int64_t G = kLanes<T>;
+  for (int64_t first = 0; first < D; first += G) {
+    T total[G] = {};
+    for (int64_t r = 0; r < n; ++r)
+#pragma omp simd
+      for (int64_t d = 0; d < G; ++d) total[d] += x[r * E + first + d];
+    for (int64_t d = first; d < std::min(D, first + G); ++d) sum[d] += total[d - first];
   }
 }
 
@@ -170,20 +184,16 @@ Scratch<T> bias_rows(const Tensor& bias, const Sizes& n) {
   return out;
 }
 
-// q, k and v of the tokens, in place, and of a padded one.
-template <class S>
+// q, k and v of the tokens, in place, and their bias, which is all that a padded one has.
+template <class S, class T>
 struct Projected {
-  Projected(const Tensor& qkv, const Tensor& pad, const Sizes& n)
-      : tokens(torch::stable::contiguous(qkv)),
-        padding(torch::stable::contiguous(pad)),
-        C(n.H * n.D),
-        D(n.D) {}
+  Projected(const Tensor& qkv, const Tensor& qkv_bias, const Sizes& n)
+      : tokens(torch::stable::contiguous(qkv)), bias(dense<T>(qkv_bias)), C(n.H * n.D), D(n.D) {}
   // part 0, 1 or 2: q, k or v
-  template <class T>
   void rows(int part, int64_t head, const int64_t* token, int64_t count, int64_t lines, int64_t E,
             T* out) const {
-    gather<S, T>(data<S>(tokens) + part * C + head * D, 3 * C,
-                 data<S>(padding) + part * C + head * D, token, count, D, lines, E, out);
+    gather<S, T>(data<S>(tokens) + part * C + head * D, 3 * C, data<T>(bias) + part * C + head * D,
+                 token, count, D, lines, E, out);
   }
   // rows lie far apart; the hardware does not guess the next ones
   void prefetch(int64_t head, const int64_t* token, int64_t count) const {
@@ -192,7 +202,7 @@ struct Projected {
         for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(S)))
           __builtin_prefetch(data<S>(tokens) + token[r] * 3 * C + part * C + head * D + d, 0, 2);
   }
-  Tensor tokens, padding;
+  Tensor tokens, bias;
   int64_t C, D;
 };
 
@@ -220,7 +230,7 @@ void sums(const T* x, int64_t xr, int64_t xk, int64_t n, const T* y /*[K, E]*/, 
 // Calls each(window, head) for those of a task, while the rows of the next window are on their
 // way.
 template <class S, class T, class Each>
-void for_windows(const Sizes& n, const Projected<S>& x, int64_t task, Window<T>* pair,
+void for_windows(const Sizes& n, const Projected<S, T>& x, int64_t task, Window<T>* pair,
                  const Each& each) {
   const int64_t first = task % n.groups() * kHeads, last = std::min(n.H, first + kHeads);
   const int64_t chunk = task / n.groups(), begin = chunk * n.windows() / n.chunks();
@@ -237,9 +247,9 @@ void for_windows(const Sizes& n, const Projected<S>& x, int64_t task, Window<T>*
 }
 
 template <class S, class T>
-void forward(const Tensor& qkv, const Tensor& padding, const Tensor& bias, const Sizes& n,
+void forward(const Tensor& qkv, const Tensor& qkv_bias, const Tensor& bias, const Sizes& n,
              double scale, const Tensor& out) {
-  const Projected<S> x(qkv, padding, n);
+  const Projected<S, T> x(qkv, qkv_bias, n);
   const Scratch<T> added = bias_rows<T>(bias, n);
   S* to = mutable_data<S>(out);
 
@@ -263,8 +273,7 @@ void forward(const Tensor& qkv, const Tensor& padding, const Tensor& bias, const
       softmax_rows(window.place.get(), queries, n.L, added.get() + head * n.S() * n.L,
                    window.region.get(), static_cast<T>(scale), p, sum);
       sums(p, n.L, 1, queries, a, n.S(), n, b);
-      scatter<S, T>(b, sum, window.query.get(), queries, n.D, n.E, to + head * n.D, n.H * n.D,
-                    nullptr);
+      scatter<S, T>(b, sum, window.query.get(), queries, n.D, n.E, to + head * n.D, n.H * n.D);
     });
   });
 }
@@ -279,15 +288,16 @@ SEGKERN_CLONES void add_chunks(const T* from, int64_t chunks, int64_t stride, in
 }
 
 template <class S, class T>
-void backward(const Tensor& grad, const Tensor& qkv, const Tensor& padding, const Tensor& bias,
-              const Sizes& n, double scale, const Tensor& grad_qkv, const Tensor& grad_padding,
+void backward(const Tensor& grad, const Tensor& qkv, const Tensor& qkv_bias, const Tensor& bias,
+              const Sizes& n, double scale, const Tensor& grad_qkv, const Tensor& grad_qkv_bias,
               const Tensor& grad_bias) {
-  const Projected<S> x(qkv, padding, n);
+  const Projected<S, T> x(qkv, qkv_bias, n);
   const Scratch<T> added = bias_rows<T>(bias, n);
   const Tensor up = torch::stable::contiguous(grad);
   const int64_t chunks = n.chunks(), C = n.H * n.D, area = n.S() * n.L;
-  const Scratch<T> part_bias(chunks * n.H * area);        // [chunks, H, S, L]
-  const Scratch<T> part_padding(chunks * n.H * 2 * n.D);  // [chunks, H, 2, D]
+  const Scratch<T> part_bias(chunks * n.H * area);    // [chunks, H, S, L]
+  const Scratch<T> part_qkv(chunks * n.H * 3 * n.D);  // [chunks, H, 3, D]
+  const std::vector<T> nothing(n.D);
   S* to = mutable_data<S>(grad_qkv);
 
   struct Memory {
@@ -314,15 +324,16 @@ void backward(const Tensor& grad, const Tensor& qkv, const Tensor& padding, cons
     const int64_t chunk = task / n.groups(), first = chunk * n.H + task % n.groups() * kHeads;
     const int64_t heads = std::min(kHeads, n.H - task % n.groups() * kHeads);
     std::fill_n(part_bias.get() + first * area, heads * area, T(0));
-    std::fill_n(part_padding.get() + first * 2 * n.D, heads * 2 * n.D, T(0));
+    std::fill_n(part_qkv.get() + first * 3 * n.D, heads * 3 * n.D, T(0));
     for_windows(n, x, task, memory.pair, [&](const Window<T>& window, int64_t head) {
       const int64_t queries = window.queries, *query = window.query.get();
       const int64_t* key = window.key.get();
-      T* pad = part_padding.get() + (chunk * n.H + head) * 2 * n.D;
+      T* part = part_qkv.get() + (chunk * n.H + head) * 3 * n.D;
       x.rows(0, head, query, queries, queries, n.E, q);
       x.rows(1, head, key, n.S(), n.L, n.E, k);
       x.rows(2, head, key, n.S(), n.L, n.E, v);
-      gather<S, T>(data<S>(up) + head * n.D, C, nullptr, query, queries, n.D, queries, n.E, g);
+      gather<S, T>(data<S>(up) + head * n.D, C, nothing.data(), query, queries, n.D, queries, n.E,
+                   g);
       turn(k, n, turned);
       dots(q, queries, turned, n, p);
       softmax_rows(window.place.get(), queries, n.L, added.get() + head * area,
@@ -333,63 +344,64 @@ void backward(const Tensor& grad, const Tensor& qkv, const Tensor& padding, cons
                        p, dp, part_bias.get() + (chunk * n.H + head) * area);
       S* out = to + head * n.D;
       sums(dp, n.L, 1, queries, k, n.S(), n, line);
-      scatter<S, T>(line, nullptr, query, queries, n.D, n.E, out, 3 * C, nullptr);
+      scatter<S, T>(line, nullptr, query, queries, n.D, n.E, out, 3 * C);
+      add_rows(line, queries, n.D, n.E, part);
       sums(dp, 1, n.L, n.S(), q, queries, n, line);
-      scatter<S, T>(line, nullptr, key, n.S(), n.D, n.E, out + C, 3 * C, pad);
+      scatter<S, T>(line, nullptr, key, n.S(), n.D, n.E, out + C, 3 * C);
+      add_rows(line, n.S(), n.D, n.E, part + n.D);
       sums(p, 1, n.L, n.S(), g, queries, n, line);
-      scatter<S, T>(line, nullptr, key, n.S(), n.D, n.E, out + 2 * C, 3 * C, pad + n.D);
+      scatter<S, T>(line, nullptr, key, n.S(), n.D, n.E, out + 2 * C, 3 * C);
+      add_rows(line, n.S(), n.D, n.E, part + 2 * n.D);
     });
   });
 
-  // a padded token asks nothing: no gradient of its q
-  T *pad_to = mutable_data<T>(grad_padding), *bias_to = mutable_data<T>(grad_bias);
-  std::fill_n(pad_to, C, T(0));
-  for (int64_t i = 0; i < 2 * n.H; ++i)
-    add_chunks(part_padding.get() + (i % n.H * 2 + i / n.H) * n.D, chunks, n.H * 2 * n.D, n.D,
-               pad_to + C + i * n.D);
+  T *qkv_to = mutable_data<T>(grad_qkv_bias), *bias_to = mutable_data<T>(grad_bias);
+  for (int64_t i = 0; i < 3 * n.H; ++i)
+    add_chunks(part_qkv.get() + (i % n.H * 3 + i / n.H) * n.D, chunks, n.H * 3 * n.D, n.D,
+               qkv_to + i * n.D);
   parallel_for(0, n.H * n.S(), 256, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       add_chunks(part_bias.get() + i * n.L, chunks, n.H * area, n.S(), bias_to + i * n.S());
   });
 }
 
-void check(const Tensor& qkv, const Tensor& padding, const Tensor& bias, int64_t window,
+void check(const Tensor& qkv, const Tensor& qkv_bias, const Tensor& bias, int64_t window,
            int64_t shift) {
   const int64_t H = qkv.size(4), S = window * window;
   STD_TORCH_CHECK(window > 0 && shift >= 0 && shift < window && bias.numel() == H * S * S &&
-                      padding.numel() == 3 * H * qkv.size(5) &&
-                      padding.scalar_type() == qkv.scalar_type(),
+                      qkv_bias.numel() == 3 * H * qkv.size(5),
                   "window_attn: sizes that do not fit");
 }
 
-Tensor window_attn(Tensor qkv, Tensor padding, Tensor bias, int64_t window, int64_t shift,
+Tensor window_attn(Tensor qkv, Tensor qkv_bias, Tensor bias, int64_t window, int64_t shift,
                    double scale) {
-  check(qkv, padding, bias, window, shift);
+  check(qkv, qkv_bias, bias, window, shift);
   const Tensor out = torch::stable::new_empty(
       qkv, IntList{qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(4) * qkv.size(5)});
   dispatch_storage(qkv, "window_attn", [&](auto storage, auto zero) {
     using T = decltype(zero);
-    forward<decltype(storage), T>(qkv, padding, bias, sizes_of<T>(qkv, window, shift), scale, out);
+    forward<decltype(storage), T>(qkv, qkv_bias, bias, sizes_of<T>(qkv, window, shift), scale,
+                                  out);
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> window_attn_backward(Tensor grad, Tensor qkv, Tensor padding,
+std::tuple<Tensor, Tensor, Tensor> window_attn_backward(Tensor grad, Tensor qkv, Tensor qkv_bias,
                                                         Tensor bias, int64_t window, int64_t shift,
                                                         double scale) {
-  check(qkv, padding, bias, window, shift);
+  check(qkv, qkv_bias, bias, window, shift);
   const Tensor grad_qkv =
       torch::stable::new_empty(qkv, IntList(qkv.sizes().begin(), qkv.sizes().end()));
-  Tensor grad_padding, grad_bias;
+  Tensor grad_qkv_bias, grad_bias;
   dispatch_storage(qkv, "window_attn_backward", [&](auto storage, auto zero) {
     using T = decltype(zero);
     const Sizes n = sizes_of<T>(qkv, window, shift);
-    grad_padding = empty<T>(qkv, {3, n.H, n.D});
+    grad_qkv_bias = empty<T>(qkv, {3, n.H, n.D});
     grad_bias = empty<T>(qkv, {n.H, n.S(), n.S()});
-    backward<decltype(storage), T>(grad, qkv, padding, bias, n, scale, grad_qkv, grad_padding,
+    backward<decltype(storage), T>(grad, qkv, qkv_bias, bias, n, scale, grad_qkv, grad_qkv_bias,
                                    grad_bias);
   });
-  return {grad_qkv, cast_to(grad_padding, padding.scalar_type()), grad_bias};
+  return {grad_qkv, grad_qkv_bias, grad_bias};
 }
 
 }  // namespace

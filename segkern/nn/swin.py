@@ -8,7 +8,7 @@ Letters: B image, H head, D channels a head, C channels, h w map size, W window'
 S = W W tokens of a window.
 
 A padded token is zero before the projection to q, k and v, and so that projection's bias after it:
-none is projected.
+none is projected. The attention adds that bias as it reads.
 Source: Swin Transformer (Liu et al., ICCV 2021). As in the published segmentation checkpoints
 (detectron2's and transformers' alike, and unlike timm) maps are padded first and rolled then,
 and odd blocks are shifted even where one window covers the whole map.
@@ -78,12 +78,12 @@ class WindowAttention(nn.Module):
         return self._attention(self._project(x, norm), offsets)
 
     def _project(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:  # [B, h, w, 3 C]
-        return self.qkv(norm(x))
+        return F.linear(norm(x), self.qkv.weight)
 
     def _attention(self, qkv: Tensor, offsets: Tensor) -> Tensor:  # [B, h, w, C]
-        qkv, padding = (t.unflatten(-1, (3, self.heads, -1)) for t in (qkv, self.qkv.bias))
+        qkv, added = (t.unflatten(-1, (3, self.heads, -1)) for t in (qkv, self.qkv.bias))
         bias = F.embedding(offsets, self.relative_position_bias_table).permute(2, 0, 1)
-        return window_attn(qkv, padding, bias, self.window, self.shift)
+        return window_attn(qkv, added, bias, self.window, self.shift)
 
 
 class Block(nn.Module):

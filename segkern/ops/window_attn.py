@@ -7,13 +7,14 @@ r"""Self-attention in windows of a map: padding, shift, cut, bias, softmax and t
 Letters: B image, h w map, H head, D channels a head, C = H D, W window's side, S = W W places of a
 window, N = B ceil(h/W) ceil(w/W) windows.
 
-Maps are padded at the right and below to whole windows first and rolled by -shift then. A padded
-token is `padding`, the projection of zeros: a key like others, whose own result is dropped. After
+Maps are padded at the right and below to whole windows first and rolled by -shift then. q, k and v
+are products plus a bias, which is added as they are read; a padded token, the projection of zeros,
+is the bias alone: a key like others, whose own result is dropped. After
 the shift the last row and column of windows hold tokens of both ends of the map: those are no
 neighbours. The kernel takes one window and head at a time: rows of q, k and v are read from their
 tokens, the S x S scores stay in the cache, and rows of the result go to their tokens; backward
-forms the scores anew. A token lies in one window: no atomics; the gradients of padding and bias
-are summed in an order that the shape alone decides, the same bits each run.
+forms the scores anew. A token lies in one window: no atomics; the gradients of the biases are
+summed in an order that the shape alone decides, the same bits each run.
 Bytes: q, k, v, out and the bias once; FLOPs: 4 N H S^2 D forward, 10 backward.
 Source: Swin Transformer (Liu et al., ICCV 2021), section 3.2.
 Differs: no mask is stored and nothing is copied to be padded, rolled or cut; padded queries are
@@ -41,7 +42,7 @@ def _cut(x: Tensor, window: int) -> Tensor:
 
 def window_attn_reference(
     qkv: Tensor,
-    padding: Tensor,
+    qkv_bias: Tensor,
     bias: Tensor,
     window: int,
     shift: int = 0,
@@ -51,8 +52,8 @@ def window_attn_reference(
     B, h, w, _, H, D = qkv.shape
     y, x = -(-h // window) * window, -(-w // window) * window
     with torch.autocast(qkv.device.type, enabled=False):
-        tokens = padding.to(qkv.dtype).expand(B, y, x, 3, H, D).clone()
-        tokens[:, :h, :w] = qkv
+        tokens = qkv_bias.to(qkv.dtype).expand(B, y, x, 3, H, D).clone()
+        tokens[:, :h, :w] += qkv
         tokens = _cut(tokens.roll((-shift, -shift), (1, 2)), window)  # [B, y/W, x/W, S, 3, H, D]
         q, k, v = tokens.flatten(0, 2).permute(2, 0, 3, 1, 4)  # each [N, H, S, D]
 
@@ -71,7 +72,7 @@ def window_attn_reference(
 
 
 def _fake(
-    qkv: Tensor, padding: Tensor, bias: Tensor, window: int, shift: int, scale: float
+    qkv: Tensor, qkv_bias: Tensor, bias: Tensor, window: int, shift: int, scale: float
 ) -> Tensor:
     B, h, w, _, H, D = qkv.shape
     return qkv.new_empty((B, h, w, H * D))
@@ -80,23 +81,23 @@ def _fake(
 def _fake_backward(
     grad: Tensor,
     qkv: Tensor,
-    padding: Tensor,
+    qkv_bias: Tensor,
     bias: Tensor,
     window: int,
     shift: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(t.new_empty(t.shape) for t in (qkv, padding, bias))
+    return tuple(t.new_empty(t.shape) for t in (qkv, qkv_bias, bias))
 
 
 _forward = _library.define(
-    "window_attn(Tensor qkv, Tensor padding, Tensor bias, int window, int shift, float scale)"
+    "window_attn(Tensor qkv, Tensor qkv_bias, Tensor bias, int window, int shift, float scale)"
     " -> Tensor",
     _fake,
     cpu_only=True,
 )
 _backward = _library.define(
-    "window_attn_backward(Tensor grad, Tensor qkv, Tensor padding, Tensor bias, int window,"
+    "window_attn_backward(Tensor grad, Tensor qkv, Tensor qkv_bias, Tensor bias, int window,"
     " int shift, float scale) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     cpu_only=True,
@@ -105,10 +106,10 @@ _backward = _library.define(
 
 class _WindowAttn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, padding, bias, window, shift, scale):
-        ctx.save_for_backward(qkv, padding, bias)
+    def forward(ctx, qkv, qkv_bias, bias, window, shift, scale):
+        ctx.save_for_backward(qkv, qkv_bias, bias)
         ctx.options = window, shift, scale
-        return _forward(qkv, padding, bias, window, shift, scale)
+        return _forward(qkv, qkv_bias, bias, window, shift, scale)
 
     @staticmethod
     @once_differentiable
@@ -118,7 +119,7 @@ class _WindowAttn(torch.autograd.Function):
 
 def window_attn(
     qkv: Tensor,
-    padding: Tensor,
+    qkv_bias: Tensor,
     bias: Tensor,
     window: int,
     shift: int = 0,
@@ -129,17 +130,18 @@ def window_attn(
 
     Args:
         qkv: [B, h, w, 3, H, D] floating: queries, keys and values of each token of a map, of any
-            size. The result of one projection to 3 C channels is `.unflatten(-1, (3, H, -1))`.
-        padding: [3, H, D] floating: the same of a padded token: the bias of that projection. Taken
-            in qkv's dtype.
+            size, without their bias. The result of one projection to 3 C channels is
+            `.unflatten(-1, (3, H, -1))`.
+        qkv_bias: [3, H, D] floating: the bias of that projection.
         bias: [H, S, S] floating: what is added to the scaled score of a query (first) and a key at
-            their places in the window, row by row; taken in float32 (float64 where qkv is), also
-            under autocast. Gradients flow to qkv, padding and bias.
+            their places in the window, row by row. Both biases are taken in float32 (float64 where
+            qkv is), also under autocast. Gradients flow to all three.
         window: W, at least 1.
         shift: how far the map is rolled up and left before it is cut, in [0, W).
         scale: multiplies the scores; None is D^-1/2.
         impl: "kernel", or "reference" for plain PyTorch; CUDA tensors, for which there is no
-            kernel yet, take the reference in any case, where products and bias are in qkv's dtype.
+            kernel yet, take the reference in any case, where products and biases are in qkv's
+            dtype.
 
     Returns:
         [B, h, w, H * D] in qkv's dtype; sums are float32 (float64 where qkv is float64).
@@ -153,12 +155,13 @@ def window_attn(
         raise ValueError(f"window_attn: shift must be in [0, {window}), got {shift}")
     sizes = {"S": window * window}
     expect("window_attn", "qkv", qkv, "B h w 3 H D", "float", sizes)
-    expect("window_attn", "padding", padding, "3 H D", "float", sizes)
+    expect("window_attn", "qkv_bias", qkv_bias, "3 H D", "float", sizes)
     expect("window_attn", "bias", bias, "H S S", "float", sizes)
     scale = qkv.shape[5] ** -0.5 if scale is None else float(scale)
     if qkv.is_cuda and impl == "kernel":
         impl = "reference"
     if not _library.use_kernel("window_attn", impl, qkv):
-        return window_attn_reference(qkv, padding, bias, window, shift, scale)
-    padding, bias = padding.to(qkv.dtype), bias.to(exact_dtype(qkv))
-    return _WindowAttn.apply(qkv, padding, bias, window, shift, scale)
+        return window_attn_reference(qkv, qkv_bias, bias, window, shift, scale)
+    exact = exact_dtype(qkv)
+    qkv_bias, bias = qkv_bias.to(exact), bias.to(exact)
+    return _WindowAttn.apply(qkv, qkv_bias, bias, window, shift, scale)
