@@ -25,6 +25,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import goals
@@ -88,6 +89,8 @@ class Run:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # a shell's background job ignores it, and would hand that on
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             )
             try:
                 code = process.wait(limit)
