@@ -38,7 +38,7 @@ test: setup
 
 check: lint slow interpret sanitize emulate racecheck oldest gate
 
-# tests that no second thread would help, a process a core
+# a process a core, for tests that no second thread would help
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(MAX_JOBS)
 
 slow: setup
@@ -61,7 +61,7 @@ SANITIZER_address = libasan.so libubsan.so
 SANITIZER_thread = libtsan.so
 preload = $(foreach lib,$(SANITIZER_$(1)),$(shell gcc -print-file-name=$(lib)))
 with = PYTHONPATH=$(CURDIR)/build/$(1)/lib ASAN_OPTIONS=detect_leaks=0 \
-  TSAN_OPTIONS="exitcode=66 ignore_noninstrumented_modules=1" LD_PRELOAD="$(call preload,$(2))"
+  TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" LD_PRELOAD="$(call preload,$(2))"
 define library
 	$(3) SEGKERN_SANITIZE=$(2) SEGKERN_NO_CUDA=1 $(PY) setup.py -q build \
 	  --build-base build/$(1) --build-lib build/$(1)/lib
@@ -71,17 +71,17 @@ endef
 # the op tests on kernels built with the address and undefined behaviour sanitizers
 sanitize: setup
 	$(call library,sanitize,address)
-	$(call with,sanitize,address) $(BIN)/pytest $(OPS) -m "not slow and not gpu" -k "not compile and not opcheck"
+	$(call with,sanitize,address) $(BIN)/pytest -n $(MAX_JOBS) $(OPS) -m "not slow and not gpu" -k "not compile and not opcheck"
 
 # the CUDA sources run on the host, a fibre a thread, with the same sanitizers
 emulate: setup
 	$(call library,emulate,address,SEGKERN_EMULATE=1)
-	$(call with,emulate,address) $(BIN)/pytest $(CUDA_OPS) -m "not slow and not gpu" -k "not compile and not opcheck"
+	$(call with,emulate,address) $(PARALLEL) $(CUDA_OPS) -m "not slow and not gpu" -k "not compile and not opcheck"
 
 # and with the sanitizer of races, to which a fibre is a thread
 racecheck: setup
 	$(call library,racecheck,thread,SEGKERN_EMULATE=1)
-	$(call with,racecheck,thread) $(BIN)/pytest $(CUDA_OPS) -m "not slow and not gpu" -k "forward or gradients or scipy"
+	$(call with,racecheck,thread) $(PARALLEL) $(CUDA_OPS) -m "not slow and not gpu" -k "forward or gradients or scipy"
 
 # the same binary under the oldest supported torch; Python 3.12 where it is found
 PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) \
@@ -92,7 +92,7 @@ PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.1
 	touch $@
 
 oldest: setup .venv-oldest/installed
-	PYTHONPATH=. .venv-oldest/bin/pytest $(OPS) tests/test_triton.py -m "not slow and not gpu"
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n $(MAX_JOBS) $(OPS) tests/test_triton.py -m "not slow and not gpu"
 
 # the demo and the recipe of Segmenter must have learned what they are there to show; the recipe
 # with a quarter more steps, as machines that round otherwise end a little above or below
