@@ -388,10 +388,12 @@ def resize_argmax_inputs(
 def window_attn_inputs(
     B=2, h=9, w=12, H=3, D=16, window=4, shift=0, dtype=torch.float32, seed=0
 ) -> list:
-    """qkv [B, h, w, 3, H, D], qkv_bias [3, H, D] and bias [H, S, S], normal; window, shift."""
+    """qkv [B, h, w, 3, H, D], qkv_bias [3, H, D] (sigma 1/4) and bias [H, S, S], normal; window
+    and shift."""
     g = torch.Generator().manual_seed(seed)
     shapes = (B, h, w, 3, H, D), (3, H, D), (H, window**2, window**2)
-    return [*(torch.randn(s, generator=g).to(dtype) for s in shapes), window, shift]
+    qkv, qkv_bias, bias = (torch.randn(s, generator=g).to(dtype) for s in shapes)
+    return [qkv, qkv_bias / 4, bias, window, shift]
 
 
 @_made_on_cpu

@@ -19,7 +19,7 @@ CASES = {
     "one token a window": {"window": 1},
     "two tokens a window and axis": {"h": 8, "window": 2, "shift": 1},
     "odd channels": {"D": 7, "shift": 2},
-    "one channel, one head": {"D": 1, "H": 1, "shift": 2, "h": 7},
+    "one channel, one head": {"D": 1, "H": 1, "shift": 2},
     "wide heads": {"D": 72, "H": 1, "window": 3, "shift": 1},
     "many heads": {"B": 1, "H": 10, "h": 6, "window": 3, "shift": 1},
     "many windows": {"B": 1, "h": 30, "w": 41, "H": 1, "D": 8, "window": 3, "shift": 1},
