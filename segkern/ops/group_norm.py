@@ -74,6 +74,8 @@ class _GroupNorm(torch.autograd.Function):
         if ctx.up is not None and ctx.needs_input_grad[6]:
             of_up = _aten.upsample_bilinear2d_backward(grad, x.shape[2:], ctx.up, False)
         (B, C, h, w), wanted = x.shape, list(ctx.needs_input_grad[:3])
+        # torch 2.11 takes both as they lie, also where one is channels last and one is not
+        grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
         grads = _aten.native_group_norm_backward(
             grad, x, mean, inverse, weight, B, C, h * w, ctx.groups, wanted
         )
