@@ -54,32 +54,32 @@ _forward = _library.define(
 
 
 class _GroupNorm(torch.autograd.Function):
+    """Of rows [B, h, w, C]."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps, relu, up):
-        rows = x.permute(0, 2, 3, 1)
-        coarse = None if up is None else up.permute(0, 2, 3, 1)
-        out, *moments = _forward(rows, weight, bias, groups, eps, relu, coarse)
-        out = out.permute(0, 3, 1, 2)
-        ctx.save_for_backward(x, weight, *moments, out if relu else None)
-        ctx.groups, ctx.up = groups, None if up is None else up.shape
+        out, *moments = _forward(x, weight, bias, groups, eps, relu, up)
+        ctx.save_for_backward(x, weight, *moments)
+        ctx.groups, ctx.up = groups, up if up is None else up.shape
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, mean, inverse, out = ctx.saved_tensors
-        if out is not None:
-            grad = _aten.threshold_backward(grad, out, 0)
+        # torch 2.11 takes both as they lie, also where one is channels last and one is not
+        x, grad = (t.contiguous().permute(0, 3, 1, 2) for t in (ctx.saved_tensors[0], grad))
+        weight, mean, inverse = ctx.saved_tensors[1:]
         of_up = None
         if ctx.up is not None and ctx.needs_input_grad[6]:
-            of_up = _aten.upsample_bilinear2d_backward(grad, x.shape[2:], ctx.up, False)
+            b, h, w, c = ctx.up
+            of_up = _aten.upsample_bilinear2d_backward(grad, x.shape[2:], (b, c, h, w), False)
+            of_up = of_up.permute(0, 2, 3, 1)
         (B, C, h, w), wanted = x.shape, list(ctx.needs_input_grad[:3])
-        # torch 2.11 takes both as they lie, also where one is channels last and one is not
-        grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
-        grads = _aten.native_group_norm_backward(
+        of_x, *others = _aten.native_group_norm_backward(
             grad, x, mean, inverse, weight, B, C, h * w, ctx.groups, wanted
         )
-        return *grads, None, None, None, of_up
+        of_x = of_x if of_x is None else of_x.permute(0, 2, 3, 1)
+        return of_x, *others, None, None, None, of_up
 
 
 def group_norm(
@@ -133,4 +133,7 @@ def group_norm(
         impl = "reference"
     if not _library.use_kernel("group_norm", impl, x):
         return group_norm_reference(x, groups, weight, bias, eps, relu, up)
-    return _GroupNorm.apply(x, weight, bias, groups, eps, relu, up)
+    rows, coarse = (t if t is None else t.permute(0, 2, 3, 1) for t in (x, up))
+    cut = relu and not torch.is_grad_enabled()  # else PyTorch's relu, whose gradient it frees
+    out = _GroupNorm.apply(rows, weight, bias, groups, eps, cut, coarse)
+    return (out if cut or not relu else out.relu_()).permute(0, 3, 1, 2)
