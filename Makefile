@@ -78,7 +78,8 @@ emulate: setup
 	$(call library,emulate,address,SEGKERN_EMULATE=1)
 	$(call with,emulate,address) $(PARALLEL) $(CUDA_OPS) -m "not slow and not gpu" -k "not compile and not opcheck"
 
-# and with the sanitizer of races, to which a fibre is a thread
+# and with the sanitizer of races, to which a fibre is a thread; a race ends its worker, and its
+# report is seen where that test runs without -n
 racecheck: setup
 	$(call library,racecheck,thread,SEGKERN_EMULATE=1)
 	$(call with,racecheck,thread) $(PARALLEL) $(CUDA_OPS) -m "not slow and not gpu" -k "forward or gradients or scipy"
