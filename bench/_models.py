@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # support.inputs
+
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 LABELS = 133
 TARGETS = 16
@@ -96,7 +98,7 @@ def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu
             that are bfloat16 themselves.
     """
     from segkern.nn.targets import Targets
-    from segkern.testing import moved, random_targets
+    from support.inputs import moved, random_targets
 
     torch.manual_seed(0)
     model = open_model(impl, folder, device)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from _measure import Work, pick, short
 
 from segkern.ops import conv3x3
-from segkern.testing import conv3x3_inputs
+from support.inputs import conv3x3_inputs
 
 IMPLS = ("segkern", "conv2d, channels last", "conv2d, planar")
 CASES = pick(  # B, channels, side of the map

@@ -13,7 +13,7 @@ from transformers.models.mask2former import modeling_mask2former as peer
 
 from segkern.nn.criterion import Criterion
 from segkern.nn.targets import Targets
-from segkern.testing import moved, random_targets
+from support.inputs import moved, random_targets
 
 IMPLS = ("segkern", "transformers")
 CASES = pick(  # name: B, T, side of the image

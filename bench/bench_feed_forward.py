@@ -6,7 +6,7 @@ from _measure import Work, pick, short
 
 from segkern.ops import feed_forward
 from segkern.ops.feed_forward import feed_forward_reference
-from segkern.testing import feed_forward_inputs
+from support.inputs import feed_forward_inputs
 
 IMPLS = ("segkern", "linear, linear")
 CASES = pick(  # what, rows, C, F, activation

@@ -6,7 +6,7 @@ from _measure import Work, pick
 
 from segkern.ops import group_norm
 from segkern.ops.group_norm import group_norm_reference
-from segkern.testing import group_norm_inputs
+from support.inputs import group_norm_inputs
 
 IMPLS = ("segkern", "plain PyTorch")
 CASES = pick(  # B, channels, side of the map, what follows

@@ -8,7 +8,7 @@ from _measure import DEVICE, Work, package, pick
 from scipy.optimize import linear_sum_assignment
 
 from segkern.ops import linear_assignment
-from segkern.testing import linear_assignment_inputs
+from support.inputs import linear_assignment_inputs
 
 SCIPY = pick("scipy", "scipy", "scipy with its transfers")
 IMPLS = ("segkern", SCIPY, "torch-linear-assignment")

@@ -5,7 +5,7 @@ import torch
 from _measure import Work, pick, repeated, short
 
 from segkern.ops import mask_bits
-from segkern.testing import mask_bits_inputs
+from support.inputs import mask_bits_inputs
 
 HEADS = 8
 IMPLS = ("segkern", "product, compare", "transformers' way")

@@ -14,7 +14,7 @@ from _measure import DEVICE, OPTIONS, PASSES, Work, pick, repeated, short, step
 
 from segkern.ops import mask_bits, masked_attn
 from segkern.ops.mask_bits import unpack_bits
-from segkern.testing import masked_attn_inputs
+from support.inputs import masked_attn_inputs
 
 Q, H, D, C = pick((4, 2, 8, 16), *[(100, 8, 32, 256)] * 2)
 IMPLS = ("segkern", "products", "SDPA, bool mask", "FlexAttention")

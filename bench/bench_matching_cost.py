@@ -12,7 +12,7 @@ from _measure import DEVICE, Work, pick, repeated, short
 from transformers.models.mask2former import modeling_mask2former as peer
 
 from segkern.ops import matching_cost
-from segkern.testing import matching_cost_inputs
+from support.inputs import matching_cost_inputs
 
 IMPLS = ("segkern", "transformers", "transformers with its product")
 CASES = pick(  # name: B, T, side of the image

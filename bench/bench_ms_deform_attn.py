@@ -10,7 +10,7 @@ import torch
 from _measure import PASSES, Work, pick, repeated, short, step
 
 from segkern.ops import ms_deform_attn
-from segkern.testing import ms_deform_attn_inputs
+from support.inputs import ms_deform_attn_inputs
 
 IMPLS = ("segkern", "transformers", "original CUDA op", "DCNv4 FlashDeformAttn")
 CASES = pick(  # B, height, width of the image, padded to 32

@@ -7,7 +7,7 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as peer
 
 from segkern.ops import point_mask_loss
-from segkern.testing import point_mask_loss_inputs
+from support.inputs import point_mask_loss_inputs
 
 IMPLS = ("segkern", "transformers")
 CASES = pick(  # name: B, R, T, side of the image

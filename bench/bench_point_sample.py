@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from _measure import PASSES, Work, pick, repeated, short, step
 
 from segkern.ops import point_sample
-from segkern.testing import point_sample_inputs
+from support.inputs import point_sample_inputs
 
 IMPLS = ("segkern", "grid_sample")
 FEATURES = {  # name: B, C, h, w, P

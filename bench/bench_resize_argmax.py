@@ -5,7 +5,7 @@ import torch
 from _measure import Work, pick, repeated, short
 
 from segkern.ops import resize_argmax
-from segkern.testing import resize_argmax_inputs
+from support.inputs import resize_argmax_inputs
 
 IMPLS = ("segkern", "interpolate, argmax")
 CASES = pick(  # B, K, side of the maps, side of the result

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from _measure import Work, pick, repeated
 
 from segkern.ops import segment_map
-from segkern.testing import segment_map_inputs
+from support.inputs import segment_map_inputs
 
 IMPLS = ("segkern", "transformers", "original")
 KINDS = pick(["shapes"], ["shapes", "noise"], ["shapes", "noise"])

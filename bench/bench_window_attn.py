@@ -10,7 +10,7 @@ from _measure import PASSES, Work, pick, repeated, short, step
 
 from segkern.ops import window_attn
 from segkern.ops.window_attn import window_attn_reference
-from segkern.testing import window_attn_inputs
+from support.inputs import window_attn_inputs
 
 IMPLS = ("segkern", "products", "SDPA, float mask")
 D, ONE, HALF = 32, torch.float32, torch.bfloat16

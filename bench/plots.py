@@ -24,7 +24,7 @@ import _segmenter
 import torch
 
 from segkern.nn.targets import Targets
-from segkern.testing import moved, random_targets
+from support.inputs import moved, random_targets
 
 SECONDS = 5.0  # a run that takes longer is timed once less
 # slow or like their neighbours: not timed with transformers, whose memory ends first as well

@@ -5,7 +5,8 @@ import torch
 
 from segkern.ops import conv3x3
 from segkern.ops.conv3x3 import conv3x3_reference
-from segkern.testing import DTYPES, compare, conv3x3_inputs
+from support.comparison import DTYPES, compare
+from support.inputs import conv3x3_inputs
 
 CASES = {
     "even and odd": {"h": 8, "w": 9},

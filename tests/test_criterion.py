@@ -9,7 +9,8 @@ from segkern.nn.criterion import Criterion
 from segkern.nn.targets import Targets
 from segkern.ops import random_points
 from segkern.ops.point_sample import MATCHING
-from segkern.testing import promote, random_targets
+from support.comparison import promote
+from support.inputs import random_targets
 
 B, R, Q, K, M, P = 2, 3, 6, 4, 8, 40
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cubin import SHARED_LIMIT, usage
 from torch.utils import cpp_extension
+
+from cubin import SHARED_LIMIT, usage
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 SOURCES = sorted(p.name for p in CUDA.glob("*.cu"))

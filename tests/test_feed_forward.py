@@ -5,7 +5,8 @@ import torch
 
 from segkern.ops import _library, feed_forward
 from segkern.ops.feed_forward import ACTIVATIONS, feed_forward_reference
-from segkern.testing import DTYPES, assert_accurate, compare, feed_forward_inputs
+from support.comparison import DTYPES, assert_accurate, compare
+from support.inputs import feed_forward_inputs
 
 CASES = {  # inputs, activation
     "gelu": ({}, "gelu"),

@@ -23,7 +23,7 @@ from segkern.ops import (
 )
 from segkern.ops.mask_bits import pack_bits
 from segkern.ops.segment_map import TASKS
-from segkern.testing import (
+from support.inputs import (
     linear_assignment_inputs,
     mask_bits_inputs,
     masked_attn_inputs,

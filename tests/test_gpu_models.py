@@ -7,7 +7,6 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from test_gpu import DEVICE, no_synchronisation
 
 from segkern import graphs, segment
 from segkern.data.collate import Batch
@@ -16,8 +15,9 @@ from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterC
 from segkern.nn.targets import Targets
 from segkern.optimizer import build_optimizer
 from segkern.step import PRECISIONS, Step
-from segkern.testing import random_targets
 from segkern.train import TrainConfig
+from support.inputs import random_targets
+from test_gpu import DEVICE, no_synchronisation
 
 pytestmark = pytest.mark.gpu
 LABELS, RATE = 5, 1e-4

@@ -5,7 +5,8 @@ import torch
 
 from segkern.ops import group_norm
 from segkern.ops.group_norm import group_norm_reference
-from segkern.testing import DTYPES, compare, group_norm_inputs
+from support.comparison import DTYPES, compare
+from support.inputs import group_norm_inputs
 
 CASES = {  # inputs, groups, relu
     "norm": ({}, 3, False),

@@ -6,7 +6,8 @@ import torch
 
 from segkern.ops import linear_assignment
 from segkern.ops.linear_assignment import linear_assignment_reference
-from segkern.testing import DTYPES, linear_assignment_inputs
+from support.comparison import DTYPES
+from support.inputs import linear_assignment_inputs
 
 INF, NAN = float("inf"), float("nan")
 KINDS = (

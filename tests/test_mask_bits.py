@@ -5,7 +5,8 @@ import torch
 
 from segkern.ops import mask_bits
 from segkern.ops.mask_bits import mask_bits_reference, pack_bits, unpack_bits
-from segkern.testing import DTYPES, mask_bits_inputs
+from support.comparison import DTYPES
+from support.inputs import mask_bits_inputs
 
 CASES = {
     "small": {},

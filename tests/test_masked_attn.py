@@ -7,7 +7,8 @@ from segkern.ops import masked_attn
 from segkern.ops._checks import exact_dtype
 from segkern.ops.mask_bits import pack_bits, unpack_bits
 from segkern.ops.masked_attn import masked_attn_reference
-from segkern.testing import DTYPES, compare, masked_attn_inputs
+from support.comparison import DTYPES, compare
+from support.inputs import masked_attn_inputs
 
 CASES = {
     "small": {},

@@ -7,7 +7,8 @@ import torch
 
 from segkern.ops import linear_assignment, matching_cost
 from segkern.ops.matching_cost import BOUND, matching_cost_reference
-from segkern.testing import DTYPES, compare, matching_cost_inputs
+from support.comparison import DTYPES, compare
+from support.inputs import matching_cost_inputs
 
 INF, NAN = float("inf"), float("nan")
 CASES = {

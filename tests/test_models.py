@@ -8,7 +8,7 @@ import torch
 from segkern.models import Mask2Former, Mask2FormerConfig
 from segkern.nn.position import pixel_centres, sine_position
 from segkern.nn.targets import Targets
-from segkern.testing import random_targets
+from support.inputs import random_targets
 
 LABELS = 7
 

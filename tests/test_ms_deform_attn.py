@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from segkern.ops import _library, ms_deform_attn, multi_scale_deformable_attention
 from segkern.ops.ms_deform_attn import ms_deform_attn_reference
-from segkern.testing import DTYPES, compare, ms_deform_attn_inputs, promote
+from support.comparison import DTYPES, compare, promote
+from support.inputs import ms_deform_attn_inputs
 
 CASES = {
     "small": {},

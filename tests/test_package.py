@@ -16,7 +16,7 @@ import segkern
 from segkern import meters, pictures
 from segkern.data import digits
 from segkern.ops import _library, point_sample
-from segkern.testing import point_sample_inputs
+from support.inputs import point_sample_inputs
 
 ROOT = Path(__file__).parent.parent
 OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))

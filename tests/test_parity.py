@@ -16,8 +16,8 @@ from segkern.nn import query_decoder
 from segkern.nn.targets import Targets
 from segkern.ops import random_points
 from segkern.ops.point_sample import MATCHING
-from segkern.testing import random_targets
 from segkern.weights import huggingface
+from support.inputs import random_targets
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 BACKBONES = {  # those of full depth have 6 layers in the pixel decoder as well

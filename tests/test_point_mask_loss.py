@@ -5,7 +5,8 @@ import torch
 
 from segkern.ops import point_mask_loss, point_sample, random_points
 from segkern.ops.point_mask_loss import point_mask_loss_reference
-from segkern.testing import DTYPES, compare, point_mask_loss_inputs
+from support.comparison import DTYPES, compare
+from support.inputs import point_mask_loss_inputs
 
 FEW = (40, 3.0, 0.75)  # points, oversample ratio, importance ratio
 CASES = {

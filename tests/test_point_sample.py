@@ -7,7 +7,8 @@ import torch
 
 from segkern.ops import point_sample, random_points
 from segkern.ops.point_sample import point_sample_reference
-from segkern.testing import DTYPES, assert_accurate, compare, point_sample_inputs
+from support.comparison import DTYPES, assert_accurate, compare
+from support.inputs import point_sample_inputs
 
 CASES = {
     "small": {},

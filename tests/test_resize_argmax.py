@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from segkern.ops import resize_argmax
 from segkern.ops.resize_argmax import resize_argmax_reference
-from segkern.testing import DTYPES, resize_argmax_inputs
+from support.comparison import DTYPES
+from support.inputs import resize_argmax_inputs
 
 CASES = {
     "small": {},

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from segkern.ops import segment_map
 from segkern.ops.mask_bits import unpack_bits
 from segkern.ops.segment_map import TASKS, segment_map_reference
-from segkern.testing import DTYPES, assert_accurate, promote, segment_map_inputs
+from support.comparison import DTYPES, assert_accurate, promote
+from support.inputs import segment_map_inputs
 
 INF, NAN = float("inf"), float("nan")
 # inputs; padded, image and output size

@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import yaml
-from test_segmenter import CASES, SMALL
 
 from segkern.models.segmenter import Segmenter, SegmenterConfig
 from segkern.weights import segmenter as weights
+from test_segmenter import CASES, SMALL
 
 
 def random_model(**changes):

@@ -11,8 +11,8 @@ from segkern.models import Mask2Former, Mask2FormerConfig
 from segkern.nn.targets import Targets
 from segkern.optimizer import build_optimizer
 from segkern.step import Step
-from segkern.testing import random_targets
 from segkern.train import TrainConfig, train
+from support.inputs import random_targets
 
 RATE = 1e-3
 SMALL_SWIN = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8)}
@@ -88,9 +88,8 @@ def test_fp16_leaves_out_a_step_whose_gradient_overflows_and_lowers_the_scale():
 
 
 def test_fp16_resumes_with_its_scale(tmp_path):
-    from test_train import PulledPlug, config, same
-
     from segkern.data import Digits
+    from test_train import PulledPlug, config, same
 
     settings = {"precision": "fp16", "checkpoint_every": 2}
     whole = train(config(tmp_path / "whole", **settings), progress=False)

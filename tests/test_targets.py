@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from segkern.nn.targets import Targets, bucket
-from segkern.testing import random_targets
+from support.inputs import random_targets
 
 
 def lists():

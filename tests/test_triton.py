@@ -10,11 +10,11 @@ from importlib import import_module
 
 import pytest
 import torch
-from cubin import SHARED_LIMIT, usage
 
+from cubin import SHARED_LIMIT, usage
 from segkern.ops import _library
 from segkern.ops._checks import exact_dtype
-from segkern.testing import DTYPES
+from support.comparison import DTYPES
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":

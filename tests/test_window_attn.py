@@ -5,7 +5,8 @@ import torch
 
 from segkern.ops import window_attn
 from segkern.ops.window_attn import window_attn_reference
-from segkern.testing import DTYPES, compare, window_attn_inputs
+from support.comparison import DTYPES, compare
+from support.inputs import window_attn_inputs
 
 CASES = {
     "whole windows": {"h": 8},
