@@ -14,7 +14,7 @@ INSTALL = install --disable-pip-version-check -q
 KERNELS = segkern/_C_cpu.abi3.so
 SOURCES = setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: setup demo test check slow interpret sanitize emulate racecheck oldest gate lint bench gpu clean
+.PHONY: setup demo test check slow interpret avx2 seeds sanitize emulate racecheck oldest gate lint bench gpu clean
 setup: $(KERNELS)
 
 # the constraints first, so that building against the installed torch needs no isolation
@@ -36,7 +36,14 @@ demo: setup
 test: setup
 	$(BIN)/pytest tests -m "not slow and not gpu"
 
-check: lint slow interpret sanitize emulate racecheck oldest gate
+# every stage, also after one that failed, and at the end what became of each
+STAGES = lint slow interpret avx2 seeds sanitize emulate racecheck oldest gate
+check: setup
+	@report=""; status=0; for stage in $(STAGES); do \
+	  start=$$(date +%s); echo "== make $$stage"; result=passed; \
+	  $(MAKE) --no-print-directory $$stage || { result=FAILED; status=1; }; \
+	  report="$$report$$(printf '  %-10s %s %5d s' $$stage $$result $$(($$(date +%s) - start)))\n"; \
+	done; printf "== make check\n$$report"; exit $$status
 
 # a process a core, for tests that no second thread would help
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(MAX_JOBS)
@@ -67,6 +74,18 @@ define library
 	  --build-base build/$(1) --build-lib build/$(1)/lib
 	cd build && $(call with,$(1),$(2)) ../$(PY) -c "import segkern; assert '$(1)' in segkern.__file__"
 endef
+
+# the op tests as on a CPU without AVX-512: the libraries capped, and ours built without it
+AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+avx2: setup
+	$(call library,avx2,,SEGKERN_AVX2=1)
+	! objdump -d build/avx2/lib/segkern/_C_cpu.abi3.so | grep -q zmm
+	$(AVX2) $(call with,avx2,) $(PARALLEL) $(OPS) -m "not slow and not gpu" -k "not opcheck"
+
+# the op tests on other inputs
+seeds: setup
+	$(PARALLEL) $(OPS) --seed 1 -m "not slow and not gpu" -k "not compile and not opcheck and not bad"
+	$(PARALLEL) $(OPS) --seed 2 -m "not slow and not gpu" -k "not compile and not opcheck and not bad"
 
 # the op tests on kernels built with the address and undefined behaviour sanitizers
 sanitize: setup

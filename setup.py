@@ -9,6 +9,7 @@ Python >= 3.11. No GPU is needed. Environment:
                         of races
   SEGKERN_EMULATE=1     for tests: _C_cpu takes the CUDA sources, compiled for the host, in place
                         of the C++ kernels of the same ops (csrc/cuda/emulate.h)
+  SEGKERN_AVX2=1        for tests: no code for AVX-512, as on a CPU without it
   TORCH_CUDA_ARCH_LIST  default "8.0;9.0;10.0+PTX";  CXX, MAX_JOBS as usual
 """
 
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # torch 2.11: the oldest that can load the libraries
 SANITIZE = os.environ.get("SEGKERN_SANITIZE", "")
 EMULATE = os.environ.get("SEGKERN_EMULATE") == "1"
+AVX2 = os.environ.get("SEGKERN_AVX2") == "1"
 HELP = (
     "\nsegkern builds C++ kernels while it is installed. {problem}\n"
     "  {remedy}\n"
@@ -40,7 +42,7 @@ def stop(problem, remedy):
 
 def flags_cpu():
     flags = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-    flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"] + ["-DSEGKERN_AVX2"] * AVX2
     if SANITIZE:
         checks = ["-fsanitize=thread"]
         if SANITIZE == "address":
@@ -49,7 +51,7 @@ def flags_cpu():
     # no -ffast-math: NaN must leave range tests; fused multiply-adds are welcome
     return flags + ["-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno"] + [
         "-fno-trapping-math",
-        "-mprefer-vector-width=512",
+        f"-mprefer-vector-width={256 if AVX2 else 512}",
     ] * (os.uname().machine == "x86_64"), []
 
 

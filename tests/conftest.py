@@ -1,11 +1,14 @@
 """Each test starts from one seed, with two threads, and sees NaN in memory left unwritten.
 
+`--seed` draws other inputs. After the tests stands, for each file, the largest share that an error
+had of what tests/support/comparison.py allows: how near the next machine may come to a failure.
 With `--device cuda` it also makes its tensors there, and what is about the CPU alone is left out.
 Under TRITON_INTERPRET=1 the Triton kernels stand in for the C++ ones: `make interpret` runs the
 tests of their ops a second time, in Triton's interpreter.
 """
 
 import importlib
+import itertools
 import os
 
 # before the libraries are loaded
@@ -16,6 +19,7 @@ import pytest
 import torch
 
 from segkern.ops import _library
+from support import comparison, inputs
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _interpreted = torch.library.Library("segkern", "IMPL")
@@ -33,8 +37,11 @@ def pytest_addoption(parser):
         "--device", choices=("cpu", "cuda"), default="cpu", help="where tests make their tensors"
     )
 
+    parser.addoption("--seed", type=int, default=0, help="of the inputs that tests draw")
+
 
 def pytest_configure(config):
+    inputs.SEED = config.getoption("--seed")
     with torch.device("cpu"):
         torch.empty(0)  # torch lists its constructors now, before a test patches one of them
 
@@ -51,8 +58,29 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    torch.manual_seed(0)
+    torch.manual_seed(inputs.SEED)
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _largest_share(request, record_property):
+    comparison.shares.clear()
+    yield
+    if comparison.shares:
+        record_property("share", max(comparison.shares))
+
+
+def pytest_terminal_summary(terminalreporter):
+    largest = {}
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        name, _, test = getattr(report, "nodeid", "").partition("::")
+        for key, share in getattr(report, "user_properties", ()):
+            if key == "share" and share >= largest.get(name, (0.0, ""))[0]:
+                largest[name] = share, test
+    if largest:
+        terminalreporter.write_line("largest share of the error that rounding allows:")
+    for name, (share, test) in sorted(largest.items()):
+        terminalreporter.write_line(f"  {share:.2f}  {name}  {test}")
 
 
 @pytest.fixture(autouse=True)

@@ -31,12 +31,9 @@ def assert_bits(actual, queries, features, threshold=0.0):
     product = exact_q @ exact_f
     S = features.shape[2]
     flipped = unpack_bits(bits, S) != (product >= threshold)
-    if queries.dtype == torch.float64:
-        assert not flipped.any()
-    else:
-        eps = torch.finfo(torch.float32).eps
-        rounding = features.shape[1] * eps * (exact_q.abs() @ exact_f.abs())
-        assert not (flipped & ((product - threshold).abs() > rounding)).any()
+    eps = torch.finfo(torch.promote_types(queries.dtype, torch.float32)).eps
+    rounding = features.shape[1] * eps * (exact_q.abs() @ exact_f.abs())
+    assert not (flipped & ((product - threshold).abs() > rounding)).any(), "a bit is wrong"
     assert bits.dtype == open.dtype == torch.int32
     repacked, count = pack_bits(unpack_bits(bits, S))
     assert torch.equal(bits, repacked), "tail bits must be 0"

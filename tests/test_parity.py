@@ -266,7 +266,9 @@ def test_float32_is_as_accurate_as_the_reference(pair, monkeypatch, record_prope
         reference.double()
         ours.double()
     for name in ("class_queries_logits", "masks_queries_logits"):
-        allowed = 2 * error(getattr(eager, name), getattr(exact, name))
+        # about a thousand operations follow one another: roundings add up as its root, 32
+        rounding = 32 * torch.finfo(torch.float32).eps * getattr(exact, name).abs().max().item()
+        allowed = max(2 * error(getattr(eager, name), getattr(exact, name)), rounding)
         assert error(getattr(have, name), getattr(exact, name)) <= allowed, name
     total = sum(b.shape[1] * S for b, _, S in replay.recorded)
     record_property("flipped mask bits", f"{replay.flipped} of {total}")

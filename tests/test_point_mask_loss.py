@@ -34,7 +34,7 @@ def test_as_many_points_as_in_the_paper():
     compare(
         point_mask_loss,
         point_mask_loss_reference,
-        point_mask_loss_inputs(dtype=torch.float64),
+        point_mask_loss_inputs(B=1, R=1, T=2, dtype=torch.float64),
         [0],
     )
 

@@ -7,7 +7,7 @@ import torch
 
 from segkern.ops import point_sample, random_points
 from segkern.ops.point_sample import point_sample_reference
-from support.comparison import DTYPES, assert_accurate, compare
+from support.comparison import DTYPES, compare
 from support.inputs import point_sample_inputs
 
 CASES = {
@@ -27,13 +27,6 @@ def test_forward_and_gradient(case, dtype):
     )
 
 
-def gradient(dtype, grad, points, h, w):
-    """The reference's gradient of a map in `dtype`."""
-    features = torch.zeros(*grad.shape[:2], h, w, dtype=dtype, requires_grad=True)
-    out = point_sample(features, points, "reference")
-    return torch.autograd.grad(out, features, grad.to(dtype))[0]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["small", "one point", "one pixel", "wide"])
 def test_deterministic_gradient(case, dtype):
@@ -41,13 +34,20 @@ def test_deterministic_gradient(case, dtype):
     (B, C, h, w), P = features.shape, points.shape[1]
     points[:, :7] = points[:, :1]  # many in one place
     grad = torch.randn(B, C, P).to(dtype)
-    function = torch.ops.segkern.point_sample_backward
-    actual = function(grad, points, h, w, True)
-    single = torch.float32 if dtype == torch.float64 else dtype
-    eager = gradient(single, grad, points, h, w)
-    assert_accurate(actual, eager, gradient(torch.float64, grad.double(), points, h, w))
-    assert torch.equal(actual, function(grad, points, h, w, True))
-    assert torch.equal(actual[:1], function(grad[:1], points[:1], h, w, True))
+
+    def kernel(grad, points):
+        return torch.ops.segkern.point_sample_backward(grad, points, h, w, True)
+
+    def reference(grad, points):
+        features = torch.zeros(B, C, h, w, dtype=grad.dtype, requires_grad=True)
+        with torch.enable_grad():
+            out = point_sample_reference(features, points)
+        return torch.autograd.grad(out, features, grad)[0]
+
+    compare(kernel, reference, [grad, points])
+    actual = kernel(grad, points)
+    assert torch.equal(actual, kernel(grad, points))
+    assert torch.equal(actual[:1], kernel(grad[:1], points[:1]))
 
 
 def test_deterministic_algorithms_are_asked_for(monkeypatch):

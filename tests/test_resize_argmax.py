@@ -35,7 +35,7 @@ def assert_labels(found, maps, rows, columns):
     chosen = exact.gather(1, found[:, None].long())[:, 0]
     eps = torch.finfo(torch.promote_types(maps.dtype, torch.float32)).eps
     n = (rows != 0).sum(1).max() + (columns != 0).sum(1).max() + 1
-    assert (exact.amax(1) - chosen <= 2 * n * eps * size.amax(1)).all()
+    assert (exact.amax(1) - chosen <= 2 * n * eps * size.amax(1)).all(), "not the likeliest"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

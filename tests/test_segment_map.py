@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from segkern.ops import segment_map
 from segkern.ops.mask_bits import unpack_bits
 from segkern.ops.segment_map import TASKS, segment_map_reference
-from support.comparison import DTYPES, assert_accurate, promote
+from support.comparison import COARSE, DTYPES, assert_within, moved, promote
 from support.inputs import segment_map_inputs
 
 INF, NAN = float("inf"), float("nan")
@@ -61,32 +61,44 @@ def flips(a, b):
 def check(inputs, task, sizes, **options):
     """The kernel's maps, rows and scores against the reference's in float64.
 
-    In float32 a pixel within rounding of a tie or threshold may flip: at most twice as many may as
-    in plain PyTorch, and two more. Rows are compared where none did.
+    A pixel may have another value only where one of the reference's runs under random rounding
+    gives it another: within rounding of a tie or a threshold. Rows are compared where none did.
     """
-    dtype = inputs[1].dtype
+    dtype, promoted = inputs[1].dtype, promote(inputs)
     found = run(segment_map, inputs, task, sizes, **options)
-    exact = run(segment_map_reference, promote(inputs), task, sizes, **options)
-    single = promote(inputs, torch.float32) if dtype == torch.float64 else inputs
-    eager = run(segment_map_reference, single, task, sizes, **options)
+    eager = run(segment_map_reference, inputs, task, sizes, **options)
+    exact = run(segment_map_reference, promoted, task, sizes, **options)
     assert found.keys() == exact.keys()
     for name, t in exact.items():
         assert found[name].shape == t.shape, name
-        want = eager[name].dtype if t.is_floating_point() and dtype != torch.float64 else t.dtype
-        assert found[name].dtype == want, name
-    n = flips(found, exact)
-    assert n <= (0 if dtype == torch.float64 else 2 * flips(eager, exact) + 2)
+        assert found[name].dtype == eager[name].dtype, name
+
+    away = {k: torch.zeros_like(exact[k]) for k in ("scores", "class_scores") if k in exact}
+    undecided = torch.zeros_like(exact["map"], dtype=torch.bool)
+    double = dtype == torch.float64
+    sums, coarse = (dtype, COARSE) if double else (torch.float32, 1.0)
+
+    def drawn():
+        return run(segment_map_reference, promoted, task, sizes, **options)
+
+    for other in moved(drawn, sums, coarse=coarse):
+        undecided |= other["map"] != exact["map"]
+        for name, most in away.items():
+            torch.maximum(most, (other[name] - exact[name]).abs() / coarse, out=most)
+    differ = found["map"] != exact["map"]
+    assert not (differ & ~undecided).any(), "a pixel is another"
+    n = int(differ.sum())
     if n == 0 and all(torch.equal(found[k], exact[k]) for k in ("ids", "labels", "areas")):
         for name in ("bits", "slots"):
             assert name not in exact or torch.equal(found[name], exact[name]), name
-        if "scores" in exact and torch.equal(eager["labels"], exact["labels"]):
-            assert_accurate(found["scores"], eager["scores"], exact["scores"], "scores")
+        if "scores" in exact:
+            assert_within(found["scores"], exact["scores"], away["scores"], "scores")
     else:
-        assert dtype != torch.float64
+        assert not double
         assert (found["areas"] - exact["areas"]).abs().sum() <= 2 * n + 4
     if "class_scores" in exact:
         name = "class_scores"
-        assert_accurate(found[name], eager[name], exact[name], name)
+        assert_within(found[name], exact[name], away[name], name)
     return found
 
 
@@ -112,16 +124,14 @@ def test_embeddings_and_features(option, dtype):
     assert flips(found, run(segment_map, [classes.double(), masks], task, EASY, **options)) <= 2
 
 
-def test_larger_maps_flip_no_more_than_pytorch():
-    """Counted over about three million pixels."""
+def test_larger_maps_flip_a_pixel_in_a_hundred_thousand_at_most():
+    """Counted over about three million pixels; one in ten million lies within a rounding."""
     sizes = ((256, 512), (250, 500), (600, 900))
     inputs = segment_map_inputs(B=1, Q=30, K=20, h=64, w=128)
     for option in ("panoptic", "instance", "semantic", "semantic, resized scores"):
         task, options = OPTIONS[option]
         found = run(segment_map, inputs, task, sizes, **options)
         exact = run(segment_map_reference, promote(inputs), task, sizes, **options)
-        eager = run(segment_map_reference, inputs, task, sizes, **options)
-        assert flips(found, exact) <= 2 * flips(eager, exact) + 2
         assert flips(found, exact) <= 1e-5 * found["map"].numel()
         if task == "instance":
             words = found["bits"] ^ exact["bits"]

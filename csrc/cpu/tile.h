@@ -53,7 +53,8 @@ struct Tiles {
                   int64_t yl, int64_t K, int64_t lines, T* out, int64_t ld);
 };
 
-#if defined(__x86_64__) && defined(__linux__) && !defined(SEGKERN_SANITIZE)
+#ifdef SEGKERN_X86_CLONES
+#ifndef SEGKERN_AVX2
 #define SEGKERN_ISA v4
 #define SEGKERN_TARGET __attribute__((target("arch=x86-64-v4")))
 #define SEGKERN_WIDTH 64
@@ -61,6 +62,7 @@ struct Tiles {
 #define SEGKERN_KEYS 8
 #define SEGKERN_LINES 2
 #include "tile_body.h"
+#endif
 #define SEGKERN_ISA v3
 #define SEGKERN_TARGET __attribute__((target("arch=x86-64-v3")))
 #define SEGKERN_WIDTH 32
@@ -79,13 +81,15 @@ struct Tiles {
 
 template <class T>
 const Tiles<T>& tiles() {
-#if defined(__x86_64__) && defined(__linux__) && !defined(SEGKERN_SANITIZE)
-  static const Tiles<T> best = __builtin_cpu_supports("x86-64-v4")   ? v4::tiles<T>()
-                               : __builtin_cpu_supports("x86-64-v3") ? v3::tiles<T>()
-                                                                     : baseline::tiles<T>();
-#else
-  static const Tiles<T> best = baseline::tiles<T>();
+  static const Tiles<T> best = [] {
+#ifdef SEGKERN_X86_CLONES
+#ifndef SEGKERN_AVX2
+    if (__builtin_cpu_supports("x86-64-v4")) return v4::tiles<T>();
 #endif
+    if (__builtin_cpu_supports("x86-64-v3")) return v3::tiles<T>();
+#endif
+    return baseline::tiles<T>();
+  }();
   return best;
 }
 

@@ -4,12 +4,15 @@ They are made on the CPU, so that they are the same numbers everywhere, and then
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from segkern.ops.mask_bits import pack_bits
+
+SEED = 0  # shifts the seed of whatever is made here; pytest's --seed sets it
 
 
 def moved(values, device: torch.device | str):
@@ -22,12 +25,14 @@ def moved(values, device: torch.device | str):
 
 
 def _made_on_cpu(make: Callable) -> Callable:
-    """Gives `make` an argument `device`, where its tensors end; None is the default device."""
+    """Gives `make` an argument `device`, where its tensors end (None is the default device), and
+    shifts its `seed` by SEED."""
+    own = inspect.signature(make).parameters["seed"].default
 
     @functools.wraps(make)
-    def made(*args, device: torch.device | str | None = None, **kwargs):
+    def made(*args, device: torch.device | str | None = None, seed: int = own, **kwargs):
         with torch.device("cpu"):
-            values = make(*args, **kwargs)
+            values = make(*args, seed=seed + 1000 * SEED, **kwargs)
         return moved(values, torch.get_default_device() if device is None else device)
 
     return made
