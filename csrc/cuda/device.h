@@ -7,6 +7,9 @@
 //   SEGKERN_CUDA_KEY          the dispatch key to register for
 #pragma once
 
+#include <algorithm>
+#include <mutex>
+
 #include "../common.h"
 
 #ifdef SEGKERN_EMULATE
@@ -49,7 +52,7 @@ struct DeviceScope {
 };
 
 template <class... P>
-void opt_in(const Tensor&, void (*kernel)(P...)) {
+void opt_in(const Tensor&, void (*kernel)(P...), size_t) {
   emulate::opt_in(reinterpret_cast<const void*>(kernel));
 }
 
@@ -68,17 +71,24 @@ struct DeviceScope {
   torch::stable::accelerator::DeviceGuard guard;
 };
 
-// Blocks of the kernel may have as much dynamic shared memory as fits beside their static one. The
-// same for every launch, so that no thread takes away what another one is about to use.
+// Blocks of the kernel may have as much dynamic shared memory as fits beside their static one.
+// Never lowered, so that no thread takes away what another one is about to use; and no less than
+// what is asked for, as the static memory that is reported may count what the system keeps for
+// itself.
 template <class... P>
-void opt_in(const Tensor& t, void (*kernel)(P...)) {
+void opt_in(const Tensor& t, void (*kernel)(P...), size_t shared_bytes) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaFuncAttributes has{};
   STD_CUDA_CHECK(cudaFuncGetAttributes(&has, function));
+  constexpr int kUnasked = 48 * 1024;
+  const int asked = static_cast<int>(shared_bytes), allowed = has.maxDynamicSharedSizeBytes;
+  if (has.sharedSizeBytes + shared_bytes <= kUnasked) return;
+  if (allowed > kUnasked && allowed >= asked) return;  // by an earlier launch
   const int most = static_cast<int>(shared_limit(t) - has.sharedSizeBytes);
-  if (has.maxDynamicSharedSizeBytes == most) return;
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      std::max(most, asked)));
 }
 
 template <class... P, class... A>
@@ -101,7 +111,7 @@ void launch(const Tensor& t, void (*kernel)(P...), dim3 grid, dim3 block, size_t
             A&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   // what a block has without asking, 48 KB, counts its static memory too: ask whatever it takes
-  if (shared_bytes > 0) opt_in(t, kernel);
+  if (shared_bytes > 0) opt_in(t, kernel, shared_bytes);
   start(t, kernel, grid, block, shared_bytes, static_cast<A&&>(args)...);
 }
 
