@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import FUSED
+from .sigmoid import sigmoid
 
 FARTHEST = tl.constexpr(1e30)  # ops.segment_map.FARTHEST: bound of a mask logit's magnitude
 CHUNKS = 8  # of embeddings' products: features in the precision of the sums exist for one only
@@ -30,22 +31,6 @@ def rounding(n, exact: tl.constexpr):
     """How far rounding can move a sum of n terms, relative to their magnitudes; generous."""
     eps: tl.constexpr = 2.220446049250313e-16 if exact == tl.float64 else 1.1920928955078125e-07
     return tl.cast(n + 16, exact) * (4 * eps)
-
-
-@triton.jit
-def sigmoid(x):
-    """To rounding at every x: far below 0 the error of a faster exp would decide."""
-    low = -tl.abs(x)
-    if x.dtype == tl.float64:
-        e = tl.exp(low)
-    else:
-        low = tl.maximum(low, -104.0)  # where exp is 0; in range for what follows
-        n = tl.floor(low * 1.44269504 + 0.5)
-        r = low - n * 0.693359375  # exact
-        r = r + n * 2.12194440e-4
-        e = tl.exp2(r * 1.44269504) * tl.exp2(n)
-    s = 1.0 / (1.0 + e)
-    return tl.where(x < 0, e * s, s)
 
 
 @triton.jit

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import FUSED, on
-from .mask_tiles import SIZES, Frame, blend, extremes, rounding, semantic_tiles, sigmoid, taps
+from .mask_tiles import SIZES, Frame, blend, extremes, rounding, semantic_tiles, taps
+from .sigmoid import sigmoid
 
 # Chosen by arithmetic, not yet measured, for all architectures: two programs of 8 warps and 128
 # registers a thread on a multiprocessor, without spills.
