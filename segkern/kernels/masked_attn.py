@@ -25,26 +25,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import ARCHITECTURES, FUSED, architecture, on
+from ._launch import FUSED, KINDS, device, on
+from .sigmoid import reciprocal
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-3.0e38)  # a maximum of nothing; finite, so that it minus itself is 0
 
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-
-# (architecture, bytes of a value), then channels up to: slots of a tile, tiles of slots, keys of a
-# tile, warps, stages, programs a multiprocessor holds. Chosen by arithmetic, not yet measured:
+# (kind of device, bytes of a value), then channels up to: slots of a tile, tiles of slots, keys of
+# a tile, warps, stages, programs a multiprocessor holds. Chosen by arithmetic, not yet measured:
 # the largest tiles that spill nothing; with 64 slots to 4 warps, 16-bit products are warp group
 # instructions (9.0) and all statistics of a row stay in its warp. Products in float32 and float64
 # are sums on the ordinary units, which bound them: small tiles of slots leave out most.
+AMPERE = {
+    32: (64, 2, 64, 4, 3, 2),
+    64: (64, 1, 32, 4, 3, 2),
+    128: (64, 1, 32, 4, 3, 2),
+    256: (64, 1, 32, 8, 2, 1),
+}
 FORWARD = {
-    (80, 2): {32: (64, 2, 64, 4, 3, 2), 64: (64, 1, 32, 4, 3, 2), 128: (64, 1, 32, 4, 3, 2)},
-    (90, 2): {32: (64, 2, 64, 4, 3, 3), 64: (64, 2, 64, 4, 3, 2), 128: (64, 2, 64, 8, 3, 1)},
-    (100, 2): {32: (64, 2, 64, 4, 3, 2), 64: (64, 2, 64, 4, 3, 2), 128: (64, 2, 64, 8, 3, 1)},
+    ("99 KB", 2): AMPERE,
+    ("163 KB", 2): AMPERE,
+    ("227 KB", 2): {
+        32: (64, 2, 64, 4, 3, 3),
+        64: (64, 2, 64, 4, 3, 2),
+        128: (64, 2, 64, 8, 3, 1),
+        256: (64, 1, 64, 8, 2, 1),
+    },
+    ("227 KB, 10.x", 2): {
+        32: (64, 2, 64, 4, 3, 2),
+        64: (64, 2, 64, 4, 3, 2),
+        128: (64, 2, 64, 8, 3, 1),
+        256: (64, 1, 64, 8, 2, 1),
+    },
 }
 FLOAT32 = {32: (32, 1, 64, 4, 2, 2), 64: (32, 1, 32, 4, 2, 4), 128: (16, 1, 32, 8, 2, 2)}
 FLOAT64 = {32: (16, 1, 32, 4, 1, 3), 128: (16, 1, 32, 8, 1, 1)}
-FORWARD |= {(a, 4): FLOAT32 for a in ARCHITECTURES} | {(a, 8): FLOAT64 for a in ARCHITECTURES}
+FORWARD |= {(kind, 4): FLOAT32 for kind in KINDS} | {(kind, 8): FLOAT64 for kind in KINDS}
+FORWARD["99 KB", 4] = FLOAT32 | {256: (16, 1, 32, 8, 1, 1)}  # spills, but starts
 
 
 @triton.jit
@@ -240,7 +257,7 @@ def _forward(
     for r in tl.static_range(TILES):
         row = slots[r][0]
         top, total, acc = sums[r]
-        factor = tl.where(splits == 1, 1 / total, 1.0)
+        factor = tl.where(splits == 1, reciprocal(total), 1.0)
         given = (row < Q) & (tl.where(splits == 1, 1.0, total) != 0)  # _join omits the others
         store(out, row, H * D, given, acc * factor[:, None], D, CHANNELS)
         tl.store(norm + row * 2, top, mask=row < Q)
@@ -289,7 +306,7 @@ def _join(
         total = total * old + tl.sum(totals * weight, 0)
         acc = acc * old[:, None] + tl.sum(part * weight[:, :, None], 0)
         top = most
-    factor = 1 / total
+    factor = reciprocal(total)
     store(out + b * Q * H * D + h * D, row, H * D, row < Q, acc * factor[:, None], D, CHANNELS)
     norm += (b * H + h) * Q * 2
     tl.store(norm + row * 2, top, mask=row < Q)
@@ -317,15 +334,15 @@ def _dense(x: Tensor) -> Tensor:
 def prepare(table: dict, q: Tensor, k: Tensor, v: Tensor, bits: Tensor, open: Tensor, scale):
     """What `_forward` and `_backward` share: tensors, sizes from `groups` on, constants."""
     (B, Q, H, D), S = q.shape, k.shape[1]
-    arch, channels = architecture(q), max(16, triton.next_power_of_2(D))
-    rows = table[arch, q.element_size()]
+    (kind, multiprocessors), channels = device(q), max(16, triton.next_power_of_2(D))
+    rows = table[kind, q.element_size()]
     most = min((c for c in rows if c >= channels), default=max(rows))
     ROWS, TILES, KEYS, warps, stages, held = rows[most]
     q, k, v = _dense(-q if scale < 0 else q), _dense(k), _dense(v)
     bits, open = bits.contiguous(), open.contiguous()
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     total = triton.cdiv(S, KEYS)
-    tiles = _tiles(total, B * H, held * MULTIPROCESSORS[arch])
+    tiles = _tiles(total, B * H, held * multiprocessors)
     splits = triton.cdiv(total, tiles)
     plan = torch.empty((B, splits, 2 * Q + 1), dtype=torch.int32, device=q.device)
     _plan[(B * splits,)](

@@ -9,18 +9,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import ARCHITECTURES, FUSED, on
+from ._launch import FUSED, KINDS, on
 from .masked_attn import base, factors, load, open_keys, prepare, slots_of, store
 
 # as masked_attn.FORWARD
 BACKWARD = {
-    (80, 2): {32: (64, 1, 64, 8, 2, 1), 64: (32, 1, 32, 4, 2, 2), 128: (32, 1, 32, 8, 2, 1)},
-    (90, 2): {32: (64, 2, 64, 4, 2, 2), 64: (64, 1, 64, 8, 2, 1), 128: (32, 1, 32, 8, 2, 1)},
-    (100, 2): {32: (64, 2, 64, 8, 2, 1), 64: (64, 1, 64, 8, 2, 1), 128: (32, 1, 32, 8, 2, 1)},
+    ("99 KB", 2): {
+        32: (64, 1, 32, 8, 2, 1),
+        64: (32, 1, 32, 8, 2, 1),
+        128: (32, 1, 32, 8, 2, 1),
+        256: (16, 1, 32, 8, 1, 1),
+    },
+    ("163 KB", 2): {
+        32: (64, 1, 64, 8, 2, 1),
+        64: (32, 1, 32, 4, 2, 2),
+        128: (32, 1, 32, 8, 2, 1),
+        256: (16, 1, 32, 8, 1, 1),
+    },
+    ("227 KB", 2): {
+        32: (64, 2, 64, 4, 2, 2),
+        64: (64, 1, 64, 8, 2, 1),
+        128: (32, 1, 32, 8, 2, 1),
+        256: (16, 1, 32, 8, 1, 1),
+    },
+    ("227 KB, 10.x", 2): {
+        32: (64, 2, 64, 8, 2, 1),
+        64: (64, 1, 64, 8, 2, 1),
+        128: (32, 1, 32, 8, 2, 1),
+        256: (16, 1, 32, 8, 1, 1),
+    },
 }
 FLOAT32 = {64: (32, 1, 32, 8, 2, 2), 128: (16, 1, 32, 8, 2, 2)}
 FLOAT64 = {32: (16, 1, 32, 4, 1, 2), 128: (16, 1, 32, 8, 1, 1)}
-BACKWARD |= {(a, 4): FLOAT32 for a in ARCHITECTURES} | {(a, 8): FLOAT64 for a in ARCHITECTURES}
+BACKWARD |= {(kind, 4): FLOAT32 for kind in KINDS} | {(kind, 8): FLOAT64 for kind in KINDS}
 
 
 @triton.jit(do_not_specialize=["Q", "S", "H", "groups", "splits", "tiles"])

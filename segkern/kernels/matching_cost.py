@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import FUSED, architecture, on
+from ._launch import FUSED, device, on
 from .matching_sums import DOUBLE, SIZES, TABLE, count_targets, range_sums
 from .point_sample import find_corners
+from .sigmoid import exp_negative, reciprocal
 
 BOUND = tl.constexpr(1e8)  # ops.matching_cost.BOUND: stands for a cost that is not finite
 RANGE = 1024  # points of a program, at most; the order of the sums must not depend on the batch
@@ -129,11 +130,11 @@ def _costs(
         k = first + tl.arange(0, BLOCK_K)
         inside = (q < Q)[:, None] & (k < K1)[None, :]
         x = tl.load(line[:, None] + k[None, :], inside, float("-inf")).to(exact)
-        total += tl.sum(tl.exp(x - top[:, None]), 1)
+        total += tl.sum(exp_negative(x - top[:, None]), 1)
     label = tl.load(labels + b * T + t, counts, 0)
     label = tl.minimum(tl.maximum(label, 0), K1 - 1)
     chosen = tl.load(line[:, None] + label[None, :], there, 0.0).to(exact)
-    score = tl.exp(chosen - top[:, None]) / total[:, None]
+    score = exp_negative(chosen - top[:, None]) * reciprocal(total)[:, None]
 
     logit_target = tl.zeros([BLOCK_Q, BLOCK_T], tl.float64)
     sigmoid_target = tl.zeros([BLOCK_Q, BLOCK_T], tl.float64)
@@ -200,7 +201,7 @@ def matching_cost(
     masks = masks.view(torch.uint8)
     half = mask_embed.dtype == features.dtype and features.element_size() == 2 and 0 < C <= 256
     path = "double" if points.dtype == torch.float64 else "half" if half else "single"
-    tuned = DOUBLE if path == "double" else TABLE[architecture(points), path]
+    tuned = DOUBLE if path == "double" else TABLE[device(points).kind, path]
     block_q, block_p, warps, stages = tuned
     block_q = min(block_q, 64 if Q <= 64 else 128)
     block_t = 16 if path == "double" else 32
@@ -246,7 +247,7 @@ def matching_cost(
             *(class_weight, mask_weight, dice_weight),
             BLOCK_Q=16,
             BLOCK_T=32,
-            BLOCK_K=64,
+            BLOCK_K=32,
             **FUSED,
         )
     return cost

@@ -15,26 +15,32 @@ fourfold range. The units truncate what they add, so that a tile's sums are adde
 outside of them. tf32 alone would be hundreds of times less accurate than float32.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
 from .point_sample import find_corners
+from .sigmoid import sigmoid_and_factor
 
+LOG2 = tl.constexpr(math.log(2))
 SIZES = ["R", "Q", "T", "P", "K1", "S", "h", "w", "H", "W", "tiles", "ranges", "range_tiles"]
 SIZES += ["image_stride", "channel_stride", "target_stride", "y_stride", "x_stride"]
 
-# (architecture, path): queries of a program at most, points of a tile, warps, stages.
+# (kind of device, path): queries of a program at most, points of a tile, warps, stages.
 # Chosen by arithmetic, not yet measured. half: embeddings of 128 queries (64 KB at 256 channels)
 # and three tiles of 4 x 16 rows of features (32 KB each) in shared memory, a program a
 # multiprocessor; 4 x 8 rows where the registers of 16 points spill. single: 8 logits a thread, for
 # the same reason.
 TABLE = {
-    (80, "half"): (128, 8, 8, 3),
-    (80, "single"): (128, 16, 8, 2),
-    (90, "half"): (128, 16, 8, 3),
-    (90, "single"): (128, 16, 8, 2),
-    (100, "half"): (128, 8, 8, 3),
-    (100, "single"): (128, 16, 8, 2),
+    ("99 KB", "half"): (128, 8, 8, 3),
+    ("99 KB", "single"): (128, 16, 8, 2),
+    ("163 KB", "half"): (128, 8, 8, 3),
+    ("163 KB", "single"): (128, 16, 8, 2),
+    ("227 KB", "half"): (128, 16, 8, 3),
+    ("227 KB", "single"): (128, 16, 8, 2),
+    ("227 KB, 10.x", "half"): (128, 8, 8, 3),
+    ("227 KB, 10.x", "single"): (128, 16, 8, 2),
 }
 DOUBLE = (16, 16, 4, 1)  # by plain sums, for checks
 
@@ -60,15 +66,6 @@ def _targets(
         value = tl.load(corner + (k // 2 * y_stride + k % 2 * x_stride), read, 0)
         t += weight[k][:, None] * value.to(exact)
     return t
-
-
-@triton.jit
-def _sigmoid(x):
-    """sigmoid(x), and 1 + exp(-|x|), whose logarithm is softplus(x) - max(x, 0)."""
-    small = tl.exp(-tl.abs(x))
-    factor = 1 + small
-    s = 1 / factor
-    return tl.where(x < 0, small * s, s), factor
 
 
 @triton.jit
@@ -185,7 +182,8 @@ def range_sums(
     tiles = tl.minimum(range_tiles, tl.cdiv(P - begin, BLOCK_P))
 
     pairs = tl.zeros([2 * BLOCK_Q, BLOCK_T], exact)
-    factors = tl.full([BLOCK_Q, BLOCK_P], 1.0, exact)
+    # up to 128 factors of up to 2 (RANGE of matching_cost, over 8 points): 2^128 overflows
+    factors = tl.full([BLOCK_Q, BLOCK_P], 0.5, exact)
     positive = tl.zeros([BLOCK_Q], exact)
     sigmoid = tl.zeros([BLOCK_Q], exact)
     target = tl.zeros([BLOCK_T], exact)
@@ -216,7 +214,7 @@ def range_sums(
             y = tl.dot(e, f.trans())
 
             m = m_next
-            s, factor = _sigmoid(x)
+            s, factor = sigmoid_and_factor(x)
             factors *= factor
             sigmoid += tl.sum(s, 1)
 
@@ -248,7 +246,7 @@ def range_sums(
                     x = tl.dot(e, f.trans(), x, input_precision=PRECISION)
             p = begin + tile * BLOCK_P
             x = tl.where((p + j < P)[None, :], x, -1e30)
-            s, factor = _sigmoid(x)
+            s, factor = sigmoid_and_factor(x)
             factors *= factor
             positive += tl.sum(tl.maximum(x, 0.0), 1)
             sigmoid += tl.sum(s, 1)
@@ -263,7 +261,8 @@ def range_sums(
     tl.store(pair, pairs, (r < Q)[:, None] & counts[None, :])
     if tile_t == 0:
         query = query_sums + part * 2 * Q + q
-        tl.store(query, positive + tl.sum(tl.log(factors), 1), q < Q)
+        softplus = positive + tl.sum(tl.log(factors) + LOG2, 1)
+        tl.store(query, softplus, q < Q)
         tl.store(query + Q, sigmoid, q < Q)
     if tile_q == 0:
         tl.store(target_sums + part * T + t, target, counts)
