@@ -198,14 +198,14 @@ GPUS = {  # bytes of shared memory that a block may ask for, major capability: k
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_gpu_has_its_tables(gpu):
-    from segkern.kernels import _launch, mask_bits, masked_attn_backward, matching_sums
+    from segkern.kernels import _launch, mask_bits, masked_attn_backward, matching_cost
     from segkern.kernels.masked_attn import FORWARD
 
     *has, kind = GPUS[gpu]
     assert _launch.kind_of(*has) == kind
     for table in (mask_bits.TABLE, FORWARD, masked_attn_backward.BACKWARD):
         assert {(kind, 2), (kind, 4), (kind, 8)} <= table.keys()
-    assert {(kind, "half"), (kind, "single")} <= matching_sums.TABLE.keys()
+    assert {(kind, "half"), (kind, "single")} <= matching_cost.TABLE.keys()
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
