@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .matching_parts import SIZES
-from .point_sample import find_corners
+from .point_corners import find_corners
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -13,7 +13,7 @@ import math
 import triton
 import triton.language as tl
 
-from .point_sample import find_corners
+from .point_corners import find_corners
 
 LOG2 = tl.constexpr(math.log(2))
 # arguments that are never specialised
