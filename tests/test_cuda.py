@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from cubin import SHARED_LIMIT, usage
+from cubin import RESERVED, usage
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 SOURCES = sorted(p.name for p in CUDA.glob("*.cu"))
@@ -23,7 +23,7 @@ def test_every_source_is_here():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])  # 86 and 89 run what is made for 80
 @pytest.mark.parametrize("source", SOURCES)
 def test_compiles_and_fits(source, arch, tmp_path):
     cubin = tmp_path / "kernels.cubin"
@@ -38,7 +38,10 @@ def test_compiles_and_fits(source, arch, tmp_path):
     assert kernels
     for kernel in kernels:
         assert kernel["local"] == 0, f"{kernel} spills or has a stack"
-        assert kernel["shared"] <= SHARED_LIMIT[arch], kernel
+        # linear_assignment leaves this much of what it asks for; what runs in global memory asks
+        # for none
+        static = kernel["shared"] - (RESERVED if arch >= 90 else 0)
+        assert static <= 512 or "6Memory" in kernel["name"], kernel
 
 
 def test_the_library_holds_every_kernel_that_python_declares():
@@ -46,7 +49,8 @@ def test_the_library_holds_every_kernel_that_python_declares():
     from segkern import ops  # noqa: F401
     from segkern.ops import _library
 
-    if "cuda" in _library.MISSING:
-        pytest.skip(f"no CUDA library: {_library.MISSING['cuda']}")
+    if not (_library.PACKAGE / "_C_cuda.abi3.so").is_file():
+        pytest.skip("no CUDA library was built")
+    assert "cuda" not in _library.MISSING, _library.MISSING["cuda"]
     for name in set(_library.OPS) - _library.CPU_ONLY - _library.COMPOSED:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"segkern::{name}", "CUDA"), name

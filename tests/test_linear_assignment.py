@@ -102,6 +102,26 @@ def test_every_size_costs_what_scipy_costs(way, dtype):
     assert_optimal(cost, counts, linear_assignment(cost, counts), wanted)
 
 
+@pytest.mark.parametrize("kilobytes", [99, 163])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_size_on_gpus_with_less_shared_memory(way, kilobytes, monkeypatch):
+    monkeypatch.setenv("SEGKERN_SHARED_KB", str(kilobytes))  # read by the emulated kernels alone
+    N, Q, T = WAYS[way]
+    cost, counts = linear_assignment_inputs(min(N, 2), Q, T)
+    wanted = linear_assignment_reference(cost, counts)[:2]
+    assert_optimal(cost, counts, linear_assignment(cost, counts), wanted)
+
+
+@pytest.mark.parametrize(
+    "shape", [(225, 25), (176, 32), (290, 20), (320, 18), (358, 16), (16, 360)], ids=str
+)
+def test_sizes_that_need_just_under_48_kilobytes_of_shared_memory(shape):
+    """With the static memory of the CUDA kernel it is more, and more has to be asked for."""
+    cost, _ = linear_assignment_inputs(8, *shape)
+    wanted = linear_assignment_reference(cost)[:2]
+    assert_optimal(cost, None, linear_assignment(cost), wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_is_solved_in_double(dtype):
     cost, counts = linear_assignment_inputs(20, 40, 15, dtype=dtype)

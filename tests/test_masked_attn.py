@@ -24,6 +24,7 @@ CASES = {
     "odd channels": {"D": 7},
     "one channel, one head, one query": {"D": 1, "H": 1, "Q": 1},
     "wide heads": {"D": 72, "H": 2, "S": 40},
+    "the widest heads": {"D": 200, "H": 1, "S": 40},
     "decoder": {"B": 1, "Q": 100, "H": 8, "D": 32, "S": 300, "density": 0.1},
     "several chunks": {"B": 1, "H": 2, "D": 32, "S": 2500, "density": 0.1},
     "many queries": {"B": 1, "H": 1, "Q": 300, "S": 40, "density": 0.5},

@@ -1,5 +1,6 @@
 """matching_cost: the kernel against the formula, and the formula against transformers' matcher."""
 
+import os
 from unittest import mock
 
 import pytest
@@ -60,6 +61,20 @@ def test_mixed_precisions():
 def test_confident_logits(scale):
     inputs = matching_cost_inputs(P=300)
     inputs[1] *= scale
+    compare(matching_cost, matching_cost_reference, inputs)
+
+
+@pytest.mark.parametrize("kind", ["99 KB", "163 KB", "227 KB", "227 KB, 10.x"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_logits_of_zero(kind, dtype, monkeypatch):
+    """1 + exp(-|x|) is 2: the product of a range's 1024 points must not overflow, with whatever
+    tiles of points a GPU takes."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from segkern.kernels import _launch
+
+        monkeypatch.setattr(_launch, "ASSUMED", _launch.ASSUMED._replace(kind=kind))
+    inputs = matching_cost_inputs(B=1, R=1, Q=3, T=2, P=1024, dtype=dtype)
+    inputs[1][:, :, 1] = 0
     compare(matching_cost, matching_cost_reference, inputs)
 
 

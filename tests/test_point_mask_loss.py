@@ -56,6 +56,22 @@ def test_more_than_fits_in_the_shared_memory_of_a_gpu(case):
     compare(point_mask_loss, point_mask_loss_reference, inputs, [0])
 
 
+LESS = {  # settings whose list of important points alone is larger than 99 KB
+    "usual": FEW,
+    "points without halves of keys": (61400, 3.0, 0.75),
+    "important points": (52000, 1.0, 0.95),
+}
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163])
+@pytest.mark.parametrize("case", LESS)
+def test_gpus_with_less_shared_memory(case, kilobytes, monkeypatch):
+    monkeypatch.setenv("SEGKERN_SHARED_KB", str(kilobytes))  # read by the emulated kernels alone
+    inputs = [*point_mask_loss_inputs(B=1, R=1, T=1, dtype=torch.float64), *LESS[case]]
+    inputs[2][:] = True
+    compare(point_mask_loss, point_mask_loss_reference, inputs, [0])
+
+
 def test_gradcheck():
     sizes = {"B": 1, "R": 2, "T": 2, "h": 3, "w": 4}
     logits, *rest = point_mask_loss_inputs(**sizes, dtype=torch.float64)

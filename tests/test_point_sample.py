@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from segkern.ops import point_sample, random_points
 from segkern.ops.point_sample import point_sample_reference
@@ -104,6 +105,25 @@ def test_compile():
     torch.testing.assert_close(
         grad, torch.autograd.grad(point_sample(features, points).sum(), features)[0]
     )
+
+
+def test_a_new_size_of_maps_compiles_nothing():
+    compiled = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(
+        lambda f, p: point_sample(f, p).square().sum(),
+        fullgraph=True,
+        dynamic=True,
+        backend=compiled,
+    )
+    for h, w in ((9, 11), (12, 7), (30, 16)):
+        features, points = point_sample_inputs(h=h, w=w)
+        features.requires_grad_()
+        got, want = (
+            torch.autograd.grad(f(features, points), features)[0]
+            for f in (run, lambda f, p: point_sample(f, p).square().sum())
+        )
+        torch.testing.assert_close(got, want)
+    assert compiled.frame_count == 1
 
 
 BAD = {

@@ -3,8 +3,12 @@
 // the tests of an op then run on its device code, under sanitizers, on a machine without a GPU.
 //   launch(tensor, kernel, grid, block, shared_bytes, args...)  on the tensor's current stream
 //   SEGKERN_SHARED(T, name)   the block's dynamic shared memory, in a kernel
+//   SEGKERN_STATIC_SHARED(T, name, [n])   a variable in shared memory beside it
 //   SEGKERN_CUDA_KEY          the dispatch key to register for
 #pragma once
+
+#include <algorithm>
+#include <mutex>
 
 #include "../common.h"
 
@@ -20,6 +24,7 @@
 #define SEGKERN_SHARED(T, name)                                         \
   extern __shared__ __align__(16) unsigned char segkern_shared_bytes[]; \
   T* name = reinterpret_cast<T*>(segkern_shared_bytes)
+#define SEGKERN_STATIC_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 #endif
 
 #define SEGKERN_LAUNCH(...) ::segkern::launch(__VA_ARGS__)
@@ -28,16 +33,34 @@ namespace segkern {
 
 constexpr unsigned kWarp = 32, kAllLanes = 0xFFFFFFFFu;
 
+// The shared memory a block may ask for on the tensor's device, in bytes.
+inline size_t shared_limit([[maybe_unused]] const Tensor& t) {
+#ifdef SEGKERN_EMULATE
+  return emulate::shared_limit();
+#else
+  int bytes = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                        t.get_device_index()));
+  return static_cast<size_t>(bytes);
+#endif
+}
+
 #ifdef SEGKERN_EMULATE
 
 struct DeviceScope {
   explicit DeviceScope(const Tensor&) {}
 };
 
+template <class... P>
+void opt_in(const Tensor&, void (*kernel)(P...), size_t) {
+  emulate::opt_in(reinterpret_cast<const void*>(kernel));
+}
+
 template <class... P, class... A>
-void launch(const Tensor&, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-            A&&... args) {
-  emulate::run(grid, block, shared_bytes, [&] { kernel(static_cast<P>(args)...); });
+void start(const Tensor&, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+           A&&... args) {
+  emulate::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+               [&] { kernel(static_cast<P>(args)...); });
 }
 
 #else
@@ -48,15 +71,29 @@ struct DeviceScope {
   torch::stable::accelerator::DeviceGuard guard;
 };
 
+// Blocks of the kernel may have as much dynamic shared memory as fits beside their static one.
+// Never lowered, so that no thread takes away what another one is about to use; and no less than
+// what is asked for, as the static memory that is reported may count what the system keeps for
+// itself.
+template <class... P>
+void opt_in(const Tensor& t, void (*kernel)(P...), size_t shared_bytes) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes has{};
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&has, function));
+  constexpr int kUnasked = 48 * 1024;
+  const int asked = static_cast<int>(shared_bytes), allowed = has.maxDynamicSharedSizeBytes;
+  if (has.sharedSizeBytes + shared_bytes <= kUnasked) return;
+  if (allowed > kUnasked && allowed >= asked) return;  // by an earlier launch
+  const int most = static_cast<int>(shared_limit(t) - has.sharedSizeBytes);
+  STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      std::max(most, asked)));
+}
+
 template <class... P, class... A>
-void launch(const Tensor& t, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-            A&&... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared_bytes > 48 * 1024) {  // more than this has to be asked for
-    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
-  }
+void start(const Tensor& t, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+           A&&... args) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   cudaLaunchConfig_t config{};
@@ -69,33 +106,18 @@ void launch(const Tensor& t, void (*kernel)(P...), dim3 grid, dim3 block, size_t
 
 #endif
 
+template <class... P, class... A>
+void launch(const Tensor& t, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+            A&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  // what a block has without asking, 48 KB, counts its static memory too: ask whatever it takes
+  if (shared_bytes > 0) opt_in(t, kernel, shared_bytes);
+  start(t, kernel, grid, block, shared_bytes, static_cast<A&&>(args)...);
+}
+
 template <class T>
 __device__ __forceinline__ void atomic_add(T* p, T x) {
   atomicAdd(p, x);
-}
-
-// Four neighbouring sums in global memory, 16-byte aligned; one reduction where the GPU has it.
-__device__ __forceinline__ void atomic_add4(float* p, float4 v) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  atomicAdd(reinterpret_cast<float4*>(p), v);
-#else
-  atomicAdd(p, v.x);
-  atomicAdd(p + 1, v.y);
-  atomicAdd(p + 2, v.z);
-  atomicAdd(p + 3, v.w);
-#endif
-}
-
-// The shared memory a block may ask for on the tensor's device, in bytes.
-inline size_t shared_limit(const Tensor& t) {
-#ifdef SEGKERN_EMULATE
-  return 227 * 1024;
-#else
-  int bytes = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                        t.get_device_index()));
-  return static_cast<size_t>(bytes);
-#endif
 }
 
 }  // namespace segkern

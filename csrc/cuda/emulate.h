@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <map>
 #include <mutex>
 
 #if defined(__SANITIZE_THREAD__)
@@ -25,11 +27,13 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __shared__ static
 #define __constant__ static const
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define SEGKERN_SHARED(T, name) T* name = static_cast<T*>(::segkern::emulate::block.shared)
+#define SEGKERN_STATIC_SHARED(T, name, ...) \
+  static T name __VA_ARGS__;                \
+  ::segkern::emulate::count_static(&name, sizeof(name))
 
 struct uint3 {
   unsigned x, y, z;
@@ -53,6 +57,7 @@ namespace segkern::emulate {
 
 constexpr size_t kStack = 256 * 1024;  // of a fibre; sanitized frames are large
 constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kUnasked = 48 * 1024;  // of shared memory, static and dynamic, without opting in
 
 enum class Op { sync, shuffle, ballot, min, max, add, match };
 
@@ -74,6 +79,9 @@ struct Block {
   uint3 index;
   dim3 size, grid;
   void* shared;
+  const void* statics[8];  // its variables in shared memory that have been met
+  unsigned n_statics;
+  size_t static_bytes;
   unsigned arrived;  // threads at the block's barrier
   const void* body;
   void (*call)(const void*);
@@ -96,6 +104,27 @@ inline char start_token, end_token, barrier_token[2];
       "push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15;"
       "mov %rsp, (%rdi); mov %rsi, %rsp;"
       "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
+}
+
+// What a block may have of shared memory: SEGKERN_SHARED_KB, as of an H200 where that is not set.
+inline size_t shared_limit() {
+  const char* kilobytes = std::getenv("SEGKERN_SHARED_KB");
+  return 1024 * (kilobytes ? std::strtoul(kilobytes, nullptr, 10) : 227);
+}
+
+inline std::map<const void*, size_t> opted_in;  // kernel to bytes a block, static and dynamic
+
+inline void opt_in(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  opted_in[kernel] = shared_limit();
+}
+
+SEGKERN_UNSEEN inline void count_static(const void* variable, size_t bytes) {
+  for (unsigned i = 0; i < block.n_statics; ++i)
+    if (block.statics[i] == variable) return;
+  if (block.n_statics == 8) std::abort();
+  block.statics[block.n_statics++] = variable;
+  block.static_bytes += bytes;
 }
 
 inline void release([[maybe_unused]] void* token) {
@@ -269,15 +298,18 @@ void call_body(const void* body) {
 }
 
 template <class F>
-void run(dim3 grid, dim3 size, size_t shared_bytes, const F& body) {
+void run(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, const F& body) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   block.size = size;
   block.grid = grid;
   STD_TORCH_CHECK(threads() > 0 && threads() <= kMaxThreads, "a block of ", threads(), " threads");
-  STD_TORCH_CHECK(shared_bytes <= 227 * 1024, "shared memory of ", shared_bytes, " bytes");
+  const auto asked = opted_in.find(kernel);
+  const size_t limit = asked == opted_in.end() ? kUnasked : std::max(kUnasked, asked->second);
+  STD_TORCH_CHECK(shared_bytes <= limit, shared_bytes, " of ", limit, " bytes of shared memory");
   STD_TORCH_CHECK(grid.y <= 65535 && grid.z <= 65535, "a grid of ", grid.y, " x ", grid.z);
   Scratch<unsigned char> shared(static_cast<int64_t>(shared_bytes));
   block.shared = shared.get();
+  block.n_statics = block.static_bytes = 0;
   block.body = &body;
   block.call = &call_body<F>;
 #if defined(__SANITIZE_THREAD__)
@@ -293,6 +325,9 @@ void run(dim3 grid, dim3 size, size_t shared_bytes, const F& body) {
         run_block(number);
         acquire(&end_token);
       }
+  // a GPU would not have started it
+  const size_t bytes = (block.static_bytes + 15) / 16 * 16 + shared_bytes;
+  STD_TORCH_CHECK(bytes <= limit, bytes, " of ", limit, " bytes of shared memory, with static");
 }
 
 template <class T>

@@ -179,7 +179,7 @@ __device__ __forceinline__ Nearest nearest(Columns& c, int step) {
   if constexpr (Columns::kSolvers > kWarp) {
     // by turns in two places: who is ahead writes the next before others have read the last
     constexpr unsigned kWarps = Columns::kSolvers / kWarp;
-    __shared__ Nearest of_warp[2][kWarps];
+    SEGKERN_STATIC_SHARED(Nearest, of_warp, [2][kWarps]);
     const unsigned lane = threadIdx.x % kWarp;
     if (lane == 0) of_warp[step % 2][threadIdx.x / kWarp] = {low, rank};
     __syncthreads();
@@ -275,7 +275,7 @@ template <class X, class Columns>
 __global__ void __launch_bounds__(Columns::kSolvers > 256 ? Columns::kSolvers : 256, 1)
     solve(const Batch b) {
   SEGKERN_SHARED(unsigned char, shared);
-  __shared__ int verdict;
+  SEGKERN_STATIC_SHARED(int, verdict);
   constexpr int kSolvers = Columns::kSolvers;
   const int64_t problem = blockIdx.x;
   const int threads = blockDim.x;
@@ -370,7 +370,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_assignment(Tensor cost,
   // Costs in double where two problems still fit a multiprocessor, which has a kilobyte more than
   // a block may ask for and takes one for each block (a conversion in each step is a seventh of
   // its time); else in float, if that loses nothing.
-  constexpr int64_t kStatic = 512;
+  constexpr int64_t kStatic = 512;  // above the static memory of a kernel: tests/test_cuda.py
   const int64_t limit = static_cast<int64_t>(shared_limit(cost));
   const int64_t half = (limit + 1024) / 2 - 1024 - kStatic, whole = limit - kStatic;
   const bool in_memory = m > kRegistersMost;

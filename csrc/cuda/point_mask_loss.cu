@@ -97,14 +97,16 @@ Results forward(const Arguments& in) {
   Tensor bce = empty<T>(in.logits, in.shape()), dice = empty<T>(in.logits, in.shape());
   Tensor sums = empty<T>(in.logits, in.shape({2}));
   Tensor marks = empty<int32_t>(in.logits, in.shape({p.words()}));
-  // the list is no longer than the halves
+  // the list is no longer than the halves; without these, as many points at a time as it can hold
   const int64_t fixed = sizeof(Shared), halves = 64 * int64_t(p.words());
   const bool halved = fixed + halves <= in.limit;
-  const int64_t list = halved ? halves : 2 * std::min<int64_t>(kChunk, round_up(p.important, 8));
+  const int64_t most = (in.limit - fixed) / 64 * 32;
+  const int64_t chunk = halved ? kChunk : std::min<int64_t>(kChunk, most);
+  const int64_t list = halved ? halves : 2 * std::min(chunk, round_up(p.important, 8));
   const int64_t map = in.area * sizeof(S);
   const auto run = [&](auto kernel, int64_t bytes) {
     SEGKERN_LAUNCH(in.logits, kernel, in.slots, kThreads<T>, bytes, p, data<S>(in.logits), halved,
-                   list, mutable_data<T>(bce), mutable_data<T>(dice), mutable_data<T>(sums),
+                   list, chunk, mutable_data<T>(bce), mutable_data<T>(dice), mutable_data<T>(sums),
                    mutable_data<uint32_t>(marks));
   };
   if (fixed + list + map <= in.limit)

@@ -149,8 +149,9 @@ __device__ __forceinline__ void copy(const S* from /*[n]*/, uint32_t n, S* to /*
 template <class S, class T, bool kStaged>
 __global__ void __launch_bounds__(kThreads<T>, 1)
     point_mask_loss_kernel(Problem p, const S* logits /*[B, R, T, h, w]*/, bool halved,
-                           uint32_t list_bytes, T* bce /*[B, R, T]*/, T* dice /*[B, R, T]*/,
-                           T* sums /*[B, R, T, 2]*/, uint32_t* marks /*[B, R, T, words]*/) {
+                           uint32_t list_bytes, uint32_t chunk, T* bce /*[B, R, T]*/,
+                           T* dice /*[B, R, T]*/, T* sums /*[B, R, T, 2]*/,
+                           uint32_t* marks /*[B, R, T, words]*/) {
   SEGKERN_SHARED(unsigned char, memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   uint16_t* list = reinterpret_cast<uint16_t*>(memory + sizeof(Shared));
@@ -203,8 +204,8 @@ __global__ void __launch_bounds__(kThreads<T>, 1)
   __syncthreads();
 
   T total[4] = {};  // bce, p t, p, t
-  for (uint32_t base = 0, taken = 0; base < n + p.random; base += kChunk) {
-    const Points points = list_points<T>(p, words, base, kChunk, k - taken, list, shared);
+  for (uint32_t base = 0, taken = 0; base < n + p.random; base += chunk) {
+    const Points points = list_points<T>(p, words, base, chunk, k - taken, list, shared);
     taken += points.listed;
     for (uint32_t q = threadIdx.x; q < points.total; q += kThreads<T>) {
       const Point at = slot.draw(base + points.offset(q, list));

@@ -19,28 +19,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import FUSED, architecture, on
+from ._launch import FUSED, device, on
 
-BLOCK_Q = 128
-HELD = 256  # channels of BLOCK_Q queries that fit beside the tiles of features
+HELD = 256  # channels of 128 queries that fit beside the tiles of features
 LONGEST = 16  # tiles a program: the queries are a ninth of what it reads, the last wave is short
 MORE = 32  # channels of a panel in 16 bits where there are more than HELD
 
-# (architecture, bytes of a value): keys of a tile, channels of a panel (0: all, up to HELD),
-# warps, stages, programs that fill the device (multiprocessors x resident).
-# Chosen by arithmetic, not yet measured: in 16 bits, 128-byte rows of keys, and 64 KB of tiles in
-# flight, where latency x bandwidth of a multiprocessor is 26 KB on an H200; for the others, 32
-# sums a thread, without spills.
+# (kind of device, bytes of a value): queries of a program, keys of a tile, channels of a panel (0:
+# all, up to HELD), warps, stages. Chosen by arithmetic, not yet measured: in 16 bits, 128-byte
+# rows of keys, and 64 KB of tiles in flight, where latency x bandwidth of a multiprocessor is 26
+# KB on an H200 (64-byte rows and 32 KB where there are 99 KB for all); for the others, 32 sums a
+# thread, without spills.
 TABLE = {
-    (80, 2): (64, 0, 8, 3, 108),
-    (90, 2): (64, 0, 8, 3, 132),
-    (100, 2): (64, 0, 8, 4, 148),
-    (80, 4): (64, 16, 8, 3, 108),
-    (90, 4): (64, 16, 8, 3, 132),
-    (100, 4): (64, 16, 8, 3, 148),
-    (80, 8): (64, 16, 8, 3, 108),
-    (90, 8): (64, 16, 8, 3, 132),
-    (100, 8): (64, 16, 8, 3, 148),
+    ("99 KB", 2): (128, 32, 0, 4, 3),
+    ("163 KB", 2): (128, 64, 0, 8, 3),
+    ("227 KB", 2): (128, 64, 0, 8, 3),
+    ("227 KB, 10.x", 2): (128, 64, 0, 8, 4),
+    ("99 KB", 4): (128, 64, 16, 8, 3),
+    ("163 KB", 4): (128, 64, 16, 8, 3),
+    ("227 KB", 4): (128, 64, 16, 8, 3),
+    ("227 KB, 10.x", 4): (128, 64, 16, 8, 3),
+    ("99 KB", 8): (128, 64, 16, 8, 3),
+    ("163 KB", 8): (128, 64, 16, 8, 3),
+    ("227 KB", 8): (128, 64, 16, 8, 3),
+    ("227 KB, 10.x", 8): (128, 64, 16, 8, 3),
 }
 
 
@@ -132,7 +134,8 @@ def mask_bits(queries: Tensor, features: Tensor, threshold: float) -> tuple[Tens
     if bits.numel() == 0:
         return bits, open
     size = queries.element_size()
-    BLOCK_S, BLOCK_C, warps, stages, fill = TABLE[architecture(queries), size]
+    kind, fill = device(queries)  # a program a multiprocessor
+    BLOCK_Q, BLOCK_S, BLOCK_C, warps, stages = TABLE[kind, size]
     whole = BLOCK_C == 0 and C <= HELD
     if whole:
         BLOCK_C = triton.next_power_of_2(max(C, 16))

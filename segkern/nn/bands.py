@@ -20,19 +20,24 @@ IGNORED = 255
 _VALUES_AT_ONCE = 2**21  # of a band of resized logits: 8 MB in float32
 
 
-def neighbours(rows: range, size: int, out: int) -> tuple[int, Tensor]:
+def neighbours(
+    rows: range, size: int, out: int, device: torch.device | None = None
+) -> tuple[int, Tensor]:
     """What rows of a bilinear resize from `size` to `out` are made of.
 
     Returns:
-        the first source row, and weights [r, n] of the n source rows from there on, float64, as
-        align_corners=False has them.
+        the first source row, and weights [r, n] of the n source rows from there on, float64 on
+        `device`, as align_corners=False has them. Nothing is copied to a device, which could not
+        be captured in a CUDA graph.
     """
-    at = torch.arange(rows.start, rows.stop, dtype=torch.float64)
+    first, last = (
+        min(max(int((at + 0.5) * (size / out) - 0.5), 0), size - 1) for at in (rows[0], rows[-1])
+    )
+    at = torch.arange(rows.start, rows.stop, dtype=torch.float64, device=device)
     place = ((at + 0.5) * (size / out) - 0.5).clamp(min=0)
     low = place.floor().clamp(max=size - 1)
     high = (low + 1).clamp(max=size - 1)
-    first = int(low[0])
-    source = torch.arange(first, int(high[-1]) + 1)
+    source = torch.arange(first, min(last + 1, size - 1) + 1, device=device)
     share = (place - low)[:, None]
     weights = (1 - share) * (source == low[:, None]) + share * (source == high[:, None])
     return first, weights
@@ -70,7 +75,7 @@ class _CrossEntropy(torch.autograd.Function):
         # nothing may wait for the device to raise: loss and gradient are NaN, and training stops
         count = counts.sum().to(exact).where(~outside.any(), float("nan"))
         for rows in _bands(maps, labels, size):
-            first, weights = neighbours(rows, maps.shape[2], size[0])
+            first, weights = neighbours(rows, maps.shape[2], size[0], maps.device)
             weights = weights.to(maps)
             part = slice(first, first + weights.shape[1])
             thin = torch.einsum("rn,bknw->bkrw", weights, maps[:, :, part])

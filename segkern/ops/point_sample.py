@@ -92,7 +92,7 @@ _forward = _library.define(
     "point_sample(Tensor features, Tensor points) -> Tensor", _fake, triton="point_sample"
 )
 _backward = _library.define(
-    "point_sample_backward(Tensor grad, Tensor points, int h, int w, bool deterministic)"
+    "point_sample_backward(Tensor grad, Tensor points, SymInt h, SymInt w, bool deterministic)"
     " -> Tensor",
     _fake_backward,
     triton="point_sample",

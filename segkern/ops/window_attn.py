@@ -54,21 +54,27 @@ def window_attn_reference(
     with torch.autocast(qkv.device.type, enabled=False):
         tokens = qkv_bias.to(qkv.dtype).expand(B, y, x, 3, H, D).clone()
         tokens[:, :h, :w] += qkv
-        tokens = _cut(tokens.roll((-shift, -shift), (1, 2)), window)  # [B, y/W, x/W, S, 3, H, D]
+        if shift:
+            tokens = tokens.roll((-shift, -shift), (1, 2))
+        tokens = _cut(tokens, window)  # [B, y/W, x/W, S, 3, H, D]
         q, k, v = tokens.flatten(0, 2).permute(2, 0, 3, 1, 4)  # each [N, H, S, D]
 
-        # what the roll brought from the other end of the map is another region
-        low = torch.arange(y, device=qkv.device)[:, None] >= y - shift
-        right = torch.arange(x, device=qkv.device) >= x - shift
-        region = _cut((2 * low + right)[None], window).flatten(0, 2)  # [N / B, S]
-        apart = region[:, None, :, None] != region[:, None, None, :]
-        mask = (bias.to(exact_dtype(qkv)) + BLOCKED * apart).to(qkv.dtype)  # [N / B, H, S, S]
-        mask = mask.expand(B, -1, -1, -1, -1).flatten(0, 1)
+        mask = bias.to(qkv.dtype)[None]  # [1, H, S, S], the same for all windows
+        if shift:
+            # what the roll brought from the other end of the map is another region
+            low = torch.arange(y, device=qkv.device)[:, None] >= y - shift
+            right = torch.arange(x, device=qkv.device) >= x - shift
+            region = _cut((2 * low + right)[None], window).flatten(0, 2)  # [N / B, S]
+            apart = region[:, None, :, None] != region[:, None, None, :]
+            mask = (bias.to(exact_dtype(qkv)) + BLOCKED * apart).to(qkv.dtype)
+            mask = mask.expand(B, -1, -1, -1, -1).flatten(0, 1)  # [N, H, S, S]
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
         out = out.transpose(1, 2).reshape(B, y // window, x // window, window, window, H * D)
         out = out.transpose(2, 3).reshape(B, y, x, H * D)
-        return out.roll((shift, shift), (1, 2))[:, :h, :w]
+        if shift:
+            out = out.roll((shift, shift), (1, 2))
+        return out[:, :h, :w]
 
 
 def _fake(
