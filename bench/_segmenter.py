@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from segkern.models.segmenter import Segmenter, SegmenterConfig
+from segkern.models.segmenter.config import SegmenterConfig
+from segkern.models.segmenter.model import Segmenter
 
 TINY = SegmenterConfig(  # runs in a moment
     num_labels=5, image_size=(32, 32), patch_size=8, embed_dim=64, depth=1, num_heads=1,

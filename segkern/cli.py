@@ -12,20 +12,21 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from . import checkpoint, recipes
+from . import recipes
 from .data import Digits, DigitsConfig, Folder, FolderConfig
 from .data.folder import Layout
-from .demo import demo as run_demo
-from .evaluate import evaluate as run_evaluate
-from .evaluate import table
-from .explain import explain as run_explain
-from .infer import TASKS
+from .evaluation.evaluate import evaluate as run_evaluate
+from .evaluation.report import table
+from .inference.predict_files import image_files, predict_files
+from .inference.segment import TASKS
 from .models import Model, Segmenter, open_model
+from .models.segmenter.explain import explain as run_explain
 from .ops import _library
-from .predict import image_files, predict_files
-from .process import usable_device
-from .train import TrainConfig
-from .train import train as run_train
+from .recipes.demo import demo as run_demo
+from .runtime.device import usable_device
+from .training import checkpoint
+from .training.config import TrainConfig
+from .training.loop import train as run_train
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 _Task = Literal[TASKS]

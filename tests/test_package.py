@@ -13,17 +13,32 @@ import pytest
 import torch
 
 import segkern
-from segkern import meters, pictures
 from segkern.data import digits
+from segkern.evaluation.semantic import Semantic
+from segkern.io import plots
 from segkern.ops import _library, point_sample
 from support.inputs import point_sample_inputs
 
 ROOT = Path(__file__).parent.parent
 OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))
-# from the top
-FLOORS = ["cli", "demo", "recipes", "train", "step", "evaluate", "meters", "predict", "explain"]
-FLOORS += ["infer", "results", "windows", "graphs", "models", "nn", "ops"]
-GROUND = ["weights", "data"]
+# every folder of the package, from the top, and the folders that it may import
+FLOORS = {
+    "cli": "recipes training evaluation inference models data runtime ops",
+    "recipes": "training evaluation inference models data io",
+    "training": "evaluation models data weights structures runtime io",
+    "evaluation": "inference models data structures io",
+    "inference": "models nn structures runtime ops io",
+    "models": "nn weights structures runtime ops io",
+    "nn": "weights structures runtime ops",
+    "data": "structures io",
+    "weights": "io",
+    "structures": "ops io",
+    "runtime": "ops",
+    "ops": "kernels",
+    "kernels": "",
+    "io": "",
+}
+FACE = ("__init__", "__main__")  # what a user imports may take what it offers from any floor
 
 
 def run(*command, **variables):
@@ -36,7 +51,7 @@ def test_one_name_in_five_places(op):
     assert hasattr(segkern.ops, op)
     assert hasattr(torch.ops.segkern, op)
     kernel = [] if op in _library.COMPOSED else [f"csrc/cpu/{op}.cpp"]
-    for file in (*kernel, f"tests/test_{op}.py", f"bench/bench_{op}.py"):
+    for file in (*kernel, f"tests/ops/test_{op}.py", f"bench/bench_{op}.py"):
         assert (ROOT / file).is_file(), f"{op} has no {file}"
 
 
@@ -56,19 +71,44 @@ def imported(path):
         yield from (n[1] for n in names if n[0] == "segkern" and len(n) > 1)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "segkern").rglob("*.py")), ids=lambda p: p.stem)
+def room(path):
+    """The folder of segkern/ that a file is in, or its own name if it is in none."""
+    return path.relative_to(ROOT / "segkern").parts[0].removesuffix(".py")
+
+
+SOURCES = sorted((ROOT / "segkern").rglob("*.py"))
+
+
+def test_every_folder_has_a_floor():
+    assert {room(path) for path in SOURCES} == {*FLOORS, *FACE}
+    rooms = list(FLOORS)
+    for name, below in FLOORS.items():
+        for other in below.split():
+            assert rooms.index(other) > rooms.index(name), f"{other} is not below {name}"
+    for path in SOURCES:
+        assert (path.parent / "__init__.py").is_file(), f"{path.parent} would not be packed"
+
+
+def test_tests_mirror_the_folders():
+    folders = {p.parent.relative_to(ROOT / "tests") for p in (ROOT / "tests").rglob("test_*.py")}
+    packages = {p.parent.relative_to(ROOT / "segkern") for p in SOURCES}
+    others = {Path("bench"), Path("gpu")}  # benchmarks and tools; what only a GPU can test
+    assert folders - packages == others
+
+
+@pytest.mark.parametrize(
+    "path", SOURCES, ids=lambda p: str(p.relative_to(ROOT / "segkern")).removesuffix(".py")
+)
 def test_imports_only_go_down(path):
-    floor = path.relative_to(ROOT / "segkern").parts[0].removesuffix(".py")
+    if room(path) in FACE:
+        return
     for name in imported(path):
-        if floor in FLOORS and name in FLOORS:
-            assert FLOORS.index(name) >= FLOORS.index(floor), f"{path} imports {name}"
-        if floor in GROUND:
-            assert name not in FLOORS[: FLOORS.index("nn")], (
-                f"{path} is ground floor and imports {name}"
-            )
+        if name in FLOORS:
+            known = [room(path), *FLOORS[room(path)].split()]
+            assert name in known, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("folder", ["segkern", "csrc", "tests", "bench"])
+@pytest.mark.parametrize("folder", ["segkern", "csrc", "tests", "bench", "tools"])
 def test_files_stay_short(folder):
     for path in (ROOT / folder).rglob("*.[pchc]*"):
         if path.suffix in (".py", ".cpp", ".cu", ".h"):
@@ -117,8 +157,8 @@ def test_kernels_that_were_not_built_come_with_the_remedy(tmp_path, monkeypatch)
 
 EXTRAS = [  # module, package, call
     ("sklearn.datasets", "scikit-learn", lambda: digits.digit_images.__wrapped__("val")),
-    ("matplotlib.figure", "matplotlib", lambda: pictures._figure(1, 1)),
-    ("torchmetrics.classification", "torchmetrics", lambda: meters.Semantic(2, ())),
+    ("matplotlib.figure", "matplotlib", lambda: plots._figure(1, 1)),
+    ("torchmetrics.classification", "torchmetrics", lambda: Semantic(2, ())),
 ]
 
 

@@ -1,12 +1,12 @@
 """Data sets and how their samples become batches. Ground floor: knows no model."""
 
 from .collate import Batch as Batch
-from .collate import Order as Order
 from .collate import collate as collate
 from .digits import Digits as Digits
 from .digits import DigitsConfig as DigitsConfig
 from .folder import Folder as Folder
 from .folder import FolderConfig as FolderConfig
+from .order import Order as Order
 from .transforms import SemanticViews as SemanticViews
 
 DataConfig = DigitsConfig | FolderConfig

@@ -26,7 +26,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 
-from ..images import open_image, picture_suffixes, read_pixels
+from ..io.images import open_image, picture_suffixes, read_pixels
 from .collate import VOID
 from .transforms import SemanticViews
 

@@ -3,13 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ..weights.segmenter import is_segmenter
 from .mask2former import Mask2Former as Mask2Former
 from .mask2former import Mask2FormerConfig as Mask2FormerConfig
 from .mask2former import Mask2FormerOutput as Mask2FormerOutput
 from .segmenter import Segmenter as Segmenter
 from .segmenter import SegmenterConfig as SegmenterConfig
 from .segmenter import SegmenterOutput as SegmenterOutput
+from .segmenter.original import is_segmenter
 
 Config = Mask2FormerConfig | SegmenterConfig
 Model = Mask2Former | Segmenter

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops import linear_assignment, matching_cost, point_mask_loss, random_points
 from ..ops.point_sample import MATCHING
-from .targets import Targets
+from ..structures.targets import Targets
 
 
 class _Product(torch.autograd.Function):

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import conv3x3, feed_forward, group_norm, ms_deform_attn
-from .memory import plus, recomputed
 from .position import pixel_centres, sine_position
+from .recompute import plus, recomputed
 
 LEVELS = 3
 GROUPS = 32

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import mask_bits, masked_attn
-from .memory import recomputed
 from .position import sine_position
+from .recompute import recomputed
 
 LEVELS = 3
 

@@ -1,0 +1,34 @@
+"""Mean IoU and pixel accuracy of semantic results."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..structures.segmentation import Segmentation
+from .figures import extra, mean, number, ratio
+
+VOID = -1  # in place of a label that the model does not have
+
+
+class Semantic:
+    """mIoU and pixel accuracy from torchmetrics' confusion matrix of the pixels not void."""
+
+    def __init__(self, classes: int, stuff: Sequence[int]):
+        matrix = extra("torchmetrics.classification").MulticlassConfusionMatrix
+        self.classes = classes
+        self.matrix = matrix(classes, ignore_index=VOID, validate_args=False)
+
+    def update(self, result: Segmentation, sample: dict) -> None:
+        target = torch.as_tensor(np.asarray(sample["semantic"])).long()
+        target = target.where((target >= 0) & (target < self.classes), VOID)
+        self.matrix.update(result.segmentation.cpu().long(), target)
+
+    def compute(self, rows: list[dict]) -> dict:
+        matrix = self.matrix.compute().numpy()
+        right, pixels = matrix.diagonal(), matrix.sum()
+        union = matrix.sum(0) + matrix.sum(1) - right
+        iou = np.where(union > 0, right / np.maximum(union, 1), np.nan)
+        for row, value in zip(rows, iou):
+            row["iou"] = number(value)
+        return {"miou": mean(iou), "pixel_accuracy": ratio(right.sum(), pixels)}
