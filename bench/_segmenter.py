@@ -144,7 +144,7 @@ def build(
         @torch.inference_mode()
         def run():
             with autocast:
-                return call(x).argmax(1) if impl == "timm" else model.predict(x)
+                return call(x).argmax(1) if impl == "timm" else model.label_map(x)
 
         return run
     labels = torch.randint(0, c.num_labels, (batch, *c.image_size), device=device)

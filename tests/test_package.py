@@ -23,10 +23,10 @@ ROOT = Path(__file__).parent.parent
 OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))
 # every folder of the package, from the top, and the folders that it may import
 FLOORS = {
-    "cli": "recipes training evaluation inference models data runtime ops",
-    "recipes": "training evaluation inference models data io",
+    "cli": "recipes training evaluation inference models data structures runtime ops",
+    "recipes": "training evaluation inference models data structures io",
     "training": "evaluation models data weights structures runtime io",
-    "evaluation": "inference models data structures io",
+    "evaluation": "inference models structures io",
     "inference": "models nn structures runtime ops io",
     "models": "nn weights structures runtime ops io",
     "nn": "weights structures runtime ops",
@@ -38,7 +38,8 @@ FLOORS = {
     "kernels": "",
     "io": "",
 }
-FACE = ("__init__", "__main__")  # what a user imports may take what it offers from any floor
+# what a user imports may take what it offers from any floor
+FACE = ("__init__", "__main__", "_moved")
 
 
 def run(*command, **variables):

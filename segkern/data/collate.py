@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..structures.labels import VOID
 from ..structures.targets import Targets
-
-VOID = 255  # in a map of labels: the pixel does not count
 
 
 @dataclass
@@ -75,7 +74,7 @@ def collate(samples: Sequence[dict], num_labels: int | None = None, divisor: int
         raise type(error)(f"{error} (images 0 to {len(ids) - 1} are samples {ids})") from error
     if all("semantic" in s for s in samples):
         maps = [torch.as_tensor(s["semantic"])[None] for s in samples]
-        targets.semantic = torch.cat([_pad(x, size, VOID) for x in maps])
+        targets = targets._replace(semantic=torch.cat([_pad(x, size, VOID) for x in maps]))
     return Batch(pixels, targets)
 
 

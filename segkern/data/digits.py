@@ -10,6 +10,7 @@ drawn. Scene i of a split and seed is always the same, whatever process draws it
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 
@@ -40,6 +41,9 @@ class DigitsConfig:
         scenes: of the training split; val and test have no end.
         seed: other seeds give other scenes of the same digit images.
     """
+
+    kind: ClassVar[str] = "digits"
+    targets: ClassVar[tuple[str, ...]] = ("masks", "semantic")
 
     size: tuple[int, int] = (64, 64)
     level: str = "easy"
@@ -76,11 +80,12 @@ class Digits:
         things, stuff: labels with and without instances.
     """
 
-    def __init__(self, config: DigitsConfig, split: str = "train"):
+    def __init__(self, config: DigitsConfig, split: str = "train", views=None):
         """
         Args:
             config: what the scenes are like.
             split: "train", "val" or "test": which digit images they are made of.
+            views: taken because every data set does, and not used: scenes have their own size.
 
         Raises:
             ValueError: no such split.

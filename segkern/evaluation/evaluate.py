@@ -1,35 +1,31 @@
 """How good a model is: panoptic quality, mask AP, mIoU, and which classes it confuses.
 
-What the figures are is said in meters.py.
+What the figures are is said in panoptic.py, instance.py and semantic.py.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..inference.postprocess import postprocess, semantic
-from ..inference.segment import TASKS, check_options, check_views, evaluating, logits
-from ..inference.sliding_window import at_scales, label_map
+from ..inference.segment import Input, check, find
 from ..io.atomic_files import writable_folder, write_json
-from ..io.images import prepare
-from ..models.segmenter.model import Segmenter
-from ..structures.segmentation import Segmentation
+from ..models.protocol import SegmentationModel
+from ..structures.settings import Options, Views, one_of
 from .instance import Instances
 from .panoptic import Panoptic
 from .semantic import Semantic
 
 
 def evaluate(
-    model: nn.Module,
+    model: SegmentationModel,
     dataset,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] | None = None,
     limit: int | None = None,
     batch_size: int = 16,
     num_workers: int = 0,
@@ -43,27 +39,29 @@ def evaluate(
     out: str | Path | None = None,
     progress: bool = True,
     cuda_graphs: bool = True,
+    options: Options | None = None,
+    views: Views | None = None,
 ) -> dict:
     """Runs the model over a data set and measures the results.
 
     Args:
-        model: a `Mask2Former`, or a `Segmenter` for the semantic task, with as many labels as the
-            data set has classes; its mode stays.
+        model: such as a `Mask2Former`, with as many labels as the data set has classes; its mode
+            stays.
         dataset: samples by index, with a length, `classes` (names) and `stuff` (labels), or a
             DataLoader over one that yields lists of samples. A sample is a dict: pixel_values
             [3, h, w] float32 normalised, masks [n, H, W] uint8, labels [n] int64, semantic [H, W]
             integers (labels the model does not have are void, as 255 is up to 255 classes). For
             the semantic task alone it may have image [H, W, 3] uint8 in place of the first three,
             which is resized and normalised as the model's config says.
-        tasks: any of "panoptic", "instance", "semantic".
+        tasks: any of "panoptic", "instance", "semantic"; None for all that the model can do.
         limit: the first so many images; None for all.
         batch_size, num_workers: of the loader made for a data set.
-        object_mask_threshold, overlap_threshold, top_k: as in `postprocess`.
-        window, stride, scales, flip: of a Segmenter, as in `infer.segment`; other scales than 1
-            need samples with image.
+        object_mask_threshold, overlap_threshold, top_k: see `Options`.
+        window, stride, scales, flip: see `Views`; other scales than 1 need samples with image.
         out: JSON file for the result.
         progress: show a bar.
-        cuda_graphs: as in `infer.segment`.
+        cuda_graphs: as in `segment`.
+        options, views: in place of their settings.
 
     Returns:
         plain types, None where nothing occurs that could be measured: images, seconds,
@@ -79,11 +77,11 @@ def evaluate(
             number of labels, samples without what a task or the scales need, or `out` is a folder.
         OSError: `out` cannot be written; found before the model runs.
     """
-    if isinstance(model, Segmenter) and tuple(tasks) != ("semantic",):
-        raise ValueError(f"evaluate: tasks must be ('semantic',) for a Segmenter, got {tasks}")
-    check_views(model, window, stride, scales, flip)
-    for task in tasks or ("",):
-        check_options(task, object_mask_threshold, overlap_threshold, top_k)
+    tasks = tuple(dict.fromkeys(model.config.tasks if tasks is None else tasks))
+    loose = Options(object_mask_threshold, overlap_threshold, top_k)
+    options = one_of("evaluate", options, loose)
+    views = one_of("evaluate", views, Views(window, stride, scales, flip))
+    check("evaluate", model, tasks, options, views)
     loader, source = _loader(dataset, limit, batch_size, num_workers)
     total = len(source) if limit is None else min(limit, len(source))
     classes, stuff = list(source.classes), tuple(source.stuff)
@@ -97,27 +95,17 @@ def evaluate(
             raise ValueError(f"evaluate: out must be a file, got the folder {out}")
         writable_folder(Path(out).parent)
     kinds = {"panoptic": Panoptic, "instance": Instances, "semantic": Semantic}
-    meters = {task: kinds[task](len(classes), stuff) for task in dict.fromkeys(tasks)}
-    find = partial(
-        postprocess,
-        stuff=stuff,
-        object_mask_threshold=object_mask_threshold,
-        overlap_threshold=overlap_threshold,
-        top_k=top_k,
-    )
-    if isinstance(model, Segmenter):
-        options = {"window": window, "stride": stride, "flip": flip, "cuda_graphs": cuda_graphs}
-        look = partial(_by_windows, model, scales=scales, options=options)
-    else:
-        look = partial(_by_queries, model, tasks=tuple(meters), find=find, cuda_graphs=cuda_graphs)
+    meters = {task: kinds[task](len(classes), stuff) for task in tasks}
     images, start = 0, time.perf_counter()
     with _bar(progress) as bar:
         job = bar.add_task("evaluate", total=total)
         for samples in loader:
             samples = samples[: total - images]
-            for sample, results in look(samples):
+            inputs = [_input(model, sample, tasks, views) for sample in samples]
+            together = tasks, options, views, stuff, len(samples), cuda_graphs
+            for i, results in find(model, inputs, *together):
                 for task, result in results.items():
-                    meters[task].update(result, sample)
+                    meters[task].update(result, samples[i])
                 images += 1
                 bar.advance(job)
             if images >= total:
@@ -141,50 +129,24 @@ def evaluate(
     return value
 
 
-def _by_windows(
-    model: nn.Module, samples: list[dict], scales: Sequence[float], options: dict
-) -> Iterator[tuple[dict, dict[str, Segmentation]]]:
-    """Each sample with a Segmenter's semantic result at the size of its targets."""
-    weight = next(model.parameters())
-    for sample in samples:
-        if tuple(scales) == (1.0,):
-            images = [_pixels(model, sample)]
-        elif "image" in sample:
-            images = at_scales(_picture(sample), model.config, scales)
-        else:
-            raise ValueError(
-                f"evaluate: scales must be (1.0,) for samples without image, got {tuple(scales)}"
-            )
-        images = [x[None].to(weight) for x in images]
-        with evaluating(model), torch.no_grad():
-            found = label_map(model, images, _size(sample), **options)
-        yield sample, {"semantic": semantic(*found, model.config.id2label)}
+def _input(model: SegmentationModel, sample: dict, tasks: tuple[str, ...], views: Views) -> Input:
+    """A sample on its way into the model; the result has the size of its targets.
 
-
-def _by_queries(
-    model: nn.Module, samples: list[dict], tasks: Sequence[str], find: Callable, cuda_graphs: bool
-) -> Iterator[tuple[dict, dict[str, Segmentation]]]:
-    """Each sample with the result of every task at the size of its targets."""
-    if tasks != ("semantic",) and not all("masks" in s for s in samples):
+    Raises:
+        ValueError: the sample lacks what a task or the scales need.
+    """
+    if tasks != ("semantic",) and "masks" not in sample:
         raise ValueError(
             f"evaluate: tasks must be ('semantic',) for samples without masks, got {tasks}"
         )
-    inputs = [_pixels(model, s) for s in samples]
-    sizes = [tuple(x.shape[1:]) for x in inputs]
-    batches = logits(model, sizes, inputs.__getitem__, len(samples), cuda_graphs)
-    for places, class_logits, mask_logits, padded in batches:
-        for row, i in enumerate(places):
-            part, sample = slice(row, row + 1), samples[i]
-            of = padded, [sizes[i]], [_size(sample)]
-            results = {t: find(class_logits[part], mask_logits[part], t, *of) for t in tasks}
-            yield sample, {task: result for task, (result,) in results.items()}
-
-
-def _pixels(model: nn.Module, sample: dict) -> Tensor:
-    """[3, h, w] float32, normalised."""
-    if "pixel_values" in sample:
-        return torch.as_tensor(sample["pixel_values"])
-    return prepare(_picture(sample), model.config)
+    if "pixel_values" in sample and views.scales == (1.0,):
+        pixels = torch.as_tensor(sample["pixel_values"])
+        return Input((tuple(pixels.shape[1:]),), _size(sample), lambda _: pixels)
+    if "image" not in sample:
+        raise ValueError(
+            f"evaluate: scales must be (1.0,) for samples without image, got {views.scales}"
+        )
+    return Input.of(_picture(sample), model.config.input, views, _size(sample))
 
 
 def _picture(sample: dict) -> Tensor:

@@ -8,8 +8,6 @@ import torch
 from ..structures.segmentation import Segmentation
 from .figures import extra, mean, number, ratio
 
-VOID = -1  # in place of a label that the model does not have
-
 
 class Semantic:
     """mIoU and pixel accuracy from torchmetrics' confusion matrix of the pixels not void."""
@@ -17,12 +15,12 @@ class Semantic:
     def __init__(self, classes: int, stuff: Sequence[int]):
         matrix = extra("torchmetrics.classification").MulticlassConfusionMatrix
         self.classes = classes
-        self.matrix = matrix(classes, ignore_index=VOID, validate_args=False)
+        self.matrix = matrix(classes, validate_args=False)
 
     def update(self, result: Segmentation, sample: dict) -> None:
         target = torch.as_tensor(np.asarray(sample["semantic"])).long()
-        target = target.where((target >= 0) & (target < self.classes), VOID)
-        self.matrix.update(result.segmentation.cpu().long(), target)
+        counts = (target >= 0) & (target < self.classes)  # else void
+        self.matrix.update(result.segmentation.cpu().long()[counts], target[counts])
 
     def compute(self, rows: list[dict]) -> dict:
         matrix = self.matrix.compute().numpy()

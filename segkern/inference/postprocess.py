@@ -7,15 +7,16 @@ become one `Segmentation` an image.
 """
 
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
 
 from ..ops import segment_map
 from ..ops._checks import expect
-from ..ops.segment_map import TASKS as TASKS
 from ..ops.segment_map import SegmentMap, check_options
 from ..structures.segmentation import Masks, Segment, Segmentation
+from ..structures.settings import Options, one_of
 
 
 def postprocess(
@@ -31,6 +32,7 @@ def postprocess(
     top_k: int = 100,
     resize: str = "masks",
     return_scores: bool = False,
+    options: Options | None = None,
 ) -> list[Segmentation]:
     """Segments from logits.
 
@@ -49,6 +51,7 @@ def postprocess(
         resize: "masks" takes the mask logits to the output size; "scores", semantic only, takes
             the summed class scores there, as the original does where it does semantic alone.
         return_scores: semantic: the class scores of every pixel, too: K H W floats.
+        options: the last five, in place of them.
 
     Returns:
         B results, computed in float32 (float64 for float64 logits), on the logits' device.
@@ -56,12 +59,14 @@ def postprocess(
     Raises:
         TypeError, ValueError: wrong dtype, shape, size, name or range, or class logits not finite.
     """
+    loose = Options(object_mask_threshold, overlap_threshold, top_k, resize, return_scores)
+    options = astuple(one_of("postprocess", options, loose))
     sizes = {}
     pair = isinstance(mask_logits, (tuple, list))
     masks, features = mask_logits if pair else (mask_logits, None)
     expect("postprocess", "class_logits", class_logits, "B Q K+1", "float", sizes)
     expect("postprocess", "mask_logits", masks, "B Q C" if pair else "B Q h w", "float", sizes)
-    check_options(task, object_mask_threshold, overlap_threshold, top_k, resize, return_scores)
+    check_options(task, *options)
     k = class_logits.shape[2] - 1
     if k < 1 or not all(0 <= label < k for label in stuff):
         raise ValueError(f"postprocess: stuff must be labels in [0, {k}), got {list(stuff)}")
@@ -91,11 +96,7 @@ def postprocess(
             output,
             None if features is None else features[b : b + 1],
             is_stuff,
-            object_mask_threshold,
-            overlap_threshold,
-            top_k,
-            resize,
-            return_scores,
+            *options,
         )
         for b, (image, output) in enumerate(zip(image_sizes, output_sizes))
     ]

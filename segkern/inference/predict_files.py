@@ -1,29 +1,25 @@
-"""Pictures in files to overlays, label maps and JSON in files."""
+"""Segments pictures in files: an overlay, a label map and a JSON of segments for each."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..io.atomic_files import writable_folder, write_json
 from ..io.images import open_image, picture_suffixes, read_pixels
 from ..io.overlay import overlay, save_label_map, save_picture
-from .segment import check_options, check_views, segment
+from ..models.protocol import SegmentationModel
+from ..structures.settings import Options, Views
+from .segment import check, segment
 
 
 def predict_files(
-    model: nn.Module,
+    model: SegmentationModel,
     paths: Sequence[str | Path],
     out_dir: str | Path,
-    task: str = "panoptic",
-    object_mask_threshold: float = 0.8,
-    overlap_threshold: float = 0.8,
-    top_k: int = 100,
-    window: int | None = None,
-    stride: int | None = None,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
+    task: str | None = None,
+    options: Options = Options(),  # noqa: B008  (frozen)
+    views: Views = Views(),  # noqa: B008
     cuda_graphs: bool = True,
     report: Callable[[Path, str | None], None] | None = None,
 ) -> tuple[list[Path], list[tuple[Path, str]]]:
@@ -33,13 +29,13 @@ def predict_files(
     being written. Two of the same name get NAME and NAME_2.
 
     Args:
-        model: a `Mask2Former`, or a `Segmenter` for the semantic task.
+        model: such as a `Mask2Former`.
         paths: pictures, and folders whose pictures are taken (not those of folders inside).
         out_dir: is made if it is not there.
-        task, overlap_threshold, top_k: as in `infer.postprocess`.
-        object_mask_threshold: there as well; of instance results those below it are left out.
-        window, stride, scales, flip: of a Segmenter, as in `infer.segment`.
-        cuda_graphs: as in `infer.segment`.
+        task: "panoptic", "instance" or "semantic"; None for the first that the model can do.
+        options: of the results; instances below its object_mask_threshold are left out.
+        views: windows, scales and mirror images.
+        cuda_graphs: as in `segment`.
         report: called after each picture with its path and None, or what went wrong.
 
     Returns:
@@ -50,8 +46,8 @@ def predict_files(
             without pictures, or `out_dir` holds some of them.
         OSError: nothing can be written to `out_dir`; found before the model runs.
     """
-    check_options(task, object_mask_threshold, overlap_threshold, top_k)
-    check_views(model, window, stride, scales, flip)
+    task = model.config.tasks[0] if task is None else task
+    check("predict", model, (task,), options, views)
     pictures = image_files(paths)
     if Path(out_dir).resolve() in {path.resolve().parent for path in pictures}:
         raise ValueError(f"predict: {out_dir} holds the pictures themselves; choose another --out")
@@ -60,19 +56,8 @@ def predict_files(
     for path, name in zip(pictures, _names(pictures)):
         try:
             image = open_image(path)
-            result = segment(
-                model,
-                image,
-                task,
-                object_mask_threshold,
-                overlap_threshold,
-                top_k,
-                window=window,
-                stride=stride,
-                scales=scales,
-                flip=flip,
-                cuda_graphs=cuda_graphs,
-            ).above(object_mask_threshold)
+            given = {"options": options, "views": views, "cuda_graphs": cuda_graphs}
+            result = segment(model, image, task, **given).above(options.object_mask_threshold)
             save_picture(folder / f"{name}_overlay.png", overlay(read_pixels(image), result))
             save_label_map(folder / f"{name}_labels.png", result)
             write_json(folder / f"{name}.json", {"image": path.name, **result.to_json()})

@@ -1,28 +1,35 @@
-"""From pictures to segments.
+"""From pictures to segments, with any model.
 
-Letters: B image, Q query, K class, H W output size, h w size of the mask logits.
+Letters: B image, H W size of the result, h w size in the model.
+
+Images go through the model a batch at a time, those of one size together; what becomes of its
+logits depends on their form alone: masks of queries are post-processed as factors, without their
+maps, class logits of pixels go through windows, scales and mirror images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import astuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..io.images import prepare, read_image, target_size
-from ..models.segmenter.model import Segmenter
-from ..ops.segment_map import TASKS as TASKS
+from ..models.protocol import SegmentationModel
 from ..ops.segment_map import check_options
 from ..runtime.cuda_graphs import replayed
+from ..runtime.modes import evaluating
+from ..structures.logits import PixelLogits, QueryLogits
 from ..structures.segmentation import Segmentation
+from ..structures.settings import InputConfig, Options, Views, one_of
 from .postprocess import postprocess, semantic
-from .sliding_window import at_scales, label_map, window_and_stride
+from .sliding_window import PIXELS_AT_ONCE, label_maps, predict
 
 
 def segment(
-    model: nn.Module,
+    model: SegmentationModel,
     images,
-    task: str = "panoptic",
+    task: str | None = None,
     object_mask_threshold: float = 0.8,
     overlap_threshold: float = 0.8,
     top_k: int = 100,
@@ -34,156 +41,200 @@ def segment(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     cuda_graphs: bool = True,
+    options: Options | None = None,
+    views: Views | None = None,
 ) -> Segmentation | list[Segmentation]:
     """Finds the segments of pictures.
 
-    Images are resized as the model's config says, and each is padded only to a multiple of
-    `size_divisor`; those that then have one size go together. So a result does not depend on the
-    other images.
+    Images are resized as the model's config says, and each is padded only to a multiple of its
+    divisor; those that then have one size go together. So a result does not depend on the other
+    images.
 
     Args:
-        model: a `Mask2Former`, or a `Segmenter` where the task is semantic, in whatever mode; the
-            mode stays.
+        model: such as a `Mask2Former`, in whatever mode; the mode stays.
         images: one image or a list, each a path, a PIL image, an array [H, W] or [H, W, C] or a
             tensor [H, W] or [C, H, W]; uint8, or uint16, or floating in [0, 1]; C is 1 to 4 (grey,
             alpha last; what is transparent shows white).
-        task, object_mask_threshold, overlap_threshold, top_k, resize, return_scores: as in
-            `postprocess`.
+        task: "panoptic", "instance" or "semantic"; None for the first that the model can do.
+        object_mask_threshold, overlap_threshold, top_k, resize, return_scores: see `Options`.
         batch_size: images of one size that go through the model together.
-        window, stride: of a Segmenter, in pixels; None takes the config's.
-        scales: of a Segmenter: sizes of the image to average over; 1 is the config's.
-        flip: of a Segmenter: average over the mirror images, too.
+        window, stride, scales, flip: see `Views`.
         cuda_graphs: on a GPU, run the model from a CUDA graph for sizes that come again and again
-            (`graphs.replayed`); False runs it eagerly and frees the graphs.
+            (`cuda_graphs.replayed`); False runs it eagerly and frees the graphs.
+        options, views: in place of their settings.
 
     Returns:
         one `Segmentation` for one image, a list for a list, at the images' own sizes.
 
     Raises:
-        TypeError, ValueError: no image, NaN pixels, or an option out of range; a list's image is
-            named by its place.
+        TypeError, ValueError: no image, NaN pixels, or an option out of range or not for this
+            model; a list's image is named by its place.
     """
-    check_options(task, object_mask_threshold, overlap_threshold, top_k, resize, return_scores)
-    check_views(model, window, stride, scales, flip)
-    one, config = not isinstance(images, (list, tuple)), model.config
+    task = model.config.tasks[0] if task is None else task
+    loose = Options(object_mask_threshold, overlap_threshold, top_k, resize, return_scores)
+    options = one_of("segment", options, loose)
+    views = one_of("segment", views, Views(window, stride, scales, flip))
+    check("segment", model, (task,), options, views)
+    one, names = not isinstance(images, (list, tuple)), model.config.labels.names
     pictures = [
         read_image(x, "image" if one else f"image {i}")
         for i, x in enumerate([images] if one else images)
     ]
-    outputs = [tuple(x.shape[1:]) for x in pictures]
-    if isinstance(model, Segmenter):
-        if task != "semantic":
-            raise ValueError(f"segment: task must be 'semantic' for a Segmenter, got {task!r}")
-        options = window, stride, flip, return_scores, cuda_graphs
-        results = [_by_windows(model, x, scales, *options) for x in pictures]
-        return results[0] if one else results
-    inputs = [target_size(size, config.shortest_edge, config.longest_edge) for size in outputs]
-
-    def read(i: int) -> Tensor:
-        return prepare(pictures[i], config)
-
+    inputs = [Input.of(picture, model.config.input, views) for picture in pictures]
     results = [None] * len(inputs)
-    batches = logits(model, inputs, read, batch_size, cuda_graphs)
-    for places, class_logits, mask_logits, padded in batches:
-        found = postprocess(
-            class_logits,
-            mask_logits,
-            task,
-            padded,
-            [inputs[i] for i in places],
-            [outputs[i] for i in places],
-            stuff=config.stuff,
-            object_mask_threshold=object_mask_threshold,
-            overlap_threshold=overlap_threshold,
-            top_k=top_k,
-            resize=resize,
-            return_scores=return_scores,
-        )
-        for i, result in zip(places, found):
-            result.names = config.id2label
-            results[i] = result
+    stuff = model.config.labels.stuff
+    for i, found in find(model, inputs, (task,), options, views, stuff, batch_size, cuda_graphs):
+        found[task].names = names
+        results[i] = found[task]
     return results[0] if one else results
 
 
-def check_views(
-    model: nn.Module, window: int | None, stride: int | None, scales: Sequence[float], flip: bool
+def check(
+    caller: str, model: SegmentationModel, tasks: Sequence[str], options: Options, views: Views
 ) -> None:
-    """Checks the options of `segment` that only a Segmenter has.
+    """Checks settings before work starts.
 
     Raises:
-        TypeError: window or stride is no integer.
-        ValueError: one out of range, or given to another model.
+        ValueError: an option out of range, or a task or views that are not for this model.
     """
-    if isinstance(model, Segmenter):
-        window_and_stride(model.config, window, stride)
-        if not scales or not all(s > 0 for s in scales):
-            raise ValueError(f"segment: scales must be positive, got {tuple(scales)}")
-    elif window is not None or stride is not None or tuple(scales) != (1.0,) or flip:
-        raise ValueError("segment: window, stride, scales and flip are for a Segmenter")
+    config, name = model.config, type(model).__name__
+    for task in tasks or ("",):
+        check_options(task, *astuple(options))
+        if task not in config.tasks:
+            known = " or ".join(map(repr, config.tasks))
+            raise ValueError(f"{caller}: task must be {known} for a {name}, got {task!r}")
+    if config.logits is PixelLogits:
+        views.of(config.input)
+    elif views != Views():
+        raise ValueError(
+            f"{caller}: window, stride, scales and flip are for models that give class logits of "
+            f"pixels, a {name} gives masks"
+        )
 
 
-def logits(
-    model: nn.Module,
-    sizes: Sequence[tuple[int, int]],
-    read: Callable[[int], Tensor],
-    batch_size: int = 8,
-    cuda_graphs: bool = True,
-) -> Iterator[tuple[list[int], Tensor, Tensor, tuple[int, int]]]:
-    """Runs the model over prepared images, those of one padded size together.
+class Input(NamedTuple):
+    """An image on its way into a model.
+
+    Attributes:
+        sizes: height and width at each scale of the views.
+        output: (H, W) of the result.
+        read: gives the image at scale number k, [3, h, w] float, normalised; called when its
+            batch is made.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    output: tuple[int, int]
+    read: Callable[[int], Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        picture: Tensor,
+        settings: InputConfig,
+        views: Views,
+        output: tuple[int, int] | None = None,
+    ) -> "Input":
+        """A picture [3, H, W], resized as a model takes it; the result has its size if no other
+        is given."""
+        own, at = tuple(picture.shape[1:]), [settings.at(scale) for scale in views.scales]
+        sizes = tuple(target_size(own, x.shortest_edge, x.longest_edge) for x in at)
+        return cls(sizes, output or own, lambda k: prepare(picture, at[k]))
+
+
+def find(
+    model: SegmentationModel,
+    inputs: Sequence[Input],
+    tasks: Sequence[str],
+    options: Options,
+    views: Views,
+    stuff: Sequence[int],
+    batch_size: int,
+    cuda_graphs: bool,
+) -> Iterator[tuple[int, dict[str, Segmentation]]]:
+    """Runs the model over images, those of one size together.
 
     Args:
-        model: gives `class_queries_logits` and `masks_queries_logits`; has `config.size_divisor`.
-        sizes: of each image its height and width.
-        read: gives image i, [3, h, w] float, normalised; called when its batch is made.
+        model: in whatever mode.
+        inputs: the images.
+        tasks, options, views: checked.
+        stuff: labels without instances.
         batch_size: at most so many images at once.
         cuda_graphs: as in `segment`.
 
     Yields:
-        places in `sizes`, class logits [b, Q, K + 1], mask logits [b, Q, h, w], padded size.
+        places in `inputs`, and the result of every task.
     """
+    by_pixels = model.config.logits is PixelLogits
+    groups: dict[tuple, list[int]] = {}
+    for i, one in enumerate(inputs):
+        size = one.sizes if by_pixels else model.config.input.padded(one.sizes[0])
+        groups.setdefault(size, []).append(i)
+    for members in groups.values():
+        at_once = batch_size
+        if by_pixels:  # large images one by one, as their windows do not go together anyway
+            pixels = sum(h * w for h, w in inputs[members[0]].sizes)
+            at_once = max(1, min(batch_size, PIXELS_AT_ONCE // pixels))
+        for start in range(0, len(members), at_once):
+            places = members[start : start + at_once]
+            batch = [inputs[i] for i in places]
+            if by_pixels:
+                found = _by_pixels(model, batch, options, views, cuda_graphs)
+            else:
+                found = _by_queries(model, batch, tasks, options, stuff, cuda_graphs)
+            yield from zip(places, found)
+
+
+def _by_pixels(
+    model: SegmentationModel, batch: list[Input], options: Options, views: Views, cuda_graphs: bool
+) -> Iterator[dict[str, Segmentation]]:
     weight = next(model.parameters())
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i, size in enumerate(sizes):
-        padded = tuple(
-            -(-s // model.config.size_divisor) * model.config.size_divisor for s in size
-        )
-        groups.setdefault(padded, []).append(i)
-    for padded, members in groups.items():
-        for start in range(0, len(members), batch_size):
-            places = members[start : start + batch_size]
-            batch = weight.new_zeros((len(places), 3, *padded))
-            for row, i in zip(batch, places):
-                row[:, : sizes[i][0], : sizes[i][1]] = read(i)
-            # no_grad, not inference_mode: constants that the model keeps must serve training too
-            with evaluating(model), torch.no_grad():
-                found = replayed(_last, model, batch, cuda_graphs)
-            del batch, row  # large, and not needed while the caller works on the logits
-            yield places, *found, padded
-
-
-def _last(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """Class logits and mask logits of the last prediction."""
-    out = model(pixel_values)
-    return out.class_queries_logits, out.masks_queries_logits
-
-
-def _by_windows(model, picture, scales, *options) -> Segmentation:
-    """One picture [3, H, W] through a Segmenter at each scale."""
-    weight = next(model.parameters())
-    images = [x[None].to(weight) for x in at_scales(picture, model.config, scales)]
-    size = tuple(picture.shape[1:])
+    images = [
+        torch.stack([one.read(k).to(weight) for one in batch]) for k in range(len(views.scales))
+    ]
+    sizes = [one.output for one in batch]
     with evaluating(model), torch.no_grad():
-        found = label_map(model, images, size, *options)
-    return semantic(*found, model.config.id2label)
+        found = label_maps(model, images, sizes, views, options.return_scores, cuda_graphs)
+    for labels, scores in found:
+        yield {"semantic": semantic(labels, scores, model.config.labels.names)}
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every submodule is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def _by_queries(
+    model: SegmentationModel,
+    batch: list[Input],
+    tasks: Sequence[str],
+    options: Options,
+    stuff: Sequence[int],
+    cuda_graphs: bool,
+) -> Iterator[dict[str, Segmentation]]:
+    padded = model.config.input.padded(batch[0].sizes[0])
+    pixels = next(model.parameters()).new_zeros((len(batch), 3, *padded))
+    for row, one in zip(pixels, batch):
+        (h, w), *_ = one.sizes
+        row[:, :h, :w] = one.read(0)
+    extra = {task: model.inputs(task, len(batch)) for task in tasks}
+    # no_grad, not inference_mode: constants that the model keeps must serve training too
+    with evaluating(model), torch.no_grad():
+        if any(extra.values()):
+            runs = {
+                task: replayed(predict, model, pixels, *extra[task], enabled=cuda_graphs)
+                for task in tasks
+            }
+        else:
+            runs = dict.fromkeys(tasks, replayed(predict, model, pixels, enabled=cuda_graphs))
+    del pixels, row  # large, and not needed while the caller works on the results
+    for b, one in enumerate(batch):
+        part = slice(b, b + 1)
+        results = {}
+        for task, logits in runs.items():
+            if not isinstance(logits, QueryLogits):
+                raise TypeError(
+                    f"segment: predict must return QueryLogits, got {type(logits).__name__}"
+                )
+            masks = logits.masks[part]
+            if logits.features is not None:
+                masks = masks, logits.features[part]
+            sizes = padded, [one.sizes[0]], [one.output]
+            (results[task],) = postprocess(
+                logits.classes[part], masks, task, *sizes, stuff, options=options
+            )
+        yield results

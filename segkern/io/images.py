@@ -115,24 +115,24 @@ def picture_suffixes() -> set[str]:
     return {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
-def prepare(image: Tensor, config) -> Tensor:
+def prepare(image: Tensor, settings) -> Tensor:
     """A picture as the model takes it: resized and normalised, not yet padded.
 
     Args:
         image: [3, H, W] uint8, or floating in [0, 1].
-        config: has `shortest_edge`, `longest_edge` (pixels or None: no such limit; both None keep
-            the size), `image_mean` and `image_std`.
+        settings: a model's `config.input`: `shortest_edge`, `longest_edge` (pixels or None: no
+            such limit; both None keep the size), `mean` and `std`.
 
     Returns:
         [3, h, w] float32.
     """
-    size = target_size(tuple(image.shape[1:]), config.shortest_edge, config.longest_edge)
+    size = target_size(tuple(image.shape[1:]), settings.shortest_edge, settings.longest_edge)
     x = image.float()
     if size != tuple(image.shape[1:]):
         x = F.interpolate(x[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
     if image.dtype == torch.uint8:
         x = x.round() / 255  # 8 bits stay 8 bits when resized, as in training
-    mean, std = (x.new_tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
+    mean, std = (x.new_tensor(v)[:, None, None] for v in (settings.mean, settings.std))
     return (x - mean) / std
 
 

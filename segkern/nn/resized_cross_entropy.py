@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..structures.labels import VOID
 from .bilinear import neighbours, widened
 
-IGNORED = 255
 _VALUES_AT_ONCE = 2**21  # of a band of resized logits: 8 MB in float32
 
 
@@ -28,7 +28,7 @@ class _CrossEntropy(torch.autograd.Function):
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
         maps = logits.detach().to(exact)
         grad, total = torch.zeros_like(maps), maps.new_zeros(())
-        counts = labels != IGNORED
+        counts = labels != VOID
         outside = counts & ((labels < 0) | (labels >= logits.shape[1]))
         # nothing may wait for the device to raise: loss and gradient are NaN, and training stops
         count = counts.sum().to(exact).where(~outside.any(), float("nan"))

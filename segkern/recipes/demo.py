@@ -13,9 +13,10 @@ from ..inference.segment import segment
 from ..io import plots
 from ..io.atomic_files import write_json
 from ..io.overlay import save_picture
-from ..models import Mask2Former
+from ..models import SegmentationModel
+from ..structures.settings import Options
 from ..training import checkpoint
-from ..training.loop import train
+from ..training.loop import stored_config, train
 from .mask2former import DIGITS_THRESHOLD, digits
 
 
@@ -89,18 +90,19 @@ def _check_folder(folder: Path, settings: dict) -> None:
     """A run of the user's own is not replaced: only one with a demo's figures or settings is."""
     if not (folder / checkpoint.FILE).exists() or (folder / "metrics.json").exists():
         return
-    stored = checkpoint.load(folder)["config"]
+    stored = stored_config(folder).to_dict()
     if checkpoint.differences(stored, settings, ("output", "steps")):
         raise ValueError(f"demo: {folder} holds a run that is no demo; choose another --output")
 
 
-def _evaluate(model: Mask2Former, folder: Path, level: str, scenes: int, tasks) -> dict:
+def _evaluate(model: SegmentationModel, folder: Path, level: str, scenes: int, tasks) -> dict:
     """Figures of held-out scenes; draws a few to LEVEL.png, the first to example.png."""
     data = Digits(DigitsConfig(level=level), "test")
-    value = evaluate(model, data, tasks, limit=scenes, object_mask_threshold=DIGITS_THRESHOLD)
+    options = Options(object_mask_threshold=DIGITS_THRESHOLD)
+    value = evaluate(model, data, tasks, limit=scenes, options=options)
     samples = [data[i] for i in range(6)]
     images = [s["image"] for s in samples]
-    found = segment(model, images, object_mask_threshold=DIGITS_THRESHOLD)
+    found = segment(model, images, options=options)
     rows = [(s["image"], truth(s, data.stuff, data.classes), r) for s, r in zip(samples, found)]
     plots.save_scenes(folder / f"{level}.png", rows, f"Held-out scenes, {level}")
     if level == "easy":

@@ -5,16 +5,16 @@ from pathlib import Path
 from ..data import DigitsConfig, FolderConfig
 from ..data.folder import class_names
 from ..models import SegmenterConfig
+from ..structures.labels import DATASETS
 from ..training.config import TrainConfig
 
-# crop, images of an epoch, epochs, batch, rate, labels, window stride of Segmenter's paper
+# crop, epochs, batch, rate, window stride of Segmenter's paper
 _SEGMENTER = {
-    "ade20k": (512, 20_210, 64, 8, 1e-3, 150, 512),
-    "pascal_context": (480, 4_996, 256, 16, 1e-3, 60, 320),
-    "cityscapes": (768, 2_975, 216, 8, 1e-2, 19, 512),
+    "ade20k": (512, 64, 8, 1e-3, 512),
+    "pascal_context": (480, 256, 16, 1e-3, 320),
+    "cityscapes": (768, 216, 8, 1e-2, 512),
 }
-# one's own images: as ADE20K
-_SEGMENTER["plain"] = _SEGMENTER["ade20k"]
+_SEGMENTER["plain"] = _SEGMENTER["ade20k"]  # one's own images
 
 
 def digits_segmenter(
@@ -56,6 +56,7 @@ def digits_segmenter(
         steps=2400,
         batch_size=2,
         lr=2e-3,
+        backbone_lr_factor=1.0,
         optimizer="muon",
         momentum=0.95,
         schedule="cosine",
@@ -95,7 +96,9 @@ def segmenter(
         raise ValueError(
             f"segmenter: dataset must be one of {', '.join(_SEGMENTER)}, got {dataset!r}"
         )
-    crop, images, epochs, batch, lr, labels, stride = _SEGMENTER[dataset]
+    crop, epochs, batch, lr, stride = _SEGMENTER[dataset]
+    facts = DATASETS["ade20k" if dataset == "plain" else dataset]
+    labels, images = facts.labels["semantic"], facts.images
     data = FolderConfig(root or ".", dataset)
     named = dataset in ("cityscapes", "pascal_context")  # by the layout, without a file
     names = class_names(data) if root or named else None
@@ -121,6 +124,7 @@ def segmenter(
         batch_size=batch,
         lr=lr,
         min_lr=1e-5,
+        backbone_lr_factor=1.0,
         optimizer="sgd",
         momentum=0.9,
         weight_decay=0.0,

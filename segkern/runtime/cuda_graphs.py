@@ -13,6 +13,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .constants import recording
 
@@ -39,8 +40,9 @@ class Replay:
     gradients, float32 precision and determinism are told apart, as sizes are.
 
     Args:
-        function: takes tensors, returns a tensor or nested tuples, lists and dicts of tensors. It
-            must not read values on the host, and draws random numbers on the device only.
+        function: takes and returns tensors, or nested tuples, lists and dicts of tensors, in
+            which other values may stand (for inputs: those that can be compared). It must not
+            read values on the host, and draws random numbers on the device only.
         warmup: eager calls before a capture, at least 1.
         keep: captured sets; the one unused for longest is dropped for a new one.
 
@@ -56,19 +58,25 @@ class Replay:
         self._captured: OrderedDict[tuple, tuple] = OrderedDict()
         self._pool = None  # of memory, shared: one graph runs at a time, and outputs are copied
 
-    def __call__(self, *inputs: Tensor):
-        if not inputs or not inputs[0].is_cuda:
+    def __call__(self, *inputs):
+        leaves, nesting = pytree.tree_flatten(inputs)
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        if not tensors or not tensors[0].is_cuda:
             return self.function(*inputs)
-        with torch.cuda.device(inputs[0].device):
-            key = *((t.shape, t.dtype, t.device) for t in inputs), _settings(inputs[0].device.type)
+        with torch.cuda.device(tensors[0].device):
+            sizes = tuple(
+                (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves
+            )
+            key = sizes, str(nesting), _settings(tensors[0].device.type)
             if key not in self._captured:
                 if not self._due(key):
                     return self._aside(inputs)
                 self._capture(key, inputs)
             self._captured.move_to_end(key)
             graph, fixed, outputs, _ = self._captured[key]
-            for kept, given in zip(fixed, inputs):
-                kept.copy_(given, non_blocking=True)
+            for kept, given in zip(pytree.tree_leaves(fixed), leaves):
+                if isinstance(given, Tensor):
+                    kept.copy_(given, non_blocking=True)
             graph.replay()
             return _copied(outputs)
 
@@ -77,7 +85,7 @@ class Replay:
         self._calls[key] = self._calls.get(key, 0) + 1
         return self._calls[key] > self.warmup
 
-    def _aside(self, inputs: tuple[Tensor, ...]):
+    def _aside(self, inputs: tuple):
         """An eager call on another stream, as must come before a capture."""
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
@@ -86,12 +94,13 @@ class Replay:
         current.wait_stream(side)
         return outputs
 
-    def _capture(self, key: tuple, inputs: tuple[Tensor, ...]) -> None:
+    def _capture(self, key: tuple, inputs: tuple) -> None:
         while len(self._captured) >= self.keep:
             self._captured.popitem(last=False)
         if not self._captured:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
-        fixed = [t.clone() for t in inputs]
+        fixed = pytree.tree_map_only(Tensor, torch.clone, inputs)
+        tensors = [x for x in pytree.tree_leaves(fixed) if isinstance(x, Tensor)]
         graph = torch.cuda.CUDAGraph()
         torch.clear_autocast_cache()  # casts kept until autocast ends would be read after it
         try:
@@ -99,14 +108,14 @@ class Replay:
             with torch.cuda.stream(torch.cuda.current_stream()), recording() as read:
                 options = {
                     "pool": self._pool,
-                    "stream": _capture_stream(inputs[0].device),
+                    "stream": _capture_stream(tensors[0].device),
                     "capture_error_mode": "thread_local",  # other threads may allocate meanwhile
                 }
                 with torch.cuda.graph(graph, **options):
                     outputs = self.function(*fixed)
         except RuntimeError as error:
             raise CaptureError(
-                f"Replay: the work on {[list(t.shape) for t in inputs]} cannot be captured in a "
+                f"Replay: the work on {[list(t.shape) for t in tensors]} cannot be captured in a "
                 f"CUDA graph; run it eagerly instead ({error})"
             ) from error
         finally:
@@ -134,11 +143,7 @@ def _settings(device: str) -> tuple:
 
 def _copied(outputs):
     """The outputs, in memory that the next replay does not write to."""
-    if isinstance(outputs, Tensor):
-        return outputs.detach().clone()
-    if isinstance(outputs, dict):
-        return {name: _copied(value) for name, value in outputs.items()}
-    return type(outputs)(map(_copied, outputs))
+    return pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), outputs)
 
 
 class _Inference(Replay):
@@ -151,7 +156,7 @@ class _Inference(Replay):
 
     def __init__(self, function: Callable, model: nn.Module, state: tuple):
         alive = weakref.ref(model)
-        super().__init__(lambda x: function(alive(), x), warmup=2, keep=4)
+        super().__init__(lambda *inputs: function(alive(), *inputs), warmup=2, keep=4)
         self.state = state
         self._recent: deque[tuple] = deque(maxlen=_RECENT)
         self._fails = False
@@ -160,12 +165,12 @@ class _Inference(Replay):
         self._recent.append(key)
         return self._recent.count(key) > self.warmup and not self._fails
 
-    def _aside(self, inputs: tuple[Tensor, ...]):
+    def _aside(self, inputs: tuple):
         return self.function(*inputs)  # without gradients no stream is kept
 
-    def __call__(self, x: Tensor):
+    def __call__(self, *inputs):
         try:
-            return super().__call__(x)
+            return super().__call__(*inputs)
         except CaptureError as error:
             warnings.warn(f"segkern: the model runs without CUDA graphs: {error}", stacklevel=4)
             self._fails = True
@@ -173,15 +178,15 @@ class _Inference(Replay):
             if not self._captured:
                 raise
         self._captured.clear()
-        return self.function(x)
+        return self.function(*inputs)
 
 
 _LOCK = threading.Lock()  # the inputs of a capture are shared, and captures come one at a time
 _INFERENCES: weakref.WeakKeyDictionary[nn.Module, _Inference] = weakref.WeakKeyDictionary()
 
 
-def replayed(function: Callable, model: nn.Module, x: Tensor, enabled: bool = True):
-    """`function(model, x)`, on a GPU from a CUDA graph where that is safe and pays.
+def replayed(function: Callable, model: nn.Module, *inputs: Tensor, enabled: bool = True):
+    """`function(model, *inputs)`, on a GPU from a CUDA graph where that is safe and pays.
 
     Captured are inferences of models without hooks, of up to 2**21 pixels, on the default
     stream, at the third call of a size among the last 32 that were not replayed: pictures of ever
@@ -191,23 +196,23 @@ def replayed(function: Callable, model: nn.Module, x: Tensor, enabled: bool = Tr
     the graphs are freed.
 
     Args:
-        function: of the model and a batch; returns a tensor or tuple of tensors, and reads no
-            value on the host.
+        function: of the model and the inputs, such as its class's `predict`; returns a tensor or
+            tuple of tensors, and reads no value on the host.
         model: in eval mode. What its work depends on besides weights and input (settings of a
             module, say) must not change unless `enabled` is False once.
-        x: [B, 3, H, W] floating.
+        inputs: the first [B, 3, H, W] floating.
         enabled: False runs the function and frees the model's graphs.
     """
-    if not (enabled and x.is_cuda):
+    if not (enabled and inputs[0].is_cuda):
         _INFERENCES.pop(model, None)
-        return function(model, x)
-    if not _suits(model, x):
-        return function(model, x)
+        return function(model, *inputs)
+    if not _suits(model, inputs[0]):
+        return function(model, *inputs)
     with _LOCK:
         state, inference = (function, _weights(model)), _INFERENCES.get(model)
         if inference is None or inference.state != state:
             inference = _INFERENCES[model] = _Inference(function, model, state)
-        return inference(x)
+        return inference(*inputs)
 
 
 def _suits(model: nn.Module, x: Tensor) -> bool:

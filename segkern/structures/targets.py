@@ -1,4 +1,4 @@
-"""What the model is to find in a batch of images, packed into tensors of fixed shape.
+"""Targets: the truth of a batch of images, packed into tensors of fixed shape.
 
 Letters: B image, T target slot, H W image size, K class.
 
@@ -7,7 +7,7 @@ allocations are reused. Slots from `count` on are padding: label 0, an empty mas
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from ..ops._checks import got
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 100)  # then multiples of 64
 
 
-@dataclass
-class Targets:
+class Targets(NamedTuple):
     """The targets of B images.
 
     Attributes:
@@ -28,6 +27,9 @@ class Targets:
         ids: [B] int64, sample ids: random points depend on them and not on the place in the batch.
         semantic: [B, H, W] uint8, the label of each pixel, 255 where it does not count; None where
             the samples have none.
+        normalizer: [] floating, number of targets that losses of masks are divided by: where
+            several processes or batches make one step, the same for all (training.distributed).
+            None takes the number in this batch, at least 1.
     """
 
     labels: Tensor
@@ -35,6 +37,7 @@ class Targets:
     count: Tensor
     ids: Tensor
     semantic: Tensor | None = None
+    normalizer: Tensor | None = None
 
     @classmethod
     def from_lists(
@@ -86,9 +89,9 @@ class Targets:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
         """The same targets on another device."""
-        parts = {k: v for k, v in vars(self).items() if v is not None}
-        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in parts.items()}
-        return replace(self, **moved)
+        return type(self)(
+            *(None if x is None else x.to(device, non_blocking=non_blocking) for x in self)
+        )
 
 
 def bucket(n: int) -> int:

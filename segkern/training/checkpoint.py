@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from ..io.atomic_files import atomic
+from ..weights import unpickling
 
-FORMAT = 1
+FORMAT = 2  # 1: settings without `kind`, which `TrainConfig.from_dict` knows
 FILE = "last.pt"
 _PARTS = {
     "config": dict,
@@ -43,11 +44,10 @@ def load(path: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for foreign and cut files
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a whole checkpoint of segkern train ({reason})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        state = unpickling.load(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a whole checkpoint of segkern train ({error})") from error
+    if not isinstance(state, dict) or state.get("format") not in range(1, FORMAT + 1):
         raise ValueError(f"{path}: not a checkpoint of segkern train")
     lacking = [name for name, kind in _PARTS.items() if not isinstance(state.get(name), kind)]
     if lacking:

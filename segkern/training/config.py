@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..data import DataConfig, DigitsConfig, FolderConfig
-from ..models import CLASSES, Config, Mask2FormerConfig, SegmenterConfig, kind_of
+from ..data import DataConfig, DigitsConfig, data_config
+from ..models import Config, default_config, model_config
+from ..structures.logits import PixelLogits
 from .step import PRECISIONS
 
 
@@ -76,7 +77,7 @@ class TrainConfig:
     threshold: float = 0.8
     tensorboard: bool = True
     data: DataConfig = field(default_factory=DigitsConfig)
-    model: Config = field(default_factory=lambda: Mask2FormerConfig.tiny(11))
+    model: Config = field(default_factory=default_config)
 
     def __post_init__(self):
         self.output = Path(self.output)
@@ -102,17 +103,21 @@ class TrainConfig:
                     f"TrainConfig: {name} must be one of {', '.join(known)}, "
                     f"got {getattr(self, name)!r}"
                 )
-        if isinstance(self.data, FolderConfig) and not isinstance(self.model, SegmenterConfig):
+        needs = "semantic" if self.model.logits is PixelLogits else "masks"
+        if needs not in self.data.targets:
             raise ValueError(
-                "TrainConfig: model must be a SegmenterConfig where data is a FolderConfig, "
-                f"got a {type(self.model).__name__}"
+                f"TrainConfig: a {self.model.kind} trains on {needs}, which data of kind "
+                f"{self.data.kind} does not have; it has {', '.join(self.data.targets)}"
             )
 
     def to_dict(self) -> dict:
         """Nested plain types, as checkpoints keep it."""
-        model = {"type": kind_of(self.model)} | asdict(self.model)
-        data = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.data).items()}
-        return asdict(self) | {"output": str(self.output), "data": data, "model": model}
+        parts = {
+            name: {"kind": part.kind}
+            | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(part).items()}
+            for name, part in (("data", self.data), ("model", self.model))
+        }
+        return asdict(self) | {"output": str(self.output)} | parts
 
     @classmethod
     def from_dict(cls, settings: dict) -> "TrainConfig":
@@ -122,11 +127,28 @@ class TrainConfig:
             ValueError: there are settings that this version does not know or allow.
         """
         try:
-            model, data = dict(settings["model"]), settings["data"]
+            settings = _with_kinds(settings)
             parts = {
-                "data": (FolderConfig if "root" in data else DigitsConfig)(**data),
-                "model": CLASSES[model.pop("type")][0](**model),
+                "data": data_config(settings["data"]),
+                "model": model_config(settings["model"]),
             }
             return cls(**(settings | parts))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"settings of another version of segkern ({error})") from error
+
+
+def _with_kinds(settings: dict) -> dict:
+    """Settings of before configs had a kind, as they are now.
+
+    Then a model had a "type" and data none, and `backbone_lr_factor` did nothing where the
+    backbone was called otherwise: in the one model of then that gives class logits of pixels.
+    """
+    if "type" not in settings["model"]:
+        return settings
+    model, data = dict(settings["model"]), dict(settings["data"])
+    model["kind"] = model.pop("type")
+    data["kind"] = "folder" if "root" in data else "digits"
+    changed = {"model": model, "data": data}
+    if model_config(model).logits is PixelLogits:
+        changed["backbone_lr_factor"] = 1.0
+    return settings | changed

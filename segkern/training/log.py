@@ -1,4 +1,4 @@
-"""What a training run tells: a log of JSON lines, curves for tensorboard, a bar."""
+"""The log of a training run: JSON lines, curves for tensorboard, a progress bar."""
 
 import json
 import time
@@ -57,7 +57,7 @@ class Log:
             self.writer.close()
 
 
-class Meter:
+class ProgressBar:
     """A bar with losses, images a second and the time left; a context.
 
     Where the output is no terminal, a line at each twentieth of the steps.

@@ -25,13 +25,15 @@ from torch.utils.data import DataLoader
 from ..data import Order, build_dataset, collate
 from ..evaluation.evaluate import evaluate
 from ..io.atomic_files import writable_folder
-from ..models import Model, build_model
+from ..models import SegmentationModel, build_model
 from ..runtime.device import usable_device
 from ..runtime.interrupt import Interrupt, leave_interrupts_to_parent
-from ..weights.fit import misfits
+from ..structures.settings import Options
+from ..weights.state_dicts import misfits
 from . import checkpoint
 from .config import TrainConfig
-from .log import Log, Meter
+from .distributed import normalized
+from .log import Log, ProgressBar
 from .optimizer import build_optimizer, learning_rate
 from .step import Step
 
@@ -55,7 +57,7 @@ class Trained:
         images_per_second: over that time.
     """
 
-    model: Model
+    model: SegmentationModel
     steps: int
     seconds: float
     images_per_second: float
@@ -120,12 +122,13 @@ def train(
     log = Log(folder, start, config.tensorboard, keep=own)
     with (
         log,
-        Meter(config.steps, start, config.batch_size, progress) as meter,
+        ProgressBar(config.steps, start, config.batch_size, progress) as bar,
         Interrupt() as stop,
     ):
         for step in range(start, config.steps):
             began = time.perf_counter()
             batch = next(batches).to(device)
+            batch.targets = normalized(batch.targets)
             rate = learning_rate(step, config)
             loss, losses = train_step(batch, rate)
             done = step + 1
@@ -135,7 +138,7 @@ def train(
             if due or done % config.log_every == 0 or done == start + 1:
                 line = _line(done, loss, losses, rate)
             seconds += time.perf_counter() - began
-            meter.advance(line)
+            bar.advance(line)
             if config.evaluate_every and done % config.evaluate_every == 0:
                 _check_weights(model.state_dict(), done)
                 line = (line or {"step": done}) | {"metrics": _metrics(model, held_out, config)}
@@ -158,7 +161,7 @@ def train(
 def _batches(data, config: TrainConfig, start: int) -> Iterator:
     passes = getattr(data, "passes", False)
     order = Order(len(data), config.batch_size, config.seed, start, config.steps, passes)
-    pack = partial(collate, num_labels=config.model.num_labels, divisor=config.model.size_divisor)
+    pack = partial(collate, num_labels=config.model.num_labels, divisor=config.model.input.divisor)
     loader = DataLoader(
         data,
         batch_sampler=order,
@@ -189,7 +192,7 @@ def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float) -> dict
     return {"step": step, "loss": total, "losses": values, "lr": lr}
 
 
-def _metrics(model: Model, data, config: TrainConfig) -> dict[str, float]:
+def _metrics(model: SegmentationModel, data, config: TrainConfig) -> dict[str, float]:
     task = config.data.task
     with torch.random.fork_rng():
         value = evaluate(
@@ -197,7 +200,7 @@ def _metrics(model: Model, data, config: TrainConfig) -> dict[str, float]:
             data,
             (task,),
             limit=config.evaluate_scenes,
-            object_mask_threshold=config.threshold,
+            options=Options(object_mask_threshold=config.threshold),
             progress=False,
             cuda_graphs=False,  # their memory is the next step's
         )
@@ -258,7 +261,8 @@ def _open(path: str | Path, config: TrainConfig) -> dict:
         ValueError: it is of another model, data set or recipe, or has all the steps.
     """
     state = checkpoint.load(path)
-    found = checkpoint.differences(state["config"], config.to_dict(), tuple(_FREE.split()))
+    stored = stored_config(path, state).to_dict()
+    found = checkpoint.differences(stored, config.to_dict(), tuple(_FREE.split()))
     if found:
         raise ValueError(f"{path}: cannot go on from it: {'; '.join(found)}")
     if state["step"] >= config.steps:
@@ -267,6 +271,23 @@ def _open(path: str | Path, config: TrainConfig) -> dict:
             f"got {config.steps}"
         )
     return state
+
+
+def stored_config(path: str | Path, state: dict | None = None) -> TrainConfig:
+    """The settings of a run.
+
+    Args:
+        path: of its checkpoint, or its folder.
+        state: the checkpoint, if it is read already.
+
+    Raises:
+        ValueError: no such checkpoint, or settings that this version does not know.
+    """
+    state = checkpoint.load(path) if state is None else state
+    try:
+        return TrainConfig.from_dict(state["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _restore(state: dict, run: Step, name) -> tuple[int, float]:

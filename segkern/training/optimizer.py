@@ -1,4 +1,4 @@
-"""What a training step does with the gradient: optimizers, parameter groups, schedules."""
+"""Optimizers, their parameter groups, and schedules of the learning rate."""
 
 import math
 
@@ -59,21 +59,17 @@ def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer | MuonAnd
 
 
 def parameter_groups(model: nn.Module, config) -> list[dict]:
-    """Parameters by rate and decay: norms, embeddings and position tables do not decay.
-
-    For Muon the weights of linear layers inside numbered blocks are groups of their own.
-    """
-    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.Embedding)
+    """Parameters by rate and decay, as `model.parameter_roles` has them; for Muon the matrices
+    are groups of their own."""
+    roles = model.parameter_roles()
     groups: dict[tuple[float, float, bool], list[Tensor]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            free = isinstance(module, norms) or name == "relative_position_bias_table"
-            decay = 0.0 if free else config.weight_decay
-            factor = config.backbone_lr_factor if path.startswith("backbone") else 1.0
-            matrix = isinstance(module, nn.Linear) and name == "weight"
-            matrix &= config.optimizer == "muon" and any(map(str.isdigit, path.split(".")))
-            if parameter.requires_grad:
-                groups.setdefault((factor, decay, matrix), []).append(parameter)
+    for name, parameter in model.named_parameters():
+        role = roles[name]
+        factor = config.backbone_lr_factor if role.backbone else 1.0
+        decay = config.weight_decay if role.decayed else 0.0
+        matrix = role.matrix and config.optimizer == "muon"
+        if parameter.requires_grad:
+            groups.setdefault((factor, decay, matrix), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -298,7 +298,7 @@ def test_bad_settings(plain):
     with pytest.raises(IndexError, match=r"index must be in \[0, 3\), got 3"):
         Folder(FolderConfig(plain))[3]
     with pytest.raises(
-        ValueError, match=r"model must be a SegmenterConfig .* a Mask2FormerConfig"
+        ValueError, match=r"a mask2former trains on masks, which data of kind folder does not have"
     ):
         TrainConfig(data=FolderConfig(plain))
     with pytest.raises(ValueError, match="num_labels must be 3, the classes of the data, got 4"):
@@ -388,11 +388,11 @@ BAD_COMMANDS = {
     ),
     "evaluate another model": (
         "evaluate {other} --scales 0.5 1",
-        "window, stride, scales and flip are for a Segmenter",
+        "window, stride, scales and flip are for models that give class logits of pixels",
     ),
     "another model": (
         "predict {image} --model {other} --window 64",
-        "window, stride, scales and flip are for a Segmenter",
+        "window, stride, scales and flip are for models that give class logits of pixels",
     ),
     "preset": ("train --preset Seg-T/16", "--preset is for a new run with --recipe segmenter"),
     "no such preset": ("train --recipe segmenter --preset T", "name must be Seg-{T,S,B,L}"),

@@ -16,6 +16,8 @@ from segkern.evaluation.evaluate import evaluate
 from segkern.evaluation.report import table, truth
 from segkern.evaluation.semantic import Semantic
 from segkern.inference.postprocess import postprocess
+from segkern.structures.logits import QueryLogits
+from support.models import model_config
 
 K, STUFF = 5, (3, 4)
 BIG = 12.0
@@ -26,10 +28,13 @@ class Painted(nn.Module):
 
     def __init__(self, queries=8, labels=K):
         super().__init__()
-        self.config = SimpleNamespace(num_labels=labels, size_divisor=8)
+        self.config = model_config(labels, divisor=8)
         self.queries, self.weight = queries, nn.Parameter(torch.zeros(()))
 
-    def forward(self, pixel_values):
+    def inputs(self, task, batch):
+        return ()
+
+    def predict(self, pixel_values):
         assert not self.training
         ids = torch.arange(1, self.queries + 1)[None, :, None, None]
         masks = pixel_values[:, :1] == ids
@@ -39,9 +44,7 @@ class Painted(nn.Module):
         # later queries are less sure, so that AP has an order
         doubt = 0.2 * torch.arange(self.queries) + pixel_values[:, 2].amax((1, 2))[:, None]
         sure = 6 - doubt[..., None]
-        return SimpleNamespace(
-            class_queries_logits=classes * sure, masks_queries_logits=(2.0 * masks - 1) * BIG
-        )
+        return QueryLogits(classes * sure, (2.0 * masks - 1) * BIG)
 
 
 class Scenes:
@@ -149,10 +152,10 @@ def test_mask_ap_is_torchmetrics():
         x = torch.from_numpy(s["pixel_values"])[None]
         model = Painted().eval()
         size = tuple(x.shape[2:])
-        out = model(x)
+        out = model.predict(x)
         (result,) = postprocess(
-            out.class_queries_logits,
-            out.masks_queries_logits,
+            out.classes,
+            out.masks,
             "instance",
             size,
             [size],
@@ -196,9 +199,9 @@ def test_miou_by_hand():
     inside, union, right, pixels = np.zeros(K), np.zeros(K), 0, 0
     for s in scenes.samples:
         x = torch.from_numpy(s["pixel_values"])[None]
-        out = model(x)
-        scores = out.class_queries_logits.softmax(-1)[0, :, :-1].T
-        found = (scores @ out.masks_queries_logits[0].sigmoid().flatten(1)).argmax(0)
+        out = model.predict(x)
+        scores = out.classes.softmax(-1)[0, :, :-1].T
+        found = (scores @ out.masks[0].sigmoid().flatten(1)).argmax(0)
         true, found = s["semantic"].ravel(), found.numpy()
         seen = true != 255
         right, pixels = right + (true == found)[seen].sum(), pixels + seen.sum()

@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +18,9 @@ from segkern.inference.predict_files import predict_files
 from segkern.inference.segment import segment
 from segkern.io.images import prepare, read_image, target_size
 from segkern.models import Mask2Former, Mask2FormerConfig
+from segkern.structures.logits import QueryLogits
+from segkern.structures.settings import Options
+from support.models import model_config
 
 BIG = 12.0
 
@@ -26,25 +28,18 @@ BIG = 12.0
 class Squares(nn.Module):
     """Finds the bright part of the picture (label 1) and the rest (label 0); keeps its input."""
 
-    def __init__(self, **config):
+    def __init__(self, **settings):
         super().__init__()
-        self.config = SimpleNamespace(
-            **{
-                "size_divisor": 16,
-                "shortest_edge": None,
-                "longest_edge": None,
-                "image_mean": (0.5, 0.5, 0.5),
-                "image_std": (0.25, 0.25, 0.25),
-                "id2label": {0: "ground", 1: "square"},
-                "stuff": (0,),
-            }
-            | config
-        )
+        names = {0: "ground", 1: "square"}
+        self.config = model_config(names=names, stuff=(0,), divisor=16, **settings)
         self.weight = nn.Parameter(torch.ones(()))
         self.inner = nn.BatchNorm2d(3)
         self.seen = []
 
-    def forward(self, pixel_values):
+    def inputs(self, task, batch):
+        return ()
+
+    def predict(self, pixel_values):
         assert not self.training
         assert not self.inner.training
         assert not torch.is_grad_enabled()
@@ -53,7 +48,7 @@ class Squares(nn.Module):
         masks = torch.stack((-bright, bright), 1)[..., ::2, ::2]
         classes = torch.full((len(masks), 2, 3), -BIG)
         classes[:, 0, 0] = classes[:, 1, 1] = BIG
-        return SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+        return QueryLogits(classes, masks)
 
 
 def half_bright(h=40, w=60):
@@ -148,7 +143,8 @@ def test_inputs_are_made_a_batch_at_a_time(monkeypatch):
         "segkern.inference.segment.prepare", lambda *x: made.append(0) or prepare(*x)
     )
     model = Squares()
-    model.register_forward_pre_hook(lambda *_: seen.append(len(made)))
+    predict = model.predict
+    monkeypatch.setattr(model, "predict", lambda x: seen.append(len(made)) or predict(x))
     segment(model, 5 * [half_bright()], batch_size=2)
     assert seen == [2, 4, 5]
 
@@ -181,7 +177,7 @@ def test_target_size(size, shortest, longest, want):
 def test_prepare_resizes_like_pil():
     g = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, 50, 70), generator=g, dtype=torch.uint8)
-    config = Squares(shortest_edge=25, image_mean=(0,) * 3, image_std=(1,) * 3).config
+    config = Squares(shortest_edge=25, mean=(0,) * 3, std=(1,) * 3).config.input
     small = prepare(image, config) * 255
     pil = Image.fromarray(image.movedim(0, 2).numpy()).resize((35, 25), Image.Resampling.BILINEAR)
     assert (small - torch.from_numpy(np.array(pil)).movedim(2, 0)).abs().max() <= 1.001
@@ -354,7 +350,7 @@ def test_predict_finds_an_unwritable_folder_before_it_works(tmp_path, monkeypatc
 def test_predict_checks_options(tmp_path):
     folder = folder_of_pictures(tmp_path / "in")
     with pytest.raises(ValueError, match=r"overlap_threshold must be in \[0, 1\], got 2"):
-        predict_files(Squares(), [folder], tmp_path / "out", overlap_threshold=2)
+        predict_files(Squares(), [folder], tmp_path / "out", options=Options(overlap_threshold=2))
     assert not (tmp_path / "out").exists()
 
 
@@ -362,7 +358,7 @@ def test_all_void_picture_gives_whole_files(tmp_path):
     model = Squares()
     folder = folder_of_pictures(tmp_path / "in")
     (written,), failed = predict_files(
-        model, [folder / "a.png"], tmp_path / "out", object_mask_threshold=1.0
+        model, [folder / "a.png"], tmp_path / "out", options=Options(object_mask_threshold=1.0)
     )
     assert failed == []
     assert json.loads(written.read_text())["segments"] == []
@@ -392,17 +388,20 @@ def test_a_real_model_finds_evaluates_and_predicts(tmp_path):
     assert 0 <= value["ap"] < 0.5
     assert 0 <= value["miou"] < 0.5
     folder = folder_of_pictures(tmp_path / "in")
-    written, failed = predict_files(model, [folder], tmp_path / "out", object_mask_threshold=0.0)
+    options = Options(object_mask_threshold=0.0)
+    written, failed = predict_files(model, [folder], tmp_path / "out", options=options)
     assert (len(written), failed) == (5, [])
     assert model.training
 
 
 MEMORY = """
 import sys
-from types import SimpleNamespace
 import torch
 from torch import nn
 from segkern import segment
+from segkern.structures.logits import QueryLogits
+sys.path.append({tests!r})
+from support.models import model_config
 
 H, W, Q = 2048, 4096, 100
 
@@ -410,19 +409,19 @@ class Noise(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
-        self.config = SimpleNamespace(
-            size_divisor=32, shortest_edge=None, longest_edge=None, image_mean=(0.5,) * 3,
-            image_std=(0.25,) * 3, id2label={}, stuff=(0,),
-        )
+        self.config = model_config(133, stuff=(0,), divisor=32)
 
-    def forward(self, x):
+    def inputs(self, task, batch):
+        return ()
+
+    def predict(self, x):
         masks = torch.empty(1, Q, H // 4, W // 4)
         for q in range(Q):
             masks[0, q] = nn.functional.interpolate(
                 6 * torch.randn(1, 1, 16, 32), (H // 4, W // 4), mode="bilinear"
             )[0, 0]
         classes = 2 * torch.randn(1, Q, 134)
-        return SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+        return QueryLogits(classes, masks)
 
 def memory(name):
     with open("/proc/self/status") as lines:
@@ -443,7 +442,8 @@ for task in ("semantic", "panoptic", "instance"):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts it there")
 def test_memory_does_not_grow_with_queries_times_pixels():
     """2048 x 4096, 100 queries: within 1.5 times the input, the label map and the logits."""
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    script = MEMORY.replace("{tests!r}", repr(str(Path(__file__).parents[1])))
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     pixels = 2048 * 4096
     most = 1.5 * 4 * (3 * pixels + pixels + 100 * pixels / 16)

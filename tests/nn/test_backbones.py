@@ -97,7 +97,8 @@ def test_swin_is_that_of_transformers(window, shape):
 
 
 def test_swin_tiny_is_that_of_transformers():
-    theirs, ours = swin_pair(7, **VARIANTS["swin_tiny"])
+    sizes = dict(VARIANTS["swin_tiny"])
+    theirs, ours = swin_pair(sizes.pop("window_size"), **sizes)
     x = torch.randn(1, 3, 190, 130, dtype=torch.float64)
     with torch.no_grad():
         for a, b in zip(theirs(x).feature_maps, ours(x), strict=True):

@@ -119,7 +119,7 @@ def test_padding_does_not_matter():
 
 def test_order_of_the_batch_does_not_matter():
     *values, targets = setting()
-    parts = {k: v.flip(0) for k, v in vars(targets).items() if v is not None}
+    parts = {k: v.flip(0) for k, v in targets._asdict().items() if v is not None}
     swapped = Targets(**parts)
     got = criterion()(*(v.flip(0) for v in values), swapped)
     torch.testing.assert_close(got, criterion()(*values, targets), rtol=1e-12, atol=0)

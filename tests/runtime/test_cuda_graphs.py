@@ -10,6 +10,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import segkern
 from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterConfig
@@ -24,30 +26,39 @@ class OnDevice(torch.Tensor):
     is_cuda = True
 
 
-class Graph:
-    """What a capture would replay: the function that ran in it, into the same outputs."""
+class Graph(TorchDispatchMode):
+    """As a CUDA graph on a CPU: notes every op that runs in the capture and runs them again, each
+    from and to the memory that it had."""
 
-    work = None
+    def __init__(self):
+        super().__init__()
+        self.notes = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        self.notes.append((op, args, kwargs or {}, out))
+        return out
 
     def replay(self):
-        function, fixed, outputs = self.work
-        found = function(*fixed)
-        if isinstance(outputs, torch.Tensor):
-            found, outputs = [found], [outputs]
-        for kept, new in zip(outputs, found):
-            kept.copy_(new)
+        with torch.no_grad():
+            for op, args, kwargs, out in self.notes:
+                new = op(*args, **kwargs)
+                for kept, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(new)):
+                    if isinstance(kept, torch.Tensor) and kept.data_ptr() != value.data_ptr():
+                        kept.copy_(value)
 
 
 @pytest.fixture
 def stubbed(monkeypatch):
-    """torch.cuda without a GPU, whose graphs know their work; lists what was captured."""
+    """torch.cuda without a GPU, with such graphs; lists what was captured."""
     captured = []
 
     @contextlib.contextmanager
     def capture(graph, **options):
         graph.pool = options["pool"]
         captured.append(graph)
-        yield
+        with graph:
+            yield
 
     class Stream:
         def __init__(self, *_):
@@ -68,14 +79,6 @@ def stubbed(monkeypatch):
         "graph_pool_handle": object,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    whole = graphs.Replay._capture
-
-    def with_work(self, key, inputs):
-        whole(self, key, inputs)
-        graph, fixed, outputs, _ = self._captured[key]
-        graph.work = self.function, fixed, outputs
-
-    monkeypatch.setattr(graphs.Replay, "_capture", with_work)
     return captured
 
 
@@ -143,8 +146,19 @@ def test_replay_options(option):
 def everywhere(stubbed, monkeypatch):
     """Every tensor says it is on a GPU."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    monkeypatch.setattr(graphs, "_INFERENCES", weakref.WeakKeyDictionary())
     return stubbed
+
+
+def alive(graphs_seen):
+    """Gives how many of these graphs are still kept; the list is emptied."""
+    refs = [weakref.ref(graph) for graph in graphs_seen]
+    graphs_seen.clear()
+
+    def count():
+        gc.collect()
+        return sum(ref() is not None for ref in refs)
+
+    return count
 
 
 def mask2former():
@@ -246,7 +260,7 @@ def test_autocast_is_captured_apart(everywhere):
 def patch_logits(model, side, enabled=True):
     with torch.no_grad():
         x = torch.ones(1, 3, side, 32)
-        return graphs.replayed(Segmenter.patch_logits, model, x, enabled)
+        return graphs.replayed(Segmenter.patch_logits, model, x, enabled=enabled)
 
 
 def test_ever_new_sizes_stay_eager_and_few_are_kept(everywhere):
@@ -257,9 +271,10 @@ def test_ever_new_sizes_stay_eager_and_few_are_kept(everywhere):
     for side in [8 * i for i in range(1, 7) for _ in range(4)]:
         patch_logits(model, side)
     assert len(everywhere) == 6
-    assert len(graphs._INFERENCES[model]._captured) == 4
+    kept = alive(everywhere)
+    assert kept() == 4
     patch_logits(model, 8, enabled=False)
-    assert model not in graphs._INFERENCES
+    assert kept() == 0
 
 
 UNSUITED = {
@@ -308,22 +323,26 @@ def test_a_capture_that_fails_is_said_once_and_the_model_goes_on(everywhere, mon
     ]
 
 
-def test_memory_that_runs_out_frees_the_graphs(everywhere, monkeypatch):
-    model, kept = segmenter(), []
-    for _ in range(3):
-        patch_logits(model, 32)
-    captured = graphs._INFERENCES[model]._captured
+def test_memory_that_runs_out_frees_the_graphs(everywhere):
+    model, ran, kept = segmenter(), [], lambda: 0
 
     def scarce(model, x):
-        if captured:
+        if kept():
             raise torch.OutOfMemoryError("CUDA out of memory")
-        kept.append(x)
-        return x
+        ran.append(x.shape[2])
+        return x + 1
 
-    monkeypatch.setattr(graphs._INFERENCES[model], "function", lambda x: scarce(model, x))
-    patch_logits(model, 64)
-    assert len(captured) == 0
-    assert [x.shape[2] for x in kept] == [64]
+    def run(side):
+        with torch.no_grad():
+            return graphs.replayed(scarce, model, torch.ones(1, 3, side, 32))
+
+    for _ in range(3):
+        run(32)
+    kept = alive(everywhere)
+    assert kept() == 1
+    assert run(64).shape == (1, 3, 64, 32)
+    assert ran[-1] == 64
+    assert kept() == 0
 
 
 def test_graphs_live_with_their_model_and_are_no_part_of_it(everywhere):
@@ -331,17 +350,14 @@ def test_graphs_live_with_their_model_and_are_no_part_of_it(everywhere):
     names = list(model.state_dict())
     for _ in range(3):
         patch_logits(model, 32)
-    (inference,) = graphs._INFERENCES.values()
-    graph = weakref.ref(next(iter(inference._captured.values()))[0])
-    del inference
+    kept = alive(everywhere)
     again = pickle.loads(pickle.dumps(model))
     assert list(again.state_dict()) == list(model.state_dict()) == names
-    assert copy.deepcopy(model) not in graphs._INFERENCES
-    everywhere.clear()
+    patch_logits(copy.deepcopy(model), 32)
+    assert everywhere == [], "a copy begins anew"
+    assert kept() == 1
     del model
-    gc.collect()
-    assert graph() is None
-    assert len(graphs._INFERENCES) == 0
+    assert kept() == 0
 
 
 def test_a_recording_keeps_what_it_reads_and_leaves_nothing():

@@ -36,7 +36,7 @@ def test_buckets_are_few_and_never_too_small():
 
 def test_moves_to_another_device():
     targets = Targets.from_lists(*lists(), ids=[7, 8, 9]).to("meta")
-    assert {v.device.type for v in vars(targets).values() if v is not None} == {"meta"}
+    assert {v.device.type for v in targets if v is not None} == {"meta"}
     assert targets.semantic is None
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from segkern import recipes
 from segkern.models import Mask2Former, Segmenter, SegmenterConfig
 from segkern.training.config import TrainConfig
 from segkern.training.optimizer import build_optimizer, learning_rate, parameter_groups
@@ -26,6 +27,23 @@ def test_norms_embeddings_and_position_tables_do_not_decay():
         free |= name == "query_decoder.level_embed.weight"
         free |= bool(re.match(r"pixel_decoder\.(input_proj\.\d|adapter|output_conv)\.1\.", name))
         assert decay == (0.0 if free else 0.05), name
+
+
+def test_the_backbones_rate_is_its_own_in_every_model():
+    model = SegmenterConfig(num_labels=3, image_size=(32, 32), embed_dim=64, depth=1, num_heads=1)
+    setting = TrainConfig(backbone_lr_factor=0.25, model=model)
+    built = Segmenter(model)
+    names = {id(p): n for n, p in built.named_parameters()}
+    for group in parameter_groups(built, setting):
+        for parameter in group["params"]:
+            of_encoder = names[id(parameter)].startswith("encoder.")
+            assert group["factor"] == (0.25 if of_encoder else 1.0)
+            torch.testing.assert_close(group["lr"].item(), setting.lr * group["factor"])
+
+
+@pytest.mark.parametrize("recipe", [recipes.digits_segmenter, recipes.segmenter])
+def test_segmenters_recipes_train_all_parts_at_one_rate(recipe):
+    assert recipe().backbone_lr_factor == 1.0
 
 
 def test_schedules():
@@ -65,7 +83,14 @@ def test_sgd_with_momentum():
 def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest():
     torch.manual_seed(0)
     model = SegmenterConfig(num_labels=3, image_size=(32, 32), embed_dim=64, depth=2, num_heads=1)
-    setting = TrainConfig(optimizer="muon", momentum=0.9, lr=0.5, weight_decay=0.1, model=model)
+    setting = TrainConfig(
+        optimizer="muon",
+        momentum=0.9,
+        lr=0.5,
+        weight_decay=0.1,
+        backbone_lr_factor=1.0,
+        model=model,
+    )
     built = Segmenter(model)
     names = {id(p): n for n, p in built.named_parameters()}
     optimizer = build_optimizer(built, setting)

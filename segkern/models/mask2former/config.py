@@ -2,28 +2,14 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-_LABELS = {
-    ("coco", "panoptic"): 133,
-    ("coco", "instance"): 80,
-    ("ade20k", "panoptic"): 150,
-    ("ade20k", "instance"): 100,
-    ("ade20k", "semantic"): 150,
-    ("cityscapes", "panoptic"): 19,
-    ("cityscapes", "instance"): 8,
-    ("cityscapes", "semantic"): 19,
-}
+from ...structures.labels import DATASETS, Labels
+from ...structures.logits import QueryLogits
+from ...structures.settings import InputConfig
 
-
+_DATASETS = ("coco", "ade20k", "cityscapes")
 _HOME = {"panoptic": "coco", "instance": "coco", "semantic": "ade20k"}
-
-
-_STUFF = {"coco": tuple(range(80, 133)), "cityscapes": tuple(range(11))}
-
-
-_EDGES = {"coco": (800, 1333), "ade20k": (512, 2048), "cityscapes": (1024, 2048)}
-
-
 _BACKBONES = {
     "resnet50": {"backbone": "resnet50", "backbone_options": {"freeze_norm": True}},
     "resnet101": {"backbone": "resnet101", "backbone_options": {"freeze_norm": True}},
@@ -76,6 +62,10 @@ class Mask2FormerConfig:
         longest_edge: pixels, the most that the long side may get.
         size_divisor: sides of a batch are padded to a multiple of it.
     """
+
+    kind: ClassVar[str] = "mask2former"
+    tasks: ClassVar[tuple[str, ...]] = ("panoptic", "instance", "semantic")
+    logits: ClassVar[type] = QueryLogits
 
     num_labels: int = 133
     backbone: str = "swin_tiny"
@@ -134,6 +124,21 @@ class Mask2FormerConfig:
                     f"Mask2FormerConfig: {name} must be in [0, {top}], got {getattr(self, name)}"
                 )
 
+    @property
+    def labels(self) -> Labels:
+        return Labels(self.id2label, tuple(self.stuff))
+
+    @property
+    def input(self) -> InputConfig:
+        """How images are taken: whole, resized between the edges."""
+        return InputConfig(
+            self.image_mean,
+            self.image_std,
+            self.shortest_edge,
+            self.longest_edge,
+            self.size_divisor,
+        )
+
     @classmethod
     def preset(cls, backbone: str, task: str = "panoptic", dataset: str | None = None):
         """The configurations of the paper.
@@ -153,17 +158,19 @@ class Mask2FormerConfig:
             ValueError: no such preset.
         """
         dataset = dataset or _HOME.get(task)
-        if backbone not in _BACKBONES or (dataset, task) not in _LABELS:
+        known = [f"{name}/{t}" for name in _DATASETS for t in DATASETS[name].labels]
+        if backbone not in _BACKBONES or f"{dataset}/{task}" not in known:
             raise ValueError(
                 f"Mask2FormerConfig.preset: backbone must be one of {', '.join(_BACKBONES)}, "
-                f"dataset and task one of {', '.join('/'.join(k) for k in _LABELS)}, "
+                f"dataset and task one of {', '.join(known)}, "
                 f"got {backbone}, {dataset}/{task}"
             )
-        shortest, longest = _EDGES[dataset]
+        facts = DATASETS[dataset]
+        shortest, longest = facts.edges
         return cls(
-            num_labels=_LABELS[dataset, task],
+            num_labels=facts.labels[task],
             num_queries=200 if backbone == "swin_large" and task != "semantic" else 100,
-            stuff=_STUFF.get(dataset, ()) if task == "panoptic" else (),
+            stuff=facts.stuff if task == "panoptic" else (),
             shortest_edge=shortest,
             longest_edge=longest,
             **deepcopy(_BACKBONES[backbone]),

@@ -12,11 +12,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...nn.backbones.swin import VARIANTS
+from ...structures.labels import known_stuff
+from ...weights import unpickling
+from ...weights.folders import find_folder, read_json
 from .huggingface_keys import from_huggingface, to_huggingface
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
@@ -63,13 +66,11 @@ _FIXED_RESNET = {
     "downsample_in_first_stage": False,
     "downsample_in_bottleneck": False,
 }
-_SWIN = {  # embed_dim, depths, num_heads, window_size
-    "swin_tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24], 7),
-    "swin_small": (96, [2, 2, 18, 2], [3, 6, 12, 24], 7),
-    "swin_base": (128, [2, 2, 18, 2], [4, 8, 16, 32], 12),
-    "swin_large": (192, [2, 2, 18, 2], [6, 12, 24, 48], 12),
-}
 _SWIN_FIELDS = ("embed_dim", "depths", "num_heads", "window_size")
+_SWIN = {  # as JSON has them
+    name: tuple(list(v) if isinstance(v, tuple) else v for v in map(variant.get, _SWIN_FIELDS))
+    for name, variant in VARIANTS.items()
+}
 _RESNET = {  # layer_type, depths
     "resnet18": ("basic", (2, 2, 2, 2)),
     "resnet34": ("basic", (3, 4, 6, 3)),
@@ -100,11 +101,11 @@ def read_folder(
         ValueError: no such folder or name, a file that is missing or broken, an option that
             Mask2Former has not here, or a number of labels that does not fit the weights.
     """
-    folder = _find(name_or_folder)
-    config = _read_json(folder / "config.json")
+    folder = find_folder(name_or_folder)
+    config = read_json(folder / "config.json")
     settings = read_config(config, str(name_or_folder))
     if (folder / "preprocessor_config.json").is_file():
-        settings |= read_preprocessor(_read_json(folder / "preprocessor_config.json"))
+        settings |= read_preprocessor(read_json(folder / "preprocessor_config.json"))
     weights = from_huggingface(_read_weights(folder), _family(settings))
     head = weights.get("query_decoder.class_embed.bias")
     if head is not None and head.shape[0] - 1 != settings["num_labels"]:
@@ -185,7 +186,7 @@ def read_config(config: dict, name: str = "config.json") -> dict:
         "num_labels": len(labels),
         "id2label": labels,
         "num_points_encoder": own.get("num_points_encoder", 4),
-        "stuff": tuple(own["stuff"]) if "stuff" in own else _known_stuff(labels),
+        "stuff": tuple(own["stuff"]) if "stuff" in own else known_stuff(labels),
     }
     return settings | _read_backbone(config, own, name)
 
@@ -361,47 +362,6 @@ def _check_fixed(config: dict, fixed: dict, name: str) -> None:
             )
 
 
-def _known_stuff(labels: dict[int, str]) -> tuple[int, ...]:
-    """Labels without instances; Hugging Face's format does not tell, published lists of labels do
-    by their order."""
-    if len(labels) == 133 and labels[79] == "toothbrush" and labels[80].startswith("banner"):
-        return tuple(range(80, 133))  # COCO panoptic
-    if len(labels) == 19 and labels[0] == "road" and labels[11] == "person":
-        return tuple(range(11))  # Cityscapes
-    return ()
-
-
-def _find(name_or_folder: str | Path) -> Path:
-    folder = Path(name_or_folder).expanduser()
-    name = str(name_or_folder)
-    if folder.is_dir():
-        return folder
-    if isinstance(name_or_folder, Path) or name.count("/") > 1 or name[:1] in "./~":
-        raise ValueError(f"from_pretrained: no such folder: {name}")
-    try:
-        files = ["config.json", "preprocessor_config.json", "model*.safetensors*"]
-        folder = Path(snapshot_download(name, allow_patterns=files))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*files, "pytorch_model*"]))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"from_pretrained: {name} is no folder here, and the hub does not give it: {error}"
-        ) from error
-    return folder
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"from_pretrained: {path.parent} has no {path.name}")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"from_pretrained: {path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"from_pretrained: {path} must hold an object")
-    return value
-
-
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -411,7 +371,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / name).is_file():
             return _read_tensors(folder / name)
         if (folder / f"{name}.index.json").is_file():
-            shards = _read_json(folder / f"{name}.index.json").get("weight_map", {})
+            shards = read_json(folder / f"{name}.index.json").get("weight_map", {})
             state = {}
             for shard in sorted(set(shards.values())):
                 state |= _read_tensors(folder / shard)
@@ -421,12 +381,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file makes the unpickler raise anything, KeyError too
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"from_pretrained: {path} is broken or missing: {why}") from error
+        state = load_file(path) if path.suffix == ".safetensors" else unpickling.load(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"from_pretrained: {path} is broken or missing: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"from_pretrained: {path} must hold a dict of tensors")
     return state

@@ -25,8 +25,10 @@ from ...nn.criterion import Criterion
 from ...nn.pixel_decoder import PixelDecoder
 from ...nn.query_decoder import QueryDecoder
 from ...ops._checks import expect, got
+from ...structures.logits import QueryLogits
+from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ...weights.fit import misfits
+from ...weights.state_dicts import misfits
 from . import huggingface
 from .config import Mask2FormerConfig
 
@@ -106,7 +108,35 @@ class Mask2Former(nn.Module):
         if hasattr(self.backbone, "set_grad_checkpointing"):  # not for small images
             self.backbone.set_grad_checkpointing(enable)
 
-    def predict(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
+        """Nothing besides pixels: all tasks share one run."""
+        return ()
+
+    def predict(self, pixel_values: Tensor) -> QueryLogits:
+        """The last prediction, with the masks as two factors, which inference needs no product of.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised, zero-padded to the right and below.
+
+        Returns:
+            class logits [B, Q, K + 1], mask embeddings [B, Q, M] and features [B, M, h, w].
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        class_logits, embeddings, mask_features = self.all_predictions(pixel_values)
+        return QueryLogits(class_logits[:, -1], embeddings[:, -1], mask_features)
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """Matrices are those of the backbone and of the decoders' layers; Swin's tables of
+        position biases do not decay."""
+        name = "relative_position_bias_table"
+        tables = [p for path, p in self.backbone.named_parameters() if path.endswith(name)]
+        decoder = self.query_decoder
+        blocks = (self.backbone, self.pixel_decoder.layers, decoder.layers, decoder.mask_embed)
+        return parameter_roles(self, self.backbone, blocks, undecayed=tables)
+
+    def all_predictions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All predictions, with the masks as two factors.
 
         Args:
@@ -139,7 +169,7 @@ class Mask2Former(nn.Module):
             the weighted sum [], and "loss_cross_entropy", "loss_mask" and "loss_dice" of each
             prediction, [R] each, unweighted.
         """
-        return self.criterion(*self.predict(pixel_values), targets)
+        return self.criterion(*self.all_predictions(pixel_values), targets)
 
     def forward(
         self,
@@ -176,7 +206,7 @@ class Mask2Former(nn.Module):
             targets = Targets.from_lists(
                 mask_labels, class_labels, pixel_values.shape[2:], self.config.num_labels
             ).to(pixel_values.device)
-        class_logits, embeddings, mask_features = self.predict(pixel_values)
+        class_logits, embeddings, mask_features = self.all_predictions(pixel_values)
         out = Mask2FormerOutput(class_logits[:, -1], None)
         if targets is not None:
             out.loss, out.losses = self.criterion(class_logits, embeddings, mask_features, targets)

@@ -1,13 +1,15 @@
 """The settings of Segmenter, and the presets of its paper."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...ops._checks import expect_integer
+from ...structures.labels import Labels
+from ...structures.logits import PixelLogits
+from ...structures.settings import InputConfig
 
 # embed_dim, depth, heads of the encoders that the paper names
 _ENCODERS = {"T": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
-
-
 # timm's names by encoder and patch size, or dagger
 _BACKBONES = {
     ("T", "16"): "vit_tiny_patch16_384.augreg_in21k_ft_in1k",
@@ -22,8 +24,6 @@ _BACKBONES = {
     ("S", "†"): "deit_small_distilled_patch16_224.fb_in1k",
     ("B", "†"): "deit_base_distilled_patch16_384.fb_in1k",
 }
-
-
 _HALF, _IMAGENET = (0.5, 0.5, 0.5), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -59,6 +59,10 @@ class SegmenterConfig:
         image_mean: of the pixels in [0, 1], red, green, blue.
         image_std: likewise.
     """
+
+    kind: ClassVar[str] = "segmenter"
+    tasks: ClassVar[tuple[str, ...]] = ("semantic",)
+    logits: ClassVar[type] = PixelLogits
 
     num_labels: int = 150
     image_size: tuple[int, int] = (512, 512)
@@ -127,6 +131,25 @@ class SegmenterConfig:
                 "SegmenterConfig: backbone must name a ViT of timm with backbone_pretrained, "
                 f"got {self.backbone!r}"
             )
+
+    @property
+    def labels(self) -> Labels:
+        """Without instances: all are stuff."""
+        return Labels(self.id2label, tuple(range(self.num_labels)))
+
+    @property
+    def input(self) -> InputConfig:
+        """How images are taken: resized between the edges, in windows."""
+        return InputConfig(
+            self.image_mean,
+            self.image_std,
+            self.shortest_edge,
+            self.longest_edge,
+            self.patch_size,
+            self.window_size,
+            self.window_stride,
+            self.image_size,
+        )
 
     @property
     def size_divisor(self) -> int:

@@ -1,4 +1,4 @@
-"""What a Segmenter looks at: attention of a patch and of classes, and how its classes lie.
+"""Explains a Segmenter: attention of a patch and of classes, and how its classes lie.
 
 Letters: N patch (h x w of them), D channels, K class, head a of A.
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...io import plots
 from ...io.images import prepare, read_image
 from ...nn.vit import MaskTransformer
+from ...runtime.modes import evaluating
 from .model import Segmenter
 
 
@@ -72,13 +73,8 @@ def attention_maps(
             )
         token = h * w + label
     attentions = [blocks[i].attn for i in layers]
-    with _projections(attentions) as found, torch.no_grad():
-        training = model.training
-        model.eval()
-        try:
-            model.patch_logits(pixel_values)
-        finally:
-            model.train(training)
+    with _projections(attentions) as found, evaluating(model), torch.no_grad():
+        model.predict(pixel_values)
     maps = [_weights(found[a.qkv], a.num_heads, token) for a in attentions]
     return torch.stack(maps)[:, first : first + h * w].unflatten(1, (h, w))
 
@@ -124,7 +120,7 @@ def explain(
         raise ValueError(f"explain: at must be x and y in [0, 1], got {at}")
     picture = read_image(image)
     device = next(model.parameters()).device
-    pixels = prepare(picture, model.config)[None].to(device)
+    pixels = prepare(picture, model.config.input)[None].to(device)
     p = model.config.patch_size
     h, w = (-(-n // p) for n in pixels.shape[2:])
     place = (at[1] * pixels.shape[2], at[0] * pixels.shape[3])

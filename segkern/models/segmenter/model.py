@@ -18,12 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.bilinear import resize_matrix
-from ...nn.resized_cross_entropy import IGNORED, resized_cross_entropy
+from ...nn.resized_cross_entropy import resized_cross_entropy
 from ...nn.vit import LinearDecoder, MaskTransformer, ViT, start_apart, start_locally
 from ...ops import resize_argmax
 from ...ops._checks import expect, expect_labels, got
+from ...structures.labels import VOID
+from ...structures.logits import PixelLogits
+from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ...weights.fit import misfits
+from ...weights.state_dicts import misfits
 from . import original
 from .config import SegmenterConfig
 
@@ -162,11 +165,34 @@ class Segmenter(nn.Module):
             logits = F.interpolate(patches, size=(p * h, p * w), mode="bilinear")
             return SegmenterOutput(logits[:, :, :H, :W])
         expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
-        expect_labels("Segmenter", labels, self.config.num_labels, IGNORED)
+        expect_labels("Segmenter", labels, self.config.num_labels, VOID)
         return SegmenterOutput(None, resized_cross_entropy(patches, labels, (p * h, p * w)))
 
+    def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
+        """Nothing besides pixels."""
+        return ()
+
+    def predict(self, pixel_values: Tensor) -> PixelLogits:
+        """Class logits of the patches.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised, of any size.
+
+        Returns:
+            maps [B, K, ceil(H / p), ceil(W / p)] and p.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        return PixelLogits(self.patch_logits(pixel_values), self.config.patch_size)
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """The encoder is the backbone; matrices are those of its and the decoder's blocks."""
+        decoder = getattr(self.decoder, "blocks", ())
+        return parameter_roles(self, self.encoder, (*self.encoder.blocks, *decoder))
+
     @torch.no_grad()
-    def predict(self, pixel_values: Tensor) -> Tensor:
+    def label_map(self, pixel_values: Tensor) -> Tensor:
         """The likeliest class of each pixel: `forward(...).logits.argmax(1)` without the logits.
 
         Args:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...io.atomic_files import atomic, write_json
-from ...weights.fit import misfits
+from ...weights import unpickling
+from ...weights.state_dicts import misfits
 from ...weights.timm_names import check_timm_name
 
 FORMATS = ("segkern", "original")
@@ -106,10 +107,9 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     settings = from_variant(variant, str(folder / "variant.yml"))
     path = folder / "checkpoint.pth"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for foreign and cut files
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ValueError(f"Segmenter: {path} is not a whole checkpoint ({reason})") from error
+        checkpoint = unpickling.load(path)
+    except ValueError as error:
+        raise ValueError(f"Segmenter: {path} is not a whole checkpoint ({error})") from error
     weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(

@@ -25,8 +25,18 @@ from ...ops import feed_forward, window_attn
 from ..recompute import plus, recomputed
 
 VARIANTS = {
-    "swin_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
-    "swin_small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "swin_tiny": {
+        "embed_dim": 96,
+        "depths": (2, 2, 6, 2),
+        "num_heads": (3, 6, 12, 24),
+        "window_size": 7,
+    },
+    "swin_small": {
+        "embed_dim": 96,
+        "depths": (2, 2, 18, 2),
+        "num_heads": (3, 6, 12, 24),
+        "window_size": 7,
+    },
     "swin_base": {
         "embed_dim": 128,
         "depths": (2, 2, 18, 2),

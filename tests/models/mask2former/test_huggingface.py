@@ -354,7 +354,7 @@ def test_the_hub_is_asked_for_safetensors_first(folder, monkeypatch):
         asked.append((name, "pytorch_model*" in allow_patterns))
         return str(folder)
 
-    monkeypatch.setattr(huggingface, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("segkern.weights.folders.snapshot_download", snapshot_download)
     read_folder("someone/model")
     assert asked == [("someone/model", False)]
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

@@ -15,6 +15,7 @@ from segkern.models.segmenter import original as weights
 from segkern.models.segmenter.config import SegmenterConfig
 from segkern.models.segmenter.model import Segmenter
 from segkern.nn import resized_cross_entropy
+from segkern.structures.settings import Views
 from segkern.structures.targets import Targets
 
 SMALL = SegmenterConfig(
@@ -282,7 +283,7 @@ def test_settings_of_another_type(name, value):
 
 def test_targets_with_a_label_of_another_data_set():
     targets = Targets.from_lists([torch.zeros(0, 32, 32)], [torch.zeros(0, dtype=torch.int64)])
-    targets.semantic = torch.full((1, 32, 32), 255, dtype=torch.uint8)
+    targets = targets._replace(semantic=torch.full((1, 32, 32), 255, dtype=torch.uint8))
     targets.semantic[0, 3, 4:6] = torch.tensor([7, 150])
     message = r"labels must be in \[0, 5\) or 255, got 7, 150 in image 0"
     with pytest.raises(ValueError, match=message):
@@ -369,7 +370,7 @@ def test_an_original_checkpoint_gives_the_originals_logits(case, tmp_path):
 @pytest.mark.parametrize("case", VARIANTS)
 def test_windows_scales_and_mirrors_are_the_originals(case, values, tmp_path, monkeypatch):
     monkeypatch.setattr(sliding_window, "_VALUES_AT_ONCE", values)
-    monkeypatch.setattr(sliding_window, "_PIXELS_AT_ONCE", 2 * 64**2)
+    monkeypatch.setattr(sliding_window, "PIXELS_AT_ONCE", 2 * 64**2)
     model = Segmenter.from_pretrained(original_folder(tmp_path, **VARIANTS[case]))
     for name, want in EXPECTED[case]["windows"].items():
         size, scales, out = name.split()
@@ -378,9 +379,10 @@ def test_windows_scales_and_mirrors_are_the_originals(case, values, tmp_path, mo
         images = [waves(int(h * s), int(w * s)) for s in scales]
         H, W = map(int, out.split("x"))
         with torch.no_grad():
-            options = (H, W), 64, 48, len(scales) > 1
-            labels, found = sliding_window.label_map(model, images, *options, return_scores=True)
-            alone, _ = sliding_window.label_map(model, images, *options)
+            views = Views(64, 48, scales, len(scales) > 1)
+            options = model, images, [(H, W)], views
+            ((labels, found),) = sliding_window.label_maps(*options, return_scores=True)
+            ((alone, _),) = sliding_window.label_maps(*options)
         assert found.shape == (5, H, W)
         torch.testing.assert_close(sampled(found), torch.tensor(want), rtol=0, atol=1e-4)
         assert torch.equal(labels, found.argmax(0))
@@ -394,7 +396,7 @@ def test_predict_is_the_argmax_of_the_logits(size, tmp_path):
     model = Segmenter.from_pretrained(original_folder(tmp_path, **VARIANTS["mask"])).double()
     x = torch.cat((waves(*size), waves(*size).flip(3))).double()
     with torch.no_grad():
-        assert torch.equal(model.predict(x), model(x).logits.argmax(1).int())
+        assert torch.equal(model.label_map(x), model(x).logits.argmax(1).int())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

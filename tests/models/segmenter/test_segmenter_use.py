@@ -215,7 +215,7 @@ def test_evaluate_takes_the_semantic_task():
     assert again["classes"] == mirrored["classes"] != value["classes"]
     with pytest.raises(ValueError, match=r"scales must be \(1.0,\) for samples without image"):
         evaluate(built, prepared, ("semantic",), 2, scales=(0.5, 1), progress=False)
-    with pytest.raises(ValueError, match=r"tasks must be \('semantic',\) for a Segmenter"):
+    with pytest.raises(ValueError, match="evaluate: task must be 'semantic' for a Segmenter"):
         evaluate(built, data, ("panoptic",), 2, progress=False)
 
 

@@ -1,4 +1,4 @@
-"""Whether a state dict fits a model."""
+"""Compares a state dict with that of a model."""
 
 from torch import Tensor
 
