@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from segkern.ops import _library
+from support.cuda import everywhere, stubbed  # noqa: F401  (fixtures)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _interpreted = torch.library.Library("segkern", "IMPL")

@@ -1,85 +1,19 @@
 """CUDA graphs with torch.cuda stubbed: what is captured when, and what a replay follows."""
 
-import contextlib
 import copy
-import gc
 import pickle
 import warnings
-import weakref
 
 import numpy as np
 import pytest
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import segkern
 from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterConfig
 from segkern.nn.position import pixel_centres
 from segkern.runtime import cuda_graphs as graphs
 from segkern.runtime.constants import recording
-
-
-class OnDevice(torch.Tensor):
-    """A CPU tensor that says it is on a GPU."""
-
-    is_cuda = True
-
-
-class Graph(TorchDispatchMode):
-    """As a CUDA graph on a CPU: notes every op that runs in the capture and runs them again, each
-    from and to the memory that it had."""
-
-    def __init__(self):
-        super().__init__()
-        self.notes = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        self.notes.append((op, args, kwargs or {}, out))
-        return out
-
-    def replay(self):
-        with torch.no_grad():
-            for op, args, kwargs, out in self.notes:
-                new = op(*args, **kwargs)
-                for kept, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(new)):
-                    if isinstance(kept, torch.Tensor) and kept.data_ptr() != value.data_ptr():
-                        kept.copy_(value)
-
-
-@pytest.fixture
-def stubbed(monkeypatch):
-    """torch.cuda without a GPU, with such graphs; lists what was captured."""
-    captured = []
-
-    @contextlib.contextmanager
-    def capture(graph, **options):
-        graph.pool = options["pool"]
-        captured.append(graph)
-        with graph:
-            yield
-
-    class Stream:
-        def __init__(self, *_):
-            pass
-
-        def wait_stream(self, other):
-            pass
-
-    default = Stream()
-    for name, value in {
-        "graph": capture,
-        "CUDAGraph": Graph,
-        "Stream": Stream,
-        "current_stream": lambda *_: default,
-        "default_stream": lambda *_: default,
-        "stream": lambda s: contextlib.nullcontext(),
-        "device": lambda d: contextlib.nullcontext(),
-        "graph_pool_handle": object,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    return captured
+from support.cuda import OnDevice, alive
 
 
 def test_a_replay_captures_each_size_once_and_takes_new_values(stubbed):
@@ -140,25 +74,6 @@ def test_a_replay_runs_the_function_on_a_cpu():
 def test_replay_options(option):
     with pytest.raises(ValueError, match=r"warmup and keep must be >= 1, got .*0"):
         graphs.Replay(print, **{option: 0})
-
-
-@pytest.fixture
-def everywhere(stubbed, monkeypatch):
-    """Every tensor says it is on a GPU."""
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    return stubbed
-
-
-def alive(graphs_seen):
-    """Gives how many of these graphs are still kept; the list is emptied."""
-    refs = [weakref.ref(graph) for graph in graphs_seen]
-    graphs_seen.clear()
-
-    def count():
-        gc.collect()
-        return sum(ref() is not None for ref in refs)
-
-    return count
 
 
 def mask2former():
