@@ -1,6 +1,7 @@
 """The house: one name in five places, imports that only go down, the build and its errors."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import segkern
+import segkern.models
 from segkern.data import digits
 from segkern.evaluation.semantic import Semantic
 from segkern.io import plots
@@ -107,6 +109,37 @@ def test_imports_only_go_down(path):
         if name in FLOORS:
             known = [room(path), *FLOORS[room(path)].split()]
             assert name in known, f"{path} imports {name}"
+
+
+NAMES_MODELS = ("models", "recipes", "cli", "__init__", "_moved")
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if room(p) not in NAMES_MODELS], ids=str)
+def test_no_other_room_names_a_model(path):
+    """Not in code: no class or module of a model, and no kind as a string."""
+    tree = ast.parse(path.read_text())
+    texts = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}  # docstrings
+    for node in ast.walk(tree):
+        named = [getattr(node, field, None) for field in ("id", "attr", "name", "module")]
+        if isinstance(node, ast.Constant) and id(node) not in texts:
+            named.append(node.value)
+        for name in named:
+            for kind in segkern.models.MODELS:
+                text = name.lower() if isinstance(name, str) else ""
+                assert kind not in text, f"{path}:{node.lineno} names {name}"
+
+
+@pytest.mark.parametrize("old", segkern._moved.HOME)
+def test_old_names_of_modules_name_the_new_one(old):
+    with pytest.raises(ModuleNotFoundError) as raised:
+        importlib.import_module(f"segkern.{old}")
+    message = str(raised.value)
+    assert message.startswith(f"segkern.{old} is ")
+    for name in re.findall(r"segkern((?:\.\w+)+)", message.partition(" is ")[2]):
+        *modules, last = name[1:].split(".")
+        home = importlib.import_module(".".join(["segkern", *modules]))
+        if not hasattr(home, last):
+            importlib.import_module(f"segkern{name}")
 
 
 @pytest.mark.parametrize("folder", ["segkern", "csrc", "tests", "bench", "tools"])

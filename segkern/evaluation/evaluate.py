@@ -1,4 +1,4 @@
-"""How good a model is: panoptic quality, mask AP, mIoU, and which classes it confuses.
+"""Evaluates a model on a data set: panoptic quality, mask AP, mIoU, classes that it confuses.
 
 What the figures are is said in panoptic.py, instance.py and semantic.py.
 """

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..structures.segmentation import Segmentation
-from .figures import extra, mean
+from .optional import import_extra, mean_or_none
 
 
 class Instances:
     """Mask AP by pycocotools; truth and results are kept as run-length codes."""
 
     def __init__(self, classes: int, stuff: Sequence[int]):
-        self.coco = extra("pycocotools.mask")
+        self.coco = import_extra("pycocotools.mask")
         self.things = [k for k in range(classes) if k not in stuff]
         self.images: list[dict] = []
         self.truth: list[dict] = []
@@ -75,11 +75,11 @@ class Instances:
                 precision = run.eval["precision"][..., 0, -1]  # [IoU .5 to .95, recall, class]
         precision = np.where(precision < 0, np.nan, precision)  # -1: the class does not occur
         for k, values in zip(self.things, np.moveaxis(precision, 2, 0)):
-            rows[k]["ap"] = mean(values)
+            rows[k]["ap"] = mean_or_none(values)
         return {
-            "ap": mean(precision),
-            "ap50": mean(precision[0]),
-            "ap75": mean(precision[5]),
+            "ap": mean_or_none(precision),
+            "ap50": mean_or_none(precision[0]),
+            "ap75": mean_or_none(precision[5]),
         }
 
     def _occurs(self) -> list[bool]:

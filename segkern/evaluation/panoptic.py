@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..structures.segmentation import Segmentation
-from .figures import mean, number, ratio
+from .optional import mean_or_none, or_none, ratio_or_none
 
 
 class Panoptic:
@@ -67,22 +67,25 @@ class Panoptic:
         matches, found = self.confusion[:-1, :-1], self.confusion[:-1].sum(1)
         right, matched = matches.diagonal(), matches.sum(1)
         for k, row in enumerate(rows):
-            row |= {name: number(x) for name, x in zip(("pq", "sq", "rq"), figures[:, k])}
+            row |= {name: or_none(x) for name, x in zip(("pq", "sq", "rq"), figures[:, k])}
             row |= {n: int(getattr(self, n)[k]) for n in ("tp", "fp", "fn")}
             row["instances"] = int(found[k])
-            row["class_accuracy"] = ratio(right[k], matched[k])
-            row["dice"] = ratio(self.dice[k], matched[k])
+            row["class_accuracy"] = ratio_or_none(right[k], matched[k])
+            row["dice"] = ratio_or_none(self.dice[k], matched[k])
         is_stuff = np.isin(np.arange(len(total)), self.stuff)
 
         def means(chosen):
-            return {name: mean(x[chosen & occurs]) for name, x in zip(("pq", "sq", "rq"), figures)}
+            return {
+                name: mean_or_none(x[chosen & occurs])
+                for name, x in zip(("pq", "sq", "rq"), figures)
+            }
 
         return {
             **means(occurs),
             "things": means(~is_stuff),
             "stuff": means(is_stuff),
-            "class_accuracy": ratio(right.sum(), matched.sum()),
-            "dice": ratio(self.dice.sum(), matched.sum()),
+            "class_accuracy": ratio_or_none(right.sum(), matched.sum()),
+            "dice": ratio_or_none(self.dice.sum(), matched.sum()),
             "matched": int(matched.sum()),
             "instances": int(found.sum()),
             "confusion": self.confusion.tolist(),

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 from ..structures.segmentation import Segmentation
-from .figures import extra, mean, number, ratio
+from .optional import import_extra, mean_or_none, or_none, ratio_or_none
 
 
 class Semantic:
     """mIoU and pixel accuracy from torchmetrics' confusion matrix of the pixels not void."""
 
     def __init__(self, classes: int, stuff: Sequence[int]):
-        matrix = extra("torchmetrics.classification").MulticlassConfusionMatrix
+        matrix = import_extra("torchmetrics.classification").MulticlassConfusionMatrix
         self.classes = classes
         self.matrix = matrix(classes, validate_args=False)
 
@@ -28,5 +28,5 @@ class Semantic:
         union = matrix.sum(0) + matrix.sum(1) - right
         iou = np.where(union > 0, right / np.maximum(union, 1), np.nan)
         for row, value in zip(rows, iou):
-            row["iou"] = number(value)
-        return {"miou": mean(iou), "pixel_accuracy": ratio(right.sum(), pixels)}
+            row["iou"] = or_none(value)
+        return {"miou": mean_or_none(iou), "pixel_accuracy": ratio_or_none(right.sum(), pixels)}

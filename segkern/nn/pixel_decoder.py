@@ -236,7 +236,8 @@ class PixelDecoder(nn.Module):
         return self._pyramid(features[0], finest), x, shapes
 
     def _pyramid(self, x: Tensor, coarser: Tensor) -> Tensor:  # [B, M, h, w]
-        # one name for all: each map's memory is free for the next but one
+        # `x` is overwritten at each step so that no map outlives its use: the allocator can then
+        # give its memory, which is large, to the map after the next
         project, norm = self.adapter
         x = _normed(_pointwise(project, x), norm, up=coarser)
         convolution, norm = self.output_conv

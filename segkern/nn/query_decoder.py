@@ -82,10 +82,10 @@ class DecoderLayer(nn.Module):
         key: Tensor,  # [B, S, H, D]
         value: Tensor,  # [B, S, H, D]
         bits: Tensor,  # [B, Q, ceil(S/32)] int32
-        open: Tensor,  # [B, Q] int32
+        open_keys: Tensor,  # [B, Q] int32, how many keys each query may attend to
     ) -> Tensor:  # [B, Q, C]
         query = self.cross_attn.q_proj(x + position).unflatten(-1, (self.heads, -1))
-        attended = self.cross_attn.out_proj(masked_attn(query, key, value, bits, open))
+        attended = self.cross_attn.out_proj(masked_attn(query, key, value, bits, open_keys))
         x = self.cross_norm(x + self.dropout(attended))
         x = self.self_norm(x + self.dropout(self._self_attention(x, position)))
         hidden = self.dropout(F.relu(self.linear1(x)))
@@ -162,8 +162,8 @@ class QueryDecoder(nn.Module):
         normed, embeddings = [self.norm(x)], []
         for i, layer in enumerate(self.layers):
             embeddings.append(self._mask_embedding(normed[-1]))
-            bits, open = mask_bits(embeddings[-1], levels[i % LEVELS])
-            x = layer(x, position, keys[i], values[i], bits, open)
+            bits, open_keys = mask_bits(embeddings[-1], levels[i % LEVELS])
+            x = layer(x, position, keys[i], values[i], bits, open_keys)
             normed.append(self.norm(x))
         embeddings.append(self._mask_embedding(normed[-1]))
         return self.class_embed(torch.stack(normed, 1)), torch.stack(embeddings, 1)

@@ -1,4 +1,4 @@
-"""What training keeps for backward, and what it computes again.
+"""Recomputation: functions of which training keeps little for backward, and runs again there.
 
 Each megabyte that a forward pass keeps is fresh memory, whose first touch on a CPU costs about as
 much as the cheap half of a network: norms, sums and the products beside a kernel.

@@ -1,4 +1,4 @@
-"""What each parameter of a model is to an optimizer."""
+"""Roles of parameters: which belong to the backbone, which decay, which are matrices."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

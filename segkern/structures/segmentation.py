@@ -1,4 +1,4 @@
-"""What is found in an image: segments, their map, their masks; and its JSON.
+"""Results: the segments found in an image, their map, their masks, and their JSON.
 
 Letters: K class, H W size of the image, n instance, m map of bits.
 """

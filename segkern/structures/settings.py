@@ -1,5 +1,4 @@
-"""Settings that travel as one object: how a model takes images, how they are viewed, what results
-must hold."""
+"""Settings that travel as one object: a model's input, views of an image, options of a result."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""Names of timm's models."""
+"""Checks names of timm's models, and suggests those that are close."""
 
 import difflib
 from collections.abc import Sequence

@@ -86,7 +86,7 @@ def test_two_processes_make_the_step_of_the_joined_batch(tmp_path):
         if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
             norm.eval()
     _, losses = model.loss(*joined())
-    # the mean over processes of sums divided by the mean number is half of the joined one
+    # the mean over processes of each sum over the mean number: the joined sum over the number
     (losses["loss_mask"].sum() + losses["loss_dice"].sum()).backward()
     for mine, other, p in zip(found[0], found[1], model.parameters(), strict=True):
         assert mine == other

@@ -67,18 +67,6 @@ _Dumper.add_representer(
 )
 
 
-def is_segmenter(folder: str | Path) -> bool:
-    """Whether a folder holds a Segmenter, in either format."""
-    folder = Path(folder)
-    if (folder / "variant.yml").is_file():
-        return True
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(settings, dict) and settings.get("model_type") == _MODEL_TYPE
-
-
 def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """Settings under the names of `SegmenterConfig`, and weights.
 

@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 
 
-def extra(name: str):
+def import_extra(name: str):
     """A module of the extra `train`."""
     try:
         return importlib.import_module(name)
@@ -17,14 +17,14 @@ def extra(name: str):
         ) from error
 
 
-def number(x: float) -> float | None:
+def or_none(x: float) -> float | None:
     return None if np.isnan(x) else float(x)
 
 
-def mean(x: np.ndarray) -> float | None:
+def mean_or_none(x: np.ndarray) -> float | None:
     x = x[~np.isnan(x)]
     return float(x.mean()) if x.size else None
 
 
-def ratio(a: float, b: float) -> float | None:
+def ratio_or_none(a: float, b: float) -> float | None:
     return float(a / b) if b else None
