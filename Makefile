@@ -45,7 +45,7 @@ slow: setup
 	$(PARALLEL) tests/kernels/test_triton.py -m "slow and not gpu"
 	$(BIN)/pytest tests --ignore tests/kernels/test_triton.py -m "slow and not gpu"
 
-tests_of = $(wildcard $(patsubst %,tests/ops/test_%.py,$(basename $(notdir $(1)))))
+tests_of = $(wildcard $(patsubst %,tests/*/test_%.py,$(basename $(notdir $(1)))))
 OPS = $(call tests_of,$(filter-out segkern/ops/_%,$(wildcard segkern/ops/*.py)))
 TRITON_OPS = $(call tests_of,$(wildcard segkern/kernels/*.py))
 CUDA_OPS = $(call tests_of,$(wildcard csrc/cuda/*.cu))

@@ -33,7 +33,7 @@ FLOORS = {
     "models": "nn weights structures runtime ops io",
     "nn": "weights structures runtime ops",
     "data": "structures io",
-    "weights": "io",
+    "weights": "",
     "structures": "ops io",
     "runtime": "ops",
     "ops": "kernels",
@@ -140,6 +140,23 @@ def test_old_names_of_modules_name_the_new_one(old):
         home = importlib.import_module(".".join(["segkern", *modules]))
         if not hasattr(home, last):
             importlib.import_module(f"segkern{name}")
+
+
+@pytest.mark.parametrize(("old", "new"), [("CLASSES", "MODELS"), ("kind_of", "`kind`")])
+def test_old_names_of_models_name_the_new_one(old, new):
+    with pytest.raises(AttributeError, match=f"segkern.models.{old} is now .*{new}"):
+        getattr(segkern.models, old)
+
+
+def test_the_face_offers_what_a_user_expects():
+    for name in ("segment", "postprocess", "train", "evaluate", "open_model", "TrainConfig"):
+        assert callable(getattr(segkern, name))
+        assert name in dir(segkern)
+    assert segkern.recipes.digits().model.kind == "mask2former"
+    with pytest.raises(AttributeError, match=r"graphs is now segkern\.runtime\.cuda_graphs"):
+        _ = segkern.graphs
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = segkern.nothing
 
 
 @pytest.mark.parametrize("folder", ["segkern", "csrc", "tests", "bench", "tools"])

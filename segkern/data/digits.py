@@ -14,12 +14,14 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..structures.labels import IMAGENET_MEAN, IMAGENET_STD
+
 SPLITS = ("train", "val", "test")
 LEVELS = ("easy", "hard", "mixed")
 TASKS = ("panoptic", "instance", "semantic")
 BACKGROUND = 10
-MEAN = np.array((0.485, 0.456, 0.406), np.float32)
-STD = np.array((0.229, 0.224, 0.225), np.float32)
+MEAN = np.array(IMAGENET_MEAN, np.float32)
+STD = np.array(IMAGENET_STD, np.float32)
 
 _SHARES = {"train": (0.0, 0.7), "val": (0.7, 0.8), "test": (0.8, 1.0)}  # of the digit images
 _SIDES = (18, 26)  # of a digit, in an image whose short side is 64

@@ -101,3 +101,11 @@ def open_model(name: str | Path) -> SegmentationModel:
             f"open_model: {name}: model_type must be one of {', '.join(MODELS)}, got {kind}"
         )
     return MODELS[kind].model.from_pretrained(name)
+
+
+def __getattr__(name: str):
+    """Tells who asks for what was here under another name."""
+    moved = {"CLASSES": "segkern.models.MODELS", "kind_of": "the attribute `kind` of a config"}
+    if name in moved:
+        raise AttributeError(f"segkern.models.{name} is now {moved[name]}")
+    raise AttributeError(f"module 'segkern.models' has no attribute {name!r}")

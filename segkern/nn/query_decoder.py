@@ -155,7 +155,7 @@ class QueryDecoder(nn.Module):
             class logits [B, R, Q, K + 1] (the last class is "no object") and mask embeddings [B,
             R, Q, M], R = layers + 1.
         """
-        keys, values = self._keys_values(pixels, shapes)
+        keys, values = self.keys_values(pixels, shapes)
         levels = self._level_features(mask_features, shapes)
         x = self.query_feat.weight.expand(pixels.shape[0], -1, -1)
         position = self.query_embed.weight
@@ -184,7 +184,7 @@ class QueryDecoder(nn.Module):
         )
         return [_planar(x) for x in resized]
 
-    def _keys_values(self, pixels: Tensor, shapes: tuple) -> tuple[list[Tensor], list[Tensor]]:
+    def keys_values(self, pixels: Tensor, shapes: tuple) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values [B, S, H, D] of every layer, those of a level in one product each."""
         count = len(self.layers)
         keys, values = [None] * count, [None] * count

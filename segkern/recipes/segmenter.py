@@ -5,7 +5,7 @@ from pathlib import Path
 from ..data import DigitsConfig, FolderConfig
 from ..data.folder import class_names
 from ..models import SegmenterConfig
-from ..structures.labels import DATASETS
+from ..structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD
 from ..training.config import TrainConfig
 
 # crop, epochs, batch, rate, window stride of Segmenter's paper
@@ -49,8 +49,8 @@ def digits_segmenter(
         shortest_edge=min(size),
         longest_edge=2 * max(size),
         id2label=dict(enumerate(names)),
-        image_mean=(0.485, 0.456, 0.406),
-        image_std=(0.229, 0.224, 0.225),
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
     )
     return TrainConfig(
         steps=2400,

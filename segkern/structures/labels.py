@@ -7,6 +7,8 @@ from here.
 from typing import NamedTuple
 
 VOID = 255  # in a map of labels: the pixel does not count
+# of ImageNet's pixels in [0, 1], red, green, blue: what most backbones are trained on
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Labels(NamedTuple):

@@ -1,11 +1,10 @@
-"""What training keeps for backward, in bytes, and that computing the rest again changes no bit."""
+"""Recomputation: bytes that are kept for backward, and that no bit changes."""
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from segkern.nn import pixel_decoder, query_decoder
-from segkern.nn import recompute as memory
+from segkern.nn import pixel_decoder, query_decoder, recompute
 from segkern.nn.backbones import swin
 from segkern.nn.position import pixel_centres
 
@@ -13,7 +12,7 @@ SHAPES = ((8, 8), (16, 16), (32, 32))
 
 
 def block(channels):
-    offsets = swin.Swin()._offsets(torch.device("cpu"))
+    offsets = swin.bias_rows(7, torch.device("cpu"))
     module = swin.Block(channels, 2, 7, True, 0.0)
     return lambda x: module(x, offsets, None, None), (2, 28, 28, channels), module
 
@@ -32,7 +31,7 @@ def layer():
 
 def keys_values():
     module = query_decoder.QueryDecoder(5, 64, 64, 4, 3, 4, 64)
-    return lambda x: module._keys_values(x, SHAPES), (2, 1344, 64), module
+    return lambda x: module.keys_values(x, SHAPES), (2, 1344, 64), module
 
 
 CASES = {  # what is kept, the result with it, over the input's size
@@ -82,7 +81,7 @@ def test_computing_again_changes_no_bit(case, autocast, monkeypatch):
 @pytest.mark.parametrize("branch", [torch.float32, torch.bfloat16], ids=str)
 def test_a_sum_reuses_the_branch_where_its_dtype_allows(branch):
     x, y = torch.ones(3), torch.ones(3, dtype=branch)
-    out = memory.plus(y, x)
+    out = recompute.plus(y, x)
     assert out.dtype == torch.float32
     assert torch.equal(out, torch.full((3,), 2.0))
     assert (out is y) == (branch == torch.float32)

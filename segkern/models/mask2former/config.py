@@ -4,7 +4,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ...structures.labels import DATASETS, Labels
+from ...structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import QueryLogits
 from ...structures.settings import InputConfig
 
@@ -92,8 +92,8 @@ class Mask2FormerConfig:
     no_object_weight: float = 0.1
     id2label: dict[int, str] | None = None
     stuff: tuple[int, ...] = ()
-    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    image_mean: tuple[float, float, float] = IMAGENET_MEAN
+    image_std: tuple[float, float, float] = IMAGENET_STD
     shortest_edge: int = 800
     longest_edge: int = 1333
     size_divisor: int = 32

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...ops._checks import expect_integer
-from ...structures.labels import Labels
+from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import PixelLogits
 from ...structures.settings import InputConfig
 
@@ -24,7 +24,7 @@ _BACKBONES = {
     ("S", "†"): "deit_small_distilled_patch16_224.fb_in1k",
     ("B", "†"): "deit_base_distilled_patch16_384.fb_in1k",
 }
-_HALF, _IMAGENET = (0.5, 0.5, 0.5), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_HALF = (0.5, 0.5, 0.5)
 
 
 @dataclass
@@ -185,7 +185,7 @@ class SegmenterConfig:
             )
         embed_dim, depth, heads = _ENCODERS[size]
         crop = 640 if size == "L" else 512
-        mean, std = _IMAGENET if distilled else (_HALF, _HALF)
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if distilled else (_HALF, _HALF)
         return cls(
             num_labels=num_labels,
             image_size=(crop, crop),

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...io.atomic_files import atomic, write_json
+from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD
 from ...weights import unpickling
 from ...weights.state_dicts import misfits
 from ...weights.timm_names import check_timm_name
@@ -27,7 +28,7 @@ _MODEL_TYPE = "segmenter"
 _IMAGENET_CLASSES = 1000
 _NORMALIZATION = {
     "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "deit": (IMAGENET_MEAN, IMAGENET_STD),
 }
 # settings by the original's names
 _NET = {

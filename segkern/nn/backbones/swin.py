@@ -268,7 +268,7 @@ class Swin(nn.Module):
             x = F.pad(x, (0, -w % PATCH, 0, -h % PATCH))
         x = self.patch_embed["proj"](x).permute(0, 2, 3, 1)
         x = self.patch_embed["norm"](x)
-        offsets = self._offsets(x.device)
+        offsets = bias_rows(self.window, x.device)
         maps = []
         for stage, norm in zip(self.layers, self.norms):
             x = stage(x, offsets)
@@ -282,9 +282,10 @@ class Swin(nn.Module):
         for stage in self.layers:
             stage.checkpointing = enable
 
-    def _offsets(self, device: torch.device) -> Tensor:
-        """[S, S] row of the bias table for a query (first) and a key."""
-        side = torch.arange(self.window, device=device)
-        axis = side[:, None] - side + self.window - 1  # [W, W] of one axis
-        both = axis[:, None, :, None] * (2 * self.window - 1) + axis[None, :, None, :]
-        return both.reshape(self.window**2, self.window**2)
+
+def bias_rows(window: int, device: torch.device) -> Tensor:
+    """[S, S] row of the bias table for a query (first) and a key of a window, S = window^2."""
+    side = torch.arange(window, device=device)
+    axis = side[:, None] - side + window - 1  # [W, W] of one axis
+    both = axis[:, None, :, None] * (2 * window - 1) + axis[None, :, None, :]
+    return both.reshape(window**2, window**2)

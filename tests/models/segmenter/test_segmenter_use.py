@@ -123,6 +123,19 @@ def test_segment_averages_windows_scales_and_mirrors():
     assert plain[0].scores is None
 
 
+def test_windows_of_images_of_one_size_go_through_the_model_together():
+    built, seen = model(), []
+    predict = built.predict
+    built.predict = lambda x: seen.append(len(x)) or predict(x)
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 255, (32, 48, 3), dtype=np.uint8) for _ in range(5)]
+    together = segkern.segment(built, images, batch_size=2, return_scores=True)
+    assert seen == [4, 4, 2], "two windows an image"
+    for image, result in zip(images, together):
+        alone = segkern.segment(built, image, return_scores=True)
+        torch.testing.assert_close(alone.scores, result.scores)
+
+
 BAD_CALLS = {
     "task": ({"task": "panoptic"}, "task must be 'semantic' for a Segmenter, got 'panoptic'"),
     "stride > window": ({"stride": 33}, r"stride must be <= window \(32\), got 33"),
