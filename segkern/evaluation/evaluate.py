@@ -77,11 +77,10 @@ def evaluate(
             number of labels, samples without what a task or the scales need, or `out` is a folder.
         OSError: `out` cannot be written; found before the model runs.
     """
-    tasks = tuple(dict.fromkeys(model.config.tasks if tasks is None else tasks))
     loose = Options(object_mask_threshold, overlap_threshold, top_k)
     options = one_of("evaluate", options, loose)
     views = one_of("evaluate", views, Views(window, stride, scales, flip))
-    check("evaluate", model, tasks, options, views)
+    tasks = check("evaluate", model, tasks, options, views)
     loader, source = _loader(dataset, limit, batch_size, num_workers)
     total = len(source) if limit is None else min(limit, len(source))
     classes, stuff = list(source.classes), tuple(source.stuff)

@@ -46,8 +46,7 @@ def predict_files(
             without pictures, or `out_dir` holds some of them.
         OSError: nothing can be written to `out_dir`; found before the model runs.
     """
-    task = model.config.tasks[0] if task is None else task
-    check("predict", model, (task,), options, views)
+    task, *_ = check("predict", model, None if task is None else (task,), options, views)
     pictures = image_files(paths)
     if Path(out_dir).resolve() in {path.resolve().parent for path in pictures}:
         raise ValueError(f"predict: {out_dir} holds the pictures themselves; choose another --out")

@@ -70,11 +70,10 @@ def segment(
         TypeError, ValueError: no image, NaN pixels, or an option out of range or not for this
             model; a list's image is named by its place.
     """
-    task = model.config.tasks[0] if task is None else task
     loose = Options(object_mask_threshold, overlap_threshold, top_k, resize, return_scores)
     options = one_of("segment", options, loose)
     views = one_of("segment", views, Views(window, stride, scales, flip))
-    check("segment", model, (task,), options, views)
+    task, *_ = check("segment", model, None if task is None else (task,), options, views)
     one, names = not isinstance(images, (list, tuple)), model.config.labels.names
     pictures = [
         read_image(x, "image" if one else f"image {i}")
@@ -90,14 +89,30 @@ def segment(
 
 
 def check(
-    caller: str, model: SegmentationModel, tasks: Sequence[str], options: Options, views: Views
-) -> None:
+    caller: str,
+    model: SegmentationModel,
+    tasks: Sequence[str] | None,
+    options: Options,
+    views: Views,
+) -> tuple[str, ...]:
     """Checks settings before work starts.
 
+    Returns:
+        the tasks, each once; those that the model can do where None is given.
+
     Raises:
+        TypeError: no model by `models.protocol`.
         ValueError: an option out of range, or a task or views that are not for this model.
     """
-    config, name = model.config, type(model).__name__
+    config, name = getattr(model, "config", None), type(model).__name__
+    lacking = [n for n in ("predict", "inputs") if not hasattr(model, n)]
+    lacking += [f"config.{n}" for n in ("tasks", "logits", "input") if not hasattr(config, n)]
+    if lacking:
+        raise TypeError(
+            f"{caller}: model must have what segkern/models/protocol.py says; a {name} has no "
+            f"{', '.join(lacking)}"
+        )
+    tasks = tuple(dict.fromkeys(config.tasks if tasks is None else tasks))
     for task in tasks or ("",):
         check_options(task, *astuple(options))
         if task not in config.tasks:
@@ -110,6 +125,7 @@ def check(
             f"{caller}: window, stride, scales and flip are for models that give class logits of "
             f"pixels, a {name} gives masks"
         )
+    return tasks
 
 
 class Input(NamedTuple):

@@ -38,7 +38,6 @@ MODELS = {
     "segmenter": Kind(SegmenterConfig, Segmenter, files=("variant.yml",)),
 }
 Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
-Model = Union[tuple(kind.model for kind in MODELS.values())]  # noqa: UP007
 
 
 def default_config() -> Config:

@@ -220,6 +220,11 @@ def test_segment_options_are_checked_first():
         segment(Squares(), [], task="x")
 
 
+def test_a_model_without_the_protocol_is_told_what_it_lacks():
+    with pytest.raises(TypeError, match=r"a Linear has no predict, inputs, config.tasks"):
+        segment(nn.Linear(2, 2), half_bright())
+
+
 def test_file_that_is_no_image(tmp_path):
     text, cut, gone = tmp_path / "text.png", tmp_path / "cut.png", tmp_path / "gone.png"
     text.write_text("no picture")
