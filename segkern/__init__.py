@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from . import _moved
 from . import ops as ops
@@ -16,6 +17,13 @@ from .runtime.cuda_graphs import Replay as Replay
 from .structures.segmentation import Segmentation as Segmentation
 from .structures.settings import Options as Options
 from .structures.settings import Views as Views
+
+if TYPE_CHECKING:  # for editors: see `_LATER`
+    from . import data as data
+    from . import recipes as recipes
+    from .evaluation.evaluate import evaluate as evaluate
+    from .training.config import TrainConfig as TrainConfig
+    from .training.loop import train as train
 
 # imported when they are first asked for: what trains and measures takes as long again
 _LATER = {
