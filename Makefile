@@ -49,16 +49,16 @@ check: setup
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(MAX_JOBS)
 
 slow: setup
-	$(PARALLEL) tests/test_triton.py -m "slow and not gpu"
-	$(BIN)/pytest tests --ignore tests/test_triton.py -m "slow and not gpu"
+	$(PARALLEL) tests/kernels/test_triton.py -m "slow and not gpu"
+	$(BIN)/pytest tests --ignore tests/kernels/test_triton.py -m "slow and not gpu"
 
-tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(basename $(notdir $(1)))))
+tests_of = $(wildcard $(patsubst %,tests/*/test_%.py,$(basename $(notdir $(1)))))
 OPS = $(call tests_of,$(filter-out segkern/ops/_%,$(wildcard segkern/ops/*.py)))
 TRITON_OPS = $(call tests_of,$(wildcard segkern/kernels/*.py))
 CUDA_OPS = $(call tests_of,$(wildcard csrc/cuda/*.cu))
 
 # the Triton kernels in place of the C++ ones, in Triton's interpreter (its bfloat16 products are
-# wrong); compiled kernels are in tests/test_triton.py
+# wrong); compiled kernels are in tests/kernels/test_triton.py
 interpret: setup
 	TRITON_INTERPRET=1 $(PARALLEL) $(TRITON_OPS) -m "not slow and not gpu" -k "not bfloat16"
 
@@ -112,7 +112,7 @@ PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.1
 	touch $@
 
 oldest: setup .venv-oldest/installed
-	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n $(MAX_JOBS) $(OPS) tests/test_triton.py -m "not slow and not gpu"
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n $(MAX_JOBS) $(OPS) tests/kernels/test_triton.py -m "not slow and not gpu"
 
 # the demo and the recipe of Segmenter must have learned what they are there to show; the recipe
 # with a quarter more steps, as machines that round otherwise end a little above or below
@@ -141,7 +141,7 @@ bench: setup
 OUT ?= build/gpu
 OWN = $(filter command environment,$(firstword $(origin PY)))
 gpu: $(if $(OWN),,$(if $(wildcard $(VENV)),setup))
-	$(if $(OWN)$(wildcard $(VENV)),$(PY),$(PYTHON)) bench/gpu.py $(OUT)
+	$(if $(OWN)$(wildcard $(VENV)),$(PY),$(PYTHON)) tools/gpu.py $(OUT)
 
 clean:
 	rm -rf build .venv .venv-oldest segkern/*.so segkern/_build_info.json *.egg-info

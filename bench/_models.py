@@ -48,7 +48,7 @@ def save_weights(backbone: str, folder: Path, queries: int | None = None) -> Non
         SwinConfig,
     )
 
-    from segkern.nn.swin import VARIANTS
+    from segkern.nn.backbones.swin import VARIANTS
 
     torch.manual_seed(0)
     settings = {"num_labels": LABELS}
@@ -97,7 +97,7 @@ def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu
         dtype: "float32", "bfloat16" for autocast, or "bfloat16 weights" for a model and images
             that are bfloat16 themselves.
     """
-    from segkern.nn.targets import Targets
+    from segkern.structures.targets import Targets
     from support.inputs import moved, random_targets
 
     torch.manual_seed(0)

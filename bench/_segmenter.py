@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from segkern.models.segmenter import Segmenter, SegmenterConfig
+from segkern.models.segmenter.config import SegmenterConfig
+from segkern.models.segmenter.model import Segmenter
 
 TINY = SegmenterConfig(  # runs in a moment
     num_labels=5, image_size=(32, 32), patch_size=8, embed_dim=64, depth=1, num_heads=1,
@@ -143,7 +144,7 @@ def build(
         @torch.inference_mode()
         def run():
             with autocast:
-                return call(x).argmax(1) if impl == "timm" else model.predict(x)
+                return call(x).argmax(1) if impl == "timm" else model.label_map(x)
 
         return run
     labels = torch.randint(0, c.num_labels, (batch, *c.image_size), device=device)

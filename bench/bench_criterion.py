@@ -12,7 +12,7 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as peer
 
 from segkern.nn.criterion import Criterion
-from segkern.nn.targets import Targets
+from segkern.structures.targets import Targets
 from support.inputs import moved, random_targets
 
 IMPLS = ("segkern", "transformers")

@@ -23,7 +23,7 @@ import _models
 import _segmenter
 import torch
 
-from segkern.nn.targets import Targets
+from segkern.structures.targets import Targets
 from support.inputs import moved, random_targets
 
 SECONDS = 5.0  # a run that takes longer is timed once less

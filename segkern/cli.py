@@ -12,20 +12,23 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from . import checkpoint, recipes
+from . import recipes
 from .data import Digits, DigitsConfig, Folder, FolderConfig
 from .data.folder import Layout
-from .demo import demo as run_demo
-from .evaluate import evaluate as run_evaluate
-from .evaluate import table
-from .explain import explain as run_explain
-from .infer import TASKS
-from .models import Model, Segmenter, open_model
+from .evaluation.evaluate import evaluate as run_evaluate
+from .evaluation.report import table
+from .inference.predict_files import image_files, predict_files
+from .models import SegmentationModel, Segmenter, open_model
+from .models.segmenter.explain import explain as run_explain
 from .ops import _library
-from .predict import image_files, predict_files
-from .process import usable_device
-from .train import TrainConfig
-from .train import train as run_train
+from .ops.segment_map import TASKS
+from .recipes.demo import demo as run_demo
+from .runtime.device import usable_device
+from .structures.settings import Options, Views
+from .training import checkpoint
+from .training.config import TrainConfig
+from .training.loop import stored_config
+from .training.loop import train as run_train
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 _Task = Literal[TASKS]
@@ -81,17 +84,24 @@ def evaluate(
     if out is not None and out.is_dir():
         raise ValueError(f"evaluate: --out must be a file, {out} is a folder")
     opened = _open(model).to(usable_device(device))
-    if (isinstance(opened, Segmenter) or data) and tasks == TASKS:
-        tasks = ("semantic",)
     if data is None:
         task = "panoptic" if opened.config.num_labels == 11 else "instance"
         source = Digits(DigitsConfig(size, level, task, seed=seed), split)
         title, scenes = f"{level} scenes", 400 if scenes is None else scenes
     else:
         source, title = Folder(FolderConfig(data, layout), "val"), str(data)
-    options = {"window": window, "stride": stride, "scales": scales, "flip": flip}
-    options |= {"object_mask_threshold": threshold, "out": out, "cuda_graphs": cuda_graphs}
-    value = run_evaluate(opened, source, tasks, scenes, **options)
+    if tasks == TASKS:
+        tasks = ("semantic",) if data else opened.config.tasks
+    value = run_evaluate(
+        opened,
+        source,
+        tasks,
+        scenes,
+        out=out,
+        cuda_graphs=cuda_graphs,
+        options=Options(object_mask_threshold=threshold),
+        views=Views(window, stride, scales, flip),
+    )
     Console().print(table(value, title))
     if out is not None:
         print(f"written: {out}")
@@ -130,10 +140,8 @@ def predict(
     if model == "demo" and not Path(model).is_dir():
         raise ValueError("no folder demo: run `segkern demo` first or give --model")
     opened = _open(model).to(usable_device(device))
-    task = task or ("semantic" if isinstance(opened, Segmenter) else "panoptic")
-    options = {"window": window, "stride": stride, "scales": scales, "flip": flip}
-    options["cuda_graphs"] = cuda_graphs
-    written, failed = predict_files(opened, images, out, task, threshold, **options)
+    options, views = Options(threshold), Views(window, stride, scales, flip)
+    written, failed = predict_files(opened, images, out, task, options, views, cuda_graphs)
     for path in written:
         print(f"written: {path}")
     for _, reason in failed:
@@ -202,11 +210,7 @@ def _train_command(arguments: list[str]) -> Callable:
         default = recipes.RECIPES.get(given.get("--recipe"), recipes.digits)()
     if given.get("--resume"):
         folder = Path(given["--resume"])
-        stored = checkpoint.load(folder)["config"]
-        try:
-            default = TrainConfig.from_dict(stored)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
+        default = stored_config(folder)
         default.output = checkpoint.folder_of(folder)
         default.overwrite = False  # it was said of that run, not of what comes now
 
@@ -233,7 +237,7 @@ def _train_command(arguments: list[str]) -> Callable:
     return train
 
 
-def _open(name: str) -> Model:
+def _open(name: str) -> SegmentationModel:
     """The model of a run's folder, a model's folder or a name on the hub."""
     inside = Path(name) / "model"
     return open_model(inside if inside.is_dir() else name)

@@ -20,6 +20,7 @@ import torch
 
 from segkern.ops import _library
 from support import comparison, inputs
+from support.cuda import everywhere, stubbed  # noqa: F401  (fixtures)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _interpreted = torch.library.Library("segkern", "IMPL")

@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from segkern import checkpoint, cli, recipes
+from segkern import cli, recipes
 from segkern.cli import main
 from segkern.data import DigitsConfig
 from segkern.models import Mask2Former, Mask2FormerConfig
-from segkern.train import TrainConfig
+from segkern.training import checkpoint
+from segkern.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def small():
 @pytest.fixture(autouse=True)
 def _small_recipe(small, monkeypatch):
     monkeypatch.setattr(recipes, "digits", lambda: replace(small))
-    monkeypatch.setattr("segkern.demo.digits", lambda: replace(small))
+    monkeypatch.setattr("segkern.recipes.demo.digits", lambda: replace(small))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The house: one name in five places, imports that only go down, the build and its errors."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -13,17 +14,34 @@ import pytest
 import torch
 
 import segkern
-from segkern import meters, pictures
+import segkern.models
 from segkern.data import digits
+from segkern.evaluation.semantic import Semantic
+from segkern.io import plots
 from segkern.ops import _library, point_sample
 from support.inputs import point_sample_inputs
 
 ROOT = Path(__file__).parent.parent
 OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))
-# from the top
-FLOORS = ["cli", "demo", "recipes", "train", "step", "evaluate", "meters", "predict", "explain"]
-FLOORS += ["infer", "results", "windows", "graphs", "models", "nn", "ops"]
-GROUND = ["weights", "data"]
+# every folder of the package, from the top, and the folders that it may import
+FLOORS = {
+    "cli": "recipes training evaluation inference models data structures runtime ops",
+    "recipes": "training evaluation inference models data structures io",
+    "training": "evaluation models data weights structures runtime io",
+    "evaluation": "inference models structures io",
+    "inference": "models nn structures runtime ops io",
+    "models": "nn weights structures runtime ops io",
+    "nn": "weights structures runtime ops",
+    "data": "structures io",
+    "weights": "",
+    "structures": "ops io",
+    "runtime": "ops",
+    "ops": "kernels",
+    "kernels": "",
+    "io": "",
+}
+# what a user imports may take what it offers from any floor
+FACE = ("__init__", "__main__", "_moved")
 
 
 def run(*command, **variables):
@@ -36,7 +54,7 @@ def test_one_name_in_five_places(op):
     assert hasattr(segkern.ops, op)
     assert hasattr(torch.ops.segkern, op)
     kernel = [] if op in _library.COMPOSED else [f"csrc/cpu/{op}.cpp"]
-    for file in (*kernel, f"tests/test_{op}.py", f"bench/bench_{op}.py"):
+    for file in (*kernel, f"tests/ops/test_{op}.py", f"bench/bench_{op}.py"):
         assert (ROOT / file).is_file(), f"{op} has no {file}"
 
 
@@ -56,19 +74,92 @@ def imported(path):
         yield from (n[1] for n in names if n[0] == "segkern" and len(n) > 1)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "segkern").rglob("*.py")), ids=lambda p: p.stem)
+def room(path):
+    """The folder of segkern/ that a file is in, or its own name if it is in none."""
+    return path.relative_to(ROOT / "segkern").parts[0].removesuffix(".py")
+
+
+SOURCES = sorted((ROOT / "segkern").rglob("*.py"))
+
+
+def test_every_folder_has_a_floor():
+    assert {room(path) for path in SOURCES} == {*FLOORS, *FACE}
+    rooms = list(FLOORS)
+    for name, below in FLOORS.items():
+        for other in below.split():
+            assert rooms.index(other) > rooms.index(name), f"{other} is not below {name}"
+    for path in SOURCES:
+        assert (path.parent / "__init__.py").is_file(), f"{path.parent} would not be packed"
+
+
+def test_tests_mirror_the_folders():
+    folders = {p.parent.relative_to(ROOT / "tests") for p in (ROOT / "tests").rglob("test_*.py")}
+    packages = {p.parent.relative_to(ROOT / "segkern") for p in SOURCES}
+    others = {Path("bench"), Path("gpu")}  # benchmarks and tools; what only a GPU can test
+    assert folders - packages == others
+
+
+@pytest.mark.parametrize(
+    "path", SOURCES, ids=lambda p: str(p.relative_to(ROOT / "segkern")).removesuffix(".py")
+)
 def test_imports_only_go_down(path):
-    floor = path.relative_to(ROOT / "segkern").parts[0].removesuffix(".py")
+    if room(path) in FACE:
+        return
     for name in imported(path):
-        if floor in FLOORS and name in FLOORS:
-            assert FLOORS.index(name) >= FLOORS.index(floor), f"{path} imports {name}"
-        if floor in GROUND:
-            assert name not in FLOORS[: FLOORS.index("nn")], (
-                f"{path} is ground floor and imports {name}"
-            )
+        if name in FLOORS:
+            known = [room(path), *FLOORS[room(path)].split()]
+            assert name in known, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("folder", ["segkern", "csrc", "tests", "bench"])
+NAMES_MODELS = ("models", "recipes", "cli", "__init__", "_moved")
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if room(p) not in NAMES_MODELS], ids=str)
+def test_no_other_room_names_a_model(path):
+    """Not in code: no class or module of a model, and no kind as a string."""
+    tree = ast.parse(path.read_text())
+    texts = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}  # docstrings
+    for node in ast.walk(tree):
+        named = [getattr(node, field, None) for field in ("id", "attr", "name", "module")]
+        if isinstance(node, ast.Constant) and id(node) not in texts:
+            named.append(node.value)
+        for name in named:
+            for kind in segkern.models.MODELS:
+                text = name.lower() if isinstance(name, str) else ""
+                assert kind not in text, f"{path}:{node.lineno} names {name}"
+
+
+@pytest.mark.parametrize("old", segkern._moved.HOME)
+def test_old_names_of_modules_name_the_new_one(old):
+    with pytest.raises(ModuleNotFoundError) as raised:
+        importlib.import_module(f"segkern.{old}")
+    message = str(raised.value)
+    assert message.startswith(f"segkern.{old} is ")
+    for name in re.findall(r"segkern((?:\.\w+)+)", message.partition(" is ")[2]):
+        *modules, last = name[1:].split(".")
+        home = importlib.import_module(".".join(["segkern", *modules]))
+        if not hasattr(home, last):
+            importlib.import_module(f"segkern{name}")
+
+
+@pytest.mark.parametrize(("old", "new"), [("CLASSES", "MODELS"), ("kind_of", "`kind`")])
+def test_old_names_of_models_name_the_new_one(old, new):
+    with pytest.raises(AttributeError, match=f"segkern.models.{old} is now .*{new}"):
+        getattr(segkern.models, old)
+
+
+def test_the_face_offers_what_a_user_expects():
+    for name in ("segment", "postprocess", "train", "evaluate", "open_model", "TrainConfig"):
+        assert callable(getattr(segkern, name))
+        assert name in dir(segkern)
+    assert segkern.recipes.digits().model.kind == "mask2former"
+    with pytest.raises(AttributeError, match=r"graphs is now segkern\.runtime\.cuda_graphs"):
+        _ = segkern.graphs
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = segkern.nothing
+
+
+@pytest.mark.parametrize("folder", ["segkern", "csrc", "tests", "bench", "tools"])
 def test_files_stay_short(folder):
     for path in (ROOT / folder).rglob("*.[pchc]*"):
         if path.suffix in (".py", ".cpp", ".cu", ".h"):
@@ -117,8 +208,8 @@ def test_kernels_that_were_not_built_come_with_the_remedy(tmp_path, monkeypatch)
 
 EXTRAS = [  # module, package, call
     ("sklearn.datasets", "scikit-learn", lambda: digits.digit_images.__wrapped__("val")),
-    ("matplotlib.figure", "matplotlib", lambda: pictures._figure(1, 1)),
-    ("torchmetrics.classification", "torchmetrics", lambda: meters.Semantic(2, ())),
+    ("matplotlib.figure", "matplotlib", lambda: plots._figure(1, 1)),
+    ("torchmetrics.classification", "torchmetrics", lambda: Semantic(2, ())),
 ]
 
 

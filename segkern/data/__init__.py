@@ -1,40 +1,75 @@
-"""Data sets and how their samples become batches. Ground floor: knows no model."""
+"""Data sets and how their samples become batches. Knows no model.
+
+Adding a format: its file here, with a config and a data set, and a line of `FORMATS`.
+"""
+
+from typing import NamedTuple, Union
 
 from .collate import Batch as Batch
-from .collate import Order as Order
 from .collate import collate as collate
 from .digits import Digits as Digits
 from .digits import DigitsConfig as DigitsConfig
 from .folder import Folder as Folder
 from .folder import FolderConfig as FolderConfig
+from .order import Order as Order
 from .transforms import SemanticViews as SemanticViews
 
-DataConfig = DigitsConfig | FolderConfig
+
+class Format(NamedTuple):
+    """A row of `FORMATS`.
+
+    Attributes:
+        config: class of the settings: a dataclass with `kind`, its key in `FORMATS`; `task`, which
+            evaluation during training measures; and `targets`, what its samples have of "masks"
+            and "semantic".
+        dataset: called with such settings, a split and views (or None); has a length, samples by
+            index, `classes` (names) and `stuff` (labels).
+    """
+
+    config: type
+    dataset: type
 
 
-def build_dataset(config: DataConfig, split: str, model=None) -> Digits | Folder:
+FORMATS = {
+    "digits": Format(DigitsConfig, Digits),
+    "folder": Format(FolderConfig, Folder),
+}
+DataConfig = Union[tuple(row.config for row in FORMATS.values())]  # noqa: UP007
+
+
+def build_dataset(config: DataConfig, split: str, model=None):
     """The data set that a config describes.
 
     Args:
-        config: its class says which data set.
+        config: its kind says which data set.
         split: "train", "val" or, of digits, "test".
-        model: the config of a Segmenter: of images in folders give random views as it is trained
-            on, image_size large, at ratio 1 from images with its shortest and longest edge; None
-            leaves the images whole.
+        model: a model's config, whose `input` says on what it is trained: of images in folders
+            give random views, `crop` large, at ratio 1 from images with its shortest and longest
+            edge; None leaves the images whole.
 
     Raises:
         TypeError: no data set has such a config.
         ValueError: a setting out of range, or a folder that is not as its layout says.
     """
-    if isinstance(config, DigitsConfig):
-        return Digits(config, split)
-    if not isinstance(config, FolderConfig):
+    row = FORMATS.get(getattr(config, "kind", None))
+    if row is None:
         raise TypeError(
-            "build_dataset: config must be a DigitsConfig or a FolderConfig, "
+            f"build_dataset: config must be that of one of {', '.join(FORMATS)}, "
             f"got {type(config).__name__}"
         )
-    if model is None:
-        return Folder(config, split)
-    scale = model.shortest_edge, model.longest_edge
-    views = SemanticViews(model.image_size, scale, model.image_mean, model.image_std)
-    return Folder(config, split, views)
+    views = None
+    if model is not None and model.input.crop is not None:
+        edges = model.input.shortest_edge, model.input.longest_edge
+        views = SemanticViews(model.input.crop, edges, model.input.mean, model.input.std)
+    return row.dataset(config, split, views)
+
+
+def data_config(settings: dict) -> DataConfig:
+    """The config of plain settings with their `kind`.
+
+    Raises:
+        KeyError: no such kind.
+        TypeError, ValueError: settings that it does not know or allow.
+    """
+    settings = dict(settings)
+    return FORMATS[settings.pop("kind")].config(**settings)

@@ -1,19 +1,17 @@
-"""From samples to batches, and which samples come when.
+"""Packs samples of a data set into a batch.
 
 Letters: B image, H W size of the batch, h w size of a sample.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn.targets import Targets
-
-VOID = 255  # in a map of labels: the pixel does not count
+from ..structures.labels import VOID
+from ..structures.targets import Targets
 
 
 @dataclass
@@ -76,60 +74,10 @@ def collate(samples: Sequence[dict], num_labels: int | None = None, divisor: int
         raise type(error)(f"{error} (images 0 to {len(ids) - 1} are samples {ids})") from error
     if all("semantic" in s for s in samples):
         maps = [torch.as_tensor(s["semantic"])[None] for s in samples]
-        targets.semantic = torch.cat([_pad(x, size, VOID) for x in maps])
+        targets = targets._replace(semantic=torch.cat([_pad(x, size, VOID) for x in maps]))
     return Batch(pixels, targets)
 
 
 def _pad(x: Tensor, size: tuple[int, int], value: int = 0) -> Tensor:
     """[c, h, w] -> [c, *size] with `value` to the right and below."""
     return F.pad(x, (0, size[1] - x.shape[2], 0, size[0] - x.shape[1]), value=value)
-
-
-class Order:
-    """The samples of each training step, a function of seed and step alone.
-
-    Every pass over the data is a new permutation; a batch may span two passes. Resuming at a step
-    therefore needs no state. Serves as a DataLoader's batch_sampler.
-
-    Args:
-        length: samples of the data set, at least 1.
-        batch_size: samples a step.
-        seed: of the permutations.
-        start, stop: steps to yield.
-        passes: yield (sample, pass) for data sets that give another view in each pass.
-
-    Raises:
-        ValueError: an empty data set.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        start: int,
-        stop: int,
-        passes: bool = False,
-    ):
-        if length < 1:
-            raise ValueError("training: the data set is empty")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start, self.stop, self.passes = start, stop, passes
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start)
-
-    def __iter__(self) -> Iterator[list[int] | list[tuple[int, int]]]:
-        for step in range(self.start, self.stop):
-            first = step * self.batch_size
-            places = (divmod(i, self.length) for i in range(first, first + self.batch_size))
-            found = [
-                (int(_permutation(self.length, self.seed, epoch)[i]), epoch) for epoch, i in places
-            ]
-            yield found if self.passes else [index for index, _ in found]
-
-
-@lru_cache(maxsize=2)
-def _permutation(length: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(length, generator=generator)

@@ -10,15 +10,18 @@ drawn. Scene i of a split and seed is always the same, whatever process draws it
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
+
+from ..structures.labels import IMAGENET_MEAN, IMAGENET_STD
 
 SPLITS = ("train", "val", "test")
 LEVELS = ("easy", "hard", "mixed")
 TASKS = ("panoptic", "instance", "semantic")
 BACKGROUND = 10
-MEAN = np.array((0.485, 0.456, 0.406), np.float32)
-STD = np.array((0.229, 0.224, 0.225), np.float32)
+MEAN = np.array(IMAGENET_MEAN, np.float32)
+STD = np.array(IMAGENET_STD, np.float32)
 
 _SHARES = {"train": (0.0, 0.7), "val": (0.7, 0.8), "test": (0.8, 1.0)}  # of the digit images
 _SIDES = (18, 26)  # of a digit, in an image whose short side is 64
@@ -40,6 +43,9 @@ class DigitsConfig:
         scenes: of the training split; val and test have no end.
         seed: other seeds give other scenes of the same digit images.
     """
+
+    kind: ClassVar[str] = "digits"
+    targets: ClassVar[tuple[str, ...]] = ("masks", "semantic")
 
     size: tuple[int, int] = (64, 64)
     level: str = "easy"
@@ -76,11 +82,12 @@ class Digits:
         things, stuff: labels with and without instances.
     """
 
-    def __init__(self, config: DigitsConfig, split: str = "train"):
+    def __init__(self, config: DigitsConfig, split: str = "train", views=None):
         """
         Args:
             config: what the scenes are like.
             split: "train", "val" or "test": which digit images they are made of.
+            views: taken because every data set does, and not used: scenes have their own size.
 
         Raises:
             ValueError: no such split.

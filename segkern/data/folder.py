@@ -26,8 +26,8 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 
-from ..images import open_image, picture_suffixes, read_pixels
-from .collate import VOID
+from ..io.images import open_image, picture_suffixes, read_pixels
+from ..structures.labels import CITYSCAPES, DATASETS, PASCAL_CONTEXT, VOID
 from .transforms import SemanticViews
 
 Layout = Literal["ade20k", "cityscapes", "pascal_context", "plain"]
@@ -59,35 +59,6 @@ _LAYOUTS = {
     ),
     "plain": _Layout("images", "labels"),
 }
-_CITYSCAPES = {  # ids of the 19 classes in the order of their train ids
-    "road": 7,
-    "sidewalk": 8,
-    "building": 11,
-    "wall": 12,
-    "fence": 13,
-    "pole": 17,
-    "traffic light": 19,
-    "traffic sign": 20,
-    "vegetation": 21,
-    "terrain": 22,
-    "sky": 23,
-    "person": 24,
-    "rider": 25,
-    "car": 26,
-    "truck": 27,
-    "bus": 28,
-    "train": 31,
-    "motorcycle": 32,
-    "bicycle": 33,
-}
-# in the order of the values: the converter's, alphabetical; Segmenter's code lists other names
-_PASCAL_CONTEXT = """
-    background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus
-    cabinet car cat ceiling chair cloth computer cow cup curtain dog door fence floor flower food
-    grass ground horse keyboard light motorbike mountain mouse person plate platform pottedplant
-    road rock sheep shelves sidewalk sign sky snow sofa table track train tree truck tvmonitor
-    wall water window wood
-"""
 
 
 @dataclass
@@ -102,10 +73,13 @@ class FolderConfig:
         seed: other seeds give other views of the training images.
     """
 
+    kind: ClassVar[str] = "folder"
+    targets: ClassVar[tuple[str, ...]] = ("semantic",)
+    task: ClassVar[str] = "semantic"
+
     root: Path = Path(".")
     layout: Layout = "plain"
     seed: int = 0
-    task: ClassVar[str] = "semantic"
 
     def __post_init__(self):
         self.root = Path(self.root)
@@ -189,7 +163,7 @@ class Folder:
             table[0], table[1 : K + 1] = VOID, range(K)
         elif path.name.endswith("_labelIds.png"):
             table[:34] = VOID
-            table[list(_CITYSCAPES.values())] = range(K)
+            table[list(CITYSCAPES.values())] = range(K)
         else:
             table[:K] = range(K)
         if values.dtype == np.uint8:
@@ -214,16 +188,18 @@ def class_names(config: FolderConfig) -> list[str]:
         ValueError: the file is missing or does not hold names; 1 to 255 of classes.txt.
     """
     if config.layout == "cityscapes":
-        return list(_CITYSCAPES)
+        return list(CITYSCAPES)
     if config.layout == "pascal_context":
-        return _PASCAL_CONTEXT.split()
+        return list(PASCAL_CONTEXT)
     if config.layout == "ade20k":
-        path = config.root / "objectInfo150.txt"
+        path, count = config.root / "objectInfo150.txt", DATASETS["ade20k"].labels["semantic"]
         if not path.is_file():
-            return [f"class {k}" for k in range(1, 151)]
+            return [f"class {k}" for k in range(1, count + 1)]
         rows = [line.split("\t") for line in _lines(path)[1:]]
         names = [row[-1].split(",")[0].strip() for row in rows]  # the first of the synonyms
-        if [row[0].strip() for row in rows] != [str(k) for k in range(1, 151)] or not all(names):
+        if [row[0].strip() for row in rows] != [str(k) for k in range(1, count + 1)] or not all(
+            names
+        ):
             raise ValueError(f"{path}: must have a headline, then rows 1 to 150 that end in names")
         return names
     path = config.root / "classes.txt"

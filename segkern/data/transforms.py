@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as F
 
-from .collate import VOID
+from ..structures.labels import VOID
 
 _TRIES = 10  # crops drawn before the last one is taken
 

@@ -1,59 +1,110 @@
-"""The models: a config dataclass and one class each."""
+"""The models: `MODELS` is the one place that lists their kinds.
+
+Adding one: its folder here, its parts in nn/, a recipe, and a line of `MODELS`.
+"""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple, Union
 
-from ..weights.segmenter import is_segmenter
+from ..weights.folders import model_type
 from .mask2former import Mask2Former as Mask2Former
 from .mask2former import Mask2FormerConfig as Mask2FormerConfig
 from .mask2former import Mask2FormerOutput as Mask2FormerOutput
+from .protocol import ModelConfig as ModelConfig
+from .protocol import SegmentationModel as SegmentationModel
 from .segmenter import Segmenter as Segmenter
 from .segmenter import SegmenterConfig as SegmenterConfig
 from .segmenter import SegmenterOutput as SegmenterOutput
 
-Config = Mask2FormerConfig | SegmenterConfig
-Model = Mask2Former | Segmenter
-CLASSES = {
-    "mask2former": (Mask2FormerConfig, Mask2Former),
-    "segmenter": (SegmenterConfig, Segmenter),
+
+class Kind(NamedTuple):
+    """A row of `MODELS`.
+
+    Attributes:
+        config: class of its settings.
+        model: class of the model.
+        files: names that tell a checkpoint of its original code; Hugging Face's format and ours
+            say the kind in config.json.
+    """
+
+    config: type
+    model: type
+    files: tuple[str, ...] = ()
+
+
+MODELS = {
+    "mask2former": Kind(Mask2FormerConfig, Mask2Former),
+    "segmenter": Kind(SegmenterConfig, Segmenter, files=("variant.yml",)),
 }
+Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
 
 
-def kind_of(config: Config) -> str:
-    """The name of the config's model, a key of `CLASSES`.
+def default_config() -> Config:
+    """Of the model that is trained when none is named: small, for scenes of digits."""
+    return Mask2FormerConfig.tiny(11)
+
+
+def model_config(settings: dict) -> Config:
+    """The config of plain settings with their `kind`.
 
     Raises:
-        TypeError: no model has such a config.
+        KeyError: no such kind.
+        TypeError, ValueError: settings that it does not know or allow.
     """
-    for kind, (known, _) in CLASSES.items():
-        if isinstance(config, known):
-            return kind
-    raise TypeError(f"segkern has no model for a {type(config).__name__}")
+    settings = dict(settings)
+    return MODELS[settings.pop("kind")].config(**settings)
 
 
-def build_model(config: Config, pretrained: bool = True) -> Model:
+def build_model(config: ModelConfig, pretrained: bool = True) -> SegmentationModel:
     """A model with random weights.
 
     Args:
         config: what to build.
         pretrained: False leaves out the backbone's weights that the config asks for, where those
             of a checkpoint will be loaded over them.
+
+    Raises:
+        TypeError: no model has such a config.
     """
-    wanted = config if pretrained else replace(config, backbone_pretrained=False)
-    model = CLASSES[kind_of(config)][1](wanted)
+    kind = getattr(config, "kind", None)
+    if kind not in MODELS:
+        raise TypeError(f"segkern has no model for a {type(config).__name__}")
+    wanted = config
+    if config.backbone_pretrained and not pretrained:
+        wanted = replace(config, backbone_pretrained=False)
+    model = MODELS[kind].model(wanted)
     model.config = config
     return model
 
 
-def open_model(name: str | Path) -> Model:
+def open_model(name: str | Path) -> SegmentationModel:
     """Opens a checkpoint of any model, in eval mode.
 
     Args:
-        name: a folder that a model's `save_pretrained` or the original Segmenter wrote, or a name
-            on the Hugging Face hub.
+        name: a folder that a model's `save_pretrained`, transformers or a model's original code
+            wrote, or a name on the Hugging Face hub.
 
     Raises:
-        ValueError: see each model's `from_pretrained`.
+        ValueError: of no kind that segkern has; or see each model's `from_pretrained`.
     """
-    kind = "segmenter" if is_segmenter(name) else "mask2former"
-    return CLASSES[kind][1].from_pretrained(name)
+    folder = Path(name).parent if Path(name).is_file() else Path(name)
+    kinds = [
+        kind
+        for kind, row in MODELS.items()
+        if row.files and all((folder / file).is_file() for file in row.files)
+    ]
+    kind = kinds[0] if kinds else model_type(name)
+    if kind not in MODELS:
+        raise ValueError(
+            f"open_model: {name}: model_type must be one of {', '.join(MODELS)}, got {kind}"
+        )
+    return MODELS[kind].model.from_pretrained(name)
+
+
+def __getattr__(name: str):
+    """Tells who asks for what was here under another name."""
+    moved = {"CLASSES": "segkern.models.MODELS", "kind_of": "the attribute `kind` of a config"}
+    if name in moved:
+        raise AttributeError(f"segkern.models.{name} is now {moved[name]}")
+    raise AttributeError(f"module 'segkern.models' has no attribute {name!r}")

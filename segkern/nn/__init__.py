@@ -1,1 +1,1 @@
-"""Parts of models; they know ops and nothing above."""
+"""Parts that models are made of."""

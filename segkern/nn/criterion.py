@@ -7,7 +7,7 @@ M channels and h w size of the mask features.
     assignment   the cheapest one-to-one assignment of targets to queries
     class loss   weighted cross-entropy of all queries, "no object" where none is assigned
     mask losses  cross-entropy and dice of the assigned pairs, at uncertain points, over the
-                 number of all targets
+                 number of targets (`Targets.normalizer`)
     loss         weighted sum over losses and predictions
 
 Two things keep it small: matching samples the mask features and multiplies then, and the loss
@@ -23,13 +23,14 @@ from torch.autograd.function import once_differentiable
 
 from ..ops import linear_assignment, matching_cost, point_mask_loss, random_points
 from ..ops.point_sample import MATCHING
-from .targets import Targets
+from ..structures.targets import Targets
 
 
 class _Product(torch.autograd.Function):
-    """a b^T of a [B, N, M] and b [B, S, M], whose gradient lies in memory as b does.
+    """a b^T of a [B, N, M] and b [B, S, M]; the gradient of b has the layout of b, [B, S, M].
 
-    That of a plain product with the transpose lies across, and has to be copied.
+    The gradient of `a @ b.mT` would come as [B, M, S], transposed in memory: what reads it next
+    would have to copy a map of all pixels first.
     """
 
     @staticmethod
@@ -119,7 +120,10 @@ class Criterion(nn.Module):
             *self.points,
             impl=self.impl,
         )
-        total = self._number_of_targets(targets).to(bce.dtype)
+        total = targets.normalizer
+        if total is None:
+            total = targets.count.sum().clamp(min=1)
+        total = total.to(bce.dtype)
         losses |= {"loss_mask": bce.sum((0, 2)) / total, "loss_dice": dice.sum((0, 2)) / total}
         loss = sum(w * value.sum() for w, value in zip(self.weights, losses.values()))
         if self.training:
@@ -172,11 +176,3 @@ class Criterion(nn.Module):
             class_logits.to(exact).flatten(0, 2), label.flatten(), weight, reduction="none"
         )
         return each.view(B, R, Q).sum((0, 2)) / weight[label].sum((0, 2))
-
-    def _number_of_targets(self, targets: Targets) -> Tensor:
-        """The mean over processes of the number of targets in the batch, at least 1; []."""
-        total = targets.count.sum().float()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-            total = total / torch.distributed.get_world_size()
-        return total.clamp(min=1)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import conv3x3, feed_forward, group_norm, ms_deform_attn
-from .memory import plus, recomputed
 from .position import pixel_centres, sine_position
+from .recompute import plus, recomputed
 
 LEVELS = 3
 GROUPS = 32
@@ -236,7 +236,8 @@ class PixelDecoder(nn.Module):
         return self._pyramid(features[0], finest), x, shapes
 
     def _pyramid(self, x: Tensor, coarser: Tensor) -> Tensor:  # [B, M, h, w]
-        # one name for all: each map's memory is free for the next but one
+        # `x` is overwritten at each step so that no map outlives its use: the allocator can then
+        # give its memory, which is large, to the map after the next
         project, norm = self.adapter
         x = _normed(_pointwise(project, x), norm, up=coarser)
         convolution, norm = self.output_conv

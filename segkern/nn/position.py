@@ -1,70 +1,19 @@
-"""What depends on the sizes of the feature maps alone: sine position embedding, reference points.
+"""Sine position embedding and pixel centres: they depend on the sizes of the feature maps alone.
 
 Letters: C channel, L level, S pixels of all levels, h w size of a level.
 
-Both are computed once per (sizes, device, dtype) and kept, the last few of them; under
-`torch.compile` and `torch.export` they are part of the graph instead, because a traced graph must
-not depend on what an earlier call left behind. What is recorded to be replayed (`recording`) reads
-them where they lie and keeps them itself.
+Both are kept (`runtime.constants`): computed once for each set of arguments.
 """
 
-import functools
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-_KEPT = 8  # sizes; training at many scales must not pile up maps of 20 MB
-_LOCK = threading.Lock()
-_read: ContextVar[list[Tensor] | None] = ContextVar("read by a recording", default=None)
+from ..runtime.constants import constant
 
 
-@contextmanager
-def recording() -> Iterator[list[Tensor]]:
-    """Inside, work is recorded that is replayed later, at the same addresses.
-
-    Yields:
-        the kept tensors that the work reads; they must live as long as the record.
-    """
-    token = _read.set([])
-    try:
-        yield _read.get()
-    finally:
-        _read.reset(token)
-
-
-def is_recording() -> bool:
-    """Whether `recording` is underway: nothing may then be kept, or read without keeping it."""
-    return _read.get() is not None
-
-
-def _constant(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    kept: dict[tuple, Tensor] = {}  # the last used at the end
-
-    @functools.wraps(build)
-    def call(*args):
-        if torch.compiler.is_compiling():
-            return build(*args)
-        # an inference tensor could not be used in a later training step
-        with _LOCK, torch.inference_mode(False), torch.no_grad():
-            found = kept.pop(args, None)
-            if found is None and is_recording():
-                return build(*args)  # part of the record: it has no values before a replay
-            kept[args] = build(*args) if found is None else found
-            if len(kept) > _KEPT:
-                del kept[next(iter(kept))]
-            if is_recording():
-                _read.get().append(kept[args])
-            return kept[args]
-
-    return call
-
-
-@_constant
+@constant
 def sine_position(
     shapes: tuple[tuple[int, int], ...], channels: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -103,7 +52,7 @@ def sine_position(
     return torch.cat(levels).to(dtype)
 
 
-@_constant
+@constant
 def pixel_centres(
     shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype
 ) -> Tensor:

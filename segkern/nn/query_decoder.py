@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import mask_bits, masked_attn
-from .memory import recomputed
 from .position import sine_position
+from .recompute import recomputed
 
 LEVELS = 3
 
@@ -82,10 +82,10 @@ class DecoderLayer(nn.Module):
         key: Tensor,  # [B, S, H, D]
         value: Tensor,  # [B, S, H, D]
         bits: Tensor,  # [B, Q, ceil(S/32)] int32
-        open: Tensor,  # [B, Q] int32
+        open_keys: Tensor,  # [B, Q] int32, how many keys each query may attend to
     ) -> Tensor:  # [B, Q, C]
         query = self.cross_attn.q_proj(x + position).unflatten(-1, (self.heads, -1))
-        attended = self.cross_attn.out_proj(masked_attn(query, key, value, bits, open))
+        attended = self.cross_attn.out_proj(masked_attn(query, key, value, bits, open_keys))
         x = self.cross_norm(x + self.dropout(attended))
         x = self.self_norm(x + self.dropout(self._self_attention(x, position)))
         hidden = self.dropout(F.relu(self.linear1(x)))
@@ -155,15 +155,15 @@ class QueryDecoder(nn.Module):
             class logits [B, R, Q, K + 1] (the last class is "no object") and mask embeddings [B,
             R, Q, M], R = layers + 1.
         """
-        keys, values = self._keys_values(pixels, shapes)
+        keys, values = self.keys_values(pixels, shapes)
         levels = self._level_features(mask_features, shapes)
         x = self.query_feat.weight.expand(pixels.shape[0], -1, -1)
         position = self.query_embed.weight
         normed, embeddings = [self.norm(x)], []
         for i, layer in enumerate(self.layers):
             embeddings.append(self._mask_embedding(normed[-1]))
-            bits, open = mask_bits(embeddings[-1], levels[i % LEVELS])
-            x = layer(x, position, keys[i], values[i], bits, open)
+            bits, open_keys = mask_bits(embeddings[-1], levels[i % LEVELS])
+            x = layer(x, position, keys[i], values[i], bits, open_keys)
             normed.append(self.norm(x))
         embeddings.append(self._mask_embedding(normed[-1]))
         return self.class_embed(torch.stack(normed, 1)), torch.stack(embeddings, 1)
@@ -184,7 +184,7 @@ class QueryDecoder(nn.Module):
         )
         return [_planar(x) for x in resized]
 
-    def _keys_values(self, pixels: Tensor, shapes: tuple) -> tuple[list[Tensor], list[Tensor]]:
+    def keys_values(self, pixels: Tensor, shapes: tuple) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values [B, S, H, D] of every layer, those of a level in one product each."""
         count = len(self.layers)
         keys, values = [None] * count, [None] * count

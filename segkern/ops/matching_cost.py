@@ -1,4 +1,4 @@
-r"""What it costs to match every query with every target, for all predictions of a batch at once.
+r"""Costs of matching every query with every target, for all predictions of a batch at once.
 
     x[q, p] = mask_embed[q] . bilinear(features, point p)       s = sigmoid(x)
     t[j, p] = bilinear(masks[j], point p)

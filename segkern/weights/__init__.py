@@ -1,1 +1,1 @@
-"""State dicts: one file a format of another project, whether one fits a model; names of timm."""
+"""Helpers of every checkpoint format; no model's names of weights."""

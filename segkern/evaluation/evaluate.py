@@ -1,0 +1,190 @@
+"""Evaluates a model on a data set: panoptic quality, mask AP, mIoU, classes that it confuses.
+
+What the figures are is said in panoptic.py, instance.py and semantic.py.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..inference.segment import Input, check, find
+from ..io.atomic_files import writable_folder, write_json
+from ..models.protocol import SegmentationModel
+from ..structures.settings import Options, Views, one_of
+from .instance import Instances
+from .panoptic import Panoptic
+from .semantic import Semantic
+
+
+def evaluate(
+    model: SegmentationModel,
+    dataset,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    num_workers: int = 0,
+    object_mask_threshold: float = 0.8,
+    overlap_threshold: float = 0.8,
+    top_k: int = 100,
+    window: int | None = None,
+    stride: int | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    out: str | Path | None = None,
+    progress: bool = True,
+    cuda_graphs: bool = True,
+    options: Options | None = None,
+    views: Views | None = None,
+) -> dict:
+    """Runs the model over a data set and measures the results.
+
+    Args:
+        model: such as a `Mask2Former`, with as many labels as the data set has classes; its mode
+            stays.
+        dataset: samples by index, with a length, `classes` (names) and `stuff` (labels), or a
+            DataLoader over one that yields lists of samples. A sample is a dict: pixel_values
+            [3, h, w] float32 normalised, masks [n, H, W] uint8, labels [n] int64, semantic [H, W]
+            integers (labels the model does not have are void, as 255 is up to 255 classes). For
+            the semantic task alone it may have image [H, W, 3] uint8 in place of the first three,
+            which is resized and normalised as the model's config says.
+        tasks: any of "panoptic", "instance", "semantic"; None for all that the model can do.
+        limit: the first so many images; None for all.
+        batch_size, num_workers: of the loader made for a data set.
+        object_mask_threshold, overlap_threshold, top_k: see `Options`.
+        window, stride, scales, flip: see `Views`; other scales than 1 need samples with image.
+        out: JSON file for the result.
+        progress: show a bar.
+        cuda_graphs: as in `segment`.
+        options, views: in place of their settings.
+
+    Returns:
+        plain types, None where nothing occurs that could be measured: images, seconds,
+        images_per_second; panoptic: pq, sq, rq, things and stuff (pq, sq, rq each),
+        class_accuracy (of the true things, those that some predicted segment matches at IoU > 1/2:
+        the share with the right class), dice (of these matches), matched, instances, confusion
+        [K + 1][K + 1] (truth by prediction, last: nothing); instance: ap, ap50, ap75; semantic:
+        miou, pixel_accuracy; classes: a list with each class's figures.
+
+    Raises:
+        TypeError: window or stride is no integer.
+        ValueError: an option out of range or not for this model, no image, a model with another
+            number of labels, samples without what a task or the scales need, or `out` is a folder.
+        OSError: `out` cannot be written; found before the model runs.
+    """
+    loose = Options(object_mask_threshold, overlap_threshold, top_k)
+    options = one_of("evaluate", options, loose)
+    views = one_of("evaluate", views, Views(window, stride, scales, flip))
+    tasks = check("evaluate", model, tasks, options, views)
+    loader, source = _loader(dataset, limit, batch_size, num_workers)
+    total = len(source) if limit is None else min(limit, len(source))
+    classes, stuff = list(source.classes), tuple(source.stuff)
+    if len(classes) != model.config.num_labels:
+        raise ValueError(
+            f"evaluate: the model has {model.config.num_labels} labels, "
+            f"the data set {len(classes)} classes"
+        )
+    if out is not None:
+        if Path(out).is_dir():
+            raise ValueError(f"evaluate: out must be a file, got the folder {out}")
+        writable_folder(Path(out).parent)
+    kinds = {"panoptic": Panoptic, "instance": Instances, "semantic": Semantic}
+    meters = {task: kinds[task](len(classes), stuff) for task in tasks}
+    images, start = 0, time.perf_counter()
+    with _bar(progress) as bar:
+        job = bar.add_task("evaluate", total=total)
+        for samples in loader:
+            samples = samples[: total - images]
+            inputs = [_input(model, sample, tasks, views) for sample in samples]
+            together = tasks, options, views, stuff, len(samples), cuda_graphs
+            for i, results in find(model, inputs, *together):
+                for task, result in results.items():
+                    meters[task].update(result, samples[i])
+                images += 1
+                bar.advance(job)
+            if images >= total:
+                break
+    if not images:
+        raise ValueError("evaluate: the data set is empty")
+    seconds = time.perf_counter() - start
+    value = {
+        "images": images,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(images / seconds, 2),
+    }
+    rows = [
+        {"label_id": k, "name": name, "isthing": k not in stuff} for k, name in enumerate(classes)
+    ]
+    for meter in meters.values():
+        value |= meter.compute(rows)
+    value["classes"] = rows
+    if out is not None:
+        write_json(out, value)
+    return value
+
+
+def _input(model: SegmentationModel, sample: dict, tasks: tuple[str, ...], views: Views) -> Input:
+    """A sample on its way into the model; the result has the size of its targets.
+
+    Raises:
+        ValueError: the sample lacks what a task or the scales need.
+    """
+    if tasks != ("semantic",) and "masks" not in sample:
+        raise ValueError(
+            f"evaluate: tasks must be ('semantic',) for samples without masks, got {tasks}"
+        )
+    if "pixel_values" in sample and views.scales == (1.0,):
+        pixels = torch.as_tensor(sample["pixel_values"])
+        return Input((tuple(pixels.shape[1:]),), _size(sample), lambda _: pixels)
+    if "image" not in sample:
+        raise ValueError(
+            f"evaluate: scales must be (1.0,) for samples without image, got {views.scales}"
+        )
+    return Input.of(_picture(sample), model.config.input, views, _size(sample))
+
+
+def _picture(sample: dict) -> Tensor:
+    """[3, H, W] uint8."""
+    return torch.as_tensor(sample["image"]).movedim(2, 0)
+
+
+def _size(sample: dict) -> tuple[int, int]:
+    """(H, W) of the targets."""
+    return np.shape(sample["masks"])[1:] if "masks" in sample else np.shape(sample["semantic"])
+
+
+def _loader(dataset, limit: int | None, batch_size: int, num_workers: int):
+    """A loader of lists of samples, and the data set that knows its classes."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"evaluate: limit must be at least 1, got {limit}")
+    if isinstance(dataset, DataLoader):
+        return dataset, dataset.dataset
+    indices = range(len(dataset) if limit is None else min(limit, len(dataset)))
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=indices,
+        num_workers=num_workers,
+        collate_fn=_as_list,
+    )
+    return loader, dataset
+
+
+def _as_list(samples: list[dict]) -> list[dict]:
+    return samples
+
+
+def _bar(visible: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        transient=True,
+        disable=not visible,
+    )

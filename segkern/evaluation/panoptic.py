@@ -1,0 +1,102 @@
+"""Panoptic quality, and which classes are taken for which.
+
+Letters: H W image size, K class, n target, p predicted segment, t true segment.
+
+    PQ = sum of IoU over matches / (TP + FP / 2 + FN / 2), per class, match: same class, IoU > 1/2
+    SQ = mean IoU of the matches,  RQ = PQ / SQ; means go over the classes that occur
+
+Source: Panoptic Segmentation (Kirillov et al., CVPR 2019).
+Differs: torchmetrics' PanopticQuality forgives a missed segment where the prediction is void, and
+takes void predictions out of the union; the paper counts them, and so do we.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..structures.segmentation import Segmentation
+from .optional import mean_or_none, or_none, ratio_or_none
+
+
+class Panoptic:
+    """PQ, and matches of true things with whatever segment covers them."""
+
+    def __init__(self, classes: int, stuff: Sequence[int]):
+        self.stuff = stuff
+        self.iou, self.tp, self.fp, self.fn = np.zeros((4, classes))
+        self.dice = np.zeros(classes)  # sums over the matches of each true class
+        self.confusion = np.zeros((classes + 1, classes + 1), np.int64)
+
+    def update(self, result: Segmentation, sample: dict) -> None:
+        true, t_labels = truth_map(sample, self.stuff)
+        p_labels = np.array([s.label_id for s in result.segments], np.int64)
+        P, T, K = len(p_labels) + 1, len(t_labels) + 1, len(self.iou)
+        predicted = result.segmentation.cpu().numpy().astype(np.int64)
+        both = np.bincount((predicted * T + true).ravel(), minlength=P * T).reshape(P, T)
+        t_area, p_area, ignored = both.sum(0)[1:], both.sum(1)[1:], both[1:, 0]
+        both = both[1:, 1:]
+        union = (p_area - ignored)[:, None] + t_area - both
+        iou = both / np.maximum(union, 1)  # [p, t]
+        seen = t_area > 0
+        counted = (p_area > 0) & (ignored <= 0.5 * p_area)
+
+        match = (p_labels[:, None] == t_labels) & (iou > 0.5)
+        p, t = match.nonzero()
+        self.iou += np.bincount(t_labels[t], iou[p, t], K)
+        self.tp += np.bincount(t_labels[t], minlength=K)
+        self.fn += np.bincount(t_labels[seen & ~match.any(0)], minlength=K)
+        self.fp += np.bincount(p_labels[counted & ~match.any(1)], minlength=K)
+
+        things = seen & ~np.isin(t_labels, self.stuff)
+        match = (iou > 0.5) & things  # at most one in a row and in a column
+        p, t = match.nonzero()
+        np.add.at(self.confusion, (t_labels[t], p_labels[p]), 1)
+        np.add.at(self.confusion, (t_labels[things & ~match.any(0)], K), 1)
+        extra = counted & ~match.any(1) & ~np.isin(p_labels, self.stuff)
+        np.add.at(self.confusion, (K, p_labels[extra]), 1)
+        dice = 2 * both[p, t] / (p_area[p] - ignored[p] + t_area[t])
+        self.dice += np.bincount(t_labels[t], dice, K)
+
+    def compute(self, rows: list[dict]) -> dict:
+        total = self.tp + 0.5 * self.fp + 0.5 * self.fn
+        figures = np.full((3, len(total)), np.nan)  # pq, sq, rq
+        occurs = total > 0
+        figures[0, occurs] = self.iou[occurs] / total[occurs]
+        figures[1, occurs] = self.iou[occurs] / np.maximum(self.tp[occurs], 1)
+        figures[2, occurs] = self.tp[occurs] / total[occurs]
+        matches, found = self.confusion[:-1, :-1], self.confusion[:-1].sum(1)
+        right, matched = matches.diagonal(), matches.sum(1)
+        for k, row in enumerate(rows):
+            row |= {name: or_none(x) for name, x in zip(("pq", "sq", "rq"), figures[:, k])}
+            row |= {n: int(getattr(self, n)[k]) for n in ("tp", "fp", "fn")}
+            row["instances"] = int(found[k])
+            row["class_accuracy"] = ratio_or_none(right[k], matched[k])
+            row["dice"] = ratio_or_none(self.dice[k], matched[k])
+        is_stuff = np.isin(np.arange(len(total)), self.stuff)
+
+        def means(chosen):
+            return {
+                name: mean_or_none(x[chosen & occurs])
+                for name, x in zip(("pq", "sq", "rq"), figures)
+            }
+
+        return {
+            **means(occurs),
+            "things": means(~is_stuff),
+            "stuff": means(is_stuff),
+            "class_accuracy": ratio_or_none(right.sum(), matched.sum()),
+            "dice": ratio_or_none(self.dice.sum(), matched.sum()),
+            "matched": int(matched.sum()),
+            "instances": int(found.sum()),
+            "confusion": self.confusion.tolist(),
+        }
+
+
+def truth_map(sample: dict, stuff: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """[H, W] int32 with 0 for void and i for the i-th segment, and the labels of the segments."""
+    masks, labels = np.asarray(sample["masks"]), np.asarray(sample["labels"]).astype(np.int64)
+    ids = np.zeros(masks.shape[1:], np.int32)
+    first: dict[int, int] = {}
+    for i, (mask, label) in enumerate(zip(masks, labels.tolist()), 1):
+        ids[mask > 0] = first.setdefault(label, i) if label in stuff else i
+    return ids, labels

@@ -1,0 +1,256 @@
+"""From pictures to segments, with any model.
+
+Letters: B image, H W size of the result, h w size in the model.
+
+Images go through the model a batch at a time, those of one size together; what becomes of its
+logits depends on their form alone: masks of queries are post-processed as factors, without their
+maps, class logits of pixels go through windows, scales and mirror images.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..io.images import prepare, read_image, target_size
+from ..models.protocol import SegmentationModel
+from ..ops.segment_map import check_options
+from ..runtime.cuda_graphs import replayed
+from ..runtime.modes import evaluating
+from ..structures.logits import PixelLogits, QueryLogits
+from ..structures.segmentation import Segmentation
+from ..structures.settings import InputConfig, Options, Views, one_of
+from .postprocess import postprocess, semantic
+from .sliding_window import PIXELS_AT_ONCE, label_maps, predict
+
+
+def segment(
+    model: SegmentationModel,
+    images,
+    task: str | None = None,
+    object_mask_threshold: float = 0.8,
+    overlap_threshold: float = 0.8,
+    top_k: int = 100,
+    resize: str = "masks",
+    return_scores: bool = False,
+    batch_size: int = 4,
+    window: int | None = None,
+    stride: int | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    cuda_graphs: bool = True,
+    options: Options | None = None,
+    views: Views | None = None,
+) -> Segmentation | list[Segmentation]:
+    """Finds the segments of pictures.
+
+    Images are resized as the model's config says, and each is padded only to a multiple of its
+    divisor; those that then have one size go together. So a result does not depend on the other
+    images.
+
+    Args:
+        model: such as a `Mask2Former`, in whatever mode; the mode stays.
+        images: one image or a list, each a path, a PIL image, an array [H, W] or [H, W, C] or a
+            tensor [H, W] or [C, H, W]; uint8, or uint16, or floating in [0, 1]; C is 1 to 4 (grey,
+            alpha last; what is transparent shows white).
+        task: "panoptic", "instance" or "semantic"; None for the first that the model can do.
+        object_mask_threshold, overlap_threshold, top_k, resize, return_scores: see `Options`.
+        batch_size: images of one size that go through the model together.
+        window, stride, scales, flip: see `Views`.
+        cuda_graphs: on a GPU, run the model from a CUDA graph for sizes that come again and again
+            (`cuda_graphs.replayed`); False runs it eagerly and frees the graphs.
+        options, views: in place of their settings.
+
+    Returns:
+        one `Segmentation` for one image, a list for a list, at the images' own sizes.
+
+    Raises:
+        TypeError, ValueError: no image, NaN pixels, or an option out of range or not for this
+            model; a list's image is named by its place.
+    """
+    loose = Options(object_mask_threshold, overlap_threshold, top_k, resize, return_scores)
+    options = one_of("segment", options, loose)
+    views = one_of("segment", views, Views(window, stride, scales, flip))
+    task, *_ = check("segment", model, None if task is None else (task,), options, views)
+    one, names = not isinstance(images, (list, tuple)), model.config.labels.names
+    pictures = [
+        read_image(x, "image" if one else f"image {i}")
+        for i, x in enumerate([images] if one else images)
+    ]
+    inputs = [Input.of(picture, model.config.input, views) for picture in pictures]
+    results = [None] * len(inputs)
+    stuff = model.config.labels.stuff
+    for i, found in find(model, inputs, (task,), options, views, stuff, batch_size, cuda_graphs):
+        found[task].names = names
+        results[i] = found[task]
+    return results[0] if one else results
+
+
+def check(
+    caller: str,
+    model: SegmentationModel,
+    tasks: Sequence[str] | None,
+    options: Options,
+    views: Views,
+) -> tuple[str, ...]:
+    """Checks settings before work starts.
+
+    Returns:
+        the tasks, each once; those that the model can do where None is given.
+
+    Raises:
+        TypeError: no model by `models.protocol`.
+        ValueError: an option out of range, or a task or views that are not for this model.
+    """
+    config, name = getattr(model, "config", None), type(model).__name__
+    lacking = [n for n in ("predict", "inputs") if not hasattr(model, n)]
+    lacking += [f"config.{n}" for n in ("tasks", "logits", "input") if not hasattr(config, n)]
+    if lacking:
+        raise TypeError(
+            f"{caller}: model must have what segkern/models/protocol.py says; a {name} has no "
+            f"{', '.join(lacking)}"
+        )
+    tasks = tuple(dict.fromkeys(config.tasks if tasks is None else tasks))
+    for task in tasks or ("",):
+        check_options(task, *astuple(options))
+        if task not in config.tasks:
+            known = " or ".join(map(repr, config.tasks))
+            raise ValueError(f"{caller}: task must be {known} for a {name}, got {task!r}")
+    if config.logits is PixelLogits:
+        views.of(config.input)
+    elif views != Views():
+        raise ValueError(
+            f"{caller}: window, stride, scales and flip are for models that give class logits of "
+            f"pixels, a {name} gives masks"
+        )
+    return tasks
+
+
+class Input(NamedTuple):
+    """An image on its way into a model.
+
+    Attributes:
+        sizes: height and width at each scale of the views.
+        output: (H, W) of the result.
+        read: gives the image at scale number k, [3, h, w] float, normalised; called when its
+            batch is made.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    output: tuple[int, int]
+    read: Callable[[int], Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        picture: Tensor,
+        settings: InputConfig,
+        views: Views,
+        output: tuple[int, int] | None = None,
+    ) -> "Input":
+        """A picture [3, H, W], resized as a model takes it; the result has its size if no other
+        is given."""
+        own, at = tuple(picture.shape[1:]), [settings.at(scale) for scale in views.scales]
+        sizes = tuple(target_size(own, x.shortest_edge, x.longest_edge) for x in at)
+        return cls(sizes, output or own, lambda k: prepare(picture, at[k]))
+
+
+def find(
+    model: SegmentationModel,
+    inputs: Sequence[Input],
+    tasks: Sequence[str],
+    options: Options,
+    views: Views,
+    stuff: Sequence[int],
+    batch_size: int,
+    cuda_graphs: bool,
+) -> Iterator[tuple[int, dict[str, Segmentation]]]:
+    """Runs the model over images, those of one size together.
+
+    Args:
+        model: in whatever mode.
+        inputs: the images.
+        tasks, options, views: checked.
+        stuff: labels without instances.
+        batch_size: at most so many images at once.
+        cuda_graphs: as in `segment`.
+
+    Yields:
+        places in `inputs`, and the result of every task.
+    """
+    by_pixels = model.config.logits is PixelLogits
+    groups: dict[tuple, list[int]] = {}
+    for i, one in enumerate(inputs):
+        size = one.sizes if by_pixels else model.config.input.padded(one.sizes[0])
+        groups.setdefault(size, []).append(i)
+    for members in groups.values():
+        at_once = batch_size
+        if by_pixels:  # large images one by one, as their windows do not go together anyway
+            pixels = sum(h * w for h, w in inputs[members[0]].sizes)
+            at_once = max(1, min(batch_size, PIXELS_AT_ONCE // pixels))
+        for start in range(0, len(members), at_once):
+            places = members[start : start + at_once]
+            batch = [inputs[i] for i in places]
+            if by_pixels:
+                found = _by_pixels(model, batch, options, views, cuda_graphs)
+            else:
+                found = _by_queries(model, batch, tasks, options, stuff, cuda_graphs)
+            yield from zip(places, found)
+
+
+def _by_pixels(
+    model: SegmentationModel, batch: list[Input], options: Options, views: Views, cuda_graphs: bool
+) -> Iterator[dict[str, Segmentation]]:
+    weight = next(model.parameters())
+    images = [
+        torch.stack([one.read(k).to(weight) for one in batch]) for k in range(len(views.scales))
+    ]
+    sizes = [one.output for one in batch]
+    with evaluating(model), torch.no_grad():
+        found = label_maps(model, images, sizes, views, options.return_scores, cuda_graphs)
+    for labels, scores in found:
+        yield {"semantic": semantic(labels, scores, model.config.labels.names)}
+
+
+def _by_queries(
+    model: SegmentationModel,
+    batch: list[Input],
+    tasks: Sequence[str],
+    options: Options,
+    stuff: Sequence[int],
+    cuda_graphs: bool,
+) -> Iterator[dict[str, Segmentation]]:
+    padded = model.config.input.padded(batch[0].sizes[0])
+    pixels = next(model.parameters()).new_zeros((len(batch), 3, *padded))
+    for row, one in zip(pixels, batch):
+        (h, w), *_ = one.sizes
+        row[:, :h, :w] = one.read(0)
+    extra = {task: model.inputs(task, len(batch)) for task in tasks}
+    # no_grad, not inference_mode: constants that the model keeps must serve training too
+    with evaluating(model), torch.no_grad():
+        if any(extra.values()):
+            runs = {
+                task: replayed(predict, model, pixels, *extra[task], enabled=cuda_graphs)
+                for task in tasks
+            }
+        else:
+            runs = dict.fromkeys(tasks, replayed(predict, model, pixels, enabled=cuda_graphs))
+    del pixels, row  # large, and not needed while the caller works on the results
+    for b, one in enumerate(batch):
+        part = slice(b, b + 1)
+        results = {}
+        for task, logits in runs.items():
+            if not isinstance(logits, QueryLogits):
+                raise TypeError(
+                    f"segment: predict must return QueryLogits, got {type(logits).__name__}"
+                )
+            masks = logits.masks[part]
+            if logits.features is not None:
+                masks = masks, logits.features[part]
+            sizes = padded, [one.sizes[0]], [one.output]
+            (results[task],) = postprocess(
+                logits.classes[part], masks, task, *sizes, stuff, options=options
+            )
+        yield results

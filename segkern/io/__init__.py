@@ -1,0 +1,1 @@
+"""Files: pictures, run-length codes, drawings. Knows nothing of the rest of the package."""

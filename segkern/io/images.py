@@ -1,0 +1,172 @@
+"""Pictures of any kind to tensors, and tensors to what the model takes.
+
+Letters: C channels, H W size of the picture, h w size in the model.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+# what PIL's modes of more than 8 bits count as full brightness, if no pixel is brighter; "F" holds
+# 8-bit values as floats, or floats up to 1
+_FULL = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "I": 65535, "F": 255}
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Reads a picture whole, turned upright as its EXIF tag says.
+
+    Raises:
+        ValueError: no such file, or not an image that PIL can read; names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not an image that PIL can read") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def read_image(image, name: str = "image") -> Tensor:
+    """A picture as a tensor.
+
+    Args:
+        image: path, PIL image, array [H, W] or [H, W, C], tensor [H, W] or [C, H, W]; arrays and
+            tensors bool, uint8, uint16 or floating in [0, 1]; C is 1 (grey), 2 (grey, alpha), 3 or
+            4 (with alpha). What is transparent shows white, as most viewers do it. White is 65535
+            in a deep PIL image ("I") and 255 in a floating one ("F"; 1 if no pixel is above 1), or
+            the brightest pixel if that is more.
+        name: begins the message of an error.
+
+    Returns:
+        [3, H, W]: uint8 where 8 bits came, else float32 in [0, 1].
+
+    Raises:
+        TypeError: of no such kind or dtype.
+        ValueError: another shape, empty, NaN, out of range, or a file that is no image.
+    """
+    if isinstance(image, (str, Path)):
+        image = open_image(image)
+    if isinstance(image, Image.Image):
+        image = _from_pil(image, name)
+    if isinstance(image, np.ndarray):
+        x = torch.from_numpy(np.ascontiguousarray(image))
+        x = x.movedim(-1, 0) if x.ndim == 3 else x
+        layout = "[H, W] or [H, W, C]"
+    elif isinstance(image, Tensor):
+        x, layout = image.detach(), "[H, W] or [C, H, W]"
+    else:
+        raise TypeError(
+            f"{name}: must be a path, PIL image, array or tensor, got {type(image).__name__}"
+        )
+    x = x[None] if x.ndim == 2 else x
+    if x.ndim != 3 or not 1 <= x.shape[0] <= 4 or 0 in x.shape:
+        raise ValueError(
+            f"{name}: must be {layout} with 1 to 4 channels and not empty, got {list(image.shape)}"
+        )
+    if x.dtype == torch.bool:
+        x = x.float()
+    elif x.dtype == torch.uint16:
+        x = x.float() / 65535
+    elif x.is_floating_point():
+        x = x.float()
+        if not x.isfinite().all():
+            raise ValueError(f"{name}: pixels must be finite, got NaN or infinity")
+        low, high = x.min().item(), x.max().item()
+        if low < -1e-3 or high > 1 + 1e-3:
+            raise ValueError(
+                f"{name}: floating pixels must be in [0, 1], got {low:.4g} to {high:.4g}"
+            )
+        x = x.clamp(0, 1)
+    elif x.dtype != torch.uint8:
+        kind = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: pixels must be bool, uint8, uint16 or floating, got {kind}")
+    if x.shape[0] in (2, 4):
+        x = _on_white(x)
+    return x.expand(3, -1, -1)
+
+
+def read_pixels(image, name: str = "image") -> np.ndarray:
+    """A picture in 8 bits.
+
+    Args:
+        image, name: as `read_image` takes them.
+
+    Returns:
+        [H, W, 3] uint8.
+
+    Raises:
+        TypeError, ValueError: as `read_image`.
+    """
+    pixels = read_image(image, name)
+    pixels = pixels if not pixels.is_floating_point() else (pixels * 255).round().byte()
+    return np.ascontiguousarray(pixels.movedim(0, 2).numpy())
+
+
+def picture_suffixes() -> set[str]:
+    """Suffixes of the files that PIL can read, such as ".png"."""
+    return {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def prepare(image: Tensor, settings) -> Tensor:
+    """A picture as the model takes it: resized and normalised, not yet padded.
+
+    Args:
+        image: [3, H, W] uint8, or floating in [0, 1].
+        settings: a model's `config.input`: `shortest_edge`, `longest_edge` (pixels or None: no
+            such limit; both None keep the size), `mean` and `std`.
+
+    Returns:
+        [3, h, w] float32.
+    """
+    size = target_size(tuple(image.shape[1:]), settings.shortest_edge, settings.longest_edge)
+    x = image.float()
+    if size != tuple(image.shape[1:]):
+        x = F.interpolate(x[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+    if image.dtype == torch.uint8:
+        x = x.round() / 255  # 8 bits stay 8 bits when resized, as in training
+    mean, std = (x.new_tensor(v)[:, None, None] for v in (settings.mean, settings.std))
+    return (x - mean) / std
+
+
+def target_size(
+    size: tuple[int, int], shortest: int | None, longest: int | None
+) -> tuple[int, int]:
+    """Height and width whose short side is `shortest`, unless the long side passes `longest`."""
+    scales = [shortest / min(size)] if shortest else []
+    scales += (
+        [longest / max(size)]
+        if longest and (not scales or scales[0] * max(size) > longest)
+        else []
+    )
+    if not scales or (not shortest and scales[-1] >= 1):
+        return size
+    return tuple(max(1, int(s * scales[-1] + 0.5)) for s in size)
+
+
+def _from_pil(image: Image.Image, name: str) -> np.ndarray:
+    if image.mode in _FULL:
+        pixels = np.asarray(image).astype(np.float32)
+        low, high = pixels.min(initial=0), pixels.max(initial=0)
+        white = 1 if image.mode == "F" and high <= 1 else max(_FULL[image.mode], high)
+        if low < -1e-3 * white:
+            raise ValueError(f"{name}: pixels must not be negative, got {low:.4g}")
+        return pixels / np.float32(white)
+    if image.has_transparency_data:
+        return np.array(image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def _on_white(x: Tensor) -> Tensor:
+    """[C + 1, H, W] -> [C, H, W]: the last channel is the opacity."""
+    top = 255.0 if x.dtype == torch.uint8 else 1.0
+    pixels, alpha = x[:-1].float(), x[-1:].float() / top
+    mixed = pixels * alpha + top * (1 - alpha)
+    return mixed.round().to(x.dtype) if x.dtype == torch.uint8 else mixed

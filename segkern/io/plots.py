@@ -1,0 +1,216 @@
+"""Figures: rows of scenes, training curves, confusion matrices, attention maps.
+
+Letters: H W picture size, K class. Matplotlib is imported by the functions that need it.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .atomic_files import atomic
+from .overlay import colour, overlay
+
+
+def save_scenes(path: str | Path, rows, title: str | None = None, notes=None) -> None:
+    """Draws rows of input, truth and prediction.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        rows: (image [H, W, 3] uint8, truth, prediction) with two results each.
+        title: above all.
+        notes: a line of text beneath each row.
+
+    Raises:
+        ValueError: no row.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError("save_scenes: rows must not be empty")
+    height, width = rows[0][0].shape[:2]
+    side = 2.6
+    figure = _figure(
+        3 * side * min(2.0, width / height) + 0.3, (side + 0.2 * bool(notes)) * len(rows) + 0.5
+    )
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for r, (image, truth, prediction) in enumerate(rows):
+        views = (
+            _enlarged(image),
+            overlay(image, truth, label_stuff=False),
+            overlay(image, prediction, label_stuff=False),
+        )
+        for axis, view, name in zip(axes[r], views, ("input", "truth", "prediction")):
+            axis.imshow(view)
+            axis.set_axis_off()
+            if r == 0:
+                axis.set_title(name, fontsize=12)
+        if notes:
+            axes[r, 1].text(
+                0.5, -0.03, notes[r], transform=axes[r, 1].transAxes, ha="center", va="top", size=8
+            )
+    if title:
+        figure.suptitle(title, fontsize=13)
+    _save(figure, path)
+
+
+def save_curves(path: str | Path, log: str | Path) -> None:
+    """Draws losses, learning rate and metrics of a training log.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        log: JSON lines; each an object with "step" and any of "loss" (number), "losses" (name to
+            number), "lr" (number), "metrics" (name to number). A cut last line is left out.
+
+    Raises:
+        ValueError: no line with a step.
+    """
+    lines = _read_log(log)
+    series: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}, "lr": {}, "metrics": {}}
+    for line in lines:
+        step = line["step"]
+        for name, value in (("total", line.get("loss")), *line.get("losses", {}).items()):
+            _add(series["loss"], name, step, value)
+        _add(series["lr"], "learning rate", step, line.get("lr"))
+        for name, value in line.get("metrics", {}).items():
+            _add(series["metrics"], name, step, value)
+    panels = [name for name, lines in series.items() if lines]
+    if not panels:
+        raise ValueError(f"{log}: no losses, rates or metrics to draw")
+    figure = _figure(4.6 * len(panels), 3.6)
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for i, (name, points) in enumerate(series[panel].items()):
+            steps, values = (np.asarray(x, dtype=float) for x in zip(*points))
+            shade = [x / 255 for x in colour(i)]
+            if panel == "loss" and len(values) >= 20:
+                axis.plot(steps, values, color=shade, alpha=0.2, linewidth=0.8)
+                values = _smooth(values)
+            marker = "o" if len(values) < 20 else None
+            axis.plot(steps, values, color=shade, label=name, linewidth=1.6, marker=marker, ms=3)
+        axis.set_title(panel)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        if panel == "loss":
+            axis.set_yscale("log")
+        if panel == "metrics":
+            axis.set_ylim(0, 1)
+        if len(series[panel]) > 1:
+            axis.legend(fontsize=8, framealpha=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def save_confusion(path: str | Path, matrix, names: list[str]) -> None:
+    """Draws a confusion matrix, each row as shares of its sum, with the counts written in.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        matrix: [K + 1, K + 1] counts: truth by prediction; the last of each is "nothing".
+        names: K names.
+    """
+    matrix = np.asarray(matrix, dtype=float)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    size = max(4.0, 0.42 * len(matrix) + 1.6)
+    figure = _figure(size, size)
+    axis = figure.subplots()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    labels = [*names, "nothing"]
+    axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_xlabel("prediction")
+    axis.set_ylabel("truth")
+    if len(matrix) <= 32:
+        for y, x in zip(*matrix.nonzero()):
+            shade = "white" if shares[y, x] > 0.6 else "black"
+            axis.text(x, y, f"{matrix[y, x]:.0f}", ha="center", va="center", color=shade, size=7)
+    _save(figure, path)
+
+
+def save_attention(path: str | Path, image, maps, titles, at, plane, names) -> None:
+    """Draws attention maps over a picture, and classes in a plane.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        image: [H, W, 3] uint8, or floating in [0, 1].
+        maps: [n, h, w] floating, not negative; each is drawn up to its own maximum.
+        titles: n.
+        at: x and y of the place that looks, in [0, 1].
+        plane: [K, 2] places of the classes, or None.
+        names: K names of the classes.
+    """
+    panels = 1 + len(maps) + (plane is not None)
+    columns = min(panels, 4)
+    rows = -(-panels // columns)
+    figure = _figure(3.0 * columns, 3.0 * rows * image.shape[0] / image.shape[1] + 0.4 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    height, width = image.shape[:2]
+    extent = (0, width, height, 0)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, title in zip(axes, ["image", *titles]):
+        axis.imshow(image, extent=extent)
+        axis.set_title(title, fontsize=9)
+        axis.plot(at[0] * width, at[1] * height, "o", color="white", mec="black", ms=6)
+    for axis, values in zip(axes[1:], maps):
+        axis.imshow(values / max(values.max(), 1e-12), extent=extent, cmap="inferno", alpha=0.75)
+    if plane is not None:
+        axis = axes[panels - 1]
+        axis.set_axis_on()
+        axis.set_title("class embeddings", fontsize=9)
+        for k, (x, y) in enumerate(plane):
+            axis.plot(x, y, ".", color=[c / 255 for c in colour(k)])
+            axis.annotate(names[k], (x, y), fontsize=7)
+        axis.tick_params(labelsize=6)
+    _save(figure, path)
+
+
+def _enlarged(image: np.ndarray, least_side: int = 384) -> Image.Image:
+    times = max(1, -(-least_side // min(image.shape[:2])))
+    return Image.fromarray(image).resize((image.shape[1] * times, image.shape[0] * times), 0)
+
+
+def _read_log(path: str | Path) -> list[dict]:
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # a run that was killed may leave half a line
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    if not lines:
+        raise ValueError(f"{path}: no line with a step")
+    return lines
+
+
+def _add(series: dict, name: str, step: int, value) -> None:
+    if isinstance(value, (int, float)) and np.isfinite(value):
+        series.setdefault(name, []).append((step, value))
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over a twentieth of the points."""
+    reach = max(1, len(values) // 40)
+    sums = np.concatenate(([0.0], values.cumsum()))
+    places = np.arange(len(values))
+    low, high = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def _figure(width: float, height: float):
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "drawing curves needs matplotlib: pip install matplotlib "
+            "(or segkern's extra `train`: pip install '.[train]' in its folder)"
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)  # no display and no global state
+    return figure
+
+
+def _save(figure, path: str | Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130)

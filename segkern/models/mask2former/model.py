@@ -1,0 +1,286 @@
+"""Mask2Former: one model for panoptic, instance and semantic segmentation.
+
+Letters: B image, H W image size, h w size of the finest map, R prediction, Q query, T target,
+K class, M channels of the mask features.
+
+    maps                           = backbone(image)
+    mask features, pixels          = pixel decoder(maps)
+    class logits, mask embeddings  = query decoder(pixels, mask features)
+    mask logits                    = mask embeddings . mask features
+
+Training never builds the mask logits of all queries: matching samples the mask features at its
+points, and the loss builds the logits of the matched queries alone.
+Source: Mask2Former (Cheng et al., CVPR 2022). Names of arguments, results and most settings are
+those of Hugging Face transformers.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...nn.backbones import build_backbone
+from ...nn.criterion import Criterion
+from ...nn.pixel_decoder import PixelDecoder
+from ...nn.query_decoder import QueryDecoder
+from ...ops._checks import expect, got
+from ...structures.logits import QueryLogits
+from ...structures.roles import Role, parameter_roles
+from ...structures.targets import Targets
+from ...weights.state_dicts import misfits
+from . import huggingface
+from .config import Mask2FormerConfig
+
+
+@dataclass
+class Mask2FormerOutput:
+    """What `Mask2Former.forward` returns.
+
+    Attributes:
+        class_queries_logits: [B, Q, K + 1]; the last class is "no object".
+        masks_queries_logits: [B, Q, h, w]; None in training with targets, unless
+            `auxiliary_logits` was asked for.
+        loss: [], weighted sum of `losses`; None without targets.
+        losses: "loss_cross_entropy", "loss_mask" and "loss_dice" of each prediction, [R] each,
+            unweighted; None without targets.
+        auxiliary_logits: class_queries_logits and masks_queries_logits of every prediction but the
+            last, if asked for.
+    """
+
+    class_queries_logits: Tensor
+    masks_queries_logits: Tensor | None
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    auxiliary_logits: list[dict[str, Tensor]] | None = None
+
+
+class Mask2Former(nn.Module):
+    """Backbone, pixel decoder, query decoder and criterion.
+
+    Args:
+        config: what to build; weights are random, as the paper initialises them.
+    """
+
+    def __init__(self, config: Mask2FormerConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = build_backbone(config)
+        self.pixel_decoder = PixelDecoder(
+            self.backbone.channels,
+            channels=config.hidden_dim,
+            mask_channels=config.mask_feature_size,
+            layers=config.encoder_layers,
+            heads=config.num_attention_heads,
+            points=config.num_points_encoder,
+            feedforward=config.encoder_feedforward_dim,
+            dropout=config.dropout,
+        )
+        self.query_decoder = QueryDecoder(
+            config.num_labels,
+            channels=config.hidden_dim,
+            mask_channels=config.mask_feature_size,
+            queries=config.num_queries,
+            layers=config.decoder_layers,
+            heads=config.num_attention_heads,
+            feedforward=config.dim_feedforward,
+            dropout=config.dropout,
+        )
+        self.criterion = Criterion(
+            config.num_labels,
+            class_weight=config.class_weight,
+            mask_weight=config.mask_weight,
+            dice_weight=config.dice_weight,
+            no_object_weight=config.no_object_weight,
+            num_points=config.train_num_points,
+            oversample_ratio=config.oversample_ratio,
+            importance_sample_ratio=config.importance_sample_ratio,
+        )
+
+    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
+        """For backward keep only the inputs of the backbone's blocks and of the pixel decoder's
+        layers, and compute the rest again.
+
+        Args:
+            enable: False keeps everything, as at the start.
+        """
+        self.pixel_decoder.checkpointing = enable
+        if hasattr(self.backbone, "set_grad_checkpointing"):  # not for small images
+            self.backbone.set_grad_checkpointing(enable)
+
+    def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
+        """Nothing besides pixels: all tasks share one run."""
+        return ()
+
+    def predict(self, pixel_values: Tensor) -> QueryLogits:
+        """The last prediction, with the masks as two factors, which inference needs no product of.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised, zero-padded to the right and below.
+
+        Returns:
+            class logits [B, Q, K + 1], mask embeddings [B, Q, M] and features [B, M, h, w].
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        class_logits, embeddings, mask_features = self.all_predictions(pixel_values)
+        return QueryLogits(class_logits[:, -1], embeddings[:, -1], mask_features)
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """Matrices are those of the backbone and of the decoders' layers; Swin's tables of
+        position biases do not decay."""
+        name = "relative_position_bias_table"
+        tables = [p for path, p in self.backbone.named_parameters() if path.endswith(name)]
+        decoder = self.query_decoder
+        blocks = (self.backbone, self.pixel_decoder.layers, decoder.layers, decoder.mask_embed)
+        return parameter_roles(self, self.backbone, blocks, undecayed=tables)
+
+    def all_predictions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All predictions, with the masks as two factors.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised, zero-padded to the right and below.
+
+        Returns:
+            class logits [B, R, Q, K + 1], mask embeddings [B, R, Q, M] and mask features [B, M, h,
+            w]; mask logits are the product of the last two over M.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        expect("Mask2Former", "pixel_values", pixel_values, "B 3 H W", "float", {})
+        if 0 in pixel_values.shape:
+            raise ValueError(
+                f"Mask2Former: pixel_values must not be empty, got {got(pixel_values)}"
+            )
+        mask_features, pixels, shapes = self.pixel_decoder(self.backbone(pixel_values))
+        class_logits, embeddings = self.query_decoder(pixels, shapes, mask_features)
+        return class_logits, embeddings, mask_features
+
+    def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised.
+            targets: of the same B images, on the same device.
+
+        Returns:
+            the weighted sum [], and "loss_cross_entropy", "loss_mask" and "loss_dice" of each
+            prediction, [R] each, unweighted.
+        """
+        return self.criterion(*self.all_predictions(pixel_values), targets)
+
+    def forward(
+        self,
+        pixel_values: Tensor,  # [B, 3, H, W]
+        pixel_mask: Tensor | None = None,  # [B, H, W]
+        mask_labels: list[Tensor] | None = None,  # B of [T_b, H, W]
+        class_labels: list[Tensor] | None = None,  # B of [T_b]
+        targets: Targets | None = None,
+        auxiliary_logits: bool = False,
+    ) -> Mask2FormerOutput:
+        """Predictions, and the loss if there are targets.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised, zero-padded to the right and below.
+            pixel_mask: taken for Hugging Face's sake and not used: padding is not masked in
+                Mask2Former.
+            mask_labels: for each image [T_b, H, W] float, bool or uint8; together with
+                `class_labels`.
+            class_labels: for each image [T_b] int64 in [0, K).
+            targets: the same, packed; not together with the lists.
+            auxiliary_logits: also return the logits of the earlier predictions.
+
+        Returns:
+            A `Mask2FormerOutput`.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape or combination of arguments.
+        """
+        if mask_labels is not None or class_labels is not None:
+            if targets is not None or mask_labels is None or class_labels is None:
+                raise ValueError(
+                    "Mask2Former: give mask_labels and class_labels together, or targets alone"
+                )
+            targets = Targets.from_lists(
+                mask_labels, class_labels, pixel_values.shape[2:], self.config.num_labels
+            ).to(pixel_values.device)
+        class_logits, embeddings, mask_features = self.all_predictions(pixel_values)
+        out = Mask2FormerOutput(class_logits[:, -1], None)
+        if targets is not None:
+            out.loss, out.losses = self.criterion(class_logits, embeddings, mask_features, targets)
+        if targets is None or not self.training or auxiliary_logits:
+            out.masks_queries_logits = mask_logits(embeddings[:, -1], mask_features)
+        if auxiliary_logits:
+            out.auxiliary_logits = [
+                {
+                    "class_queries_logits": class_logits[:, r],
+                    "masks_queries_logits": mask_logits(embeddings[:, r], mask_features),
+                }
+                for r in range(class_logits.shape[1] - 1)
+            ]
+        return out
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_folder: str | Path, num_labels: int | None = None
+    ) -> "Mask2Former":
+        """Opens a checkpoint in Hugging Face's format.
+
+        Args:
+            name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
+                `save_pretrained`.
+            num_labels: K of the new task; where it differs from the checkpoint's, the class head
+                starts anew. None keeps the checkpoint's.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            ValueError: the weights are not those of the configured model (names the keys); nothing
+                is loaded then.
+        """
+        settings, weights = huggingface.read_folder(name_or_folder, num_labels)
+        known = {f.name for f in fields(Mask2FormerConfig)}
+        config = Mask2FormerConfig(**{k: v for k, v in settings.items() if k in known})
+        config.backbone_pretrained = False
+        fresh = num_labels is not None and num_labels != config.num_labels
+        if fresh:
+            config.num_labels, config.id2label, config.stuff = num_labels, None, ()
+        model = cls(config)
+        own = model.state_dict()
+        if fresh:
+            head = ("query_decoder.class_embed.weight", "query_decoder.class_embed.bias")
+            weights = weights | {k: own[k] for k in (*head, "criterion.empty_weight")}
+        weights = {"criterion.seed": own["criterion.seed"]} | weights
+        if faults := misfits(weights, own):
+            raise ValueError(
+                f"Mask2Former: {name_or_folder} does not fit the model; {'; '.join(faults)}"
+            )
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors as transformers reads them.
+
+        Args:
+            folder: is made if it is not there.
+        """
+        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        huggingface.write_folder(folder, settings, self.state_dict())
+
+
+def mask_logits(embeddings: Tensor, mask_features: Tensor) -> Tensor:
+    """Product of mask embeddings and mask features.
+
+    Args:
+        embeddings: [B, Q, M].
+        mask_features: [B, M, h, w].
+
+    Returns:
+        [B, Q, h, w].
+    """
+    # image by image: a CPU copies a stack of transposed maps in half precision before its product
+    logits = [x @ features.flatten(1) for x, features in zip(embeddings, mask_features)]
+    return torch.stack(logits).unflatten(2, mask_features.shape[2:])

@@ -1,0 +1,267 @@
+"""Segmenter: semantic segmentation by a Vision Transformer.
+
+Letters: B image, H W image size, p patch size, D channels, K class.
+
+    x      = encoder(image padded to multiples of p)             patch embeddings, global from the
+    logits = decoder(x): a map of H/p x W/p, resized bilinearly  first layer on
+
+Two decoders: one linear layer, or the mask transformer with an embedding for each class.
+Source: Segmenter (Strudel et al., ICCV 2021). Weights have the names of the original code.
+Differs: the encoder's unused ImageNet head is not part of the model.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...nn.bilinear import resize_matrix
+from ...nn.resized_cross_entropy import resized_cross_entropy
+from ...nn.vit import LinearDecoder, MaskTransformer, ViT, start_apart, start_locally
+from ...ops import resize_argmax
+from ...ops._checks import expect, expect_labels, got
+from ...structures.labels import VOID
+from ...structures.logits import PixelLogits
+from ...structures.roles import Role, parameter_roles
+from ...structures.targets import Targets
+from ...weights.state_dicts import misfits
+from . import original
+from .config import SegmenterConfig
+
+
+@dataclass
+class SegmenterOutput:
+    """What `Segmenter.forward` returns.
+
+    Attributes:
+        logits: [B, K, H, W]; None where a loss was asked for.
+        loss: [], mean cross entropy of the labelled pixels; None without labels.
+    """
+
+    logits: Tensor | None
+    loss: Tensor | None = None
+
+
+class Segmenter(nn.Module):
+    """Encoder and decoder.
+
+    Args:
+        config: what to build; weights are random, as the original initialises them, but for a
+            pretrained backbone.
+
+    Raises:
+        ValueError: timm has no such backbone or no weights of it, or they do not fit.
+    """
+
+    def __init__(self, config: SegmenterConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = ViT(
+            config.image_size,
+            config.patch_size,
+            config.embed_dim,
+            config.depth,
+            config.num_heads,
+            config.distilled,
+            config.dropout,
+            config.drop_path_rate,
+        )
+        if config.decoder == "linear":
+            self.decoder = LinearDecoder(config.embed_dim, config.num_labels)
+        else:
+            self.decoder = MaskTransformer(
+                config.embed_dim,
+                config.embed_dim,
+                config.num_labels,
+                config.decoder_layers,
+                config.decoder_dropout,
+                config.decoder_drop_path_rate,
+            )
+        if config.local_start:
+            start_locally(self.encoder)
+            if config.decoder == "mask":
+                start_apart(self.decoder)
+        if config.backbone_pretrained:
+            self.load_encoder(config.backbone)
+
+    def load_encoder(self, backbone: str | nn.Module) -> None:
+        """Takes the encoder's weights from a ViT or DeiT of timm, whose heads are left.
+
+        Position embeddings are resized to the config's image size. timm's LayerNorm has eps 1e-6,
+        ours keeps PyTorch's 1e-5, as the original does with the same weights.
+
+        Args:
+            backbone: timm's name of a pretrained model, which is downloaded once it is clear that
+                it fits; or a model.
+
+        Raises:
+            ValueError: no such model or no weights of it, or another architecture (names the
+                keys); nothing is loaded then.
+        """
+        name = backbone if isinstance(backbone, str) else type(backbone).__name__
+        encoder = self.encoder
+        if isinstance(backbone, str):
+            original.check_fit(original.timm_model(name, pretrained=False), encoder, name)
+            backbone = original.timm_model(name, pretrained=True)
+        original.check_fit(backbone, encoder, name)
+        encoder.load_state_dict(original.from_timm(backbone, encoder.grid))
+
+    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
+        """Keep only the inputs of the encoder's blocks for backward, and compute the rest again.
+
+        Args:
+            enable: False keeps everything, as at the start.
+        """
+        self.encoder.checkpointing = enable
+
+    def patch_logits(self, pixel_values: Tensor) -> Tensor:
+        """Class logits of the patches.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised, of any size; padded with zeros to the
+                right and below to multiples of p.
+
+        Returns:
+            [B, K, ceil(H / p), ceil(W / p)].
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        expect("Segmenter", "pixel_values", pixel_values, "B 3 H W", "float", {})
+        if 0 in pixel_values.shape:
+            raise ValueError(f"Segmenter: pixel_values must not be empty, got {got(pixel_values)}")
+        p = self.config.patch_size
+        H, W = pixel_values.shape[2:]
+        x = self.encoder(F.pad(pixel_values, (0, -W % p, 0, -H % p)))
+        logits = self.decoder(x[:, self.encoder.tokens :])
+        return logits.mT.unflatten(2, (-(-H // p), -(-W // p)))
+
+    def forward(
+        self,
+        pixel_values: Tensor,  # [B, 3, H, W]
+        labels: Tensor | None = None,  # [B, H, W]
+    ) -> SegmenterOutput:
+        """Class logits of every pixel, or the loss if there are labels.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised.
+            labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count. Out of range is an
+                error on the CPU in eager mode; elsewhere, where reading them would synchronise,
+                loss and gradients are NaN.
+
+        Returns:
+            A `SegmenterOutput`.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape, or a label out of range.
+        """
+        p = self.config.patch_size
+        patches = self.patch_logits(pixel_values)
+        B, _, h, w = patches.shape
+        H, W = pixel_values.shape[2:]
+        if labels is None:
+            logits = F.interpolate(patches, size=(p * h, p * w), mode="bilinear")
+            return SegmenterOutput(logits[:, :, :H, :W])
+        expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
+        expect_labels("Segmenter", labels, self.config.num_labels, VOID)
+        return SegmenterOutput(None, resized_cross_entropy(patches, labels, (p * h, p * w)))
+
+    def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
+        """Nothing besides pixels."""
+        return ()
+
+    def predict(self, pixel_values: Tensor) -> PixelLogits:
+        """Class logits of the patches.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised, of any size.
+
+        Returns:
+            maps [B, K, ceil(H / p), ceil(W / p)] and p.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        return PixelLogits(self.patch_logits(pixel_values), self.config.patch_size)
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """The encoder is the backbone; matrices are those of its and the decoder's blocks."""
+        decoder = getattr(self.decoder, "blocks", ())
+        return parameter_roles(self, self.encoder, (*self.encoder.blocks, *decoder))
+
+    @torch.no_grad()
+    def label_map(self, pixel_values: Tensor) -> Tensor:
+        """The likeliest class of each pixel: `forward(...).logits.argmax(1)` without the logits.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised, of any size.
+
+        Returns:
+            [B, H, W] int32.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        patches = self.patch_logits(pixel_values)
+        rows, columns = (
+            resize_matrix(n, self.config.patch_size, length, patches.device)
+            for n, length in zip(patches.shape[2:], pixel_values.shape[2:])
+        )
+        return resize_argmax(patches, rows, columns)
+
+    def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss.
+
+        Args:
+            pixel_values: [B, 3, H, W] floating, normalised.
+            targets: of the same B images, on the same device, with `semantic`, whose labels are
+                checked as `forward` says.
+
+        Returns:
+            mean cross entropy of the labelled pixels, [], and the same as "loss_cross_entropy",
+            [1].
+
+        Raises:
+            ValueError: targets without a map of labels, or a label out of range.
+        """
+        if targets.semantic is None:
+            raise ValueError("Segmenter: targets must have a semantic map, got None")
+        loss = self(pixel_values, targets.semantic.long()).loss
+        return loss, {"loss_cross_entropy": loss[None]}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Segmenter":
+        """Opens a checkpoint: `checkpoint.pth` and `variant.yml` of the original code, or
+        `config.json` and `model.safetensors` of `save_pretrained`.
+
+        Raises:
+            ValueError: a file is missing or is not what it should be, or the weights are not those
+                of the model that is described (names the keys).
+        """
+        settings, weights = original.read_folder(folder)
+        unknown = sorted(settings.keys() - {f.name for f in fields(SegmenterConfig)})
+        if unknown:
+            raise ValueError(f"Segmenter: {folder} has unknown settings: {', '.join(unknown)}")
+        settings["backbone_pretrained"] = False  # its weights are in the checkpoint
+        model = cls(SegmenterConfig(**settings))
+        found, K = original.labels_of(weights), model.config.num_labels
+        if found not in (None, K):
+            raise ValueError(
+                f"Segmenter: {folder} has weights for {found} labels, its settings say {K}"
+            )
+        if faults := misfits(weights, model.state_dict()):
+            raise ValueError(f"Segmenter: {folder} does not fit the model; {'; '.join(faults)}")
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, format: str = "segkern") -> None:
+        """Writes the model.
+
+        Args:
+            folder: is made if it is not there.
+            format: "segkern" (config.json, model.safetensors) or "original" (variant.yml,
+                checkpoint.pth).
+        """
+        original.write_folder(folder, asdict(self.config), self.state_dict(), format)

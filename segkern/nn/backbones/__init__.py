@@ -1,0 +1,46 @@
+"""Backbones: four maps of an image, each at twice the stride of the one before.
+
+Our own Swin; a small ResNet for small images; any other that timm has with such maps. All have
+`channels` and `strides`, and give a list of maps [B, C_i, h_i, w_i], finest first.
+
+Letters: B image, C channels, h w map size.
+"""
+
+from torch import nn
+
+from .resnet_digits import ResNetDigits
+from .swin import VARIANTS, Swin
+from .timm_backbone import OWN_SMALL, TimmBackbone
+
+
+def build_backbone(config) -> nn.Module:
+    """The backbone that a model's configuration asks for.
+
+    Args:
+        config: has `backbone` ("swin_tiny", "swin_small", "swin_base", "swin_large",
+            "resnet_digits" or the name of a timm model), `backbone_pretrained` (timm's weights),
+            `backbone_options` (arguments of `Swin`, `ResNetDigits` or `timm.create_model`, and
+            "freeze_norm" for the last) and `drop_path_rate`.
+
+    Returns:
+        A module from [B, 3, H, W] to four maps, with `channels` and `strides`.
+
+    Raises:
+        ValueError: unknown name, no four maps at doubling strides, or pretrained weights of a
+            backbone that has none.
+    """
+    name, options = config.backbone, dict(config.backbone_options)
+    if config.drop_path_rate:
+        options["drop_path_rate"] = config.drop_path_rate
+    if name not in VARIANTS and name != OWN_SMALL:
+        freeze_norm = options.pop("freeze_norm", False)
+        return TimmBackbone(name, config.backbone_pretrained, freeze_norm, options)
+    if config.backbone_pretrained:
+        raise ValueError(
+            f"build_backbone: backbone_pretrained must be False for '{name}', whose weights come "
+            "with whole models; timm's names have pretrained backbones"
+        )
+    if name == OWN_SMALL:
+        options.pop("drop_path_rate", None)
+        return ResNetDigits(**options)
+    return Swin(**VARIANTS[name] | options)

@@ -1,0 +1,85 @@
+"""Cross entropy of logits that are resized to the labels a band of rows at a time.
+
+Letters: B image, K class, h w size of the logits, H W size of the labels, r rows of a band.
+
+    loss = mean over labelled pixels of logsumexp_k(z) - z[label],   z = resize(logits)
+
+The resized logits [B, K, H, W] are formed a band at a time and left again: with the loss of a band
+comes its gradient softmax(z) - one_hot(label), which the transposed resize brings back to the
+size of the logits. Only that is kept.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..structures.labels import VOID
+from .bilinear import neighbours, widened
+
+_VALUES_AT_ONCE = 2**21  # of a band of resized logits: 8 MB in float32
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, size):
+        exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        maps = logits.detach().to(exact)
+        grad, total = torch.zeros_like(maps), maps.new_zeros(())
+        counts = labels != VOID
+        outside = counts & ((labels < 0) | (labels >= logits.shape[1]))
+        # nothing may wait for the device to raise: loss and gradient are NaN, and training stops
+        count = counts.sum().to(exact).where(~outside.any(), float("nan"))
+        for rows in _bands(maps, labels, size):
+            first, weights = neighbours(rows, maps.shape[2], size[0], maps.device)
+            weights = weights.to(maps)
+            part = slice(first, first + weights.shape[1])
+            thin = torch.einsum("rn,bknw->bkrw", weights, maps[:, :, part])
+            z = widened(thin, size[1])[..., : labels.shape[2]]
+            known = counts[:, rows.start : rows.stop]
+            truth = labels[:, rows.start : rows.stop].clamp(0, logits.shape[1] - 1)
+            index = truth.where(known, 0).unsqueeze(1)
+            log_p = z.log_softmax(1)
+            total -= log_p.gather(1, index)[:, 0].where(known, 0).sum()
+            slope = log_p.exp_()
+            slope.scatter_add_(1, index, -torch.ones_like(index, dtype=exact))
+            slope *= known.unsqueeze(1)
+            if thin.shape[3] != size[1]:
+                slope = F.pad(slope, (0, size[1] - labels.shape[2]))
+                slope = torch.ops.aten.upsample_bilinear2d_backward(
+                    slope, slope.shape[2:], thin.shape, False
+                )
+            grad[:, :, part] += torch.einsum("rn,bkrw->bknw", weights, slope)
+        ctx.save_for_backward(grad, count)
+        ctx.dtype = logits.dtype
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope):
+        grad, count = ctx.saved_tensors
+        return (grad * (slope / count)).to(ctx.dtype), None, None
+
+
+def _bands(maps: Tensor, labels: Tensor, size: tuple[int, int]) -> Iterator[range]:
+    rows = max(1, _VALUES_AT_ONCE // (maps.shape[0] * maps.shape[1] * size[1]))
+    for top in range(0, labels.shape[1], rows):
+        yield range(top, min(top + rows, labels.shape[1]))
+
+
+def resized_cross_entropy(logits: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mean cross entropy of logits that are resized to the labels, which are never whole.
+
+    Args:
+        logits: [B, K, h, w] floating.
+        labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count.
+        size: of the resized logits; its upper left [H, W] belongs to the labels.
+
+    Returns:
+        [] float32 (float64); NaN where no pixel counts, as torch's cross entropy, and where a
+        label is out of range.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        return _CrossEntropy.apply(logits, labels, size)

@@ -1,0 +1,9 @@
+"""Recipes: functions that return a `TrainConfig` tried out on its data, or a paper's settings."""
+
+from .mask2former import DIGITS_THRESHOLD as DIGITS_THRESHOLD
+from .mask2former import digits as digits
+from .segmenter import digits_segmenter as digits_segmenter
+from .segmenter import segmenter as segmenter
+
+# what `segkern train --recipe` knows
+RECIPES = {"digits": digits, "digits-segmenter": digits_segmenter, "segmenter": segmenter}

@@ -1,0 +1,1 @@
+"""How work runs: CUDA graphs, kept constants, devices, Ctrl-C."""

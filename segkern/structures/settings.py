@@ -1,0 +1,127 @@
+"""Settings that travel as one object: a model's input, views of an image, options of a result."""
+
+from dataclasses import dataclass, replace
+
+from ..ops._checks import expect_integer
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """How a model takes images.
+
+    Attributes:
+        mean, std: of the pixels in [0, 1], red, green, blue.
+        shortest_edge: pixels, to which an image's short side is resized; None keeps its size.
+        longest_edge: pixels, the most that the long side may get; None for no limit.
+        divisor: sides of a batch are padded to a multiple of it.
+        window: side in pixels of the windows that a large image is cut into; None takes it whole.
+        stride: pixels from one window to the next.
+        crop: (H, W) of random views in training; None where the data set decides.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    shortest_edge: int | None = None
+    longest_edge: int | None = None
+    divisor: int = 1
+    window: int | None = None
+    stride: int | None = None
+    crop: tuple[int, int] | None = None
+
+    def at(self, scale: float) -> "InputConfig":
+        """The same with edges times `scale`, at least 1."""
+        if scale == 1:
+            return self
+        edges = {
+            name: None if edge is None else max(1, round(scale * edge))
+            for name, edge in (
+                ("shortest_edge", self.shortest_edge),
+                ("longest_edge", self.longest_edge),
+            )
+        }
+        return replace(self, **edges)
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width rounded up to multiples of the divisor."""
+        return tuple(-(-side // self.divisor) * self.divisor for side in size)
+
+
+@dataclass(frozen=True)
+class Views:
+    """From where a model looks at an image: for models that give class logits of pixels.
+
+    Attributes:
+        window: side in pixels of the windows; None takes the model's.
+        stride: pixels from one window to the next; None takes the model's.
+        scales: sizes of the image to average over; 1 is the model's.
+        flip: average over the mirror images, too.
+
+    Raises:
+        TypeError: window or stride is no integer.
+        ValueError: out of range.
+    """
+
+    window: int | None = None
+    stride: int | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "scales", tuple(self.scales))
+        for name in ("window", "stride"):
+            if getattr(self, name) is not None:
+                expect_integer(f"segment: {name}", getattr(self, name))
+        if not self.scales or not all(s > 0 for s in self.scales):
+            raise ValueError(f"segment: scales must be positive, got {self.scales}")
+
+    def of(self, model: InputConfig) -> tuple[int | None, int | None]:
+        """Window and stride in pixels, the model's where none is given, its stride no further
+        than the window; (None, None) looks at whole images.
+
+        Raises:
+            ValueError: the stride is larger than the window.
+        """
+        window = model.window if self.window is None else self.window
+        if window is None:
+            if self.stride is not None:
+                raise ValueError("segment: stride needs a window, and the model has none")
+            return None, None
+        stride = self.stride
+        if stride is None:
+            stride = window if model.stride is None else min(model.stride, window)
+        if stride > window:
+            raise ValueError(f"segment: stride must be <= window ({window}), got {stride}")
+        return window, stride
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a result holds, as `ops.segment_map` makes it.
+
+    Attributes:
+        object_mask_threshold: panoptic: queries must score more than this, in [0, 1].
+        overlap_threshold: panoptic: a query must win this share of its own mask, in [0, 1].
+        top_k: instance: pairs of query and class to return.
+        resize: "masks" takes the mask logits to the output size; "scores", semantic only, takes
+            the summed class scores there, as the original does where it does semantic alone.
+        return_scores: semantic: the class scores of every pixel, too: K H W floats.
+    """
+
+    object_mask_threshold: float = 0.8
+    overlap_threshold: float = 0.8
+    top_k: int = 100
+    resize: str = "masks"
+    return_scores: bool = False
+
+
+def one_of(name: str, whole, loose):
+    """An object given whole, or else filled from single settings.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if whole is None:
+        return loose
+    if loose != type(loose)():
+        raise ValueError(f"{name}: give {type(loose).__name__} or its settings, not both")
+    return whole

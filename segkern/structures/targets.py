@@ -1,0 +1,131 @@
+"""Targets: the truth of a batch of images, packed into tensors of fixed shape.
+
+Letters: B image, T target slot, H W image size, K class.
+
+The number of slots is rounded up to a bucket, so that few shapes occur: kernels, graphs and
+allocations are reused. Slots from `count` on are padding: label 0, an empty mask, no weight.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops._checks import got
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 100)  # then multiples of 64
+
+
+class Targets(NamedTuple):
+    """The targets of B images.
+
+    Attributes:
+        labels: [B, T] int64 in [0, K).
+        masks: [B, T, H, W] uint8, 1 inside.
+        count: [B] int64, targets of each image; the slots behind them are padding.
+        ids: [B] int64, sample ids: random points depend on them and not on the place in the batch.
+        semantic: [B, H, W] uint8, the label of each pixel, 255 where it does not count; None where
+            the samples have none.
+        normalizer: [] floating, number of targets that losses of masks are divided by: where
+            several processes or batches make one step, the same for all (training.distributed).
+            None takes the number in this batch, at least 1.
+    """
+
+    labels: Tensor
+    masks: Tensor
+    count: Tensor
+    ids: Tensor
+    semantic: Tensor | None = None
+    normalizer: Tensor | None = None
+
+    @classmethod
+    def from_lists(
+        cls,
+        mask_labels: Sequence[Tensor],
+        class_labels: Sequence[Tensor],
+        size: tuple[int, int] | None = None,
+        num_labels: int | None = None,
+        ids: Sequence[int] | Tensor | None = None,
+    ) -> "Targets":
+        """Packs one tensor of masks and one of labels for each image, as Hugging Face passes them.
+
+        Values are read, so pack on the CPU (a CUDA tensor is waited for) and move the result.
+
+        Args:
+            mask_labels: for each image [n, H, W] float, bool or uint8; inside where not zero.
+            class_labels: for each image [n] integers.
+            size: (H, W) of the batch; None takes the first image's.
+            num_labels: K; None leaves the upper bound unchecked.
+            ids: sample ids, one an image; None counts from 0.
+
+        Raises:
+            TypeError: no tensor, or of another dtype.
+            ValueError: another number of masks and labels, a mask of another size, or a label
+                out of range.
+        """
+        B = len(mask_labels)
+        if B == 0 or len(class_labels) != B:
+            raise ValueError(
+                "targets: mask_labels and class_labels must have one tensor for each image, "
+                f"got {B} and {len(class_labels)}"
+            )
+        H, W = size or _last_two(mask_labels[0])
+        for b, (masks, labels) in enumerate(zip(mask_labels, class_labels)):
+            _check(b, masks, labels, (H, W), num_labels)
+        count = torch.tensor([len(labels) for labels in class_labels])
+        T, device = bucket(int(count.max())), mask_labels[0].device
+        packed_labels = torch.zeros(B, T, dtype=torch.int64, device=device)
+        packed_masks = torch.zeros(B, T, H, W, dtype=torch.uint8, device=device)
+        for b, (masks, labels) in enumerate(zip(mask_labels, class_labels)):
+            packed_labels[b, : len(labels)] = labels
+            packed_masks[b, : len(labels)] = masks != 0
+        ids = torch.as_tensor(range(B) if ids is None else ids, dtype=torch.int64)
+        if ids.shape != (B,):
+            raise ValueError(
+                f"targets: ids must be one integer for each of {B} images, got {got(ids)}"
+            )
+        return cls(packed_labels, packed_masks, count.to(device), ids.to(device))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
+        """The same targets on another device."""
+        return type(self)(
+            *(None if x is None else x.to(device, non_blocking=non_blocking) for x in self)
+        )
+
+
+def bucket(n: int) -> int:
+    """Slots for at most n targets an image: a few sizes up to 100, then multiples of 64."""
+    return next((b for b in BUCKETS if b >= n), -(-n // 64) * 64)
+
+
+def _last_two(masks) -> tuple[int, int]:
+    if not isinstance(masks, Tensor) or masks.ndim != 3:
+        raise TypeError(f"targets: masks of image 0 must be [n, H, W], got {got(masks)}")
+    return masks.shape[1], masks.shape[2]
+
+
+def _check(b: int, masks, labels, size: tuple[int, int], num_labels: int | None) -> None:
+    kinds = (torch.bool, torch.uint8)
+    if not isinstance(masks, Tensor) or not (masks.is_floating_point() or masks.dtype in kinds):
+        raise TypeError(
+            f"targets: masks of image {b} must be float, bool or uint8, got {got(masks)}"
+        )
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"targets: labels of image {b} must be integers, got {got(labels)}")
+    if masks.ndim != 3 or tuple(masks.shape[1:]) != tuple(size):
+        raise ValueError(
+            f"targets: masks of image {b} must be [n, {size[0]}, {size[1]}], the size of the "
+            f"batch, got {got(masks)}"
+        )
+    if labels.ndim != 1 or len(labels) != len(masks):
+        raise ValueError(
+            f"targets: image {b} must have one label for each of its {len(masks)} masks, "
+            f"got {got(labels)}"
+        )
+    top = "K" if num_labels is None else str(num_labels)
+    if len(labels):
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or (num_labels is not None and high >= num_labels):
+            bad = low if low < 0 else high
+            raise ValueError(f"targets: labels of image {b} must be in [0, {top}), got {bad}")

@@ -1,0 +1,1 @@
+"""Trains a model: settings, loop, step, optimizer, checkpoints, log."""

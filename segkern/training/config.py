@@ -1,0 +1,154 @@
+"""The settings of a training run."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..data import DataConfig, DigitsConfig, data_config
+from ..models import Config, default_config, model_config
+from ..structures.logits import PixelLogits
+from .step import PRECISIONS
+
+
+@dataclass
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        output: folder of the run: last.pt and model/, both of the last checkpoint, and log.jsonl.
+        overwrite: start anew in a folder that holds a run; its files are removed.
+        steps: batches to train on. A resumed run that gets more follows the longer schedule from
+            there on.
+        batch_size: images of a step.
+        lr: highest learning rate.
+        backbone_lr_factor: the backbone's rate over the others'.
+        min_lr: least learning rate of the schedule.
+        optimizer: "adamw", "sgd", or "muon" for the matrices inside blocks with AdamW for the
+            rest, which takes fewer steps from scratch and more time for each.
+        momentum: of SGD and Muon.
+        weight_decay: of the optimizer.
+        schedule: "cosine" or "poly" (power 0.9) to min_lr, or "steps": a tenth at 8/9 of the steps
+            and again at 26/27.
+        warmup: steps in which the rate rises.
+        clip: largest norm of the gradient; 0 does not clip.
+        precision: "fp32", "bf16" for autocast, or "fp16" for autocast with a scaled loss.
+        cuda_graphs: on a GPU capture the whole step in a CUDA graph for each size of a batch; not
+            with Muon, whose rate is a number of the host.
+        gradient_checkpointing: keep only the inputs of blocks and layers for backward, and compute
+            the rest again: less memory, more time.
+        seed: of the weights, the order of the samples and dropout.
+        device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
+        threads: of the CPU; 0 keeps torch's own choice.
+        workers: processes that load data; 0 loads in this one.
+        log_every: steps between lines of the log.
+        checkpoint_every: steps between checkpoints; the last step has one.
+        evaluate_every: steps between evaluations on the val split; 0 for none.
+        evaluate_scenes: images of each.
+        threshold: least score of a segment in evaluation, 0 to 1.
+        tensorboard: write curves for it, too, where it is installed.
+        data: the data set.
+        model: the model.
+    """
+
+    output: Path = Path("runs/digits")
+    overwrite: bool = False
+    steps: int = 2000
+    batch_size: int = 8
+    lr: float = 1e-4
+    backbone_lr_factor: float = 0.1
+    min_lr: float = 0.0
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
+    momentum: float = 0.9
+    weight_decay: float = 0.05
+    schedule: Literal["cosine", "poly", "steps"] = "cosine"
+    warmup: int = 10
+    clip: float = 0.01
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    cuda_graphs: bool = True
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    workers: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    evaluate_every: int = 0
+    evaluate_scenes: int = 100
+    threshold: float = 0.8
+    tensorboard: bool = True
+    data: DataConfig = field(default_factory=DigitsConfig)
+    model: Config = field(default_factory=default_config)
+
+    def __post_init__(self):
+        self.output = Path(self.output)
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"TrainConfig: threshold must be in [0, 1], got {self.threshold}")
+        for names, least in (
+            ("steps batch_size log_every checkpoint_every evaluate_scenes", 1),
+            ("lr min_lr backbone_lr_factor momentum weight_decay warmup clip seed", 0),
+            ("threads workers evaluate_every", 0),
+        ):
+            for name in names.split():
+                if not getattr(self, name) >= least:
+                    raise ValueError(
+                        f"TrainConfig: {name} must be >= {least}, got {getattr(self, name)}"
+                    )
+        for name, known in (
+            ("schedule", ("cosine", "poly", "steps")),
+            ("precision", tuple(PRECISIONS)),
+            ("optimizer", ("adamw", "sgd", "muon")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"TrainConfig: {name} must be one of {', '.join(known)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        needs = "semantic" if self.model.logits is PixelLogits else "masks"
+        if needs not in self.data.targets:
+            raise ValueError(
+                f"TrainConfig: a {self.model.kind} trains on {needs}, which data of kind "
+                f"{self.data.kind} does not have; it has {', '.join(self.data.targets)}"
+            )
+
+    def to_dict(self) -> dict:
+        """Nested plain types, as checkpoints keep it."""
+        parts = {
+            name: {"kind": part.kind}
+            | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(part).items()}
+            for name, part in (("data", self.data), ("model", self.model))
+        }
+        return asdict(self) | {"output": str(self.output)} | parts
+
+    @classmethod
+    def from_dict(cls, settings: dict) -> "TrainConfig":
+        """The config that `to_dict` described.
+
+        Raises:
+            ValueError: there are settings that this version does not know or allow.
+        """
+        try:
+            settings = _with_kinds(settings)
+            parts = {
+                "data": data_config(settings["data"]),
+                "model": model_config(settings["model"]),
+            }
+            return cls(**(settings | parts))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"settings of another version of segkern ({error})") from error
+
+
+def _with_kinds(settings: dict) -> dict:
+    """Settings of before configs had a kind, as they are now.
+
+    Then a model had a "type" and data none, and `backbone_lr_factor` did nothing where the
+    backbone was called otherwise: in the one model of then that gives class logits of pixels.
+    """
+    if "type" not in settings["model"]:
+        return settings
+    model, data = dict(settings["model"]), dict(settings["data"])
+    model["kind"] = model.pop("type")
+    data["kind"] = "folder" if "root" in data else "digits"
+    changed = {"model": model, "data": data}
+    if model_config(model).logits is PixelLogits:
+        changed["backbone_lr_factor"] = 1.0
+    return settings | changed

@@ -1,0 +1,95 @@
+"""Optimizers, their parameter groups, and schedules of the learning rate."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class MuonAndAdamW:
+    """Muon for the matrices of the blocks, AdamW for all else, as one optimizer.
+
+    Both take the same rate: Muon's steps are scaled to the size of AdamW's. Its rate is a number
+    of the host, so that its step is no part of a CUDA graph.
+    Source: Muon (Jordan et al., 2024), as torch.optim has it; the scale: Liu et al., 2025.
+
+    Args:
+        groups: of `parameter_groups`; those with "matrices" go to Muon.
+        momentum: of Muon.
+    """
+
+    def __init__(self, groups: list[dict], momentum: float):
+        capturable = groups[0]["params"][0].is_cuda
+        hidden = [group | {"lr": group["lr"].cpu()} for group in groups if group["matrices"]]
+        rest = [group for group in groups if not group["matrices"]]
+        self.parts = (
+            torch.optim.Muon(hidden, momentum=momentum, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, fused=True, capturable=capturable),
+        )
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for part, found in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(found)
+
+
+def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer | MuonAndAdamW:
+    """The optimizer of a `TrainConfig`; its rates are tensors."""
+    groups = parameter_groups(model, config)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    if config.optimizer == "muon":
+        return MuonAndAdamW(groups, config.momentum)
+    capturable = groups[0]["params"][0].is_cuda
+    return torch.optim.AdamW(groups, fused=True, capturable=capturable)
+
+
+def parameter_groups(model: nn.Module, config) -> list[dict]:
+    """Parameters by rate and decay, as `model.parameter_roles` has them; for Muon the matrices
+    are groups of their own."""
+    roles = model.parameter_roles()
+    groups: dict[tuple[float, float, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        role = roles[name]
+        factor = config.backbone_lr_factor if role.backbone else 1.0
+        decay = config.weight_decay if role.decayed else 0.0
+        matrix = role.matrix and config.optimizer == "muon"
+        if parameter.requires_grad:
+            groups.setdefault((factor, decay, matrix), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": decay,
+            "factor": factor,
+            "matrices": matrices,
+            "lr": torch.tensor(config.lr * factor, device=parameters[0].device),
+        }
+        for (factor, decay, matrices), parameters in groups.items()
+    ]
+
+
+def learning_rate(step: int, config) -> float:
+    """The learning rate of a `TrainConfig` at a step, from 0."""
+    share = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    gone = step / config.steps
+    if config.schedule == "cosine":
+        share *= 0.5 * (1 + math.cos(math.pi * gone))
+    elif config.schedule == "poly":
+        share *= (1 - gone) ** 0.9
+    else:
+        share *= 0.1 ** ((gone >= 8 / 9) + (gone >= 26 / 27))
+    return config.min_lr + (config.lr - config.min_lr) * share

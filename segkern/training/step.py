@@ -1,0 +1,84 @@
+"""One training step: forward, matching, loss, backward, clipping, optimizer.
+
+Nothing in it waits for the device, so that on a GPU the whole of it is captured in one CUDA graph
+for each size of a batch (image size and bucket of targets) and replayed.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..data.collate import Batch
+from ..runtime.cuda_graphs import Replay
+from ..structures.targets import Targets
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingLoss(nn.Module):
+    """The loss of a model as a module's forward, which is what DDP, FSDP and compile wrap: they
+    hook `forward`, and a call of `model.loss` would pass them by."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.model.loss(pixel_values, targets)
+
+
+class Step:
+    """Trains a model on one batch a call.
+
+    Args:
+        model: in training mode; has `loss(pixel_values, targets)`. Its `TrainingLoss` is `loss`,
+            in whose place a wrapped one may be put before the first call.
+        optimizer: of `build_optimizer`: rates are tensors, groups have a "factor".
+        clip: largest norm of the gradient; 0 does not clip.
+        precision: "fp32", "bf16" for autocast, or "fp16" for autocast with a scaled loss, whose
+            scale falls when a gradient overflows (that step is left out) and rises after 2000
+            steps without.
+        graphs: capture the step in CUDA graphs; without effect on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        clip: float = 0.0,
+        precision: str = "fp32",
+        graphs: bool = True,
+    ):
+        self.model, self.optimizer, self.clip = model, optimizer, clip
+        self.loss: nn.Module = TrainingLoss(model)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device.type
+        self.dtype = PRECISIONS[precision]
+        self.scaler = torch.amp.GradScaler(self.device, enabled=precision == "fp16")
+        self._run = Replay(self._eager) if graphs else self._eager
+
+    def __call__(self, batch: Batch, rate: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step.
+
+        Args:
+            batch: on the model's device; several processes, or batches of one step, first agree
+                on `batch.targets.normalizer` (training.distributed).
+            rate: learning rate; each group takes it times its factor.
+
+        Returns:
+            What the model's loss returns, without gradient.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(rate * group["factor"])
+        return self._run(batch.pixel_values, batch.targets)
+
+    def _eager(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            loss, losses = self.loss(pixel_values, targets)
+        self.scaler.scale(loss).backward()
+        if self.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip, error_if_nonfinite=False)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach(), {name: value.detach() for name, value in losses.items()}

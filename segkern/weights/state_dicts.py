@@ -1,0 +1,21 @@
+"""Compares a state dict with that of a model."""
+
+from torch import Tensor
+
+
+def misfits(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """Why `weights` cannot be loaded over `own`: missing, unexpected and misshapen keys."""
+
+    def short(keys):
+        return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+
+    found = {
+        "missing": [k for k in own if k not in weights],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [
+            f"{k} {list(weights[k].shape)} instead of {list(own[k].shape)}"
+            for k in own
+            if k in weights and weights[k].shape != own[k].shape
+        ],
+    }
+    return [f"{what}: {short(keys)}" for what, keys in found.items() if keys]

@@ -1,0 +1,222 @@
+"""The Triton kernels, compiled ahead of time for GPUs that are not there.
+
+The launchers run on meta tensors of real shapes, their launches are compiled and not run: what is
+checked is what a user's first call compiles. `make interpret` checks what the kernels compute.
+"""
+
+import contextlib
+import os
+from importlib import import_module
+
+import pytest
+import torch
+
+from segkern.ops import _library
+from segkern.ops._checks import exact_dtype
+from support.comparison import DTYPES
+from support.cubin import SHARED_LIMIT, usage
+
+pytest.importorskip("triton", reason="no Triton on this platform")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("decorated for the interpreter", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class _NoDevice:
+    """The driver of an architecture, as far as a compilation asks."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def set_current_device(self, device):
+        pass
+
+
+@contextlib.contextmanager
+def compiling(arch):
+    """Launches within are compiled for `arch` and gathered in the list that this gives."""
+    from segkern.kernels import _launch
+
+    compiled, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return compiled[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        kind = _launch.kind_of(SHARED_LIMIT[arch], arch // 10)
+        patch.setattr(_launch, "ASSUMED", _launch.ASSUMED._replace(kind=kind))
+        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(driver, "_active", _NoDevice(arch))  # reset_active() would need a GPU
+        yield compiled
+
+
+def launch(op, *args):
+    return getattr(import_module(f"segkern.kernels.{_library.TRITON[op]}"), op)(*args)
+
+
+def meta(dtype, *shape):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def masked_attn(dtype, B=2, Q=100, S=4096, H=8, D=32):
+    q, k, v = meta(dtype, B, Q, H, D), meta(dtype, B, S, H, D), meta(dtype, B, S, H, D)
+    mask = meta(torch.int32, B, Q, (S + 31) // 32), meta(torch.int32, B, Q)
+    out, norm = launch("masked_attn", q, k, v, *mask, D**-0.5)
+    grad = meta(dtype, B, Q, H * D)
+    launch("masked_attn_backward", grad, q, k, v, *mask, out, norm, D**-0.5)
+
+
+def mask_bits(dtype, B=2, Q=100, C=256, S=4096):
+    launch("mask_bits", meta(dtype, B, Q, C), meta(dtype, B, C, S), 0.0)
+
+
+def point_sample(dtype, B=2, C=256, h=64, w=96, P=12544):
+    points = meta(exact_dtype(meta(dtype)), B, P, 2)
+    launch("point_sample", meta(dtype, B, C, h, w), points)
+    launch("point_sample", meta(torch.uint8, B, C, h, w), points)
+    for deterministic in (False, True):
+        launch("point_sample_backward", meta(dtype, B, C, P), points, h, w, deterministic)
+
+
+def matching_cost(dtype, B=2, R=10, Q=100, K=133, C=256, h=64, w=96, T=20, H=256, W=384, P=12544):
+    launch(
+        "matching_cost",
+        meta(dtype, B, R, Q, K + 1),
+        meta(dtype, B, R, Q, C),
+        meta(dtype, B, C, h, w),
+        meta(torch.int64, B, T),
+        meta(torch.uint8, B, T, H, W),
+        meta(exact_dtype(meta(dtype)), B, R, P, 2),
+        meta(torch.int64, B),
+        2.0,
+        5.0,
+        5.0,
+    )
+
+
+def segment_map(dtype, B=2, Q=100, K=133, h=128, w=192, out=(480, 640), C=256, n=100):
+    """Every task; logits and, once, embeddings; both ways to resize for semantic."""
+    exact, masks = exact_dtype(meta(dtype)), meta(dtype, B, Q, h, w)
+    sizes = [512, 768, 500, 700, *out]
+    rows = meta(exact, B, Q), meta(torch.int64, B, Q)
+    launch("segment_map", *rows, meta(torch.bool, K), masks, None, sizes, 0.8)
+    product = meta(dtype, B, Q, C), meta(dtype, B, C, h, w)
+    launch("segment_map", *rows, None, *product, sizes, 0.8)
+    weights = meta(exact, B, Q, K)
+    for resized in (False, True):
+        for asked in (False, True):
+            launch("segment_map_semantic", weights, masks, None, sizes, resized, asked)
+    launch("segment_map_instance", meta(torch.int64, B, n), masks, None, sizes)
+    bits, order = (B, n, out[0], (out[1] + 31) // 32), meta(torch.int64, B, n)
+    launch("segment_map_cover", meta(torch.int32, *bits), order, out[1])
+
+
+OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map)
+# sizes of one call after another, none of which may compile anew after the first two
+SIZES = {
+    masked_attn: [{"S": s, "Q": q} for s in (1024, 1330, 4096, 16801) for q in (100, 77, 200)],
+    mask_bits: [{"S": s, "B": b} for s in (1024, 1330, 4096, 16801) for b in (2, 3, 16)],
+    point_sample: [{"P": p, "h": h} for p in (12544, 101, 37632) for h in (64, 51, 200)],
+    matching_cost: [{"T": t, "B": b} for t in (16, 20, 24, 100, 33) for b in (2, 3, 16)],
+    segment_map: [
+        {"h": h, "out": out, "Q": q, "K": k}
+        for out in ((480, 640), (500, 333), (1, 1))
+        for h in (128, 125)
+        for q, k in ((100, 133), (1, 1), (300, 19))
+    ],
+}
+SLOW = [pytest.mark.slow]
+# what is made for sm_89 differs from sm_86 in nothing but the name; kernels without tuning tables
+# are alike on all GPUs of some generations
+ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS)]
+ARCHITECTURES += [
+    (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost)
+]
+VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
+VARIANTS += [(op, 89, torch.bfloat16) for op in (masked_attn, mask_bits)]
+
+
+def named(variant):
+    op, arch, dtype = variant
+    quick = arch == 90 and dtype == torch.bfloat16
+    name = f"{op.__name__}-{str(dtype).removeprefix('torch.')}-{arch}"
+    return pytest.param(*variant, id=name, marks=() if quick else SLOW)
+
+
+def assert_fits(compiled, arch, folder, spills=False):
+    """Every kernel has the shared memory and, unless it may spill, the registers it needs."""
+    assert compiled
+    for kernel in {id(k): k for k in compiled}.values():
+        path = folder / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        (used,) = usage(path)
+        assert kernel.metadata.shared <= SHARED_LIMIT[arch], (kernel.metadata, used)
+        assert used["local"] == 0 or spills, (kernel.metadata, used)
+
+
+@pytest.mark.parametrize(("op", "arch", "dtype"), map(named, VARIANTS))
+def test_compiles_and_fits(op, arch, dtype, tmp_path):
+    with compiling(arch) as compiled:
+        op(dtype)
+    assert_fits(compiled, arch, tmp_path, spills=dtype == torch.float64)  # which is for checks
+
+
+HEADS = [(D, arch) for D in (64, 72, 256) for arch in (80, 86, 90, 100, 120)]
+HEADS = [(16, 90), *(pytest.param(*h, marks=SLOW) for h in HEADS)]
+
+
+@pytest.mark.parametrize(("D", "arch"), HEADS)
+def test_other_heads(D, arch, tmp_path):
+    with compiling(arch) as compiled:
+        masked_attn(torch.bfloat16, D=D)
+    assert_fits(compiled, arch, tmp_path)
+
+
+GPUS = {  # bytes of shared memory that a block may ask for, major capability: kind
+    "A100": (166912, 8, "163 KB"),
+    "Orin": (166912, 8, "163 KB"),
+    "RTX 3090": (101376, 8, "99 KB"),
+    "RTX 4090": (101376, 8, "99 KB"),
+    "RTX 5090": (101376, 12, "99 KB"),
+    "H200": (232448, 9, "227 KB"),
+    "B200": (232448, 10, "227 KB, 10.x"),
+}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_gpu_has_its_tables(gpu):
+    from segkern.kernels import _launch, mask_bits, masked_attn_backward, matching_cost
+    from segkern.kernels.masked_attn import FORWARD
+
+    *has, kind = GPUS[gpu]
+    assert _launch.kind_of(*has) == kind
+    for table in (mask_bits.TABLE, FORWARD, masked_attn_backward.BACKWARD):
+        assert {(kind, 2), (kind, 4), (kind, 8)} <= table.keys()
+    assert {(kind, "half"), (kind, "single")} <= matching_cost.TABLE.keys()
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_a_new_size_compiles_nothing(op):
+    variants = []
+    with compiling(90) as compiled:
+        for sizes in SIZES[op]:
+            op(torch.bfloat16, **sizes)
+            variants.append(len({kernel.hash for kernel in compiled}))
+    assert variants[-1] <= ALLOWED.get(op, variants[0]), variants
+
+
+# mask_bits reads 8, 4, 2 or 1 keys at a time, whichever divides their number
+ALLOWED = {mask_bits: 4}

@@ -1,0 +1,128 @@
+"""A Segmenter's folders: the original's format and ours, both ways, and what damages them."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import yaml
+from test_segmenter import CASES, SMALL
+
+from segkern.models.segmenter import original as weights
+from segkern.models.segmenter.config import SegmenterConfig
+from segkern.models.segmenter.model import Segmenter
+
+
+def random_model(**changes):
+    torch.manual_seed(1)
+    return Segmenter(replace(SMALL, **changes)).eval()
+
+
+@pytest.mark.parametrize("format", weights.FORMATS)
+@pytest.mark.parametrize("case", CASES)
+def test_folders_open_as_they_were_random_model(case, format, tmp_path):
+    model = random_model(**CASES[case])
+    model.save_pretrained(tmp_path, format=format)
+    again = Segmenter.from_pretrained(tmp_path)
+    wanted = asdict(model.config)
+    if format == "original" and model.config.decoder == "linear":
+        wanted |= {k: getattr(SegmenterConfig(), k) for k in ("decoder_layers", "decoder_dropout")}
+    assert asdict(again.config) == wanted
+    assert not again.training
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_the_original_format_has_the_originals_names(tmp_path):
+    random_model(distilled=True).save_pretrained(tmp_path, format="original")
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
+    assert state["encoder.head.weight"].shape == (1000, 64)
+    assert state["encoder.head_dist.bias"].shape == (1000,)
+    text = (tmp_path / "variant.yml").read_text()
+    assert "!!python/tuple" in text
+    variant = yaml.load(text, yaml.FullLoader)
+    assert variant["net_kwargs"]["decoder"]["name"] == "mask_transformer"
+    assert variant["net_kwargs"]["image_size"] == (64, 64)
+
+
+DAMAGED = {
+    "no variant.yml": ("variant.yml", None, "it has no variant.yml"),
+    "no checkpoint.pth": ("checkpoint.pth", None, "it has no checkpoint.pth"),
+    "cut checkpoint": ("checkpoint.pth", b"PK\x03\x04 cut", "not a whole checkpoint"),
+    "foreign yaml": ("variant.yml", b"a: 1\n", "has no section net_kwargs"),
+    "code in yaml": (
+        "variant.yml",
+        b"net_kwargs: !!python/object/apply:os.system ['true']\n",
+        "cannot be read: could not determine a constructor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_folders_are_named(case, tmp_path):
+    name, content, message = DAMAGED[case]
+    random_model().save_pretrained(tmp_path, format="original")
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Segmenter.from_pretrained(tmp_path)
+
+
+def test_unknown_settings_and_other_shapes_are_named(tmp_path):
+    random_model().save_pretrained(tmp_path, format="original")
+    path = tmp_path / "variant.yml"
+    text = path.read_text()
+    path.write_text(text.replace("  distilled: false", "  distilled: false\n  colour: blue"))
+    with pytest.raises(ValueError, match="unknown in net_kwargs: colour"):
+        Segmenter.from_pretrained(tmp_path)
+    path.write_text(text.replace("n_layers: 2", "n_layers: 3"))
+    with pytest.raises(ValueError, match=r"does not fit the model; missing: encoder\.blocks\.2"):
+        Segmenter.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("format", weights.FORMATS)
+@pytest.mark.parametrize("decoder", ["mask", "linear"])
+def test_another_number_of_labels_is_named(decoder, format, tmp_path):
+    random_model(decoder=decoder).save_pretrained(tmp_path, format)
+    path = tmp_path / {"segkern": "config.json", "original": "variant.yml"}[format]
+    text = path.read_text()
+    for name in ("n_cls: ", '"num_labels": '):
+        text = text.replace(f"{name}5", f"{name}6")
+    path.write_text(text)
+    with pytest.raises(ValueError, match="has weights for 5 labels, its settings say 6"):
+        Segmenter.from_pretrained(tmp_path)
+
+
+OWN = {
+    "unknown setting": ({"colour": "blue"}, ValueError, "has unknown settings: colour"),
+    "text for a number": (
+        {"patch_size": "16"},
+        TypeError,
+        "patch_size must be an integer, got '16'",
+    ),
+    "another decoder": ({"decoder": "linear"}, ValueError, "missing: decoder.head.weight"),
+    "another model": ({"model_type": "mask2former"}, ValueError, "is not of a Segmenter"),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_bad_settings_in_our_format(case, tmp_path):
+    change, error, message = OWN[case]
+    random_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(error, match=message):
+        Segmenter.from_pretrained(tmp_path)
+
+
+def test_settings_that_are_missing_have_their_defaults(tmp_path):
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    for name in ("backbone", "backbone_pretrained", "image_mean"):
+        del settings[name]
+    path.write_text(json.dumps(settings))
+    assert Segmenter.from_pretrained(tmp_path).config == model.config

@@ -1,0 +1,94 @@
+"""Two processes on one machine: each may compute a loss alone, and a step is that of the joined
+batch."""
+
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_step import network
+from torch.nn.parallel import DistributedDataParallel
+
+from segkern.structures.targets import Targets
+from segkern.training.distributed import normalized
+from segkern.training.step import TrainingLoss
+from support.inputs import random_targets
+
+
+def image(rank, counts=(3, 1)):
+    """Of a rank its image and targets; the number of targets differs."""
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(rank))
+    masks, labels = random_targets(counts, 5, 64, 64)
+    one = slice(rank, rank + 1)
+    return x, Targets.from_lists(masks[one], labels[one], (64, 64), 5, ids=[rank])
+
+
+def joined():
+    """The batch of both."""
+    x = torch.cat([image(rank)[0] for rank in (0, 1)])
+    return x, Targets.from_lists(*random_targets((3, 1), 5, 64, 64), num_labels=5, ids=[0, 1])
+
+
+def test_without_processes_the_batch_counts_alone():
+    targets = joined()[1]
+    assert targets.normalizer is None
+    assert normalized(targets).normalizer.item() == 4
+    empty = Targets.from_lists([torch.zeros(0, 8, 8)], [torch.zeros(0, dtype=torch.int64)])
+    assert normalized(empty).normalizer.item() == 1
+    model, (x, _) = network(), joined()
+    for part in (targets, normalized(targets)):
+        model.criterion.seed.zero_()
+        loss, losses = model.loss(x, part)
+        part = losses["loss_mask"]
+        assert loss.isfinite()
+    model.criterion.seed.zero_()
+    twice = targets._replace(normalizer=torch.tensor(8.0))
+    assert torch.allclose(2 * model.loss(x, twice)[1]["loss_mask"], part)
+
+
+def work(rank, file, results):
+    torch.set_num_threads(1)
+    wait = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", f"file://{file}", timeout=wait, rank=rank, world_size=2)
+    model = network()
+    for norm in model.modules():  # statistics of a part of the batch would differ
+        if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
+            norm.eval()
+    x, targets = image(rank)
+    if rank == 0:
+        model.loss(x, targets)  # alone, as rank 0 does that validates
+        model.criterion.seed.zero_()
+    loss = DistributedDataParallel(TrainingLoss(model), find_unused_parameters=True)
+    _, losses = loss(x, normalized(targets))
+    (losses["loss_mask"].sum() + losses["loss_dice"].sum()).backward()
+    # plain types: a tensor's file would be gone with this process
+    results.put((rank, [None if p.grad is None else p.grad.tolist() for p in model.parameters()]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_step_of_the_joined_batch(tmp_path):
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=work, args=(rank, tmp_path / "store", results)) for rank in (0, 1)
+    ]
+    for worker in workers:
+        worker.start()
+    found = dict(results.get(timeout=150) for _ in workers)
+    for worker in workers:
+        worker.join(30)
+        assert worker.exitcode == 0
+    model = network()
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
+            norm.eval()
+    _, losses = model.loss(*joined())
+    # the mean over processes of each sum over the mean number: the joined sum over the number
+    (losses["loss_mask"].sum() + losses["loss_dice"].sum()).backward()
+    for mine, other, p in zip(found[0], found[1], model.parameters(), strict=True):
+        assert mine == other
+        if p.grad is not None:
+            torch.testing.assert_close(torch.tensor(mine), p.grad, rtol=1e-3, atol=1e-5)
