@@ -4,15 +4,15 @@ import importlib
 import re
 
 import pytest
-import torch
-from torch import Tensor
-
 import test_conv3x3
 import test_linear_assignment
 import test_mask_bits
 import test_masked_attn
 import test_resize_argmax
 import test_segment_map
+import torch
+from torch import Tensor
+
 from segkern import ops
 from segkern.ops.linear_assignment import linear_assignment_reference
 from support import inputs

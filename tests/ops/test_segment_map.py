@@ -1,4 +1,4 @@
-"""segment_map: the kernels against the formula; tests/test_infer.py has the original's rules."""
+"""segment_map: the kernels against the formula (the original's rules: test_postprocess.py)."""
 
 import pytest
 import torch
@@ -22,10 +22,7 @@ CASES = {
     "one pixel of logits": ({"h": 1, "w": 1}, ((4, 4), (3, 4), (5, 70))),
     "one pixel of output": ({}, ((64, 96), (50, 60), (1, 1))),
     "one query, one class": ({"Q": 1, "K": 1}, ((64, 96), (64, 96), (33, 65))),
-    "many queries and classes": (
-        {"B": 1, "Q": 100, "K": 133, "kind": "shapes"},
-        ((64, 96), (64, 90), (70, 111)),
-    ),
+    "many": ({"B": 1, "Q": 100, "K": 133, "kind": "shapes"}, ((64, 96), (64, 90), (70, 111))),
     "shapes": (
         {"h": 40, "w": 60, "kind": "shapes"},
         ((160, 240), (150, 240), (230, 257)),
@@ -65,23 +62,21 @@ def check(inputs, task, sizes, **options):
     gives it another: within rounding of a tie or a threshold. Rows are compared where none did.
     """
     dtype, promoted = inputs[1].dtype, promote(inputs)
+    double = dtype == torch.float64
+    coarse = COARSE if double else 1.0
+
+    def reference(values=promoted):
+        return run(segment_map_reference, values, task, sizes, **options)
+
     found = run(segment_map, inputs, task, sizes, **options)
-    eager = run(segment_map_reference, inputs, task, sizes, **options)
-    exact = run(segment_map_reference, promoted, task, sizes, **options)
+    eager, exact = reference(inputs), reference()
     assert found.keys() == exact.keys()
     for name, t in exact.items():
         assert found[name].shape == t.shape, name
         assert found[name].dtype == eager[name].dtype, name
-
     away = {k: torch.zeros_like(exact[k]) for k in ("scores", "class_scores") if k in exact}
     undecided = torch.zeros_like(exact["map"], dtype=torch.bool)
-    double = dtype == torch.float64
-    sums, coarse = (dtype, COARSE) if double else (torch.float32, 1.0)
-
-    def drawn():
-        return run(segment_map_reference, promoted, task, sizes, **options)
-
-    for other in moved(drawn, sums, coarse=coarse):
+    for other in moved(reference, dtype if double else torch.float32, coarse=coarse):
         undecided |= other["map"] != exact["map"]
         for name, most in away.items():
             torch.maximum(most, (other[name] - exact[name]).abs() / coarse, out=most)
@@ -97,8 +92,9 @@ def check(inputs, task, sizes, **options):
         assert not double
         assert (found["areas"] - exact["areas"]).abs().sum() <= 2 * n + 4
     if "class_scores" in exact:
-        name = "class_scores"
-        assert_within(found[name], exact[name], away[name], name)
+        assert_within(
+            found["class_scores"], exact["class_scores"], away["class_scores"], "classes"
+        )
     return found
 
 
@@ -338,10 +334,8 @@ def test_opcheck():
     embed, features = torch.randn(2, 13, 8), torch.randn(2, 8, 16, 24)
     torch.library.opcheck(ops.segment_map, (scores, labels, None, embed, features, sizes, 0.5))
     weights = classes.softmax(-1)[..., :-1]
-    for scaled, asked in ((False, False), (True, True)):
-        torch.library.opcheck(
-            ops.segment_map_semantic, (weights, masks, None, sizes, scaled, asked)
-        )
+    for flags in ((False, False), (True, True)):
+        torch.library.opcheck(ops.segment_map_semantic, (weights, masks, None, sizes, *flags))
     queries = torch.tensor([[3, 0, -1], [1, 12, 2]])
     torch.library.opcheck(ops.segment_map_instance, (queries, masks.bfloat16(), None, sizes))
     bits, _, _ = ops.segment_map_instance(queries, masks, None, sizes)
