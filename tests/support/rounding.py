@@ -15,6 +15,8 @@ How much an operation rounds, in units u of half an ulp (Higham and Mary, 2019, 
 - copies, comparisons, choices and indexing: nothing.
 """
 
+import functools
+import random
 from collections.abc import Callable
 
 import torch
@@ -153,6 +155,19 @@ RULES = {
 }
 
 
+@functools.cache
+def _pool() -> Tensor:
+    """Uniform numbers in [-1, 1), of which an operation takes some in a row, from any place on."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(2**22, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
+
+
+@functools.cache
+def _parts_of(func) -> Callable | None:
+    """What computes `func` by other operations, if anything does."""
+    return MADE_OF_OTHERS.get(func, func.decompose if func._can_decompose() else None)
+
+
 class RandomRounding(TorchDispatchMode):
     """Every float64 result inside the block is moved by rounding of unit `unit`.
 
@@ -167,7 +182,7 @@ class RandomRounding(TorchDispatchMode):
     def __init__(self, unit: float, stored: float | None = None):
         super().__init__()
         self.unit, self.stored = unit, unit if stored is None else stored
-        self.generator = torch.Generator().manual_seed(0)
+        self.random = random.Random(0)
         self.sizes: list[Tensor] = []  # of the moves, in the order of the operations
         self.done = 0
 
@@ -181,8 +196,11 @@ class RandomRounding(TorchDispatchMode):
             self.sizes.append(size().nan_to_num(0, 0, 0))
         size = self.sizes[self.done]
         self.done += 1
-        noise = torch.rand(y.shape, generator=self.generator, dtype=y.dtype, device="cpu")
-        y.add_(noise.to(y.device).mul_(2).sub_(1).mul_(size))
+        n, pool = y.numel(), _pool()
+        if n > len(pool):
+            pool = pool.repeat(n // len(pool) + 1)
+        start = self.random.randrange(len(pool) - n + 1)
+        y.addcmul_(pool[start : start + n].view(y.shape).to(y.device), size)
 
     def _resized(self, x, size, *rest, back) -> Tensor:
         """Bilinear resizing or its transpose; weights are fractions of places, which round."""
@@ -204,7 +222,7 @@ class RandomRounding(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        parts = MADE_OF_OTHERS.get(func, func.decompose if func._can_decompose() else None)
+        parts = _parts_of(func)
         if parts is not None:
             done = self.done
             with self:  # which begins anew
