@@ -168,6 +168,17 @@ def results(function: Callable, inputs: Sequence, grads: Sequence[int], dtype: t
     return [o.detach() for o in outputs] + [values[i].grad for i in grads]
 
 
+def assert_same(
+    kernel: Callable, other: Callable, inputs: Sequence, grads: Sequence[int] = ()
+) -> None:
+    """Raises AssertionError unless both give the same bits: the one runs the other."""
+    dtype = next(v.dtype for v in inputs if isinstance(v, Tensor) and v.is_floating_point())
+    both = (results(f, inputs, grads, dtype) for f in (kernel, other))
+    for i, (a, b) in enumerate(zip(*both, strict=True)):
+        assert a.dtype == b.dtype, f"result {i}: {a.dtype}, want {b.dtype}"
+        assert torch.equal(a, b), f"result {i}: not the same"
+
+
 def compare(
     kernel: Callable,
     reference: Callable,
