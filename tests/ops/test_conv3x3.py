@@ -15,11 +15,13 @@ CASES = {
     "one row": {"h": 1, "w": 5},
     "one channel to one": {"C": 1, "K": 1},
     "more than a vector": {"C": 37, "K": 50},
-    "several bands": {"C": 700, "K": 600, "h": 14, "w": 16, "B": 1},
+    "several bands": {"C": 500, "K": 420, "h": 18, "w": 16, "B": 1},
     "a level of the pixel decoder": {"B": 1, "C": 256, "K": 256, "h": 20, "w": 18},
     "no image": {"B": 0},
 }
 CHECKED = [torch.float32, torch.float64]  # half precision is PyTorch's own
+SMALL = [c for c in CASES if c not in ("several bands", "a level of the pixel decoder")]
+BOTH = [(case, dtype) for case in CASES for dtype in (DTYPES if case in SMALL else CHECKED)]
 TAPS = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # G
 PATCH = torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])  # B^T
 BACK = torch.tensor([[1.0, 1, 1, 0], [0, 1, -1, -1]])  # A^T
@@ -46,14 +48,12 @@ def check(inputs, grads=()):
         compare(conv3x3, conv3x3_reference, inputs, grads, algorithm=algorithm)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtype"), BOTH, ids=str)
 def test_forward(case, dtype):
     check(conv3x3_inputs(**CASES[case], dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtype"), BOTH, ids=str)
 def test_gradients(case, dtype):
     check(conv3x3_inputs(**CASES[case], dtype=dtype), grads=(0, 1))
 
