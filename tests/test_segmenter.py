@@ -9,9 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from segkern import windows
 from segkern.models.segmenter import Segmenter, SegmenterConfig
@@ -221,46 +218,6 @@ def test_loss_of_patches_as_small_as_pixels():
     want = F.cross_entropy(logits, labels)
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(*(torch.autograd.grad(x, logits) for x in (loss, want)))
-
-
-class _Copies(TorchDispatchMode):
-    """Gathers the ops that read a tensor on the CPU and write one elsewhere."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        read, written = (
-            {t.device.type for t in tree_leaves(x) if isinstance(t, torch.Tensor) and t.ndim}
-            for x in ((args, kwargs), out)
-        )
-        if "cpu" in read and written - {"cpu"}:
-            self.seen.append(func)
-        return out
-
-
-def test_the_loss_copies_nothing_to_a_gpu():
-    """A copy of ordinary memory cannot be captured in a CUDA graph."""
-    with FakeTensorMode(), _Copies() as copies:
-        logits = torch.randn(2, 4, 6, 7, device="cuda", requires_grad=True)
-        labels = torch.zeros(2, 24, 28, dtype=torch.int64, device="cuda")
-        loss = bands.resized_cross_entropy(logits, labels, (24, 28))  # makes the gradient too
-    assert loss.is_cuda
-    assert not copies.seen
-
-
-@pytest.mark.parametrize("sizes", [(6, 24), (7, 5), (1, 9), (9, 1), (512, 37)], ids=str)
-def test_weights_of_bands_are_those_of_a_resize(sizes):
-    size, out = sizes
-    want = bands.resized(torch.eye(size, dtype=torch.float64), out)
-    for start in range(0, out, 4):
-        rows = range(start, min(start + 4, out))
-        first, weights = bands.neighbours(rows, size, out)
-        got = torch.zeros(len(rows), size, dtype=torch.float64)
-        got[:, first : first + weights.shape[1]] = weights
-        torch.testing.assert_close(got, want[rows.start : rows.stop], rtol=0, atol=1e-13)
 
 
 def test_no_labelled_pixel_gives_nan():
