@@ -370,7 +370,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_assignment(Tensor cost,
   // Costs in double where two problems still fit a multiprocessor, which has a kilobyte more than
   // a block may ask for and takes one for each block (a conversion in each step is a seventh of
   // its time); else in float, if that loses nothing.
-  constexpr int64_t kStatic = 512;  // above the static memory of a kernel: tests/kernels/test_cuda.py
+  constexpr int64_t kStatic =
+      512;  // above the static memory of a kernel: tests/kernels/test_cuda.py
   const int64_t limit = static_cast<int64_t>(shared_limit(cost));
   const int64_t half = (limit + 1024) / 2 - 1024 - kStatic, whole = limit - kStatic;
   const bool in_memory = m > kRegistersMost;
