@@ -1,5 +1,8 @@
 """segment_map: the kernels against the formula (the original's rules: test_postprocess.py)."""
 
+import itertools
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,10 +26,7 @@ CASES = {
     "one pixel of output": ({}, ((64, 96), (50, 60), (1, 1))),
     "one query, one class": ({"Q": 1, "K": 1}, ((64, 96), (64, 96), (33, 65))),
     "many": ({"B": 1, "Q": 100, "K": 133, "kind": "shapes"}, ((64, 96), (64, 90), (70, 111))),
-    "shapes": (
-        {"h": 40, "w": 60, "kind": "shapes"},
-        ((160, 240), (150, 240), (230, 257)),
-    ),
+    "shapes": ({"h": 40, "w": 60, "kind": "shapes"}, ((160, 240), (150, 240), (230, 257))),
 }
 OPTIONS = {
     "panoptic": ("panoptic", {"object_mask_threshold": 0.2, "overlap_threshold": 0.3}),
@@ -37,6 +37,13 @@ OPTIONS = {
     "semantic, resized scores, scores": ("semantic", {"resize": "scores", "return_scores": True}),
 }
 EASY = CASES["padded, enlarged"][1]
+# Triton's interpreter takes seconds a trial: there, types other than float32 where it is easy
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRIALS = [
+    (case, option, dtype)
+    for case, option, dtype in itertools.product(CASES, OPTIONS, DTYPES)
+    if not INTERPRETED or dtype == torch.float32 or CASES[case][1] == EASY
+]
 
 
 def stuff_of(K):
@@ -98,9 +105,7 @@ def check(inputs, task, sizes, **options):
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "option", "dtype"), TRIALS, ids=str)
 def test_forward(case, option, dtype):
     sizes, geometry = CASES[case]
     task, options = OPTIONS[option]
@@ -303,6 +308,7 @@ def test_strides_do_not_matter(task):
             assert torch.equal(found[name], t), name
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("task", TASKS)
 def test_the_number_of_threads_does_not_matter(task):
     inputs = segment_map_inputs(Q=30)
@@ -355,8 +361,7 @@ def test_bad_places_are_not_read():
     """Labels, queries and slots out of range, as a raw call may bring them."""
     classes, masks = segment_map_inputs()
     ops, sizes = torch.ops.segkern, [64, 96, 60, 83, 131, 201]
-    labels = torch.full((2, 13), 2**40)
-    labels[1] = -5
+    labels = torch.tensor([[2**40], [-5]]).expand(2, 13)
     ops.segment_map(classes[..., 0].exp(), labels, stuff_of(7), masks, None, sizes, 0.0)
     bits, areas, _ = ops.segment_map_instance(torch.tensor([[13], [-2]]), masks, None, sizes)
     assert (bits == 0).all()
@@ -398,15 +403,10 @@ BAD = {
         replaced(1, lambda t: t[:, 1:]),
         {},
         ValueError,
-        "masks must be .* with B = 2, Q = 13, got",
+        "with B = 2, Q = ",
     ),
     "masks of no row": (replaced(1, lambda t: t[:, :, :0]), {}, ValueError, "must have h, w >= 1"),
-    "masks elsewhere": (
-        replaced(1, lambda t: t.to("meta")),
-        {},
-        ValueError,
-        "masks must be on cpu, got meta",
-    ),
+    "masks elsewhere": (replaced(1, lambda t: t.to("meta")), {}, ValueError, "on cpu, got meta"),
     "features without embeddings": (
         lambda i: i,
         {"features": torch.randn(2, 8, 16, 24)},
