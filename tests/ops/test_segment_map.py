@@ -37,12 +37,13 @@ OPTIONS = {
     "semantic, resized scores, scores": ("semantic", {"resize": "scores", "return_scores": True}),
 }
 EASY = CASES["padded, enlarged"][1]
-# Triton's interpreter takes seconds a trial: there, types other than float32 where it is easy
+# types other than float32 where a trial does not take seconds, as all do in Triton's interpreter
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LONG = CASES if INTERPRETED else ("many", "shapes", "shrunk far below the logits")
 TRIALS = [
     (case, option, dtype)
     for case, option, dtype in itertools.product(CASES, OPTIONS, DTYPES)
-    if not INTERPRETED or dtype == torch.float32 or CASES[case][1] == EASY
+    if case not in LONG or dtype == torch.float32 or CASES[case][1] == EASY
 ]
 
 
@@ -245,15 +246,12 @@ def test_blocks_that_are_decided_at_once(task):
         check([classes, masks], task, ((128, 256), (128, 256), out))
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-3, 100.0, 1e4])
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1e4])
 @pytest.mark.parametrize("task", TASKS)
 def test_faint_and_confident_logits(task, scale):
     classes, masks = segment_map_inputs(dtype=torch.float64)
     check([classes, masks * scale], task, EASY)
     check([classes.float(), masks.float() * scale], task, EASY)
-
-
-# edges
 
 
 @pytest.mark.parametrize("task", TASKS)
