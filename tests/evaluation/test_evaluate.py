@@ -390,8 +390,8 @@ BAD = {
     "task": ({"tasks": ("panoptic", "cubist")}, "task must be one of .* got 'cubist'"),
     "no task": ({"tasks": ()}, "task must be one of"),
     "threshold": (
-        {"object_mask_threshold": math.nan},
-        r"object_mask_threshold must be in \[0, 1\]",
+        {"threshold": math.nan},
+        r"threshold must be in \[0, 1\]",
     ),
     "limit": ({"limit": 0}, "limit must be at least 1, got 0"),
 }

@@ -49,7 +49,7 @@ def every_map(classes, masks, tasks=TASKS, size=None):
     """All that segment_map gives, task after task."""
     h, w = masks.shape[2:]
     sizes = (4 * h, 4 * w), (4 * h - 3, 4 * w - 2), size or (3 * h + 1, 5 * w)
-    options = {"object_mask_threshold": 0.2, "overlap_threshold": 0.3}
+    options = {"threshold": 0.2, "overlap_threshold": 0.3}
     found = [t for task in tasks for t in segment_map(classes, masks, task, *sizes, **options)]
     return tuple(t for t in found if t is not None)
 
