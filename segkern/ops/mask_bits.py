@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _library
-from ._checks import exact_dtype, expect, got
+from ._checks import alike, exact_dtype, expect, got
 
 
 def pack_bits(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,6 +100,7 @@ def mask_bits(
     Args:
         queries: [B, Q, C] floating: mask embeddings.
         features: [B, C, S] in the queries' dtype: mask features at the resolution of the keys.
+            Under autocast the dtypes may differ, and then both are cast to its dtype.
         threshold: a key is open where the product is at least this; 0 is a probability of 1/2.
             Compared with the product in float32 (float64 where the inputs are float64).
         impl: "kernel", or "reference" for plain PyTorch.
@@ -113,11 +114,7 @@ def mask_bits(
     sizes = {}
     expect("mask_bits", "queries", queries, "B Q C", "float", sizes)
     expect("mask_bits", "features", features, "B C S", "float", sizes)
-    if features.dtype != queries.dtype:
-        raise TypeError(
-            f"mask_bits: features must be {queries.dtype} as queries, got {features.dtype}"
-        )
-    queries, features = queries.detach(), features.detach()
+    queries, features = alike("mask_bits", queries=queries.detach(), features=features.detach())
     if _library.use_kernel("mask_bits", impl, queries):
         return _forward(queries, features, threshold)
     return mask_bits_reference(queries, features, threshold)
