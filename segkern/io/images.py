@@ -42,7 +42,7 @@ def open_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
         TypeError: max_pixels is no integer.
         ValueError: no such file, not an image that PIL can read, or too large; names the file.
     """
-    if max_pixels is not None and (not isinstance(max_pixels, int) or max_pixels < 1):
+    if max_pixels is not None and (type(max_pixels) is not int or max_pixels < 1):
         raise TypeError(f"max_pixels must be a positive integer, got {max_pixels!r}")
     try:
         with _unlimited(max_pixels is not None):

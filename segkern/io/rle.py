@@ -130,6 +130,8 @@ def _counts(counts) -> str | list[int]:
 def _runs(mask: np.ndarray) -> list[int]:
     """Lengths of the runs down the columns of mask [H, W] bool, that of False first."""
     flat = mask.ravel("F")
+    if flat.size == 0:
+        return []
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     first = [0, 0] if flat[:1].any() else [0]
     return np.diff(np.concatenate((first, edges, [flat.size]))).tolist()
