@@ -88,8 +88,9 @@ def evaluate(
             f"evaluate: threshold must be left out where tasks are {tasks}: it is for panoptic, "
             f"got {options.threshold}"
         )
-    everything = replace(options, threshold=None)
-    wanted = {task: options if task == "panoptic" else everything for task in tasks}
+    wanted = {task: Options(**options.of(task)) for task in tasks}
+    if "instance" in wanted:
+        wanted["instance"] = replace(wanted["instance"], threshold=None)
     loader, source = _loader(dataset, limit, batch_size, num_workers)
     total = len(source) if limit is None else min(limit, len(source))
     classes, stuff = list(source.classes), tuple(source.stuff)
