@@ -17,7 +17,7 @@ from .data import Digits, DigitsConfig, Folder, FolderConfig
 from .data.folder import Layout
 from .evaluation.evaluate import evaluate as run_evaluate
 from .evaluation.report import table
-from .inference.predict_files import image_files, predict_files
+from .inference.predict_files import Predicted, image_files, predict_files
 from .models import SegmentationModel, Segmenter, open_model
 from .models.segmenter.explain import explain as run_explain
 from .ops import _library
@@ -48,7 +48,7 @@ def evaluate(
     seed: int = 0,
     scenes: int | None = None,
     tasks: tuple[_Task, ...] = TASKS,
-    threshold: float = recipes.DIGITS_THRESHOLD,
+    threshold: float | None = None,
     data: Path | None = None,
     layout: Layout = "plain",
     window: int | None = None,
@@ -69,7 +69,8 @@ def evaluate(
         seed: other seeds give other scenes.
         scenes: how many, or how many images; not given, 400 scenes, or all images.
         tasks: what to measure; of a Segmenter and of images in folders semantic alone.
-        threshold: least score of a panoptic segment, 0 to 1.
+        threshold: least score of a panoptic segment, 0 to 1; not given, the digits recipe's for
+            panoptic.
         data: folder of images and maps of their classes, whose val split is measured on, in place
             of scenes.
         layout: of that folder.
@@ -92,6 +93,8 @@ def evaluate(
         source, title = Folder(FolderConfig(data, layout), "val"), str(data)
     if tasks == TASKS:
         tasks = ("semantic",) if data else opened.config.tasks
+    if threshold is None and "panoptic" in tasks:
+        threshold = recipes.DIGITS_THRESHOLD
     value = run_evaluate(
         opened,
         source,
@@ -99,7 +102,7 @@ def evaluate(
         scenes,
         out=out,
         cuda_graphs=cuda_graphs,
-        options=Options(object_mask_threshold=threshold),
+        options=Options(threshold),
         views=Views(window, stride, scales, flip),
     )
     Console().print(table(value, title))
@@ -112,15 +115,17 @@ def predict(
     model: _Model = "demo",
     out: Path = Path("predictions"),
     task: _Task | None = None,
-    threshold: float = 0.8,
+    threshold: float | None = None,
     window: int | None = None,
     stride: int | None = None,
     scales: tuple[float, ...] = (1.0,),
     flip: bool = False,
     device: str = "auto",
     cuda_graphs: bool = True,
+    max_pixels: int | None = None,
 ) -> int:
-    """Segment pictures: writes an overlay, a label map and a JSON of segments for each.
+    """Segment pictures: writes an overlay, a label map and a JSON of segments for each, and says
+    what it found in a line.
 
     Args:
         images: pictures of any kind and size, or folders of them.
@@ -128,25 +133,33 @@ def predict(
         out: folder for the results.
         task: what to look for; not given, panoptic, or semantic with a Segmenter, which does no
             other.
-        threshold: least score of a segment, 0 to 1; semantic results have none.
+        threshold: least score of a segment, 0 to 1; not given, 0.8. Semantic results have none.
         window: side in pixels of a Segmenter's windows; not given, the model's.
         stride: pixels from one window to the next; not given, the model's.
         scales: of a Segmenter: sizes of the picture to average over; 1 is the model's.
         flip: of a Segmenter: average over the mirror images, too.
         device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
         cuda_graphs: on a GPU run the model from a CUDA graph for sizes that come again and again.
+        max_pixels: width times height that a picture may have; not given, 178,956,970, which keeps
+            a small file from filling the memory.
     """
     image_files(images)  # before a model is opened, maybe from the network
     if model == "demo" and not Path(model).is_dir():
         raise ValueError("no folder demo: run `segkern demo` first or give --model")
     opened = _open(model).to(usable_device(device))
     options, views = Options(threshold), Views(window, stride, scales, flip)
-    written, failed = predict_files(opened, images, out, task, options, views, cuda_graphs)
-    for path in written:
-        print(f"written: {path}")
-    for _, reason in failed:
-        print(f"segkern predict: error: {reason}", file=sys.stderr)
+    settings = task, options, views, cuda_graphs, _tell, max_pixels
+    _, failed = predict_files(opened, images, out, *settings)
     return 2 if failed else 0
+
+
+def _tell(picture: Predicted) -> None:
+    """Prints what became of a picture, in a line."""
+    if picture.error is not None:
+        print(f"segkern predict: error: {picture.error}", file=sys.stderr)
+        return
+    nothing = "nothing scored above the threshold; a lower --threshold shows more"
+    print(f"{picture.path}: {picture.result.summary() or nothing}; written: {picture.json}")
 
 
 def demo(output: Path = Path("demo"), steps: int | None = None, scenes: int = 400) -> None:
@@ -168,6 +181,7 @@ def explain(
     model: _Model,
     at: tuple[float, float] = (0.5, 0.5),
     out: Path = Path("explain.png"),
+    max_pixels: int | None = None,
 ) -> None:
     """Draw where a Segmenter looks from a place in a picture, and how its classes lie.
 
@@ -176,11 +190,12 @@ def explain(
         model: a Segmenter.
         at: x and y of the place, 0 to 1 from the upper left.
         out: figure to write: PNG, PDF or SVG.
+        max_pixels: as of `segkern predict`.
     """
     opened = _open(model)
     if not isinstance(opened, Segmenter):
         raise ValueError(f"explain: model must be a Segmenter, {model} is none")
-    run_explain(opened, image, at, out)
+    run_explain(opened, image, at, out, max_pixels=max_pixels)
     print(f"written: {out}")
 
 

@@ -5,6 +5,7 @@ What the figures are is said in panoptic.py, instance.py and semantic.py.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,9 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 16,
     num_workers: int = 0,
-    object_mask_threshold: float = 0.8,
-    overlap_threshold: float = 0.8,
-    top_k: int = 100,
+    threshold: float | None = None,
+    overlap_threshold: float | None = None,
+    top_k: int | None = None,
     window: int | None = None,
     stride: int | None = None,
     scales: Sequence[float] = (1.0,),
@@ -56,7 +57,8 @@ def evaluate(
         tasks: any of "panoptic", "instance", "semantic"; None for all that the model can do.
         limit: the first so many images; None for all.
         batch_size, num_workers: of the loader made for a data set.
-        object_mask_threshold, overlap_threshold, top_k: see `Options`.
+        threshold, overlap_threshold, top_k: see `Options`; the threshold is for panoptic alone, as
+            AP ranks all masks.
         window, stride, scales, flip: see `Views`; other scales than 1 need samples with image.
         out: JSON file for the result.
         progress: show a bar.
@@ -77,10 +79,18 @@ def evaluate(
             number of labels, samples without what a task or the scales need, or `out` is a folder.
         OSError: `out` cannot be written; found before the model runs.
     """
-    loose = Options(object_mask_threshold, overlap_threshold, top_k)
+    loose = Options(threshold, overlap_threshold, top_k)
     options = one_of("evaluate", options, loose)
     views = one_of("evaluate", views, Views(window, stride, scales, flip))
     tasks = check("evaluate", model, tasks, options, views)
+    if options.threshold is not None and "panoptic" not in tasks:
+        raise ValueError(
+            f"evaluate: threshold must be left out where tasks are {tasks}: it is for panoptic, "
+            f"got {options.threshold}"
+        )
+    wanted = {task: Options(**options.of(task)) for task in tasks}
+    if "instance" in wanted:
+        wanted["instance"] = replace(wanted["instance"], threshold=None)
     loader, source = _loader(dataset, limit, batch_size, num_workers)
     total = len(source) if limit is None else min(limit, len(source))
     classes, stuff = list(source.classes), tuple(source.stuff)
@@ -101,7 +111,7 @@ def evaluate(
         for samples in loader:
             samples = samples[: total - images]
             inputs = [_input(model, sample, tasks, views) for sample in samples]
-            together = tasks, options, views, stuff, len(samples), cuda_graphs
+            together = wanted, views, stuff, len(samples), cuda_graphs
             for i, results in find(model, inputs, *together):
                 for task, result in results.items():
                     meters[task].update(result, samples[i])

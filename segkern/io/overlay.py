@@ -134,6 +134,11 @@ def save_label_map(path: str | Path, result) -> None:
         picture.save(temporary, "PNG")
 
 
+def drawable_suffix(suffix: str) -> bool:
+    """Whether PIL writes pictures to files with this suffix, such as ".png"."""
+    return Image.registered_extensions().get(suffix.lower()) in Image.SAVE
+
+
 def save_picture(path: str | Path, picture: Image.Image) -> None:
     """Writes a picture in the format of the path's suffix, whole or not at all."""
     with atomic(path) as temporary:

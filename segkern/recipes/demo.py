@@ -98,7 +98,7 @@ def _check_folder(folder: Path, settings: dict) -> None:
 def _evaluate(model: SegmentationModel, folder: Path, level: str, scenes: int, tasks) -> dict:
     """Figures of held-out scenes; draws a few to LEVEL.png, the first to example.png."""
     data = Digits(DigitsConfig(level=level), "test")
-    options = Options(object_mask_threshold=DIGITS_THRESHOLD)
+    options = Options(threshold=DIGITS_THRESHOLD)
     value = evaluate(model, data, tasks, limit=scenes, options=options)
     samples = [data[i] for i in range(6)]
     images = [s["image"] for s in samples]

@@ -1,8 +1,9 @@
 """Settings that travel as one object: a model's input, views of an image, options of a result."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from ..ops._checks import expect_integer
+from ..ops.segment_map import USED
 
 
 @dataclass(frozen=True)
@@ -96,22 +97,28 @@ class Views:
 
 @dataclass(frozen=True)
 class Options:
-    """What a result holds, as `ops.segment_map` makes it.
+    """What a result holds, as `ops.segment_map` makes it. What a task does not read is refused.
 
     Attributes:
-        object_mask_threshold: panoptic: queries must score more than this, in [0, 1].
-        overlap_threshold: panoptic: a query must win this share of its own mask, in [0, 1].
-        top_k: instance: pairs of query and class to return.
+        threshold: in [0, 1]. Panoptic: queries must score more than this; None is 0.8. Instance:
+            masks must score at least this; None takes all.
+        overlap_threshold: panoptic: a query must win this share of its own mask, in [0, 1]; None
+            is 0.8.
+        top_k: instance: pairs of query and class to return; None is 100.
         resize: "masks" takes the mask logits to the output size; "scores", semantic only, takes
             the summed class scores there, as the original does where it does semantic alone.
         return_scores: semantic: the class scores of every pixel, too: K H W floats.
     """
 
-    object_mask_threshold: float = 0.8
-    overlap_threshold: float = 0.8
-    top_k: int = 100
+    threshold: float | None = None
+    overlap_threshold: float | None = None
+    top_k: int | None = None
     resize: str = "masks"
     return_scores: bool = False
+
+    def of(self, task: str) -> dict:
+        """Those that the task reads, by name."""
+        return {name: value for name, value in asdict(self).items() if task in USED[name]}
 
 
 def one_of(name: str, whole, loose):

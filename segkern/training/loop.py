@@ -200,7 +200,7 @@ def _metrics(model: SegmentationModel, data, config: TrainConfig) -> dict[str, f
             data,
             (task,),
             limit=config.evaluate_scenes,
-            options=Options(object_mask_threshold=config.threshold),
+            options=Options(threshold=config.threshold if task == "panoptic" else None),
             progress=False,
             cuda_graphs=False,  # their memory is the next step's
         )

@@ -182,10 +182,10 @@ BAD = {
         "areas sum to S = 47, got .* with the sum 50",
     ),
     "shapes negative": (change(1, lambda s: ((5, 7), (-3, -4))), TypeError, "of positive ints"),
-    "shapes a tensor": (
-        change(1, torch.tensor),
-        TypeError,
-        r"shapes must be \(h, w\) pairs of positive ints, got \[2, 2\] int64",
+    "shapes far away": (
+        change(1, lambda s: torch.tensor(s, device="meta")),
+        ValueError,
+        "shapes must be on the CPU, got meta",
     ),
 }
 

@@ -29,7 +29,7 @@ CASES = {
     "shapes": ({"h": 40, "w": 60, "kind": "shapes"}, ((160, 240), (150, 240), (230, 257))),
 }
 OPTIONS = {
-    "panoptic": ("panoptic", {"object_mask_threshold": 0.2, "overlap_threshold": 0.3}),
+    "panoptic": ("panoptic", {"threshold": 0.2, "overlap_threshold": 0.3}),
     "instance": ("instance", {"top_k": 20}),
     "semantic": ("semantic", {}),
     "semantic, scores": ("semantic", {"return_scores": True}),
@@ -284,7 +284,7 @@ def test_empty(task):
 
 def test_no_query_kept_and_no_thing():
     classes, masks = segment_map_inputs()
-    found = segment_map(classes, masks, "panoptic", *EASY, object_mask_threshold=1.0)
+    found = segment_map(classes, masks, "panoptic", *EASY, threshold=1.0)
     assert (found.map == 0).all()
     assert (found.ids == -1).all()
     found = segment_map(classes, masks, "instance", *EASY, stuff=torch.ones(7, dtype=torch.bool))
@@ -434,7 +434,7 @@ BAD = {
     "task": (lambda i: i, {"task": "x"}, ValueError, "task must be one of panoptic, instance"),
     "resize": (lambda i: i, {"resize": "scores"}, ValueError, "resize must be"),
     "top_k": (lambda i: i, {"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
-    "scores": (lambda i: i, {"return_scores": True}, ValueError, "return_scores is for semantic"),
+    "scores": (lambda i: i, {"return_scores": True}, ValueError, "it is for semantic, got True"),
     "impl": (lambda i: i, {"impl": "fast"}, ValueError, "impl must be 'kernel' or 'reference'"),
 }
 

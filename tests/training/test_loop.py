@@ -407,8 +407,6 @@ def test_the_recipe_learns(tmp_path):
     setting = replace(setting, output=tmp_path, steps=800, evaluate_every=0, threads=2)
     run = train(setting, progress=False)
     data = Digits(DigitsConfig(), "val")
-    value = evaluate(
-        run.model, data, ("panoptic",), 100, object_mask_threshold=0.5, progress=False
-    )
+    value = evaluate(run.model, data, ("panoptic",), 100, threshold=0.5, progress=False)
     assert value["things"]["pq"] > 0.5
     assert value["stuff"]["pq"] > 0.95

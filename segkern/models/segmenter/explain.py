@@ -101,6 +101,7 @@ def explain(
     at: tuple[float, float] = (0.5, 0.5),
     out: str | Path = "explain.png",
     layers: Sequence[int] | None = None,
+    max_pixels: int | None = None,
 ) -> None:
     """Draws the attention of the patch at a place, in the encoder and the decoder, and the plane
     of the class embeddings.
@@ -112,13 +113,15 @@ def explain(
         out: PNG, PDF or SVG to write.
         layers: blocks of the encoder, from 0; None for the first, the middle and the last.
 
+        max_pixels: of a picture in a file, as in `segment`.
+
     Raises:
         ValueError: a place outside, no such layer, or no image.
         OSError: `out` cannot be written.
     """
     if not all(0 <= v <= 1 for v in at):
         raise ValueError(f"explain: at must be x and y in [0, 1], got {at}")
-    picture = read_image(image)
+    picture = read_image(image, max_pixels=max_pixels)
     device = next(model.parameters()).device
     pixels = prepare(picture, model.config.input)[None].to(device)
     p = model.config.patch_size
