@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import scipy
 import torch
-from scipy.ndimage import find_objects
 from torch import Tensor
 
 from ..io.rle import encode
@@ -116,14 +116,14 @@ class Segmentation:
         if self.masks is None:
             ids = self.segmentation.cpu().numpy()
             codes = encode(ids, [s.id for s in self.segments])
-            found = find_objects(ids + 1)  # of id 0, 1, ...; it takes 0 for nothing
+            found = scipy.ndimage.find_objects(ids + 1)  # of id 0, 1, ...; it takes 0 for nothing
             boxes = [_box(found[s.id]) for s in self.segments]
         else:
             codes, boxes = [], []
             for mask in self.masks:
                 mask = mask.byte().cpu().numpy()
                 codes += encode(mask, [1])
-                boxes.append(_box(next(iter(find_objects(mask)), None)))
+                boxes.append(_box(next(iter(scipy.ndimage.find_objects(mask)), None)))
         segments = [
             {
                 "id": s.id,
