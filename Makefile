@@ -6,13 +6,13 @@ PY = $(BIN)/python
 export MAX_JOBS ?= 2
 # waiting threads spin briefly and then sleep: long spinning starves a core that others share
 export GOMP_SPINCOUNT ?= 20000
-# builds in this tree are for the GPU at hand; 9.0 where there is none
+# builds in this tree are for the GPUs at hand; for 9.0 where there are none
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap \
-  --format=csv,noheader 2>/dev/null | sort -u | head -1),9.0)
+  --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+\.[0-9]+' | sort -u | paste -sd ';' -),9.0)
 INSTALL = install --disable-pip-version-check -q
 
 KERNELS = segkern/_C_cpu.abi3.so
-SOURCES = setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES = setup.py tools/toolchain.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: setup demo test check slow interpret avx2 seeds sanitize emulate racecheck oldest gate lint bench gpu clean
 setup: $(KERNELS)
