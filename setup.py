@@ -24,6 +24,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from setuptools import __version__ as setuptools_version
 from setuptools import setup
 from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError
@@ -39,7 +40,7 @@ EMULATE = os.environ.get("SEGKERN_EMULATE") == "1"
 AVX2 = os.environ.get("SEGKERN_AVX2") == "1"
 HELP = (
     "\nsegkern builds C++ kernels while it is installed. {problem}\n"
-    "  {remedy}\n"
+    "  {remedy},\n"
     "  or set SEGKERN_NO_BUILD=1 for the pure-Python install, in which the slow reference runs.\n"
 )
 
@@ -58,11 +59,10 @@ def why_pure():
         return "SEGKERN_NO_BUILD=1"
     if sys.platform == "win32":
         return "there are no kernels for Windows"
-    builds = [
-        a for a in sys.argv if a.startswith(("build", "bdist", "install", "develop", "editable"))
-    ]
-    packs = {"sdist", "egg_info", "dist_info"} & set(sys.argv)
-    return "packing" if packs and not builds else ""
+    packs = {"sdist", "egg_info", "dist_info"}
+    builds = {"build", "build_ext", "build_py", "bdist_wheel", "editable_wheel", "install"}
+    asked = set(sys.argv)
+    return "packing" if packs & asked and not builds & asked else ""
 
 
 def flags_cpu():
@@ -181,6 +181,8 @@ def extensions():
     return found, info, cpp_extension.BuildExtension
 
 
+if int(setuptools_version.split(".")[0]) < 77:  # it would only say that the license is invalid
+    stop(f"setuptools is {setuptools_version}.", 'pip install "setuptools>=77"')
 pure = why_pure()
 if pure:
     ext_modules, build_info, build_ext = [], {"pure": True, "why": pure}, None
@@ -215,7 +217,7 @@ if build_ext is not None:
                 stop(
                     f"The compiler failed: {error}\nWhat it says stands above.",
                     "Install g++ >= 12 or clang >= 16, or set CXX; SEGKERN_NO_CUDA=1 builds the "
-                    "kernels for the CPU alone;",
+                    "kernels for the CPU alone",
                 )
             if self.inplace:
                 write_build_info(ROOT)

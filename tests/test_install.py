@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import toolchain
 import torch
+from torch.utils import cpp_extension
 
 import segkern
 from segkern.ops import _library
@@ -206,6 +207,21 @@ def test_the_source_distribution_has_every_source(tmp_path):
     assert not [p for p in packed if p.endswith((".so", ".pyc", "_build_info.json"))]
 
 
+OLD_SETUPTOOLS = """
+import runpy, setuptools, sys
+setuptools.__version__, sys.argv = "65.5.0", ["setup.py", "sdist"]
+runpy.run_path("setup.py")
+"""
+
+
+def test_build_with_old_setuptools_says_what_to_do():
+    command = [sys.executable, "-c", OLD_SETUPTOOLS]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "setuptools is 65.5.0" in run.stderr
+    assert 'pip install "setuptools>=77"' in run.stderr
+
+
 RUNS = [  # CUDA of the build and of torch, that of the driver, what is said of the CUDA kernels
     ("13.2", "13.0", "13.0", ""),
     ("13.2", "13.0", None, ""),
@@ -278,3 +294,16 @@ def test_missing_kernels_name_what_a_user_can_do(monkeypatch):
     monkeypatch.setitem(_library.MISSING, "cpu", "not built")
     with pytest.raises(ValueError, match=r"no kernels: not built; .* with SEGKERN_NO_BUILD=1"):
         usable_device("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["clang++", "aarch64-linux-gnu-g++"])
+def test_the_cpu_kernels_compile_with_another_compiler(compiler):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    command = [compiler, "-std=c++20", "-fsyntax-only", "-fopenmp-simd", "-w", *includes]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    for source in (ROOT / "csrc/cpu").glob("*.cpp"):
+        run = subprocess.run([*command, source], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
