@@ -23,6 +23,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from subprocess import SubprocessError
 
 from setuptools import __version__ as setuptools_version
 from setuptools import setup
@@ -182,7 +183,7 @@ def extensions():
 
 
 if int(setuptools_version.split(".")[0]) < 77:  # it would only say that the license is invalid
-    stop(f"setuptools is {setuptools_version}.", 'pip install "setuptools>=77"')
+    raise SystemExit(f'setuptools is {setuptools_version}: pip install "setuptools>=77"')
 pure = why_pure()
 if pure:
     ext_modules, build_info, build_ext = [], {"pure": True, "why": pure}, None
@@ -213,7 +214,7 @@ if build_ext is not None:
         def run(self):
             try:
                 super().run()
-            except (BaseError, RuntimeError, OSError) as error:
+            except (BaseError, RuntimeError, OSError, SubprocessError) as error:
                 stop(
                     f"The compiler failed: {error}\nWhat it says stands above.",
                     "Install g++ >= 12 or clang >= 16, or set CXX; SEGKERN_NO_CUDA=1 builds the "

@@ -207,6 +207,15 @@ def test_the_source_distribution_has_every_source(tmp_path):
     assert not [p for p in packed if p.endswith((".so", ".pyc", "_build_info.json"))]
 
 
+def test_a_compiler_that_fails_says_what_to_do(tmp_path):
+    env = os.environ | {"CXX": "false", "SEGKERN_NO_CUDA": "1"}
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode != 0
+    for words in ("The compiler failed", "set CXX", "SEGKERN_NO_CUDA=1", "SEGKERN_NO_BUILD=1"):
+        assert words in run.stderr
+
+
 OLD_SETUPTOOLS = """
 import runpy, setuptools, sys
 setuptools.__version__, sys.argv = "65.5.0", ["setup.py", "sdist"]
@@ -288,6 +297,15 @@ def test_rocm_runs_the_reference_of_what_is_cuda_code(monkeypatch):
     assert _library.use_kernel("masked_attn", "kernel", OnDevice)
     cost, _ = linear_assignment_inputs(1, 4, 3)
     assert _library.use_kernel("linear_assignment", "kernel", cost)
+
+
+@pytest.mark.parametrize(("capability", "old"), [((7, 5), True), ((8, 0), False)])
+def test_info_says_what_a_gpu_is_too_old_for(capability, old, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert ("Triton's kernels are made for 8.0" in _library.info()["GPU"]) == old
 
 
 def test_missing_kernels_name_what_a_user_can_do(monkeypatch):

@@ -13,6 +13,7 @@ assert "cpu" not in _library.MISSING, _library.MISSING["cpu"]
 
 from segkern import _host  # noqa: E402, F401  (it was built, too)
 
+torch.manual_seed(0)
 features, points = torch.rand(1, 2, 5, 7), torch.rand(1, 9, 2)
 by_kernel = segkern.ops.point_sample(features, points)
 by_reference = segkern.ops.point_sample(features, points, impl="reference")

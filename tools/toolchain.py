@@ -62,17 +62,14 @@ def find_nvcc(env: Mapping[str, str], fallback: str = "/usr/local/cuda") -> Nvcc
     """The nvcc of CUDA_HOME (or CUDA_PATH), else on PATH, else of `fallback`, as torch finds it.
 
     Returns:
-        or a text: why there is none.
+        The compiler, or why there is none.
     """
     home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
     on_path = None if home else shutil.which("nvcc", path=env.get("PATH"))
     path = Path(on_path or f"{home or fallback}/bin/nvcc")
     if not path.is_file():
-        return (
-            f"CUDA_HOME={home} has no bin/nvcc"
-            if home
-            else (f"nvcc was not found by CUDA_HOME, on PATH or in {fallback}")
-        )
+        nowhere = f"nvcc was not found by CUDA_HOME, on PATH or in {fallback}"
+        return f"CUDA_HOME={home} has no bin/nvcc" if home else nowhere
     version = re.search(r"release (\d+)\.(\d+)", output([path, "--version"]))
     if version is None:
         return f"{path} --version names no release"
@@ -124,7 +121,7 @@ def _plan_architectures(nvcc: Nvcc, listed: str) -> Plan:
 
 
 def host_compiler(compiler: str) -> str:
-    """The program of a command such as CXX has, without what caches it and without flags."""
+    """The program in a command such as "ccache g++ -m64"."""
     words = [w for w in shlex.split(compiler) if Path(w).name not in ("ccache", "sccache")]
     return words[0] if words else compiler
 

@@ -220,5 +220,14 @@ def info() -> dict[str, str]:
     driver = driver_cuda()
     rows["CUDA driver"] = "none" if driver is None else f"runs CUDA {driver}"
     rows["CPU threads"] = str(torch.get_num_threads())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
-    return rows | {"GPU": gpu}
+    return rows | {"GPU": _gpu()}
+
+
+def _gpu() -> str:
+    """Name and compute capability of the current GPU, and what it is too old for."""
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    capability = torch.cuda.get_device_capability()
+    name = f"{torch.cuda.get_device_name()} ({'.'.join(map(str, capability))})"
+    old = torch.version.cuda is not None and capability < (8, 0)
+    return name + ("; Triton's kernels are made for 8.0 and later" if old else "")
