@@ -11,8 +11,8 @@ import colorsys
 from pathlib import Path
 
 import numpy as np
+import scipy
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import find_objects
 
 from .atomic_files import atomic
 
@@ -163,7 +163,7 @@ def _write_names(picture: Image.Image, result, shades, ids: np.ndarray, label_st
     font = ImageFont.load_default(max(11, round(min(height, width) / 26)))
     taken: list[tuple[float, float, float, float]] = []
     order = sorted(range(len(result.segments)), key=lambda i: -result.segments[i].area)
-    boxes = find_objects(ids + 1)  # of id 0, 1, ...; it takes 0 for nothing
+    boxes = scipy.ndimage.find_objects(ids + 1)  # of id 0, 1, ...; it takes 0 for nothing
     for i in order:
         s = result.segments[i]
         box = boxes[s.id] if s.id < len(boxes) else None  # None: hidden under other instances

@@ -14,14 +14,17 @@ Differs: normalised embeddings divide by at least 1e-12, so that an embedding of
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..runtime.constants import is_recording
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import Block
 
 
 def blocks(dim: int, heads: int, depth: int, dropout: float, drop_path: float) -> nn.ModuleList:
@@ -31,6 +34,9 @@ def blocks(dim: int, heads: int, depth: int, dropout: float, drop_path: float) -
         dropout: probability in attention weights, projections and feed-forward networks.
         drop_path: rate of dropped residual branches of the last block; grows linearly from 0.
     """
+    # here, because it takes as long to import as torch
+    from timm.models.vision_transformer import Block
+
     return nn.ModuleList(
         Block(
             dim,
@@ -188,7 +194,7 @@ def start_locally(encoder: ViT) -> None:
         _widen(block)
 
 
-def _widen(block: Block) -> None:
+def _widen(block: "Block") -> None:
     """Values, projections and feed-forward weights that pass on what comes, at any width."""
     D = block.attn.qkv.in_features
     nn.init.normal_(block.attn.qkv.weight[2 * D :], std=D**-0.5)

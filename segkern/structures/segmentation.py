@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 import torch
 from PIL import Image
-from scipy.ndimage import find_objects
 from torch import Tensor
 
 from ..io.atomic_files import write_json
@@ -217,7 +217,7 @@ class Segmentation:
     def _boxes(self) -> np.ndarray:
         if self.masks is not None:
             return self.masks.boxes()
-        found = find_objects(self.segmentation.cpu().numpy() + 1)  # of id 0, 1, ...; 0 is nothing
+        found = scipy.ndimage.find_objects(self.segmentation.cpu().numpy() + 1)  # of id 0, 1, ...; 0 is nothing
         boxes = np.zeros((len(self.segments), 4), np.int64)
         for box, s in zip(boxes, self.segments):
             rows, columns = found[s.id]
