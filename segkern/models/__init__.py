@@ -84,7 +84,7 @@ def open_model(name: str | Path) -> SegmentationModel:
 
     Args:
         name: a folder that a model's `save_pretrained`, transformers or a model's original code
-            wrote, or a file in it; the folder of a training run; or a name on the Hugging Face hub.
+            wrote, or a file in it; the folder of a training run; or a name on the hub.
 
     Raises:
         ValueError: of no kind that segkern has; or see each model's `from_pretrained`.

@@ -237,7 +237,7 @@ class MaskTransformer(nn.Module):
         encoder_dim: channels of the encoder.
         dim: D.
         labels: K.
-        depth: number of blocks; heads have 64 channels.
+        depth: number of blocks; they have D // 64 heads, as the original has them.
         dropout: probability in the blocks.
         drop_path_rate: of the last block; grows linearly from 0.
     """

@@ -383,7 +383,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else unpickling.load(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"from_pretrained: {path} is broken or missing: {error}") from error
+        raise ValueError(f"from_pretrained: {path} cannot be read: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"from_pretrained: {path} must hold a dict of tensors")
     return state

@@ -36,9 +36,10 @@ class SegmenterConfig:
         image_size: (H, W) of training crops, for which position embeddings are stored; multiples
             of patch_size.
         patch_size: p, in pixels.
-        embed_dim: D of encoder and decoder; with the mask decoder a multiple of 64.
+        embed_dim: D of encoder and decoder; with the mask decoder at least 64, and a multiple of
+            its D // 64 attention heads.
         depth: blocks of the encoder.
-        num_heads: attention heads of the encoder; the decoder's have 64 channels.
+        num_heads: attention heads of the encoder.
         distilled: the encoder is a DeiT with a distillation token.
         dropout: probability in the encoder.
         drop_path_rate: rate of dropped residual branches of the encoder's last block, in [0, 1).
@@ -111,10 +112,11 @@ class SegmenterConfig:
             raise ValueError(
                 f"SegmenterConfig: decoder must be 'mask' or 'linear', got {self.decoder!r}"
             )
-        if self.decoder == "mask" and self.embed_dim % 64:
+        heads = self.embed_dim // 64
+        if self.decoder == "mask" and (heads == 0 or self.embed_dim % heads):
             raise ValueError(
-                "SegmenterConfig: embed_dim must be a multiple of 64 with the mask decoder, "
-                f"got {self.embed_dim}"
+                "SegmenterConfig: embed_dim must be at least 64 and a multiple of the mask "
+                f"decoder's heads (embed_dim // 64 = {heads}), got {self.embed_dim}"
             )
         if self.window_stride > self.window_size:
             raise ValueError(
