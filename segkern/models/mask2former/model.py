@@ -14,7 +14,7 @@ Source: Mask2Former (Cheng et al., CVPR 2022). Names of arguments, results and m
 those of Hugging Face transformers.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from ...nn.pixel_decoder import PixelDecoder
 from ...nn.query_decoder import QueryDecoder
 from ...ops._checks import expect, got
 from ...structures.logits import QueryLogits
+from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ...weights.state_dicts import misfits, with_new_head
@@ -33,26 +34,26 @@ from . import huggingface
 from .config import Mask2FormerConfig
 
 
-@dataclass
+@output
 class Mask2FormerOutput:
     """What `Mask2Former.forward` returns.
 
     Attributes:
+        loss: [], weighted sum of `losses`; None without targets.
         class_queries_logits: [B, Q, K + 1]; the last class is "no object".
         masks_queries_logits: [B, Q, h, w]; None in training with targets, unless
             `auxiliary_logits` was asked for.
-        loss: [], weighted sum of `losses`; None without targets.
-        losses: "loss_cross_entropy", "loss_mask" and "loss_dice" of each prediction, [R] each,
-            unweighted; None without targets.
         auxiliary_logits: class_queries_logits and masks_queries_logits of every prediction but the
             last, if asked for.
+        losses: "loss_cross_entropy", "loss_mask" and "loss_dice" of each prediction, [R] each,
+            unweighted; None without targets.
     """
 
-    class_queries_logits: Tensor
-    masks_queries_logits: Tensor | None
     loss: Tensor | None = None
-    losses: dict[str, Tensor] | None = None
+    class_queries_logits: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
     auxiliary_logits: list[dict[str, Tensor]] | None = None
+    losses: dict[str, Tensor] | None = None
 
 
 class Mask2Former(nn.Module):
@@ -213,7 +214,7 @@ class Mask2Former(nn.Module):
                 mask_labels, class_labels, pixel_values.shape[2:], self.config.num_labels
             ).to(pixel_values.device)
         class_logits, embeddings, mask_features = self.all_predictions(pixel_values)
-        out = Mask2FormerOutput(class_logits[:, -1], None)
+        out = Mask2FormerOutput(class_queries_logits=class_logits[:, -1])
         if targets is not None:
             out.loss, out.losses = self.criterion(class_logits, embeddings, mask_features, targets)
         if targets is None or not self.training or auxiliary_logits:

@@ -10,7 +10,7 @@ Source: Segmenter (Strudel et al., ICCV 2021). Weights have the names of the ori
 Differs: the encoder's unused ImageNet head is not part of the model.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from ...ops import resize_argmax
 from ...ops._checks import expect, expect_labels, got
 from ...structures.labels import VOID
 from ...structures.logits import PixelLogits
+from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ...weights.folders import find_folder
@@ -32,17 +33,17 @@ from . import original
 from .config import SegmenterConfig
 
 
-@dataclass
+@output
 class SegmenterOutput:
     """What `Segmenter.forward` returns.
 
     Attributes:
-        logits: [B, K, H, W]; None where a loss was asked for.
         loss: [], mean cross entropy of the labelled pixels; None without labels.
+        logits: [B, K, H, W]; None where a loss was asked for.
     """
 
-    logits: Tensor | None
     loss: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class Segmenter(nn.Module):
@@ -169,10 +170,10 @@ class Segmenter(nn.Module):
         H, W = pixel_values.shape[2:]
         if labels is None:
             logits = F.interpolate(patches, size=(p * h, p * w), mode="bilinear")
-            return SegmenterOutput(logits[:, :, :H, :W])
+            return SegmenterOutput(logits=logits[:, :, :H, :W])
         expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
         expect_labels("Segmenter", labels, self.config.num_labels, VOID)
-        return SegmenterOutput(None, resized_cross_entropy(patches, labels, (p * h, p * w)))
+        return SegmenterOutput(resized_cross_entropy(patches, labels, (p * h, p * w)))
 
     def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
         """Nothing besides pixels."""
