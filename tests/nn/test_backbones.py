@@ -32,6 +32,8 @@ def backbone(name, pretrained=False, drop_path_rate=0.0, **options):
             backbone_pretrained=pretrained,
             backbone_options=options,
             drop_path_rate=drop_path_rate,
+            size_divisor=32,
+            longest_edge=1333,
         )
     )
 
