@@ -1,5 +1,6 @@
 """What a checkpoint may be named by, and models that start from one."""
 
+import itertools
 import shutil
 
 import pytest
@@ -82,6 +83,17 @@ def test_a_model_starts_from_a_run(build, labels, tmp_path):
     again = type(model).from_pretrained(tmp_path, num_labels=labels)
     assert again.config.num_labels == labels
     assert equal(again.double(), model, head) == []
+
+
+@models
+def test_layers_that_share_a_tensor_are_saved(build, tmp_path):
+    model = build().eval()
+    biased = [m for m in model.modules() if getattr(m, "bias", None) is not None]
+    pairs = itertools.combinations(biased, 2)
+    one, other = next((a, b) for a, b in pairs if a.bias.shape == b.bias.shape)
+    other.bias = one.bias
+    model.save_pretrained(tmp_path)
+    assert equal(type(model).from_pretrained(tmp_path), model) == []
 
 
 UNFIT = {

@@ -318,8 +318,9 @@ def test_a_resumed_training_asks_for_them_no_more(kind, tmp_path, monkeypatch):
     asked, create = [], timm.create_model
 
     def create_model(name, pretrained, **options):
+        built = create(name, pretrained=False, **options)
         asked.extend([name] * pretrained)
-        return create(name, pretrained=False, **options)
+        return built
 
     monkeypatch.setattr(timm, "create_model", create_model)
     task = "panoptic" if kind == "mask2former" else "semantic"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...io.atomic_files import atomic, write_json
 from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD
 from ...weights import unpickling
-from ...weights.state_dicts import misfits
+from ...weights.state_dicts import misfits, on_disk
 from ...weights.timm_names import check_timm_name
 
 FORMATS = ("segkern", "original")
@@ -210,7 +210,7 @@ def write_folder(
     if format not in FORMATS:
         raise ValueError(f"Segmenter: format must be one of {', '.join(FORMATS)}, got {format!r}")
     folder = Path(folder)
-    state = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    state = on_disk(weights)
     if format == "segkern":
         with atomic(folder / "model.safetensors") as temporary:
             save_file(state, temporary, metadata={"format": "pt"})

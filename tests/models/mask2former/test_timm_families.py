@@ -39,7 +39,7 @@ WITHOUT = """
     vision_transformer_sam vitamin volo xcit
 """  # families without four such maps, and two whose models are all large
 QUICK = ["convnext_zepto_rms", "edgenext_xx_small", "poolformerv2_s12", "pvt_v2_b0", "resnet10t"]
-QUICK += ["swinv2_cr_tiny_224", "coat_tiny", "hiera_tiny_224", "maxvit_pico_rw_256"]
+QUICK += ["swinv2_cr_tiny_224", "coat_tiny"]
 SIZES = dict.fromkeys(("hidden_dim", "feature_size", "mask_feature_size"), 32)
 SIZES |= {"num_queries": 2, "encoder_layers": 1, "decoder_layers": 1, "num_labels": 2}
 SIZES |= {"encoder_feedforward_dim": 8, "dim_feedforward": 8}
