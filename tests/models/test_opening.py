@@ -96,6 +96,27 @@ def test_layers_that_share_a_tensor_are_saved(build, tmp_path):
     assert equal(type(model).from_pretrained(tmp_path), model) == []
 
 
+BAD = [
+    ({"num_labels": 0}, "num_labels must be >= 1, got 0"),
+    ({"num_labels": -1}, "num_labels must be >= 1, got -1"),
+    ({"image_mean": (0.5,) * 4}, "image_mean must be three numbers, of red, .* 0.5, 0.5, 0.5\\)"),
+    ({"image_std": (0.5, 0.5)}, "image_std must be three numbers above 0"),
+    ({"image_std": (0.5, 0.5, 0.0)}, "image_std must be three numbers above 0"),
+]
+
+
+@models
+@pytest.mark.parametrize(("settings", "message"), BAD, ids=str)
+def test_settings_that_no_model_has(build, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
+    if "num_labels" in settings:
+        model = build()
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            type(model).from_pretrained(tmp_path, **settings)
+
+
 UNFIT = {
     "another kind": (queries, pixels, "is a mask2former, the model a segmenter"),
     "another shape": (

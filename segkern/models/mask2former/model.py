@@ -14,7 +14,7 @@ Source: Mask2Former (Cheng et al., CVPR 2022). Names of arguments, results and m
 those of Hugging Face transformers.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -254,7 +254,7 @@ class Mask2Former(nn.Module):
         config.backbone_pretrained = False
         fresh = num_labels is not None and num_labels != config.num_labels
         if fresh:
-            config.num_labels, config.id2label, config.stuff = num_labels, None, ()
+            config = replace(config, num_labels=num_labels, id2label=None, stuff=())
         model = cls(config)
         own = model.state_dict()
         if fresh:

@@ -290,4 +290,8 @@ class Segmenter(nn.Module):
             format: "segkern" (config.json, model.safetensors) or "original" (variant.yml,
                 checkpoint.pth).
         """
-        original.write_folder(folder, asdict(self.config), self.state_dict(), format)
+        settings, takes = asdict(self.config), self.config.input
+        if format == "original":  # which has no setting that follows another
+            settings |= {"window_size": takes.window, "window_stride": takes.stride}
+            settings |= {"shortest_edge": takes.shortest_edge}
+        original.write_folder(folder, settings, self.state_dict(), format)

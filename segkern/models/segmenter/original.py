@@ -135,7 +135,9 @@ def from_variant(variant: dict, name: str) -> dict:
 
     net = section(variant, "net_kwargs", {*_NET, "decoder", "backbone", "normalization"})
     decoder = section(net, "decoder", {*_DECODER, "name", "n_cls"})
-    window = section(variant, "inference_kwargs", {"im_size", "window_size", "window_stride"})
+    known = {"im_size", "window_size", "window_stride"}
+    given = "inference_kwargs" in variant  # or else they follow the size of the crops
+    window = section(variant, "inference_kwargs", known) if given else {}
     missing = [
         k for k in ("n_cls", "patch_size", "d_model", "n_layers", "n_heads") if k not in net
     ]

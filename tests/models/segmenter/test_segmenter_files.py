@@ -28,8 +28,11 @@ def test_folders_open_as_they_were_random_model(case, format, tmp_path):
     model.save_pretrained(tmp_path, format=format)
     again = Segmenter.from_pretrained(tmp_path)
     wanted = asdict(model.config)
+    assert again.config.input == model.config.input
     if format == "original" and model.config.decoder == "linear":
         wanted |= {k: getattr(SegmenterConfig(), k) for k in ("decoder_layers", "decoder_dropout")}
+    if format == "original":
+        wanted |= {k: getattr(model.config.input, k) for k in ("shortest_edge", "longest_edge")}
     assert asdict(again.config) == wanted
     assert not again.training
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
@@ -196,3 +199,30 @@ def test_settings_that_are_missing_have_their_defaults(tmp_path):
         del settings[name]
     path.write_text(json.dumps(settings))
     assert Segmenter.from_pretrained(tmp_path).config == model.config
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, (128, 128, 128, 512)),
+        ({"image_size": (64, 96)}, (64, 64, 64, 256)),
+        ({"window_size": 32}, (32, 32, 128, 512)),
+        ({"window_stride": 100}, (128, 100, 128, 512)),
+        ({"shortest_edge": 200}, (128, 128, 200, 800)),
+        ({"longest_edge": 300}, (128, 128, 128, 300)),
+    ],
+    ids=str,
+)
+def test_sizes_that_are_not_given_follow_the_crops(changes, sizes):
+    preset = SegmenterConfig.preset("Seg-T/16", 5)
+    takes = replace(preset, **{"image_size": (128, 128)} | changes).input
+    assert (takes.window, takes.stride, takes.shortest_edge, takes.longest_edge) == sizes
+
+
+def test_a_variant_without_inference_has_the_sizes_of_its_crops(tmp_path):
+    random_model().save_pretrained(tmp_path, format="original")
+    path = tmp_path / "variant.yml"
+    variant = yaml.load(path.read_text(), yaml.FullLoader)
+    del variant["inference_kwargs"]
+    path.write_text(yaml.dump(variant))
+    assert Segmenter.from_pretrained(tmp_path).config.input.window == 64
