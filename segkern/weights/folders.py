@@ -5,6 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from .hub import downloads
+
 FILES = (  # each of which stands for the folder that it is in
     *("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
     *("variant.yml", "checkpoint.pth", "last.pt"),
@@ -40,9 +42,10 @@ def find_folder(name_or_folder: str | Path) -> Path:
         raise ValueError(f"from_pretrained: no such folder: {name}")
     try:
         files = ["config.json", "preprocessor_config.json", "model*.safetensors*"]
-        folder = Path(snapshot_download(name, allow_patterns=files))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*files, "pytorch_model*"]))
+        with downloads():
+            folder = Path(snapshot_download(name, allow_patterns=files))
+            if not list(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(name, allow_patterns=[*files, "pytorch_model*"]))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"from_pretrained: {name} is no folder here, and the hub does not give it: {error}"

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_opening import pixels, queries
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
@@ -102,3 +104,21 @@ def test_processes_average_the_gradients(tmp_path):
     for case, steps in found[0].items():
         for step, mine, other in zip((1, 2), steps, found[1][case], strict=True):
             assert mine == other, f"{case}, step {step}"
+
+
+@pytest.mark.parametrize("kind", ["Mask2Former", "Segmenter"])
+def test_contiguous_weights_are_sharded(kind, tmp_path):
+    """FSDP takes no channels-last weights; the maps stay channels-last without them."""
+    plain, arguments = asked(kind)
+    model = asked(kind)[0].to(memory_format=torch.contiguous_format)
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        for one in (plain, model):
+            torch.manual_seed(2)
+            one(**arguments).loss.backward()
+        for (name, want), got in zip(plain.named_parameters(), model.parameters(), strict=True):
+            if want.grad is not None:
+                assert torch.equal(got.grad.full_tensor(), want.grad), name
+    finally:
+        dist.destroy_process_group()

@@ -60,7 +60,9 @@ class Mask2Former(nn.Module):
     """Backbone, pixel decoder, query decoder and criterion.
 
     Args:
-        config: what to build; weights are random, as the paper initialises them.
+        config: what to build; weights are random, as the paper initialises them. Those of
+            convolutional backbones are channels-last in memory: for FSDP's `fully_shard` first
+            call `model.to(memory_format=torch.contiguous_format)`.
     """
 
     class_head = (

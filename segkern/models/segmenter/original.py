@@ -9,7 +9,6 @@ original's unused ImageNet heads have no place in the model.
 
 import json
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from ...io.atomic_files import atomic, write_json
 from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD
 from ...weights import unpickling
 from ...weights.state_dicts import misfits, on_disk
-from ...weights.timm_names import check_timm_name
+from ...weights.timm_names import check_timm_name, pretrained_model
 
 FORMATS = ("segkern", "original")
 _MODEL_TYPE = "segmenter"
@@ -267,8 +266,10 @@ def timm_model(name: str, pretrained: bool) -> nn.Module:
 
     check_timm_name(name, "Segmenter: backbone must be a ViT of timm")
     try:
-        with nullcontext() if pretrained else torch.device("meta"):
-            return timm.create_model(name, pretrained=pretrained)
+        if pretrained:
+            return pretrained_model(name)
+        with torch.device("meta"):
+            return timm.create_model(name, pretrained=False)
     except RuntimeError as error:
         raise ValueError(f"Segmenter: timm cannot give backbone '{name}': {error}") from error
 

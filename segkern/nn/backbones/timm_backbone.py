@@ -1,20 +1,17 @@
 """Any model of timm with four maps at doubling strides, as a backbone."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ...runtime.modes import evaluated
-from ...weights.timm_names import check_timm_name
+from ...weights.timm_names import check_timm_name, pretrained_model
 from .swin import VARIANTS
 
 OWN_SMALL = "resnet_digits"
-_FAULTS = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    RuntimeError,
-    ValueError,
-)  # of timm's models
+# of timm's models, where they cannot be built or do not take a size
+_FAULTS = (AssertionError, AttributeError, IndexError, RuntimeError)
 
 
 class TimmBackbone(nn.Module):
@@ -93,7 +90,7 @@ class TimmBackbone(nn.Module):
     def _fault(self, *size: int) -> str | None:
         try:
             maps = evaluated(self)(next(self.parameters()).new_zeros(1, 3, *size))
-        except _FAULTS as error:
+        except (*_FAULTS, ValueError) as error:
             return str(error).partition("\n")[0] or type(error).__name__
         for found, stride in zip(maps, self.strides):
             if any(abs(n - side / stride) >= 1 for n, side in zip(found.shape[2:], size)):
@@ -127,12 +124,11 @@ def _created(name: str, pretrained: bool, options: dict) -> nn.Module:
     """timm's model of a name, for images of any size where it has that option."""
     import timm  # here, because it takes as long to import as torch
 
+    create = pretrained_model if pretrained else partial(timm.create_model, pretrained=False)
     places = {"features_only": True, "out_indices": (-4, -3, -2, -1)}
     try:
-        return timm.create_model(
-            name, pretrained, **places, **({"strict_img_size": False} | options)
-        )
+        return create(name, **places, **({"strict_img_size": False} | options))
     except TypeError as error:
         if "strict_img_size" not in str(error):
             raise
-    return timm.create_model(name, pretrained, **places, **options)
+    return create(name, **places, **options)
