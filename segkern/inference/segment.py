@@ -19,7 +19,6 @@ from ..models.protocol import SegmentationModel
 from ..ops._checks import expect_integer
 from ..ops.segment_map import check_options
 from ..runtime.cuda_graphs import replayed
-from ..runtime.modes import evaluating
 from ..structures.logits import PixelLogits, QueryLogits
 from ..structures.segmentation import Segmentation
 from ..structures.settings import InputConfig, Options, Views, one_of
@@ -53,7 +52,8 @@ def segment(
     images.
 
     Args:
-        model: such as a `Mask2Former`, in whatever mode; the mode stays.
+        model: such as a `Mask2Former`, in whatever mode; the mode stays, and others may use the
+            model meanwhile, or train it.
         images: one image or a list, each a path, a PIL image, an array [H, W] or [H, W, C] or a
             tensor [H, W] or [C, H, W]; uint8, or uint16, or floating in [0, 1]; C is 1 to 4 (grey,
             alpha last; what is transparent shows white).
@@ -227,7 +227,7 @@ def _by_pixels(
         torch.stack([one.read(k).to(weight) for one in batch]) for k in range(len(views.scales))
     ]
     sizes = [one.output for one in batch]
-    with evaluating(model), torch.no_grad():
+    with torch.no_grad():
         found = label_maps(model, images, sizes, views, options.return_scores, cuda_graphs)
     for labels, scores in found:
         yield {"semantic": semantic(labels, scores, model.config.labels.names)}
@@ -247,7 +247,7 @@ def _by_queries(
         row[:, :h, :w] = one.read(0)
     extra = {task: model.inputs(task, len(batch)) for task in wanted}
     # no_grad, not inference_mode: constants that the model keeps must serve training too
-    with evaluating(model), torch.no_grad():
+    with torch.no_grad():
         if any(extra.values()):
             runs = {
                 task: replayed(predict, model, pixels, *extra[task], enabled=cuda_graphs)

@@ -11,13 +11,16 @@ class InputConfig:
     """How a model takes images.
 
     Attributes:
-        mean, std: of the pixels in [0, 1], red, green, blue.
+        mean, std: of the pixels in [0, 1], red, green, blue; std above 0.
         shortest_edge: pixels, to which an image's short side is resized; None keeps its size.
         longest_edge: pixels, the most that the long side may get; None for no limit.
         divisor: sides of a batch are padded to a multiple of it.
         window: side in pixels of the windows that a large image is cut into; None takes it whole.
         stride: pixels from one window to the next.
         crop: (H, W) of random views in training; None where the data set decides.
+
+    Raises:
+        ValueError: mean or std are not three numbers, or std not positive.
     """
 
     mean: tuple[float, float, float]
@@ -28,6 +31,15 @@ class InputConfig:
     window: int | None = None
     stride: int | None = None
     crop: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if len(value) != 3 or (name == "std" and min(value) <= 0):
+                rule = "three numbers" + (" above 0" if name == "std" else "")
+                raise ValueError(
+                    f"image_{name} must be {rule}, of red, green and blue, got {tuple(value)}"
+                )
 
     def at(self, scale: float) -> "InputConfig":
         """The same with edges times `scale`, at least 1."""

@@ -101,7 +101,7 @@ def test_inputs_are_made_a_batch_at_a_time(monkeypatch):
     monkeypatch.setattr(
         "segkern.inference.segment.prepare", lambda *x: made.append(0) or prepare(*x)
     )
-    model = Squares()
+    model = Squares().eval()
     predict = model.predict
     monkeypatch.setattr(model, "predict", lambda x: seen.append(len(made)) or predict(x))
     segment(model, 5 * [half_bright()], batch_size=2)

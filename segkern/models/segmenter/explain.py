@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...io import plots
 from ...io.images import prepare, read_image
 from ...nn.vit import MaskTransformer
-from ...runtime.modes import evaluating
+from ...runtime.modes import evaluated
 from .model import Segmenter
 
 
@@ -73,8 +73,8 @@ def attention_maps(
             )
         token = h * w + label
     attentions = [blocks[i].attn for i in layers]
-    with _projections(attentions) as found, evaluating(model), torch.no_grad():
-        model.predict(pixel_values)
+    with _projections(attentions) as found, torch.no_grad():
+        evaluated(model).predict(pixel_values)
     maps = [_weights(found[a.qkv], a.num_heads, token) for a in attentions]
     return torch.stack(maps)[:, first : first + h * w].unflatten(1, (h, w))
 
@@ -162,7 +162,9 @@ def _projections(attentions: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Te
     """The queries, keys and values [1, N, 3 D] that these attentions form."""
     found: dict[nn.Module, Tensor] = {}
     hooks = [
-        a.qkv.register_forward_hook(lambda module, inputs, output: found.update({module: output}))
+        a.qkv.register_forward_hook(
+            lambda _, inputs, output, qkv=a.qkv: found.update({qkv: output})
+        )
         for a in attentions
     ]
     try:
