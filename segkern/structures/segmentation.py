@@ -217,7 +217,8 @@ class Segmentation:
     def _boxes(self) -> np.ndarray:
         if self.masks is not None:
             return self.masks.boxes()
-        found = scipy.ndimage.find_objects(self.segmentation.cpu().numpy() + 1)  # of id 0, 1, ...; 0 is nothing
+        # of id 0, 1, ...; it takes 0 for nothing
+        found = scipy.ndimage.find_objects(self.segmentation.cpu().numpy() + 1)
         boxes = np.zeros((len(self.segments), 4), np.int64)
         for box, s in zip(boxes, self.segments):
             rows, columns = found[s.id]
