@@ -231,6 +231,20 @@ def test_build_with_old_setuptools_says_what_to_do():
     assert 'pip install "setuptools>=77"' in run.stderr
 
 
+WINDOWS = """
+import runpy, setuptools, sys
+sys.platform, sys.argv = "win32", ["setup.py", "-q", "build_py", "--build-lib", {folder!r}]
+runpy.run_path("setup.py")
+"""
+
+
+def test_windows_gets_the_pure_python_install(tmp_path):
+    python(WINDOWS.format(folder=str(tmp_path)), ROOT)
+    code = "import segkern; print(segkern.ops._library.info()['cpu kernels'])"
+    said = python(code, tmp_path, PYTHONPATH=str(tmp_path))
+    assert said == "missing: pure-Python install (there are no kernels for Windows)\n"
+
+
 RUNS = [  # CUDA of the build and of torch, that of the driver, what is said of the CUDA kernels
     ("13.2", "13.0", "13.0", ""),
     ("13.2", "13.0", None, ""),
