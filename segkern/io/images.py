@@ -89,20 +89,21 @@ def _unlimited(lift: bool) -> Iterator[None]:
 
 def _other_pages(image: Image.Image) -> int:
     """How many pages of a file hold another picture than the first; 0 where they are damaged."""
+    if image.format in _PARTS:
+        return 0
     try:
         frames = getattr(image, "n_frames", 1)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        if image.format != "TIFF":
+            return frames - 1
+        others = 0
+        for page in range(1, frames):
+            image.seek(page)
+            others += not image.tag_v2.get(_SUBFILE_TYPE, 0) & 5  # 1: a smaller copy, 4: a mask
+        return others
+    except (OSError, EOFError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
         return 0  # the first may be whole
-    if image.format in _PARTS or frames == 1:
-        return 0
-    if image.format != "TIFF":
-        return frames - 1
-    others = 0
-    for page in range(1, frames):
-        image.seek(page)
-        others += not image.tag_v2.get(_SUBFILE_TYPE, 0) & 5  # 1: a smaller copy, 4: a mask
-    image.seek(0)
-    return others
+    finally:
+        image.seek(0)
 
 
 def _mode(image: Image.Image) -> str:

@@ -130,10 +130,8 @@ def group_norm(
         if not autocast and tensor.dtype != x.dtype:
             raise TypeError(f"group_norm: {name} must be {x.dtype} as x, got {tensor.dtype}")
     if autocast and not weight.dtype == bias.dtype == x.dtype:
-        weight, bias = (
-            weight.float(),
-            bias.float(),
-        )  # taken beside any half precision
+        # which PyTorch takes beside any half precision
+        weight, bias = weight.float(), bias.float()
     if (x.is_cuda or autocast or x.dtype.itemsize < 4) and impl == "kernel":
         impl = "reference"
     if not _library.use_kernel("group_norm", impl, x):

@@ -127,18 +127,18 @@ class _MsDeformAttn(torch.autograd.Function):
 
 def _int_pairs(op: str, shapes, L: int, S: int) -> list[tuple[int, int]]:
     """The levels' sizes in Python's ints, checked."""
+    rows = shapes
     if isinstance(shapes, Tensor):
         if shapes.device.type != "cpu":
             raise ValueError(f"{op}: shapes must be on the CPU, got {shapes.device}")
-        came, rows = got(shapes), shapes.tolist()
-    else:
-        came, rows = repr(shapes), shapes
+        rows = shapes.tolist()
     try:
         # a size that is being traced is an int already
         pairs = [tuple(n if isinstance(n, int) else index(n) for n in row) for row in rows]
     except TypeError:
         pairs = [()]
     if not all(len(pair) == 2 and min(pair) > 0 for pair in pairs):
+        came = got(shapes) if isinstance(shapes, Tensor) else repr(shapes)
         raise TypeError(f"{op}: shapes must be (h, w) pairs of positive ints, got {came}")
     area = sum(h * w for h, w in pairs)
     if len(pairs) != L or area != S:

@@ -221,8 +221,9 @@ class Segmentation:
         found = scipy.ndimage.find_objects(self.segmentation.cpu().numpy() + 1)
         boxes = np.zeros((len(self.segments), 4), np.int64)
         for box, s in zip(boxes, self.segments):
-            rows, columns = found[s.id]
-            box[:] = columns.start, rows.start, columns.stop, rows.stop
+            if s.id < len(found) and found[s.id] is not None:
+                rows, columns = found[s.id]
+                box[:] = columns.start, rows.start, columns.stop, rows.stop
         return boxes
 
 

@@ -47,10 +47,10 @@ MIXED = {
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("impl", MIXED)
-def test_autocast_takes_tensors_of_several_dtypes(impl):
+@pytest.mark.parametrize("name", MIXED)
+def test_autocast_takes_tensors_of_several_dtypes(name):
     """Near what float32 gives: the order of dtypes decides nothing but the rounding."""
-    call, shapes = MIXED[impl]
+    call, shapes = MIXED[name]
     tensors = [randn(shape) for shape in shapes]
     want = call(*tensors)
     for dtypes in itertools.product((torch.float32, torch.bfloat16), repeat=len(shapes)):
