@@ -47,13 +47,14 @@ _HOME = {
     "TrainConfig": "training.config",
     "train": "training.loop",
 }
+_ROOMS = ("evaluation", "inference", "io", "nn", "runtime", "structures", "training", "weights")
 __all__ = ["ops", *_HOME]
 sys.meta_path.insert(0, _moved.Finder())
 
 
 def __getattr__(name: str):
-    if name in _HOME:
-        home = _HOME[name]
+    if name in _HOME or name in _ROOMS:
+        home = _HOME.get(name, "")
         module = import_module(f"segkern.{home or name}")
         globals()[name] = getattr(module, name) if home else module
         return globals()[name]
