@@ -25,9 +25,9 @@ def evaluated(model: nn.Module) -> nn.Module:
     twins = {m: object.__new__(type(m)) for m in own}
     for module, twin in twins.items():
         held = module.__dict__
-        own = {name: _within(held[name], twins) for name in held.keys() - _SHARED}
+        turned = {name: _within(held[name], twins) for name in held.keys() - _SHARED}
         # what torch.compile put in the place of a call runs the module that it was made of
-        twin.__dict__.update(held | own, training=False, _compiled_call_impl=None)
+        twin.__dict__.update(held | turned, training=False, _compiled_call_impl=None)
     return twins[model]
 
 

@@ -273,7 +273,7 @@ def text(path, data):
 def test_a_spoilt_checkpoint_is_refused(whole, tmp_path, spoil):
     folder, _ = whole
     spoil(tmp_path / "last.pt", (folder / "last.pt").read_bytes())
-    with pytest.raises(ValueError, match=r"last.pt: not a (whole )?checkpoint of segkern train"):
+    with pytest.raises(ValueError, match=r"last.pt: not a (whole )?checkpoint"):
         train(config(tmp_path / "new"), resume=tmp_path, progress=False)
 
 

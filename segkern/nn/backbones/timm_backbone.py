@@ -74,13 +74,11 @@ class TimmBackbone(nn.Module):
         if fault is None:
             return
         advice = "choose another backbone"
-        for side in (64, 128, 192, 224, 256, 384):
-            if self._fault(2 * side, 3 * side) is None:
+        side = next((n for n in (64, 128, 192, 224, 256, 384) if self._fault(n, n) is None), None)
+        if side is not None:
+            advice = f"size_divisor, shortest_edge and longest_edge must all be {side}"
+            if self._fault(side, 2 * side) is None:
                 advice = f"size_divisor must be {side}, got {divisor}"
-                break
-            if self._fault(side, side) is None:
-                advice = f"size_divisor, shortest_edge and longest_edge must all be {side}"
-                break
         raise ValueError(
             f"build_backbone: backbone '{name}' does not take images of {h} x {w} ({fault}): "
             f"{advice}"

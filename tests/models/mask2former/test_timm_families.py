@@ -31,13 +31,14 @@ ALL_AT = {  # those that take images of one size alone: that side; of its multip
     "halonet_h1": (256,),
     "maxvit_pico_rw_256": (256,),
 }
-UNEVEN = ["inception_v3", "inception_v4", "inception_resnet_v2", "legacy_xception"]
+UNEVEN = ["inception_v3", "legacy_xception"]
 WITHOUT = """
     beit cait convit convmixer crossvit deepseek_vit deit efficientvim efficientvit_msra eva
     gemma4_vit levit mlp_mixer naflexvit nasnet nest pit pnasnet qwen3_vit sequencer shvit tnt
     visformer vision_transformer vision_transformer_hybrid vision_transformer_relpos
     vision_transformer_sam vitamin volo xcit
-"""  # families without four such maps, and two whose models are all large
+    inception_v4 inception_resnet_v2
+"""  # families without four such maps; nasnet's and pnasnet's models are all large
 QUICK = ["convnext_zepto_rms", "edgenext_xx_small", "poolformerv2_s12", "pvt_v2_b0", "resnet10t"]
 QUICK += ["swinv2_cr_tiny_224", "coat_tiny"]
 SIZES = dict.fromkeys(("hidden_dim", "feature_size", "mask_feature_size"), 32)
