@@ -239,8 +239,7 @@ def _train_command(arguments: list[str]) -> Callable:
 
 def _open(name: str) -> SegmentationModel:
     """The model of a run's folder, a model's folder or a name on the hub."""
-    inside = Path(name) / "model"
-    return open_model(inside if inside.is_dir() else name)
+    return open_model(name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,15 @@
 """Compares a state dict with that of a model."""
 
+from collections.abc import Iterable
+
 from torch import Tensor
+
+
+def with_new_head(
+    weights: dict[str, Tensor], own: dict[str, Tensor], head: Iterable[str]
+) -> dict[str, Tensor]:
+    """`weights` with a model's `own` in place of those named in `head`, as far as it has them."""
+    return weights | {name: own[name] for name in head if name in own}
 
 
 def misfits(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:

@@ -28,7 +28,7 @@ from ...ops._checks import expect, got
 from ...structures.logits import QueryLogits
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ...weights.state_dicts import misfits
+from ...weights.state_dicts import misfits, with_new_head
 from . import huggingface
 from .config import Mask2FormerConfig
 
@@ -61,6 +61,12 @@ class Mask2Former(nn.Module):
     Args:
         config: what to build; weights are random, as the paper initialises them.
     """
+
+    class_head = (
+        "query_decoder.class_embed.weight",
+        "query_decoder.class_embed.bias",
+        "criterion.empty_weight",
+    )
 
     def __init__(self, config: Mask2FormerConfig):
         super().__init__()
@@ -230,7 +236,7 @@ class Mask2Former(nn.Module):
 
         Args:
             name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
-                `save_pretrained`.
+                `save_pretrained`, or the folder of a training run.
             num_labels: K of the new task; where it differs from the checkpoint's, the class head
                 starts anew. None keeps the checkpoint's.
 
@@ -251,8 +257,7 @@ class Mask2Former(nn.Module):
         model = cls(config)
         own = model.state_dict()
         if fresh:
-            head = ("query_decoder.class_embed.weight", "query_decoder.class_embed.bias")
-            weights = weights | {k: own[k] for k in (*head, "criterion.empty_weight")}
+            weights = with_new_head(weights, own, cls.class_head)
         weights = {"criterion.seed": own["criterion.seed"]} | weights
         if faults := misfits(weights, own):
             raise ValueError(

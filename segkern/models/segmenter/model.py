@@ -10,7 +10,7 @@ Source: Segmenter (Strudel et al., ICCV 2021). Weights have the names of the ori
 Differs: the encoder's unused ImageNet head is not part of the model.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,8 @@ from ...structures.labels import VOID
 from ...structures.logits import PixelLogits
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ...weights.state_dicts import misfits
+from ...weights.folders import find_folder
+from ...weights.state_dicts import misfits, with_new_head
 from . import original
 from .config import SegmenterConfig
 
@@ -54,6 +55,11 @@ class Segmenter(nn.Module):
     Raises:
         ValueError: timm has no such backbone or no weights of it, or they do not fit.
     """
+
+    class_head = (
+        *("decoder.head.weight", "decoder.head.bias"),  # of the linear decoder
+        *("decoder.cls_emb", "decoder.mask_norm.weight", "decoder.mask_norm.bias"),
+    )
 
     def __init__(self, config: SegmenterConfig):
         super().__init__()
@@ -232,25 +238,44 @@ class Segmenter(nn.Module):
         return loss, {"loss_cross_entropy": loss[None]}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Segmenter":
+    def from_pretrained(
+        cls, name_or_folder: str | Path, num_labels: int | None = None
+    ) -> "Segmenter":
         """Opens a checkpoint: `checkpoint.pth` and `variant.yml` of the original code, or
         `config.json` and `model.safetensors` of `save_pretrained`.
+
+        Args:
+            name_or_folder: a folder, one of those files, the folder of a training run, or a name
+                on the hub.
+            num_labels: K of the new task; where it differs from the checkpoint's, the class head
+                starts anew. None keeps the checkpoint's.
+
+        Returns:
+            The model in eval mode.
 
         Raises:
             ValueError: a file is missing or is not what it should be, or the weights are not those
                 of the model that is described (names the keys).
         """
+        folder = find_folder(name_or_folder)
         settings, weights = original.read_folder(folder)
         unknown = sorted(settings.keys() - {f.name for f in fields(SegmenterConfig)})
         if unknown:
             raise ValueError(f"Segmenter: {folder} has unknown settings: {', '.join(unknown)}")
         settings["backbone_pretrained"] = False  # its weights are in the checkpoint
-        model = cls(SegmenterConfig(**settings))
-        found, K = original.labels_of(weights), model.config.num_labels
-        if found not in (None, K):
+        config = SegmenterConfig(**settings)
+        found = original.labels_of(weights)
+        if found not in (None, config.num_labels):
             raise ValueError(
-                f"Segmenter: {folder} has weights for {found} labels, its settings say {K}"
+                f"Segmenter: {folder} has weights for {found} labels, its settings say "
+                f"{config.num_labels}"
             )
+        fresh = num_labels is not None and num_labels != config.num_labels
+        if fresh:
+            config = replace(config, num_labels=num_labels, id2label=None)
+        model = cls(config)
+        if fresh:
+            weights = with_new_head(weights, model.state_dict(), cls.class_head)
         if faults := misfits(weights, model.state_dict()):
             raise ValueError(f"Segmenter: {folder} does not fit the model; {'; '.join(faults)}")
         model.load_state_dict(weights)

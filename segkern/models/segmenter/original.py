@@ -72,14 +72,12 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """Settings under the names of `SegmenterConfig`, and weights.
 
     Args:
-        folder: of either format, or the checkpoint.pth in it.
+        folder: of either format.
 
     Raises:
         ValueError: a file is missing, damaged, or is not of a Segmenter.
     """
     folder = Path(folder)
-    if folder.is_file():
-        folder = folder.parent
     if (folder / "config.json").is_file():
         return _read_own(folder)
     for name in ("checkpoint.pth", "variant.yml"):
