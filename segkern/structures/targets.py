@@ -57,7 +57,8 @@ class Targets(NamedTuple):
     ) -> "Targets":
         """Packs one tensor of masks and one of labels for each image, as Hugging Face passes them.
 
-        Targets whose mask is empty are left out, as the paper's code does, with a warning. Values are read, so pack on the CPU (a CUDA tensor is waited for) and move the result.
+        Targets whose mask is empty are left out, as the paper's code does, with a warning.
+        Values are read, so pack on the CPU (a CUDA tensor is waited for) and move the result.
 
         Args:
             mask_labels: for each image [n, H, W] float, bool or uint8, 1 inside and 0 outside.

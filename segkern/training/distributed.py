@@ -7,8 +7,8 @@ from ..structures.targets import Targets
 
 
 def normalized(targets: Targets) -> Targets:
-    """Targets whose normalizers are the mean numbers, of targets and of pixels that count, over the
-    processes, each at least 1.
+    """Targets whose normalizers are the mean numbers over the processes, of targets and of pixels
+    that count, each at least 1.
 
     To be called by every process of the group, each with its part of the batch, before the step:
     the mean over processes of their gradients is then that of the joined batch. Nothing in a loss

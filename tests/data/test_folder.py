@@ -225,7 +225,8 @@ def test_resume_gives_the_same_weights_and_the_folder_may_move(plain, tmp_path):
     assert TrainConfig.from_dict(state["config"]) == cut
     moved = plain.rename(tmp_path / "elsewhere")
     again = replace(cut, workers=1, data=FolderConfig(moved))
-    found = train(again, resume=cut.output, progress=False).model.state_dict()
+    data = build_dataset(again.data, "train", again.model)
+    found = train(again, resume=cut.output, dataset=data, progress=False).model.state_dict()
     assert all(torch.equal(found[name], whole[name]) for name in whole)
     with pytest.raises(ValueError, match=r"data.seed is 0 there, 1 here"):
         train(replace(again, steps=6, data=FolderConfig(moved, seed=1)), resume=cut.output)
