@@ -92,8 +92,8 @@ def test_resume_gives_the_same_weights(whole, tmp_path):
     changed = {"evaluate_every": 3, "evaluate_scenes": 2}
     first = config(tmp_path, checkpoint_every=4, **changed)
     data, held_out = Digits(first.data), Digits(first.data, "val")
+    plug = PulledPlug(data, 4 * 2)
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        plug = PulledPlug(data, 4 * 2)
         train(first, dataset=plug, val_dataset=held_out, progress=False)
     assert checkpoint.load(tmp_path)["step"] == 4
     with pytest.raises(ValueError, match="dataset must be given to go on with"):

@@ -129,17 +129,13 @@ def test_the_checkpoint_is_there_when_an_evaluation_fails(tmp_path):
     assert checkpoint.load(tmp_path)["step"] == 1
 
 
-class WithoutStuff(Custom):
-    pass
-
-
 def test_data_of_ones_own(tmp_path, monkeypatch):
     setting = config(tmp_path, evaluate_every=1, steps=1)
     setting.model.stuff = ()
     with pytest.raises(ValueError, match="val_dataset must be given where dataset is"):
         train(setting, dataset=Custom(), progress=False)
     with pytest.raises(ValueError, match="dataset must have `stuff`, the labels without inst"):
-        train(setting, dataset=Custom(), val_dataset=WithoutStuff(), progress=False)
+        train(setting, dataset=Custom(), val_dataset=Custom(), progress=False)
     run = train(replace(setting, evaluate_every=0), dataset=Custom(), progress=False)
     assert main(["evaluate", str(tmp_path)]) == 2  # and no scenes of digits in its place
     again = replace(setting, output=tmp_path / "more", evaluate_every=0, lr=0.0, weight_decay=0.0)
