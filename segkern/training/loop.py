@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data import Folder, Order, build_dataset, collate
+from ..evaluation.evaluate import check_dataset
 from ..io.atomic_files import writable_folder
 from ..models import SegmentationModel, build_model, initialize
 from ..runtime.device import usable_device
@@ -208,6 +209,8 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
                 "got None"
             )
         held_out = build_dataset(config.data, "val")
+    if held_out is not None:
+        check_dataset(held_out, config.model, (config.task,))
     for name, part in (("dataset", data), ("val_dataset", held_out)):
         if part is None:
             continue
@@ -263,7 +266,7 @@ def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float, precisi
         shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
         cause = "lower --lr, raise --warmup or clip harder"
         if step == 1:  # of the weights that training starts from: no rate has touched them
-            cause = "the weights that it starts from, or the labels of the batch, are bad"
+            cause = "no rate has touched the weights yet: see those it starts from, and the labels"
         if precision != "fp32":
             cause += ", or use --precision fp32"
         raise FloatingPointError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation.evaluate import check_dataset, evaluate
+from ..evaluation.evaluate import evaluate
 from ..io.atomic_files import write_json
 from ..models import SegmentationModel
 from ..structures.settings import Options
@@ -28,14 +28,12 @@ class Validation:
         start: steps done before.
 
     Raises:
-        ValueError: the data lacks what the task needs.
+        ValueError: `folder`/best is not what training writes.
     """
 
     def __init__(self, data, config: TrainConfig, folder: Path, start: int):
         self.data, self.config, self.folder = data, config, folder / BEST
         self.metric = config.best_metric or METRICS[config.task][0]
-        if data is not None:
-            check_dataset(data, config.model, (config.task,))
         self.best = _stored(self.folder / _FIGURES, self.metric, start)
 
     def __call__(self, model: SegmentationModel, step: int) -> tuple[dict[str, float], str]:

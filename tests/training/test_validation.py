@@ -16,7 +16,7 @@ from segkern.data import folder as folder_format
 from segkern.evaluation.evaluate import evaluate
 from segkern.models import Segmenter, SegmenterConfig, open_model
 from segkern.training import checkpoint
-from segkern.training.loop import train
+from segkern.training.loop import _line, train
 from segkern.training.validation import Validation
 
 
@@ -127,6 +127,15 @@ def test_the_checkpoint_is_there_when_an_evaluation_fails(tmp_path):
     with pytest.raises(OSError, match="the disk is gone"):
         train(setting, dataset=Custom(), val_dataset=Bad(setting.data), progress=False)
     assert checkpoint.load(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize(("step", "cause"), [(1, "no rate has touched"), (2, "lower --lr")])
+def test_why_a_loss_is_not_finite(step, cause):
+    bad = torch.tensor(float("nan"))
+    for precision, said in (("fp32", False), ("fp16", True)):
+        with pytest.raises(FloatingPointError, match=f"at step {step} .*{cause}") as error:
+            _line(step, bad, {"loss_mask": bad[None]}, 0.1, precision)
+        assert ("--precision fp32" in str(error.value)) == said
 
 
 def test_data_of_ones_own(tmp_path, monkeypatch):
