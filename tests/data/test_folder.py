@@ -369,7 +369,7 @@ def test_train_evaluate_and_predict_from_the_command_line(plain, tmp_path, capsy
     found = json.loads((out / "scene.0.json").read_text())
     assert found["size"] == [24, 40]
     assert {s["label"] for s in found["segments"]} <= set(NAMES)
-    model = segkern.Segmenter.from_pretrained(run / "model")
+    model = segkern.Segmenter.from_pretrained(run)
     picture = plain / "images/val/part/scene.0.png"
     views = {"window": 16, "stride": 8, "scales": (1, 1.5), "flip": True}
     want = segkern.segment(model, picture, "semantic", **views)
