@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +14,7 @@ import tyro
 from rich.console import Console
 
 from . import recipes
-from .data import Digits, DigitsConfig, Folder, FolderConfig
+from .data import DataConfig, Digits, DigitsConfig, Folder, FolderConfig
 from .data.folder import Layout
 from .evaluation.evaluate import evaluate as run_evaluate
 from .evaluation.report import table
@@ -42,10 +43,10 @@ _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error
 
 def evaluate(
     model: Annotated[_Model, tyro.conf.Positional],
-    level: Literal["easy", "hard", "mixed"] = "easy",
+    level: Literal["easy", "hard", "mixed"] | None = None,
     split: Literal["val", "test"] = "test",
-    size: tuple[int, int] = (64, 64),
-    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    seed: int | None = None,
     scenes: int | None = None,
     tasks: tuple[_Task, ...] = TASKS,
     threshold: float | None = None,
@@ -61,12 +62,14 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out scenes of digits, or images in folders: PQ, SQ, RQ, AP, mIoU.
 
+    A run is measured on the data that it was trained on, unless options name another.
+
     Args:
         model: what to measure.
-        level: of the scenes.
+        level: of the scenes; not given, the run's, or easy.
         split: of the digit images.
-        size: height and width of a scene.
-        seed: other seeds give other scenes.
+        size: height and width of a scene; not given, the run's, or 64 64.
+        seed: other seeds give other scenes; not given, the run's, or 0.
         scenes: how many, or how many images; not given, 400 scenes, or all images.
         tasks: what to measure; of a Segmenter and of images in folders semantic alone.
         threshold: least score of a panoptic segment, 0 to 1; not given, the digits recipe's for
@@ -85,14 +88,28 @@ def evaluate(
     if out is not None and out.is_dir():
         raise ValueError(f"evaluate: --out must be a file, {out} is a folder")
     opened = _open(model).to(usable_device(device))
-    if data is None:
-        task = "panoptic" if opened.config.num_labels == 11 else "instance"
-        source = Digits(DigitsConfig(size, level, task, seed=seed), split)
-        title, scenes = f"{level} scenes", 400 if scenes is None else scenes
+    given = {"size": size, "level": level, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    if data is not None:
+        settings = FolderConfig(data, layout)
     else:
-        source, title = Folder(FolderConfig(data, layout), "val"), str(data)
+        settings = _data_of_run(model, bool(given))
+    if isinstance(settings, FolderConfig):
+        if given:
+            raise ValueError(
+                f"evaluate: --{next(iter(given))} is for scenes of digits, and the data is the "
+                f"folder {settings.root}"
+            )
+        source, title = Folder(settings, "val"), str(settings.root)
+        source.check()
+    else:
+        task = "panoptic" if opened.config.num_labels == 11 else "instance"
+        settings = settings or DigitsConfig(size=(64, 64), level="easy", task=task)
+        settings = replace(settings, **given)
+        source, title = Digits(settings, split), f"{settings.level} scenes"
+        scenes = 400 if scenes is None else scenes
     if tasks == TASKS:
-        tasks = ("semantic",) if data else opened.config.tasks
+        tasks = ("semantic",) if isinstance(source, Folder) else opened.config.tasks
     if threshold is None and "panoptic" in tasks:
         threshold = recipes.DIGITS_THRESHOLD
     value = run_evaluate(
@@ -250,6 +267,30 @@ def _train_command(arguments: list[str]) -> Callable:
         print(f"trained {run.steps} steps in {run.seconds:.0f} s: {config.output / 'model'}")
 
     return train
+
+
+def _data_of_run(name: str, digits: bool) -> DataConfig | None:
+    """The data set that a run was trained on; None where the name is not that of a run.
+
+    Args:
+        name: of a model.
+        digits: whether options say that it is to be measured on scenes of digits.
+
+    Raises:
+        ValueError: the run trained on a data set that its settings do not describe.
+    """
+    if not (Path(name) / checkpoint.FILE).is_file():
+        return None
+    state = checkpoint.load(name)
+    config = stored_config(name, state)
+    if state.get("own_data"):
+        if digits:
+            return None
+        raise ValueError(
+            f"evaluate: {name} was trained on a data set that its settings do not describe; name "
+            "one with --data, or call segkern.evaluate(model, dataset)"
+        )
+    return config.data
 
 
 def _open(name: str) -> SegmentationModel:

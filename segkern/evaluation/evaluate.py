@@ -4,6 +4,7 @@ What the figures are is said in panoptic.py, instance.py and semantic.py.
 """
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ..inference.segment import Input, check, find
 from ..io.atomic_files import writable_folder, write_json
-from ..models.protocol import SegmentationModel
+from ..models.protocol import ModelConfig, SegmentationModel
 from ..structures.settings import Options, Views, one_of
 from .instance import Instances
 from .panoptic import Panoptic
@@ -48,8 +49,9 @@ def evaluate(
     Args:
         model: such as a `Mask2Former`, with as many labels as the data set has classes; its mode
             stays.
-        dataset: samples by index, with a length, `classes` (names) and `stuff` (labels), or a
-            DataLoader over one that yields lists of samples. A sample is a dict: pixel_values
+        dataset: samples by index, with a length, `classes` (names) and `stuff` (labels without
+            instances; not needed for the semantic task, nor where the model has a list of them),
+            or a DataLoader over one that yields lists of samples. A sample is a dict: pixel_values
             [3, h, w] float32 normalised, masks [n, H, W] uint8, labels [n] int64, semantic [H, W]
             integers (labels the model does not have are void, as 255 is up to 255 classes). For
             the semantic task alone it may have image [H, W, 3] uint8 in place of the first three,
@@ -93,12 +95,7 @@ def evaluate(
         wanted["instance"] = replace(wanted["instance"], threshold=None)
     loader, source = _loader(dataset, limit, batch_size, num_workers)
     total = len(source) if limit is None else min(limit, len(source))
-    classes, stuff = list(source.classes), tuple(source.stuff)
-    if len(classes) != model.config.num_labels:
-        raise ValueError(
-            f"evaluate: the model has {model.config.num_labels} labels, "
-            f"the data set {len(classes)} classes"
-        )
+    classes, stuff = check_dataset(source, model.config, tasks)
     if out is not None:
         if Path(out).is_dir():
             raise ValueError(f"evaluate: out must be a file, got the folder {out}")
@@ -133,9 +130,42 @@ def evaluate(
     for meter in meters.values():
         value |= meter.compute(rows)
     value["classes"] = rows
+    absent = [row["name"] for row in rows if not row.pop("occurs")]
+    if absent and (limit is None or limit >= len(source)):
+        warnings.warn(
+            f"evaluate: {len(absent)} of {len(classes)} classes occur nowhere in the data: "
+            f"{', '.join(absent[:5])}; the means are those of the others",
+            stacklevel=2,
+        )
     if out is not None:
         write_json(out, value)
     return value
+
+
+def check_dataset(dataset, config: ModelConfig, tasks: Sequence[str]) -> tuple[list, tuple]:
+    """Names of the classes, and labels without instances, of a data set to evaluate on.
+
+    Raises:
+        ValueError: it lacks them, or its classes are not as many as the model's labels.
+    """
+    classes, stuff = getattr(dataset, "classes", None), getattr(dataset, "stuff", None)
+    if classes is None:
+        raise ValueError(
+            "evaluate: dataset must have `classes`, the names of its labels, "
+            f"got a {type(dataset).__name__} without"
+        )
+    if len(classes) != config.num_labels:
+        raise ValueError(
+            f"evaluate: the model has {config.num_labels} labels, "
+            f"the data set {len(classes)} classes"
+        )
+    stuff = config.labels.stuff or None if stuff is None else stuff
+    if stuff is None and tuple(tasks) != ("semantic",):
+        raise ValueError(
+            "evaluate: dataset must have `stuff`, the labels without instances (an empty tuple "
+            f"where all have them), got a {type(dataset).__name__} without"
+        )
+    return list(classes), tuple(stuff or ())
 
 
 def _input(model: SegmentationModel, sample: dict, tasks: tuple[str, ...], views: Views) -> Input:

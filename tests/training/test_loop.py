@@ -91,11 +91,15 @@ def test_resume_gives_the_same_weights(whole, tmp_path):
     whole_folder, run = whole
     changed = {"evaluate_every": 3, "evaluate_scenes": 2}
     first = config(tmp_path, checkpoint_every=4, **changed)
-    data = Digits(first.data)
+    data, held_out = Digits(first.data), Digits(first.data, "val")
+    plug = PulledPlug(data, 4 * 2)
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        train(first, dataset=PulledPlug(data, 4 * 2), progress=False)
+        train(first, dataset=plug, val_dataset=held_out, progress=False)
     assert checkpoint.load(tmp_path)["step"] == 4
-    second = train(first, resume=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="dataset must be given to go on with"):
+        train(first, resume=tmp_path, progress=False)
+    given = {"dataset": data, "val_dataset": held_out}
+    second = train(first, resume=tmp_path, **given, progress=False)
     same(run.model.state_dict(), second.model.state_dict())
     a, b = checkpoint.load(whole_folder), checkpoint.load(tmp_path)
     assert a["step"] == b["step"] == 6

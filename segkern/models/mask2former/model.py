@@ -213,7 +213,11 @@ class Mask2Former(nn.Module):
                     "Mask2Former: give mask_labels and class_labels together, or targets alone"
                 )
             targets = Targets.from_lists(
-                mask_labels, class_labels, pixel_values.shape[2:], self.config.num_labels
+                mask_labels,
+                class_labels,
+                pixel_values.shape[2:],
+                self.config.num_labels,
+                num_queries=self.config.num_queries,
             ).to(pixel_values.device)
         class_logits, embeddings, mask_features = self.all_predictions(pixel_values)
         out = Mask2FormerOutput(class_queries_logits=class_logits[:, -1])

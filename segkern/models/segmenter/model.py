@@ -149,6 +149,7 @@ class Segmenter(nn.Module):
         self,
         pixel_values: Tensor,  # [B, 3, H, W]
         labels: Tensor | None = None,  # [B, H, W]
+        normalizer: Tensor | None = None,  # []
     ) -> SegmenterOutput:
         """Class logits of every pixel, or the loss if there are labels.
 
@@ -157,6 +158,8 @@ class Segmenter(nn.Module):
             labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count. Out of range is an
                 error on the CPU in eager mode; elsewhere, where reading them would synchronise,
                 loss and gradients are NaN.
+            normalizer: [], number of labelled pixels that the loss is divided by; None takes those
+                of this batch, at least 1.
 
         Returns:
             A `SegmenterOutput`.
@@ -173,7 +176,7 @@ class Segmenter(nn.Module):
             return SegmenterOutput(logits=logits[:, :, :H, :W])
         expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
         expect_labels("Segmenter", labels, self.config.num_labels, VOID)
-        return SegmenterOutput(resized_cross_entropy(patches, labels, (p * h, p * w)))
+        return SegmenterOutput(resized_cross_entropy(patches, labels, (p * h, p * w), normalizer))
 
     def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
         """Nothing besides pixels."""
@@ -227,15 +230,15 @@ class Segmenter(nn.Module):
                 checked as `forward` says.
 
         Returns:
-            mean cross entropy of the labelled pixels, [], and the same as "loss_cross_entropy",
-            [1].
+            cross entropy of the labelled pixels over `targets.pixel_normalizer`, [], and the same
+            as "loss_cross_entropy", [1].
 
         Raises:
             ValueError: targets without a map of labels, or a label out of range.
         """
         if targets.semantic is None:
             raise ValueError("Segmenter: targets must have a semantic map, got None")
-        loss = self(pixel_values, targets.semantic.long()).loss
+        loss = self(pixel_values, targets.semantic.long(), targets.pixel_normalizer).loss
         return loss, {"loss_cross_entropy": loss[None]}
 
     @classmethod

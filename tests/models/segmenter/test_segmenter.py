@@ -224,9 +224,14 @@ def test_loss_of_patches_as_small_as_pixels():
     torch.testing.assert_close(*(torch.autograd.grad(x, logits) for x in (loss, want)))
 
 
-def test_no_labelled_pixel_gives_nan():
-    labels = torch.full((1, 64, 64), 255)
-    assert built(double=False)(torch.randn(1, 3, 64, 64), labels).loss.isnan()
+def test_no_labelled_pixel_gives_zero_and_gradients_of_zeros():
+    labels, model = torch.full((1, 64, 64), 255), built(double=False)
+    loss = model(torch.randn(1, 3, 64, 64), labels).loss
+    loss.backward()
+    assert loss == 0
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads
+    assert not any(g.any() for g in grads)
 
 
 BAD = {
