@@ -13,7 +13,7 @@ from ..inference.segment import segment
 from ..io import plots
 from ..io.atomic_files import write_json
 from ..io.overlay import save_picture
-from ..models import SegmentationModel
+from ..models import SegmentationModel, open_model
 from ..structures.settings import Options
 from ..training import checkpoint
 from ..training.loop import stored_config, train
@@ -51,8 +51,10 @@ def demo(output: str | Path = "demo", steps: int | None = None, scenes: int = 40
     _check_packages()
     _check_folder(folder, config.to_dict())
     run = train(config)
-    easy = _evaluate(run.model, folder, "easy", scenes, ("panoptic", "instance", "semantic"))
-    hard = _evaluate(run.model, folder, "hard", scenes, ("panoptic",))
+    # the best on the val split, which `segkern predict --model FOLDER` opens too
+    model = open_model(folder).to(next(run.model.parameters()).device)
+    easy = _evaluate(model, folder, "easy", scenes, ("panoptic", "instance", "semantic"))
+    hard = _evaluate(model, folder, "hard", scenes, ("panoptic",))
     metrics = {
         **easy["things"],
         "class_accuracy": easy["class_accuracy"],
