@@ -112,7 +112,6 @@ def explain(
         at: x and y of the place, in [0, 1] of the image's width and height.
         out: PNG, PDF or SVG to write.
         layers: blocks of the encoder, from 0; None for the first, the middle and the last.
-
         max_pixels: of a picture in a file, as in `segment`.
 
     Raises:
