@@ -6,12 +6,14 @@ Letters: B image, H W size of the batch, h w size of a sample.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..structures.labels import VOID
 from ..structures.targets import Targets
+from .sample import Masks, Sample
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Batch:
 
 
 def collate(
-    samples: Sequence[dict],
+    samples: Sequence[Sample],
     num_labels: int | None = None,
     divisor: int = 32,
     num_queries: int | None = None,
@@ -44,8 +46,9 @@ def collate(
     """Packs samples into a batch.
 
     Args:
-        samples: dicts with pixel_values [3, h, w] float, masks [n, h, w], labels [n], id, and, all
-            or none, semantic [h, w] uint8, as arrays or tensors; n may be 0.
+        samples: with pixel_values [3, h, w] float, masks [n, h, w], labels [n], id, and, all or
+            none, semantic [h, w] uint8, as arrays or tensors; n may be 0. Segments that are marked
+            as a crowd are left out.
         num_labels: K; None leaves the labels' upper bound unchecked.
         divisor: H and W are multiples of it.
         num_queries: of the model; more targets in a sample give a warning.
@@ -59,7 +62,8 @@ def collate(
     """
     ids = [int(s["id"]) for s in samples]
     images = [torch.as_tensor(s["pixel_values"]) for s in samples]
-    masks = [torch.as_tensor(s["masks"]) for s in samples]
+    segments = [_segments(s) for s in samples]
+    masks = [x for x, _ in segments]
     size = tuple(-(-max(x.shape[i] for x in images) // divisor) * divisor for i in (1, 2))
     for name, image, mask in zip(ids, images, masks):
         if mask.shape[1:] != image.shape[1:]:
@@ -71,7 +75,7 @@ def collate(
     if not pixels.isfinite().all():
         bad = [name for name, x in zip(ids, images) if not x.isfinite().all()]
         raise ValueError(f"collate: pixels of sample {bad[0]} must be finite, got NaN or infinity")
-    labels = [torch.as_tensor(s["labels"]) for s in samples]
+    labels = [x for _, x in segments]
     try:
         targets = Targets.from_lists(
             [_pad(x, size) for x in masks], labels, size, num_labels, ids, num_queries
@@ -82,6 +86,17 @@ def collate(
         maps = [torch.as_tensor(s["semantic"])[None] for s in samples]
         targets = targets._replace(semantic=torch.cat([_pad(x, size, VOID) for x in maps]))
     return Batch(pixels, targets)
+
+
+def _segments(sample: Sample) -> tuple[Tensor, Tensor]:
+    """Masks [n, h, w] and labels [n] of a sample, without crowds, of which nobody knows the
+    number."""
+    masks, labels = sample["masks"], torch.as_tensor(sample["labels"])
+    if "crowd" in sample and np.any(sample["crowd"]):
+        alone = ~np.asarray(sample["crowd"], bool)
+        masks = masks.chosen(alone) if isinstance(masks, Masks) else masks[alone]
+        labels = labels[torch.from_numpy(alone)]
+    return torch.as_tensor(np.asarray(masks) if isinstance(masks, Masks) else masks), labels
 
 
 def _pad(x: Tensor, size: tuple[int, int], value: int = 0) -> Tensor:

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..structures.labels import IMAGENET_MEAN, IMAGENET_STD
+from .sample import Sample
 
 SPLITS = ("train", "val", "test")
 LEVELS = ("easy", "hard", "mixed")
@@ -106,7 +107,7 @@ class Digits:
     def __len__(self) -> int:
         return self.config.scenes if self.split == "train" else 2**31
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"Digits: index must be in [0, {len(self)}), got {index}")
         height, width = self.config.size

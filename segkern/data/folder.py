@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from ..io.images import open_image, picture_suffixes, read_pixels
 from ..structures.labels import CITYSCAPES, DATASETS, PASCAL_CONTEXT, VOID
 from .check import check_maps, match_sizes
+from .sample import Sample, generator_of
 from .transforms import SemanticViews
 
 Layout = Literal["ade20k", "cityscapes", "pascal_context", "plain"]
@@ -129,7 +129,7 @@ class Folder:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, place: int | tuple[int, int]) -> dict:
+    def __getitem__(self, place: int | tuple[int, int]) -> Sample:
         index, epoch = place if isinstance(place, tuple) else (place, 0)
         if not 0 <= index < len(self):
             raise IndexError(f"Folder: index must be in [0, {len(self)}), got {index}")
@@ -138,9 +138,8 @@ class Folder:
         labels = self._labels(of_map)
         match_sizes(of_image, image.shape[:2], of_map, labels)
         if self.views is None:
-            return {"image": image, "semantic": labels, "id": index}
-        mixed = np.random.SeedSequence((self.config.seed, epoch, index)).generate_state(1, "u8")
-        view = self.views(image, labels, torch.Generator().manual_seed(int(mixed[0])))
+            return {"image": image, "semantic": labels, "id": index, "path": str(of_image)}
+        view = self.views(image, labels, generator_of(self.config.seed, epoch, index))
         none = np.zeros((0, *view["semantic"].shape), np.uint8)
         return view | {"masks": none, "labels": np.zeros(0, np.int64), "id": index}
 

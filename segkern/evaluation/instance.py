@@ -25,7 +25,8 @@ class Instances:
         image = len(self.images) + 1
         self.images.append({"id": image, "height": masks.shape[1], "width": masks.shape[2]})
         codes = self.coco.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
-        for code, label in zip(codes, np.asarray(sample["labels"]).tolist()):
+        crowd = np.asarray(sample.get("crowd", np.zeros(len(masks)))).astype(int).tolist()
+        for code, label, many in zip(codes, np.asarray(sample["labels"]).tolist(), crowd):
             if label in self.things:
                 self.truth.append(
                     {
@@ -34,7 +35,7 @@ class Instances:
                         "category_id": label,
                         "segmentation": code,
                         "area": float(self.coco.area(code)),
-                        "iscrowd": 0,
+                        "iscrowd": many,
                     }
                 )
         codes = [self.coco.encode(np.asfortranarray(m.byte().cpu().numpy())) for m in result.masks]

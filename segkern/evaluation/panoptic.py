@@ -94,8 +94,14 @@ class Panoptic:
 
 
 def truth_map(sample: dict, stuff: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """[H, W] int32 with 0 for void and i for the i-th segment, and the labels of the segments."""
+    """[H, W] int32 with 0 for void and i for the i-th segment, and the labels of the segments.
+
+    A segment that is marked as a crowd is void.
+    """
     masks, labels = np.asarray(sample["masks"]), np.asarray(sample["labels"]).astype(np.int64)
+    if "crowd" in sample:
+        alone = ~np.asarray(sample["crowd"], bool)
+        masks, labels = masks[alone], labels[alone]
     ids = np.zeros(masks.shape[1:], np.int32)
     first: dict[int, int] = {}
     for i, (mask, label) in enumerate(zip(masks, labels.tolist()), 1):

@@ -1,0 +1,152 @@
+"""One form for the samples of every data set, and for masks that are many and large.
+
+Letters: H W image size, n mask, l map.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from ..io import rle
+
+
+class Masks:
+    """n masks of one size, held as a few maps of ids: masks that overlap lie in different maps.
+
+    It stands for an array [n, H, W] uint8, which `np.asarray` makes of it: a map takes a byte a
+    pixel (four from 256 masks on), however many masks it holds.
+
+    Attributes:
+        maps: [l, H, W] uint8 or int32: i + 1 where mask i lies, 0 where none does.
+        layer: [n] int64, the map of each mask.
+    """
+
+    def __init__(self, maps: np.ndarray, layer: np.ndarray):
+        self.maps, self.layer = maps, layer
+
+    @classmethod
+    def of_map(cls, values: np.ndarray, ids: Sequence[int]) -> "Masks":
+        """Masks that lie apart: mask i is where `values` [H, W] integers are ids[i], each once."""
+        flat, n = values.ravel(), len(ids)
+        heads = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))[: flat.size]
+        wanted = np.append(np.asarray(ids, np.int64), -1)  # never empty, and -1 never occurs
+        order = np.argsort(wanted)
+        found = flat[heads].astype(np.int64)
+        places = order[np.searchsorted(wanted, found, sorter=order).clip(max=n)]
+        places = np.where(wanted[places] == found, places + 1, 0)
+        runs = np.diff(heads, append=flat.size)
+        one = np.repeat(places.astype(_dtype(n)), runs).reshape(1, *values.shape)
+        return cls(one, np.zeros(n, np.int64))
+
+    @classmethod
+    def of_codes(cls, codes: Sequence[dict], size: tuple[int, int]) -> "Masks":
+        """Masks of run-length codes as pycocotools makes them.
+
+        Raises:
+            TypeError, ValueError: a code is damaged or not of `size` (H, W).
+        """
+        from pycocotools.mask import area
+
+        n = len(codes)
+        rest, layer, maps = np.arange(n), np.zeros(n, np.int64), []
+        areas = None
+        while len(rest):
+            top = rle.decode([codes[i] for i in rest], (rest + 1).tolist(), size)
+            if areas is None:  # after the codes were found whole
+                areas = np.array([area(code) for code in codes], np.int64)  # it takes 255 at most
+            whole = np.bincount(top.ravel(), minlength=n + 1)[1:][rest] == areas[rest]
+            kept = np.zeros(n + 1, _dtype(n))  # the last of `rest` is always whole
+            kept[rest[whole] + 1] = rest[whole] + 1
+            layer[rest[whole]] = len(maps)
+            maps.append(kept[top])
+            rest = rest[~whole]
+        return cls(np.stack(maps or [np.zeros(size, np.uint8)]), layer)
+
+    @classmethod
+    def of_arrays(cls, masks: np.ndarray) -> "Masks":
+        """Masks [n, H, W], true or not 0 inside."""
+        maps, layer = [], np.zeros(len(masks), np.int64)
+        for i, mask in enumerate(masks):
+            inside = np.asarray(mask) != 0
+            k = next((k for k, one in enumerate(maps) if not one[inside].any()), len(maps))
+            if k == len(maps):
+                maps.append(np.zeros(inside.shape, _dtype(len(masks))))
+            maps[k][inside], layer[i] = i + 1, k
+        return cls(np.stack(maps or [np.zeros(masks.shape[1:], np.uint8)]), layer)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(n, H, W)."""
+        return len(self.layer), *self.maps.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        dense = np.empty(self.shape, np.uint8)
+        for i, k in enumerate(self.layer):
+            np.equal(self.maps[k], i + 1, out=dense[i].view(bool))
+        return dense if dtype is None else dense.astype(dtype, copy=False)
+
+    def areas(self) -> np.ndarray:
+        """Pixels of each mask, [n] int64."""
+        return np.bincount(self.maps.ravel(), minlength=len(self) + 1)[1:]
+
+    def chosen(self, keep: np.ndarray) -> "Masks":
+        """The masks where `keep` [n] is true."""
+        if keep.all():
+            return self
+        count = int(keep.sum())
+        table = np.zeros(len(keep) + 1, _dtype(count))
+        table[1:][keep] = np.arange(1, count + 1)
+        return Masks(table[self.maps], self.layer[keep])
+
+    def taken(self, rows: np.ndarray, columns: np.ndarray) -> "Masks":
+        """Masks of those rows and columns of the image, in their order; -1 stands for outside."""
+        maps = self.maps.take(rows, axis=1).take(columns, axis=2)
+        maps[:, rows < 0] = 0
+        maps[:, :, columns < 0] = 0
+        return Masks(maps, self.layer)
+
+
+class Sample(TypedDict, total=False):
+    """What a data set gives for an index, and what training and evaluation read of it.
+
+    Before views a sample has the picture as `image`, after views as `pixel_values`; data sets of
+    their own may leave out what a task does not need.
+
+    Attributes:
+        image: [H, W, 3] uint8.
+        pixel_values: [3, H, W] float32, normalised.
+        masks: of the n segments, [n, H, W] uint8 or bool, or `Masks`.
+        labels: [n] int64 in [0, K).
+        crowd: [n] bool, segments that hold an unknown number of objects: training leaves them out.
+        semantic: [H, W] uint8, the label of each pixel, 255 where it does not count.
+        id: index in the data set; random points of the loss depend on it.
+        path: of the picture.
+        dropped: segments of which a view shows nothing, and which it left out.
+    """
+
+    image: np.ndarray
+    pixel_values: np.ndarray | Tensor
+    masks: np.ndarray | Tensor | Masks
+    labels: np.ndarray | Tensor
+    crowd: np.ndarray
+    semantic: np.ndarray | Tensor
+    id: int
+    path: str
+    dropped: int
+
+
+def generator_of(seed: int, epoch: int, index: int) -> Generator:
+    """What the view of a sample in a pass is drawn from: of these three alone."""
+    mixed = np.random.SeedSequence((seed, epoch, index)).generate_state(1, "u8")
+    return torch.Generator().manual_seed(int(mixed[0]))
+
+
+def _dtype(n: int) -> type:
+    """Of maps of n ids and 0."""
+    return np.uint8 if n < 256 else np.int32

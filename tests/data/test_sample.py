@@ -1,0 +1,89 @@
+"""Masks as maps of ids against arrays of them, and what training and evaluation make of samples."""
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco
+
+from segkern.data import collate
+from segkern.data.sample import Masks
+from segkern.evaluation.panoptic import truth_map
+
+SIZE = 24, 33
+
+
+def rectangles(n, seed=0):
+    """[n, H, W] uint8: rectangles that overlap; the second is empty, the third all of the image."""
+    rng, masks = np.random.default_rng(seed), np.zeros((n, *SIZE), np.uint8)
+    for mask in masks:
+        y, x = (rng.integers(0, side - 4) for side in SIZE)
+        mask[y : y + rng.integers(1, 9), x : x + rng.integers(1, 9)] = 1
+    masks[1:2], masks[2:3] = 0, 1
+    return masks
+
+
+def coded(masks):
+    return coco.encode(np.asfortranarray(masks.transpose(1, 2, 0)))
+
+
+MAKERS = {
+    "codes": lambda masks: Masks.of_codes(coded(masks) if len(masks) else [], SIZE),
+    "arrays": Masks.of_arrays,
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("n", [0, 1, 7, 300])
+def test_masks_are_those_that_came(maker, n):
+    dense = rectangles(n)
+    masks = MAKERS[maker](dense)
+    assert masks.shape == dense.shape == np.shape(masks)
+    assert np.array_equal(np.asarray(masks), dense)
+    assert np.array_equal(masks.areas(), dense.sum((1, 2)))
+    assert masks.maps.dtype == (np.uint8 if n < 256 else np.int32)
+    keep = np.arange(n) % 3 != 1
+    assert np.array_equal(np.asarray(masks.chosen(keep)), dense[keep])
+    rows, columns = np.array([3, 3, 0, -1]), np.array([-1, 32, 5])
+    taken = np.asarray(masks.taken(rows, columns))
+    assert np.array_equal(taken[:, :3, 1:], dense[:, [3, 3, 0]][:, :, [32, 5]])
+    assert not taken[:, 3].any()
+    assert not taken[:, :, 0].any()
+
+
+def test_masks_that_lie_apart_share_a_map():
+    dense = np.zeros((20, *SIZE), np.uint8)
+    for i, mask in enumerate(dense):
+        mask[i] = 1
+    assert len(Masks.of_codes(coded(dense), SIZE).maps) == 1
+    assert len(Masks.of_arrays(dense).maps) == 1
+
+
+@pytest.mark.parametrize("ids", [[], [7], [300, 2**24 - 1, 7, 8]], ids=str)
+def test_masks_of_a_map(ids):
+    values = np.random.default_rng(0).choice([0, 7, 300, 2**24 - 1, 9], SIZE)
+    masks = Masks.of_map(values, ids)
+    assert np.array_equal(np.asarray(masks), [values == i for i in ids] or np.zeros((0, *SIZE)))
+
+
+def sample(form):
+    dense = np.zeros((3, *SIZE), np.uint8)
+    dense[0, :9], dense[1, 9:12], dense[2, 12:] = 1, 1, 1
+    return {
+        "pixel_values": np.zeros((3, *SIZE), np.float32),
+        "masks": form(dense),
+        "labels": np.array([4, 5, 6]),
+        "crowd": np.array([False, True, False]),
+        "id": 3,
+    }
+
+
+@pytest.mark.parametrize("form", [np.asarray, torch.as_tensor, Masks.of_arrays])
+def test_crowds_are_no_targets_and_void_in_the_truth(form):
+    one = sample(form)
+    targets = collate([one]).targets
+    assert targets.count.tolist() == [2]
+    assert targets.labels[0].tolist() == [4, 6]
+    assert targets.masks[0].sum((1, 2)).tolist() == [9 * 33, 12 * 33]
+    ids, labels = truth_map(one, ())
+    assert labels.tolist() == [4, 6]
+    assert ids[:, 0].tolist() == [1] * 9 + [0] * 3 + [2] * 12
