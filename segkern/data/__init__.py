@@ -3,8 +3,12 @@
 Adding a format: its file here, with a config and a data set, and a line of `FORMATS`.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, Union
 
+from .coco import CocoConfig as CocoConfig
+from .coco import read_coco
 from .collate import Batch as Batch
 from .collate import collate as collate
 from .digits import Digits as Digits
@@ -12,7 +16,13 @@ from .digits import DigitsConfig as DigitsConfig
 from .folder import Folder as Folder
 from .folder import FolderConfig as FolderConfig
 from .order import Order as Order
+from .pictures import Pictures as Pictures
+from .pictures import ReadConfig as ReadConfig
+from .sample import Masks as Masks
+from .sample import Sample as Sample
 from .transforms import SemanticViews as SemanticViews
+from .views import InstanceViews as InstanceViews
+from .views import ViewConfig as ViewConfig
 
 
 class Format(NamedTuple):
@@ -27,12 +37,13 @@ class Format(NamedTuple):
     """
 
     config: type
-    dataset: type
+    dataset: Callable
 
 
 FORMATS = {
     "digits": Format(DigitsConfig, Digits),
     "folder": Format(FolderConfig, Folder),
+    "coco": Format(CocoConfig, read_coco),
 }
 DataConfig = Union[tuple(row.config for row in FORMATS.values())]  # noqa: UP007
 
@@ -45,7 +56,8 @@ def build_dataset(config: DataConfig, split: str, model=None):
         split: "train", "val" or, of digits, "test".
         model: a model's config, whose `input` says on what it is trained: of images in folders
             give random views, `crop` large, at ratio 1 from images with its shortest and longest
-            edge; None leaves the images whole.
+            edge; a config with `views` gives those, of the size of `crop` where it is given. None
+            leaves the images whole.
 
     Raises:
         TypeError: no data set has such a config.
@@ -58,7 +70,12 @@ def build_dataset(config: DataConfig, split: str, model=None):
             f"got {type(config).__name__}"
         )
     views = None
-    if model is not None and model.input.crop is not None:
+    if model is not None and hasattr(config, "views"):
+        wanted = config.views
+        if model.input.crop is not None:
+            wanted = replace(wanted, size=model.input.crop)
+        views = InstanceViews(wanted, model.input.mean, model.input.std)
+    elif model is not None and model.input.crop is not None:
         edges = model.input.shortest_edge, model.input.longest_edge
         views = SemanticViews(model.input.crop, edges, model.input.mean, model.input.std)
     return row.dataset(config, split, views)

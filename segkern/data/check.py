@@ -13,11 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..io.atomic_files import atomic
-from ..io.images import open_image
+from ..io.images import read_head
 from ..structures.labels import VOID
 
 
@@ -91,19 +90,9 @@ def match_sizes(image: Path, size: tuple[int, int], of_map: Path, labels: np.nda
 def _labels(image: Path, of_map: Path, labels_of: Callable[[Path], np.ndarray]) -> list[int]:
     """The labels that occur in a map."""
     labels = labels_of(of_map)
-    match_sizes(image, _size(image), of_map, labels)
+    match_sizes(image, read_head(image)[1], of_map, labels)
     counts = np.bincount(labels.ravel(), minlength=VOID + 1)
     return counts[:VOID].nonzero()[0].tolist()
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """(H, W) of an upright picture, from its head alone."""
-    try:
-        with Image.open(path) as image:
-            size, turned = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return open_image(path).size[::-1]  # says what is wrong
-    return size if turned in (5, 6, 7, 8) else size[::-1]
 
 
 def _stamp(path: Path) -> list[int]:

@@ -52,6 +52,7 @@ class SemanticViews:
             raise ValueError(f"SemanticViews: most must be in (0, 1], got {most}")
         self.size, self.scale, self.ratios, self.most = size, scale, ratios, most
         self.mean, self.std = list(mean), list(std)
+        self.colours = colours
 
     def __call__(
         self,
@@ -73,13 +74,13 @@ class SemanticViews:
 
         pixels = torch.as_tensor(image).permute(2, 0, 1)
         labels = torch.as_tensor(labels)[None]
-        ratio = _uniform(*self.ratios, generator)
+        ratio = uniform(*self.ratios, generator)
         fitted = self._fitted(pixels.shape[1:], ratio)
         pixels = F.resize(pixels, fitted, antialias=True)
         labels = F.resize(labels, fitted, F.InterpolationMode.NEAREST_EXACT)
         place = self._crop(labels, generator)
         pixels, labels = pixels[:, *place], labels[:, *place]
-        if _uniform(0, 1, generator) < 0.5:
+        if uniform(0, 1, generator) < 0.5:
             pixels, labels = pixels.flip(2), labels.flip(2)
         pixels = self.colours(F.to_dtype(pixels, torch.float32, scale=True), generator)
         pixels = F.normalize(pixels, self.mean, self.std)
@@ -88,29 +89,6 @@ class SemanticViews:
             "pixel_values": torch.nn.functional.pad(pixels, (0, right, 0, below)),
             "semantic": torch.nn.functional.pad(labels, (0, right, 0, below), value=VOID)[0],
         }
-
-    def colours(self, pixels: Tensor, generator: Generator | None = None) -> Tensor:
-        """Changes brightness, contrast, saturation and hue, each in half of the views; contrast
-        before the last two or after them.
-
-        Args:
-            pixels: [3, H, W] floating in [0, 1].
-            generator: as above.
-        """
-        from torchvision.transforms.v2 import functional as F
-
-        changes = [
-            lambda x: (x + _uniform(-32 / 255, 32 / 255, generator)).clamp(0, 1),
-            lambda x: (x * _uniform(0.5, 1.5, generator)).clamp(0, 1),
-            lambda x: F.adjust_saturation(x, _uniform(0.5, 1.5, generator)),
-            lambda x: F.adjust_hue(x, _uniform(-0.1, 0.1, generator)),
-        ]
-        if _uniform(0, 1, generator) < 0.5:
-            changes.append(changes.pop(1))
-        for change in changes:
-            if _uniform(0, 1, generator) < 0.5:
-                pixels = change(pixels)
-        return pixels
 
     def _fitted(self, size: Sequence[int], ratio: float) -> list[int]:
         """The size that keeps the image's shape and fits into `ratio` times the scale."""
@@ -132,5 +110,30 @@ class SemanticViews:
         return place
 
 
-def _uniform(low: float, high: float, generator: Generator | None) -> float:
+def colours(pixels: Tensor, generator: Generator | None = None) -> Tensor:
+    """Changes brightness, contrast, saturation and hue, each in half of the views; contrast
+    before the last two or after them.
+
+    Args:
+        pixels: [3, H, W] floating in [0, 1].
+        generator: that they are drawn from; None takes torch's global one.
+    """
+    from torchvision.transforms.v2 import functional as F
+
+    changes = [
+        lambda x: (x + uniform(-32 / 255, 32 / 255, generator)).clamp(0, 1),
+        lambda x: (x * uniform(0.5, 1.5, generator)).clamp(0, 1),
+        lambda x: F.adjust_saturation(x, uniform(0.5, 1.5, generator)),
+        lambda x: F.adjust_hue(x, uniform(-0.1, 0.1, generator)),
+    ]
+    if uniform(0, 1, generator) < 0.5:
+        changes.append(changes.pop(1))
+    for change in changes:
+        if uniform(0, 1, generator) < 0.5:
+            pixels = change(pixels)
+    return pixels
+
+
+def uniform(low: float, high: float, generator: Generator | None) -> float:
+    """A number between them."""
     return low + (high - low) * torch.rand((), generator=generator).item()

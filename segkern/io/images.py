@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 # what PIL's modes of more than 8 bits count as full brightness, if no pixel is brighter; "F" holds
@@ -26,7 +26,9 @@ _EXTRA_SAMPLES, _SUBFILE_TYPE = 338, 254  # tags of TIFF
 _limit = threading.Lock()
 
 
-def open_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
+def open_image(
+    path: str | Path, max_pixels: int | None = None, upright: bool = True
+) -> Image.Image:
     """Reads a picture whole, turned upright as its EXIF tag says.
 
     Of a file with several pages or frames the first is read, with a warning that names the file
@@ -37,6 +39,7 @@ def open_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
         max_pixels: width times height that a picture may have; None takes Pillow's limit
             (178,956,970, twice `PIL.Image.MAX_IMAGE_PIXELS`), which keeps a small file from
             filling the memory.
+        upright: false leaves it as its pixels lie in the file.
 
     Raises:
         TypeError: max_pixels is no integer.
@@ -59,7 +62,7 @@ def open_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
                 )
             image.load()
             mode = _mode(image)
-            image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image) if upright else image
             return image if image.mode == mode else image.convert(mode)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
@@ -71,6 +74,27 @@ def open_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
         ) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def read_head(
+    path: str | Path, max_pixels: int | None = None
+) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """What a picture's head says of it: its size (H, W) as its pixels lie in the file, that of the
+    upright picture, and its EXIF orientation, 1 to 8.
+
+    Raises:
+        ValueError: as `open_image`.
+    """
+    try:
+        with _unlimited(max_pixels is not None):
+            image = Image.open(path)
+        with image:
+            raw, turned = image.size[::-1], image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        image = open_image(path, max_pixels, upright=False)  # says what is wrong
+        raw, turned = image.size[::-1], 1
+    turned = turned if turned in range(1, 9) else 1
+    return raw, raw[::-1] if turned >= 5 else raw, turned
 
 
 @contextmanager

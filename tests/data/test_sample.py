@@ -1,4 +1,4 @@
-"""Masks as maps of ids against arrays of them, and what training and evaluation make of samples."""
+"""Masks as maps of ids against arrays of them, and what training and evaluation make of them."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SIZE = 24, 33
 
 
 def rectangles(n, seed=0):
-    """[n, H, W] uint8: rectangles that overlap; the second is empty, the third all of the image."""
+    """[n, H, W] uint8: rectangles that overlap; the second is empty, the third fills the image."""
     rng, masks = np.random.default_rng(seed), np.zeros((n, *SIZE), np.uint8)
     for mask in masks:
         y, x = (rng.integers(0, side - 4) for side in SIZE)

@@ -1,0 +1,257 @@
+"""Pictures with segments, of whatever format: finding files, reading, what is left out and why."""
+
+import hashlib
+import os
+import unicodedata
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ..io.images import open_image, picture_suffixes, read_head, read_pixels
+from ..structures.labels import VOID
+from .sample import Masks, Sample, generator_of
+from .views import InstanceViews
+
+
+@dataclass
+class ReadConfig:
+    """How files are read.
+
+    Attributes:
+        exif: whether annotations are drawn on the upright picture ("upright") or on its pixels as
+            they lie in the file ("raw"), where its EXIF tag turns it. "auto" takes the one whose
+            size is the stated one, else the upright picture with a warning.
+        max_pixels: width times height that a picture may have; None takes Pillow's limit.
+        val_share: of the pictures that are held out where the data has no val split, in [0, 1).
+    """
+
+    exif: Literal["auto", "upright", "raw"] = "auto"
+    max_pixels: int | None = None
+    val_share: float = 0.1
+
+    def __post_init__(self):
+        if self.exif not in ("auto", "upright", "raw"):
+            raise ValueError(f"exif must be auto, upright or raw, got {self.exif!r}")
+        if not 0 <= self.val_share < 1:
+            raise ValueError(f"val_share must be in [0, 1), got {self.val_share}")
+
+
+class Truth(NamedTuple):
+    """The segments of a picture, and what was left out of them and why."""
+
+    masks: Masks
+    labels: np.ndarray  # [n] int64
+    crowd: np.ndarray  # [n] bool
+    faults: list[str]
+
+
+class Pictures:
+    """Picture i of a split as a `Sample`; files are read when it is asked for.
+
+    Whole: image, masks, labels, crowd, id, path and, with `semantic`, a map of labels. With views,
+    which differ from pass to pass (`data[i, pass]`; `data[i]` is that of pass 0): pixel_values in
+    place of image. A view depends on seed, i and the pass alone. A picture that cannot be read
+    gives a warning that names it, and the next one in its place.
+
+    Attributes:
+        paths: of the pictures.
+        classes: name of each label.
+        things, stuff: labels with and without instances.
+        passes: whether samples differ from pass to pass.
+        faults: what was left out when the annotations were read, with the file and the reason.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        truth: Callable[[int, tuple[int, int]], Truth],
+        classes: Sequence[str],
+        stuff: Sequence[int] = (),
+        read: ReadConfig | None = None,
+        views: InstanceViews | None = None,
+        seed: int = 0,
+        sizes: np.ndarray | None = None,
+        semantic: bool = False,
+        faults: Sequence[str] = (),
+        opened: Callable = open_image,
+    ):
+        """
+        Args:
+            paths: of the pictures, in the order of the samples.
+            truth: called with an index and the picture's size, gives its segments.
+            classes, stuff: as above.
+            read: how files are read.
+            views: for training; None leaves pictures whole.
+            seed: other seeds give other views.
+            sizes: [N, 2] integers, H and W that the annotations state; None where they do not.
+            semantic: samples have a map of labels, too; masks lie apart then.
+            faults: as above; a warning tells the first and counts them.
+            opened: reads a picture, as `open_image` does.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        if not len(paths):
+            raise ValueError(faults[0] if faults else "the data set holds no picture")
+        self.paths, self.truth = list(paths), truth
+        self.classes, self.stuff = list(classes), tuple(stuff)
+        self.things = tuple(k for k in range(len(classes)) if k not in self.stuff)
+        self.read, self.views, self.seed = read or ReadConfig(), views, seed
+        self.sizes, self.semantic, self.opened = sizes, semantic, opened
+        self.passes, self.faults = views is not None, list(faults)
+        if faults:
+            more = f" ({len(faults)} such findings)" if len(faults) > 1 else ""
+            warnings.warn(f"{faults[0]}{more}", stacklevel=3)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, place: int | tuple[int, int]) -> Sample:
+        index, epoch = place if isinstance(place, tuple) else (place, 0)
+        if not 0 <= index < len(self):
+            raise IndexError(f"Pictures: index must be in [0, {len(self)}), got {index}")
+        for i in (*range(index, len(self)), *range(index)):
+            try:
+                sample, faults = self.examined(i)
+                break
+            except ValueError as error:
+                reason = str(error)
+                warnings.warn(f"{reason}; the next picture stands for it", stacklevel=2)
+        else:
+            raise ValueError(f"{reason}; no picture is left that can be read")
+        for fault in faults:
+            warnings.warn(fault, stacklevel=2)
+        if self.views is None:
+            return sample
+        return self.views(sample, generator_of(self.seed, epoch, index))
+
+    def examined(self, index: int) -> tuple[Sample, list[str]]:
+        """A whole sample, and what was left out of it and why.
+
+        Raises:
+            ValueError: it cannot be read; names the file.
+        """
+        path = self.paths[index]
+        stated = None if self.sizes is None else tuple(map(int, self.sizes[index]))
+        image = self._image(path, stated)
+        size = image.shape[:2]
+        if stated is not None and size != stated:
+            raise ValueError(
+                f"{path}: the picture must have the size that its annotations state, "
+                f"{list(stated)}, got {list(size)}"
+            )
+        masks, labels, crowd, faults = self.truth(index, size)
+        if not (seen := masks.areas() > 0).all():
+            masks, labels, crowd = masks.chosen(seen), labels[seen], crowd[seen]
+            faults = [*faults, f"{path}: {(~seen).sum()} segments without a pixel are left out"]
+        sample = {"image": image, "masks": masks, "labels": labels, "crowd": crowd}
+        if self.semantic:
+            sample["semantic"] = np.append(VOID, labels).astype(np.uint8)[masks.maps[0]]
+        return sample | {"id": index, "path": str(path)}, faults
+
+    def _image(self, path: Path, stated: tuple[int, int] | None) -> np.ndarray:
+        """[H, W, 3] uint8, upright or as it lies in the file, as its annotations are drawn."""
+        upright = self.read.exif != "raw"
+        if self.read.exif == "auto" and self.opened is open_image:
+            raw, turned, orientation = read_head(path, self.read.max_pixels)
+            if stated == raw != turned:
+                upright = False
+            elif orientation != 1 and (stated is None or raw == turned):
+                warnings.warn(
+                    f"{path}: its EXIF tag (orientation {orientation}) turns it, and sizes do not "
+                    "tell whether its annotations are drawn on the turned picture: they are taken "
+                    "so; exif='raw' takes them as drawn on the pixels as they lie in the file",
+                    stacklevel=2,
+                )
+        image = self.opened(path, self.read.max_pixels, upright)
+        return read_pixels(image, str(path))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Files in a folder and those in it, sorted; no hidden ones; links followed, but no loops."""
+    return sorted(_walk(folder, ()))
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """Pictures in a folder and those in it, as `files_below`."""
+    known = picture_suffixes()
+    return [path for path in files_below(folder) if path.suffix.lower() in known]
+
+
+def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(Path(entry.path), (*above, real))
+            elif entry.is_file():
+                yield Path(entry.path)
+
+
+class Names:
+    """Files of a folder by the names that annotations give them.
+
+    Names are relative to the folder, with slashes of either kind; where there is no such file, one
+    alone of that last part is taken. Accents may be one letter or two.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Path]):
+        self.folder, self.known, self.last = folder, {}, {}
+        for path in files:
+            self.known[_plain(path.relative_to(folder).as_posix())] = path
+            last = _plain(path.name)
+            self.last[last] = None if last in self.last else path
+
+    def there(self, name: str) -> Path | None:
+        """The file of that name, and no other."""
+        return self.known.get(_plain(name.replace("\\", "/")).removeprefix("./"))
+
+    def get(self, name: str) -> Path | None:
+        """The file of that name, or the one that ends so."""
+        last = _plain(name.replace("\\", "/")).rpartition("/")[2]
+        return self.there(name) or self.last.get(last)
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def held_out(names: Sequence[str], split: str, share: float, where: Path) -> list[int]:
+    """Places of the names that are in a split, where the data `where` has no val split: a share is
+    val, by a hash of the name, at least one and never all. Says so."""
+    ranks = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+    count = min(max(1, round(share * len(names))), len(names) - 1) if share else 0
+    if count > 0 and split == "train":
+        warnings.warn(
+            f"{where}: has no val split, so {count} of its {len(names)} pictures are held out for "
+            "it, by a hash of their names (val_share)",
+            stacklevel=4,
+        )
+    return sorted(ranks[:count] if split == "val" else ranks[max(count, 0) :])
+
+
+def expect_split(name: str, split: str) -> None:
+    """Raises ValueError unless it is train or val."""
+    if split not in ("train", "val"):
+        raise ValueError(f"{name}: split must be train or val, got {split!r}")
+
+
+def as_config(kind: type, value):
+    """A config, or the one of plain settings, as a stored run has them."""
+    return kind(**value) if isinstance(value, dict) else value
+
+
+def number(value) -> Hashable:
+    """An id as it is compared: 1, 1.0 and "1" are the same."""
+    try:
+        return int(value) if int(value) == float(value) else value
+    except (TypeError, ValueError, OverflowError):
+        return str(value)

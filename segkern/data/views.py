@@ -1,0 +1,133 @@
+"""Random views of pictures with segments for training: resize, crop, mirror, colours.
+
+    resize by a random ratio, or to one of several short sides -> crop of a fixed size -> mirror
+    -> colours -> normalise -> pad with zeros
+
+Letters: H W size of the view, h w size of the picture, l map.
+
+Masks go through as maps of ids: the pixels of a view are taken from them, and no mask of the
+resized picture is formed.
+Source: the large-scale jitter of Copy-Paste (Ghiasi et al., CVPR 2021) as Mask2Former trains on
+COCO with it, and the short sides of its ADE20K and Cityscapes recipes.
+Differs: pads with the mean colour and not with grey.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Generator
+
+from ..structures.labels import VOID
+from .sample import Sample
+from .transforms import colours, uniform
+
+
+@dataclass
+class ViewConfig:
+    """What views are like.
+
+    Attributes:
+        size: (H, W) of a view, in pixels.
+        ratios: least and largest size of the picture over that of the view.
+        short_sides: pixels, to one of which the short side is resized, in place of `ratios`.
+        long_side: pixels, the most that the long side gets then.
+        flip: share of the views that are mirrored, in [0, 1].
+        colours: change brightness, contrast, saturation and hue.
+    """
+
+    size: tuple[int, int] = (1024, 1024)
+    ratios: tuple[float, float] = (0.1, 2.0)
+    short_sides: tuple[int, ...] = ()
+    long_side: int = 4096
+    flip: float = 0.5
+    colours: bool = False
+
+    def __post_init__(self):
+        self.size, self.ratios = tuple(self.size), tuple(self.ratios)
+        self.short_sides = tuple(self.short_sides)
+        if len(self.size) != 2 or min(*self.size, *self.short_sides, self.long_side) < 1:
+            raise ValueError(
+                "views: size, short_sides and long_side must be >= 1, "
+                f"got {self.size}, {self.short_sides}, {self.long_side}"
+            )
+        if len(self.ratios) != 2 or not 0 < self.ratios[0] <= self.ratios[1]:
+            raise ValueError(f"views: ratios must be 0 < least <= largest, got {self.ratios}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"views: flip must be in [0, 1], got {self.flip}")
+
+
+class InstanceViews:
+    """Views of samples, by a generator alone.
+
+    Args:
+        config: what they are like.
+        mean, std: of the pixels in [0, 1], red, green, blue.
+    """
+
+    def __init__(self, config: ViewConfig, mean: Sequence[float], std: Sequence[float]):
+        # here, as it takes as long to import as torch, and forked workers inherit it
+        import torchvision.transforms.v2  # noqa: F401
+
+        self.config, self.mean, self.std = config, list(mean), list(std)
+
+    def __call__(self, sample: Sample, generator: Generator | None = None) -> Sample:
+        """A view.
+
+        Args:
+            sample: with image, `Masks`, labels and crowd; semantic may lack.
+            generator: that it is drawn from; None takes torch's global one.
+
+        Returns:
+            the sample with pixel_values [3, H, W] float32 in place of image; segments that it does
+            not show are left out and counted in `dropped`.
+        """
+        from torchvision.transforms.v2 import functional as F
+
+        sample = dict(sample)
+        pixels = torch.from_numpy(sample.pop("image")).movedim(2, 0)
+        size = pixels.shape[1:]
+        fitted = self._fitted(size, generator)
+        starts = [
+            int(torch.randint(max(have - want, 0) + 1, (), generator=generator))
+            for have, want in zip(fitted, self.config.size)
+        ]
+        places = [slice(start, start + want) for start, want in zip(starts, self.config.size)]
+        pixels = F.resize(pixels, fitted, antialias=True)[:, *places]
+        rows, columns = (
+            ((np.arange(to)[place] + 0.5) * (n / to)).astype(np.int64).clip(max=n - 1)
+            for n, to, place in zip(size, fitted, places)
+        )
+        if uniform(0, 1, generator) < self.config.flip:
+            pixels, columns = F.horizontal_flip(pixels), columns[::-1]
+        pixels = F.to_dtype(pixels, torch.float32, scale=True)
+        if self.config.colours:
+            pixels = colours(pixels, generator)
+        pixels = F.normalize(pixels, self.mean, self.std)
+        below, right = (n - m for n, m in zip(self.config.size, pixels.shape[1:]))
+        rows = np.pad(rows, (0, below), constant_values=-1)
+        columns = np.pad(columns, (0, right), constant_values=-1)
+        masks = sample["masks"].taken(rows, columns)
+        seen = masks.areas() > 0
+        if "semantic" in sample:
+            labels = sample["semantic"].take(rows, axis=0).take(columns, axis=1)
+            labels[rows < 0], labels[:, columns < 0] = VOID, VOID
+            sample["semantic"] = labels
+        return sample | {
+            "pixel_values": F.pad(pixels, [0, 0, right, below]),
+            "masks": masks.chosen(seen),
+            "labels": sample["labels"][seen],
+            "crowd": sample["crowd"][seen],
+            "dropped": int((~seen).sum()),
+        }
+
+    def _fitted(self, size: Sequence[int], generator: Generator | None) -> list[int]:
+        """The size that a picture is resized to, its shape kept."""
+        if sides := self.config.short_sides:
+            side = sides[int(torch.randint(len(sides), (), generator=generator))]
+            factor = min(side / min(size), self.config.long_side / max(size))
+        else:
+            ratio = uniform(*self.config.ratios, generator)
+            factor = ratio * min(want / have for want, have in zip(self.config.size, size))
+        return [max(1, round(n * factor)) for n in size]
