@@ -15,6 +15,8 @@ from .digits import Digits as Digits
 from .digits import DigitsConfig as DigitsConfig
 from .folder import Folder as Folder
 from .folder import FolderConfig as FolderConfig
+from .labelme import LabelMeConfig as LabelMeConfig
+from .labelme import read_labelme
 from .order import Order as Order
 from .pictures import Pictures as Pictures
 from .pictures import ReadConfig as ReadConfig
@@ -23,6 +25,8 @@ from .sample import Sample as Sample
 from .transforms import SemanticViews as SemanticViews
 from .views import InstanceViews as InstanceViews
 from .views import ViewConfig as ViewConfig
+from .yolo import YoloConfig as YoloConfig
+from .yolo import read_yolo
 
 
 class Format(NamedTuple):
@@ -44,6 +48,8 @@ FORMATS = {
     "digits": Format(DigitsConfig, Digits),
     "folder": Format(FolderConfig, Folder),
     "coco": Format(CocoConfig, read_coco),
+    "labelme": Format(LabelMeConfig, read_labelme),
+    "yolo": Format(YoloConfig, read_yolo),
 }
 DataConfig = Union[tuple(row.config for row in FORMATS.values())]  # noqa: UP007
 

@@ -21,6 +21,7 @@ import numpy as np
 from ..io.images import read_head
 from .coco_segments import instances, panoptic
 from .pictures import (
+    SPLITS,
     Names,
     Pictures,
     ReadConfig,
@@ -33,11 +34,6 @@ from .pictures import (
 )
 from .views import InstanceViews, ViewConfig
 
-_SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testdev"),
-}
 _OTHERS = ("captions", "keypoints", "image_info", "stuff_")  # COCO's files of other kinds
 
 
@@ -184,7 +180,7 @@ def annotation_file(config: CocoConfig, split: str) -> Path:
 def _parts(path: Path, root: Path) -> set[str]:
     """The splits that the name of a file, or of its folder, speaks of."""
     words = re.findall("[a-z]+", f"{path.relative_to(root).parent.name} {path.stem}".lower())
-    return {split for split, names in _SPLITS.items() if any(word in names for word in words)}
+    return {split for split, names in SPLITS.items() if any(word in names for word in words)}
 
 
 def _content(path: Path) -> dict:
@@ -251,7 +247,7 @@ def _matched(path: Path, own: Table, of_train: Path, train: Table, faults: list[
 
 def _pictures(config: CocoConfig, file: Path, split: str, images: list[dict]) -> Names:
     """Pictures by name, of the folder that has most of the first ones."""
-    parts = [f"{a}{b}{c}" for a in ("images/", "") for b in _SPLITS[split] for c in ("2017", "")]
+    parts = [f"{a}{b}{c}" for a in ("images/", "") for b in SPLITS[split] for c in ("2017", "")]
     folders = [config.root / part for part in (*parts, "images", "data")]
     folders += [file.parent, config.root]
     if config.images:

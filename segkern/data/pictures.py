@@ -16,6 +16,13 @@ from ..structures.labels import VOID
 from .sample import Masks, Sample, generator_of
 from .views import InstanceViews
 
+# names of the splits' folders and files
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testdev"),
+}
+
 
 @dataclass
 class ReadConfig:
@@ -87,7 +94,7 @@ class Pictures:
             read: how files are read.
             views: for training; None leaves pictures whole.
             seed: other seeds give other views.
-            sizes: [N, 2] integers, H and W that the annotations state; None where they do not.
+            sizes: [N, 2] integers, H and W that the annotations state; 0 where they do not.
             semantic: samples have a map of labels, too; masks lie apart then.
             faults: as above; a warning tells the first and counts them.
             opened: reads a picture, as `open_image` does.
@@ -114,17 +121,7 @@ class Pictures:
         index, epoch = place if isinstance(place, tuple) else (place, 0)
         if not 0 <= index < len(self):
             raise IndexError(f"Pictures: index must be in [0, {len(self)}), got {index}")
-        for i in (*range(index, len(self)), *range(index)):
-            try:
-                sample, faults = self.examined(i)
-                break
-            except ValueError as error:
-                reason = str(error)
-                warnings.warn(f"{reason}; the next picture stands for it", stacklevel=2)
-        else:
-            raise ValueError(f"{reason}; no picture is left that can be read")
-        for fault in faults:
-            warnings.warn(fault, stacklevel=2)
+        sample = readable(self.examined, index, len(self))
         if self.views is None:
             return sample
         return self.views(sample, generator_of(self.seed, epoch, index))
@@ -136,7 +133,9 @@ class Pictures:
             ValueError: it cannot be read; names the file.
         """
         path = self.paths[index]
-        stated = None if self.sizes is None else tuple(map(int, self.sizes[index]))
+        stated = None
+        if self.sizes is not None and self.sizes[index].all():
+            stated = tuple(self.sizes[index].tolist())
         image = self._image(path, stated)
         size = image.shape[:2]
         if stated is not None and size != stated:
@@ -156,7 +155,7 @@ class Pictures:
     def _image(self, path: Path, stated: tuple[int, int] | None) -> np.ndarray:
         """[H, W, 3] uint8, upright or as it lies in the file, as its annotations are drawn."""
         upright = self.read.exif != "raw"
-        if self.read.exif == "auto" and self.opened is open_image:
+        if self.read.exif == "auto" and path.suffix != ".json":  # no picture in its annotations
             raw, turned, orientation = read_head(path, self.read.max_pixels)
             if stated == raw != turned:
                 upright = False
@@ -169,6 +168,30 @@ class Pictures:
                 )
         image = self.opened(path, self.read.max_pixels, upright)
         return read_pixels(image, str(path))
+
+
+def readable(examined: Callable, index: int, count: int) -> Sample:
+    """The sample of an index, or the next that can be read; warnings tell what was left out.
+
+    Args:
+        examined: gives a sample and what was left out of it, or raises ValueError.
+        index: of the sample.
+        count: of all.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    for i in (*range(index, count), *range(index)):
+        try:
+            sample, faults = examined(i)
+        except ValueError as error:
+            reason = str(error)
+            warnings.warn(f"{reason}; the next picture stands for it", stacklevel=3)
+            continue
+        for fault in faults:
+            warnings.warn(fault, stacklevel=3)
+        return sample
+    raise ValueError(f"{reason}; no picture is left that can be read")
 
 
 def files_below(folder: Path) -> list[Path]:

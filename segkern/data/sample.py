@@ -3,7 +3,7 @@
 Letters: H W image size, n mask, l map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -66,16 +66,18 @@ class Masks:
         return cls(np.stack(maps or [np.zeros(size, np.uint8)]), layer)
 
     @classmethod
-    def of_arrays(cls, masks: np.ndarray) -> "Masks":
-        """Masks [n, H, W], true or not 0 inside."""
-        maps, layer = [], np.zeros(len(masks), np.int64)
+    def of_arrays(cls, masks: Iterable[np.ndarray], size: tuple[int, int]) -> "Masks":
+        """Masks [H, W], true or not 0 inside, which are looked at one by one."""
+        maps, layer = [], []
         for i, mask in enumerate(masks):
             inside = np.asarray(mask) != 0
             k = next((k for k, one in enumerate(maps) if not one[inside].any()), len(maps))
             if k == len(maps):
-                maps.append(np.zeros(inside.shape, _dtype(len(masks))))
-            maps[k][inside], layer[i] = i + 1, k
-        return cls(np.stack(maps or [np.zeros(masks.shape[1:], np.uint8)]), layer)
+                maps.append(np.zeros(size, np.int32))
+            maps[k][inside] = i + 1
+            layer.append(k)
+        maps = np.stack(maps or [np.zeros(size, np.int32)]).astype(_dtype(len(layer)))
+        return cls(maps, np.array(layer, np.int64))
 
     @property
     def shape(self) -> tuple[int, int, int]:

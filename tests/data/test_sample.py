@@ -28,7 +28,7 @@ def coded(masks):
 
 MAKERS = {
     "codes": lambda masks: Masks.of_codes(coded(masks) if len(masks) else [], SIZE),
-    "arrays": Masks.of_arrays,
+    "arrays": lambda masks: Masks.of_arrays(masks, SIZE),
 }
 
 
@@ -55,7 +55,7 @@ def test_masks_that_lie_apart_share_a_map():
     for i, mask in enumerate(dense):
         mask[i] = 1
     assert len(Masks.of_codes(coded(dense), SIZE).maps) == 1
-    assert len(Masks.of_arrays(dense).maps) == 1
+    assert len(Masks.of_arrays(dense, SIZE).maps) == 1
 
 
 @pytest.mark.parametrize("ids", [[], [7], [300, 2**24 - 1, 7, 8]], ids=str)
@@ -77,7 +77,7 @@ def sample(form):
     }
 
 
-@pytest.mark.parametrize("form", [np.asarray, torch.as_tensor, Masks.of_arrays])
+@pytest.mark.parametrize("form", [np.asarray, torch.as_tensor, MAKERS["arrays"]])
 def test_crowds_are_no_targets_and_void_in_the_truth(form):
     one = sample(form)
     targets = collate([one]).targets

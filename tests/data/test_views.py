@@ -20,7 +20,7 @@ def sample():
         semantic[mask > 0] = label
     return {
         "image": noise(0),
-        "masks": Masks.of_arrays(DENSE),
+        "masks": Masks.of_arrays(DENSE, (30, 40)),
         "labels": np.arange(3),
         "crowd": np.array([False, True, False]),
         "semantic": semantic,
@@ -107,7 +107,7 @@ class Fixed:
     """Three masks on every picture."""
 
     def __call__(self, index, size):
-        return Truth(Masks.of_arrays(DENSE), np.arange(3), np.zeros(3, bool), [])
+        return Truth(Masks.of_arrays(DENSE, (30, 40)), np.arange(3), np.zeros(3, bool), [])
 
 
 def test_views_depend_on_seed_sample_and_pass_and_not_on_workers(tmp_path):
