@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 
 from . import recipes
-from .data import DataConfig, Digits, DigitsConfig, Folder, FolderConfig
+from .data import DataConfig, Digits, DigitsConfig, Folder, FolderConfig, Pictures, build_dataset
 from .data.folder import Layout
 from .evaluation.evaluate import evaluate as run_evaluate
 from .evaluation.report import table
@@ -94,14 +94,16 @@ def evaluate(
         settings = FolderConfig(data, layout)
     else:
         settings = _data_of_run(model, bool(given))
+    if given and not isinstance(settings, (DigitsConfig, type(None))):
+        raise ValueError(
+            f"evaluate: --{next(iter(given))} is for scenes of digits, and the data is the "
+            f"folder {settings.root}"
+        )
     if isinstance(settings, FolderConfig):
-        if given:
-            raise ValueError(
-                f"evaluate: --{next(iter(given))} is for scenes of digits, and the data is the "
-                f"folder {settings.root}"
-            )
         source, title = Folder(settings, "val"), str(settings.root)
         source.check()
+    elif settings is not None and not isinstance(settings, DigitsConfig):
+        source, title = build_dataset(settings, "val"), str(settings.root)
     else:
         task = "panoptic" if opened.config.num_labels == 11 else "instance"
         settings = settings or DigitsConfig(size=(64, 64), level="easy", task=task)
@@ -109,7 +111,11 @@ def evaluate(
         source, title = Digits(settings, split), f"{settings.level} scenes"
         scenes = 400 if scenes is None else scenes
     if tasks == TASKS:
-        tasks = ("semantic",) if isinstance(source, Folder) else opened.config.tasks
+        tasks = opened.config.tasks
+        if isinstance(source, Folder):
+            tasks = ("semantic",)
+        elif isinstance(source, Pictures) and not source.semantic:
+            tasks = ("instance",)
     if threshold is None and "panoptic" in tasks:
         threshold = recipes.DIGITS_THRESHOLD
     value = run_evaluate(

@@ -13,8 +13,11 @@ from .collate import Batch as Batch
 from .collate import collate as collate
 from .digits import Digits as Digits
 from .digits import DigitsConfig as DigitsConfig
+from .find_format import find_format as find_format
 from .folder import Folder as Folder
 from .folder import FolderConfig as FolderConfig
+from .instance_maps import InstanceMapsConfig as InstanceMapsConfig
+from .instance_maps import read_instance_maps
 from .labelme import LabelMeConfig as LabelMeConfig
 from .labelme import read_labelme
 from .order import Order as Order
@@ -25,6 +28,7 @@ from .sample import Sample as Sample
 from .transforms import SemanticViews as SemanticViews
 from .views import InstanceViews as InstanceViews
 from .views import ViewConfig as ViewConfig
+from .wrapped import Wrapped as Wrapped
 from .yolo import YoloConfig as YoloConfig
 from .yolo import read_yolo
 
@@ -49,6 +53,7 @@ FORMATS = {
     "folder": Format(FolderConfig, Folder),
     "coco": Format(CocoConfig, read_coco),
     "labelme": Format(LabelMeConfig, read_labelme),
+    "instance_maps": Format(InstanceMapsConfig, read_instance_maps),
     "yolo": Format(YoloConfig, read_yolo),
 }
 DataConfig = Union[tuple(row.config for row in FORMATS.values())]  # noqa: UP007

@@ -34,7 +34,7 @@ from .pictures import (
 )
 from .views import InstanceViews, ViewConfig
 
-_OTHERS = ("captions", "keypoints", "image_info", "stuff_")  # COCO's files of other kinds
+OTHERS = ("captions", "keypoints", "image_info", "stuff_")  # COCO's files of other kinds
 
 
 @dataclass
@@ -160,7 +160,7 @@ def annotation_file(config: CocoConfig, split: str) -> Path:
         for path in files_below(config.root)
         if path.suffix.lower() == ".json"
         and len(path.relative_to(config.root).parts) <= 3
-        and not any(word in path.name for word in _OTHERS)
+        and not any(word in path.name for word in OTHERS)
     ]
     named = [p for p in candidates if ("panoptic" in p.name) == (config.task == "panoptic")]
     found = [p for p in named or candidates if split in _parts(p, config.root)]

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..io import rle
-from ..io.images import open_image
-from .pictures import Truth, number
-from .sample import Masks
+from .pictures import Truth, number, read_ids
+from .sample import Masks, distinct
 
 
 class FlatSegments:
@@ -238,7 +237,7 @@ class PanopticSegments:
             faults.append(f"{path}: segment {lost[0]} has no pixel ({lost.size} have none)")
             seen = areas > 0
             masks, labels, crowd = masks.chosen(seen), labels[seen], crowd[seen]
-        if len(foreign := np.unique(values[(masks.maps[0] == 0) & (values != 0)])):
+        if len(foreign := distinct(values[(masks.maps[0] == 0) & (values != 0)])):
             faults.append(
                 f"{path}: id {foreign[0]} is that of no segment ({foreign.size} are); its pixels "
                 "do not count"
@@ -278,16 +277,3 @@ def panoptic(
                 segments[i] = i, labels[category], crowd
         rows[place[image]] = list(segments.values())
     return PanopticSegments(files, rows)
-
-
-def read_ids(path: Path) -> np.ndarray:
-    """[H, W] integers of a PNG: its values, or red + 256 green + 65536 blue.
-
-    Raises:
-        ValueError: it cannot be read; names the file.
-    """
-    values = np.asarray(open_image(path, upright=False))
-    if values.ndim == 2:
-        return values.astype(np.int64, copy=False)
-    values = values.astype(np.int64)
-    return values[..., 0] + 256 * values[..., 1] + 65536 * values[..., 2]

@@ -61,6 +61,11 @@ def collate(
             number than the image or labels; the message names the sample.
     """
     ids = [int(s["id"]) for s in samples]
+    if whole := [name for name, s in zip(ids, samples) if "pixel_values" not in s]:
+        raise ValueError(
+            f"collate: samples must have pixel_values, got those of sample {whole[0]} without: "
+            "give its data set views"
+        )
     images = [torch.as_tensor(s["pixel_values"]) for s in samples]
     segments = [_segments(s) for s in samples]
     masks = [x for x, _ in segments]

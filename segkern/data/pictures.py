@@ -219,6 +219,15 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
+def maps_below(folder: Path) -> dict[str, Path]:
+    """PNGs in a folder and those in it, by their path without the suffix."""
+    return {
+        _plain(path.relative_to(folder).with_suffix("").as_posix()): path
+        for path in files_below(folder)
+        if path.suffix.lower() == ".png"
+    }
+
+
 class Names:
     """Files of a folder by the names that annotations give them.
 
@@ -278,3 +287,16 @@ def number(value) -> Hashable:
         return int(value) if int(value) == float(value) else value
     except (TypeError, ValueError, OverflowError):
         return str(value)
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """[H, W] integers of a PNG: its values, or red + 256 green + 65536 blue.
+
+    Raises:
+        ValueError: it cannot be read; names the file.
+    """
+    values = np.asarray(open_image(path, upright=False))
+    if values.ndim == 2:
+        return values.astype(np.int64, copy=False)
+    values = values.astype(np.int64)
+    return values[..., 0] + 256 * values[..., 1] + 65536 * values[..., 2]

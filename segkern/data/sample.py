@@ -31,7 +31,7 @@ class Masks:
     def of_map(cls, values: np.ndarray, ids: Sequence[int]) -> "Masks":
         """Masks that lie apart: mask i is where `values` [H, W] integers are ids[i], each once."""
         flat, n = values.ravel(), len(ids)
-        heads = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))[: flat.size]
+        heads = _heads(flat)
         wanted = np.append(np.asarray(ids, np.int64), -1)  # never empty, and -1 never occurs
         order = np.argsort(wanted)
         found = flat[heads].astype(np.int64)
@@ -147,6 +147,17 @@ def generator_of(seed: int, epoch: int, index: int) -> Generator:
     """What the view of a sample in a pass is drawn from: of these three alone."""
     mixed = np.random.SeedSequence((seed, epoch, index)).generate_state(1, "u8")
     return torch.Generator().manual_seed(int(mixed[0]))
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """The values of a map, ascending; quick where they come in runs."""
+    flat = values.ravel()
+    return np.unique(flat[_heads(flat)])
+
+
+def _heads(flat: np.ndarray) -> np.ndarray:
+    """Where runs of one value begin."""
+    return np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))[: flat.size]
 
 
 def _dtype(n: int) -> type:

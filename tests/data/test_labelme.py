@@ -1,54 +1,13 @@
 """LabelMe's files by its schema: every kind of shape, groups, pictures, and faults by name."""
 
-import base64
-import io
-import json
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from segkern.data import LabelMeConfig, ReadConfig, build_dataset
-from support.pictures import SIZE, noise, rectangle, write
+from support.pictures import SIZE, in_base64, noise, rectangle, write_labelme
+from support.pictures import labelme_shape as shape
 
 Y, X = np.indices(SIZE)
-
-
-def in_base64(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def shape(label, points, kind="polygon", group=None, **more):
-    return {
-        "label": label,
-        "points": points,
-        "group_id": group,
-        "description": "",
-        "shape_type": kind,
-        "flags": {},
-        "mask": None,
-    } | more
-
-
-def write_labelme(folder, shapes, name="a", picture=True, **more):
-    """A file as LabelMe 5 writes it, with its picture beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if picture:
-        write(folder / f"{name}.png", noise(0))
-    content = {
-        "version": "5.5.0",
-        "flags": {},
-        "shapes": shapes,
-        "imagePath": f"{name}.png",
-        "imageData": None,
-        "imageHeight": SIZE[0],
-        "imageWidth": SIZE[1],
-    } | more
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
 
 
 def opened(root, **settings):

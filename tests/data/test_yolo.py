@@ -2,33 +2,11 @@
 
 import numpy as np
 import pytest
-import yaml
 from pycocotools import mask as coco
 
 from segkern.data import ReadConfig, YoloConfig, build_dataset
-from support.pictures import SIZE, noise, rectangle, write
-
-RINGS = [[5.5, 4.2, 20.1, 6.0, 12.3, 25.7], [8, 8, 30, 8, 30, 20, 8, 20], [0, 0, 40, 0, 40, 30]]
-
-
-def row(label, ring):
-    H, W = SIZE
-    return " ".join([str(label), *(repr(x / side) for x, side in zip(ring, [W, H] * 99))])
-
-
-def write_yolo(root, text=None, content=None, pictures="images/{}", labels="labels/{}"):
-    """A set as Ultralytics lays it: pictures and rows of train and val, and data.yaml."""
-    rows = "\n".join(row(k % 2, ring) for k, ring in enumerate(RINGS))
-    for split in ("train", "val"):
-        for name in ("a.jpg", "b.png"):
-            write(root / pictures.format(split) / name, noise(0))
-        path = root / labels.format(split) / "b.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(rows if text is None else text)
-    base = {"path": str(root), "nc": 2, "names": {0: "ring", 1: "box"}}
-    base |= {split: pictures.format(split) for split in ("train", "val")}
-    (root / "data.yaml").write_text(yaml.dump(base | (content or {})))
-    return root
+from support.pictures import RINGS, SIZE, noise, rectangle, write_yolo
+from support.pictures import yolo_row as row
 
 
 def opened(root, split="train"):

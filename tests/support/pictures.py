@@ -1,8 +1,11 @@
 """Small sets of pictures with segments, written by others' tools, for tests of data formats."""
 
+import base64
+import io
 import json
 
 import numpy as np
+import yaml
 from PIL import Image
 from pycocotools import mask as coco
 
@@ -132,3 +135,85 @@ def write_panoptic(root, segments=SEGMENTS, values=None, name="train", categorie
     content = {"images": image_rows([(7, "a.jpg")]), "annotations": rows}
     path.write_text(json.dumps(content | {"categories": categories}))
     return path
+
+
+def in_base64(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def labelme_shape(label, points, kind="polygon", group=None, **more):
+    return {
+        "label": label,
+        "points": points,
+        "group_id": group,
+        "description": "",
+        "shape_type": kind,
+        "flags": {},
+        "mask": None,
+    } | more
+
+
+def write_labelme(folder, shapes, name="a", picture=True, **more):
+    """A file as LabelMe 5 writes it, with its picture beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if picture:
+        write(folder / f"{name}.png", noise(0))
+    content = {
+        "version": "5.5.0",
+        "flags": {},
+        "shapes": shapes,
+        "imagePath": f"{name}.png",
+        "imageData": None,
+        "imageHeight": SIZE[0],
+        "imageWidth": SIZE[1],
+    } | more
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+RINGS = [[5.5, 4.2, 20.1, 6.0, 12.3, 25.7], [8, 8, 30, 8, 30, 20, 8, 20], [0, 0, 40, 0, 40, 30]]
+
+
+def yolo_row(label, ring):
+    H, W = SIZE
+    return " ".join([str(label), *(repr(x / side) for x, side in zip(ring, [W, H] * 99))])
+
+
+def write_yolo(root, text=None, content=None, pictures="images/{}", labels="labels/{}"):
+    """A set as Ultralytics lays it: pictures and rows of train and val, and data.yaml."""
+    rows = "\n".join(yolo_row(k % 2, ring) for k, ring in enumerate(RINGS))
+    for split in ("train", "val"):
+        for name in ("a.jpg", "b.png"):
+            write(root / pictures.format(split) / name, noise(0))
+        path = root / labels.format(split) / "b.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(rows if text is None else text)
+    base = {"path": str(root), "nc": 2, "names": {0: "ring", 1: "box"}}
+    base |= {split: pictures.format(split) for split in ("train", "val")}
+    (root / "data.yaml").write_text(yaml.dump(base | (content or {})))
+    return root
+
+
+CODED_NAMES = ["car", "person"]
+
+
+def coded_values():
+    """Nothing, two cars, a person and a crowd of persons."""
+    values = np.zeros(SIZE, np.int64)
+    values[2:6, 2:9], values[2:6, 12:20], values[10:20, 3:30], values[25:] = 1001, 1002, 2001, 2
+    return values
+
+
+def write_maps(root, values, names=CODED_NAMES, labels=None, splits=("train", "val"), end=".png"):
+    for split in splits:
+        write(root / f"images/{split}/city/a.jpg", noise(0))
+        path = root / f"instances/{split}/city/a{end}"
+        write(path, values)
+        if labels is not None:
+            write(root / f"labels/{split}/city/a.png", labels)
+    if names:
+        (root / "classes.txt").write_text("\ufeff" + "\n".join(names) + "\n", encoding="utf-8")
+    return root

@@ -1,0 +1,79 @@
+"""Which format a folder holds, told from its files."""
+
+import mmap
+from pathlib import Path
+
+from .coco import OTHERS, CocoConfig
+from .folder import FolderConfig
+from .instance_maps import InstanceMapsConfig
+from .labelme import LabelMeConfig
+from .pictures import files_below
+from .yolo import YoloConfig
+
+# of the layouts of maps of classes, a folder that no other has
+_LAYOUTS = {
+    "cityscapes": "leftImg8bit",
+    "ade20k": "annotations/training",
+    "pascal_context": "ImageSets/SegmentationContext",
+}
+
+
+def find_format(root: str | Path) -> tuple[object, str]:
+    """The data set in a folder.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        its config, and a line that says what was found and by what, for the caller to show.
+
+    Raises:
+        ValueError: no such folder, or none of the formats.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
+    found = _found(root)
+    if found is None:
+        raise ValueError(
+            f"{root}: holds no data set of a known format: neither JSON of COCO or LabelMe, nor "
+            "a YAML of YOLO, nor maps in instances or labels beside images"
+        )
+    config, sign = found
+    what = getattr(config, "layout", config.task)
+    return config, f"{root}: found data of kind {config.kind} ({what}): it has {sign}"
+
+
+def _found(root: Path) -> tuple[object, str] | None:
+    for layout, folder in _LAYOUTS.items():
+        if (root / folder).is_dir():
+            return FolderConfig(root, layout), folder
+    if (root / "images").is_dir() and (root / "instances").is_dir():
+        return InstanceMapsConfig(root), "images and instances"
+    files = files_below(root)
+    for path in files:
+        if path.parent == root and path.suffix in (".yaml", ".yml") and _holds(path, b"names"):
+            return YoloConfig(root), path.name
+    jsons = [path for path in files if path.suffix.lower() == ".json"]
+    jsons = [path for path in jsons if not any(word in path.name for word in OTHERS)]
+    jsons.sort(key=lambda path: "panoptic" not in path.name)  # where both are, it has more
+    for path in jsons:
+        for make, word in (
+            (lambda: CocoConfig(root, "panoptic"), b'"segments_info"'),
+            (lambda: LabelMeConfig(root), b'"shapes"'),
+            (lambda: CocoConfig(root), b'"annotations"'),
+        ):
+            if _holds(path, word):
+                return make(), str(path.relative_to(root))
+    if (root / "images").is_dir() and (root / "labels").is_dir():
+        return FolderConfig(root), "images and labels"
+    return None
+
+
+def _holds(path: Path, word: bytes) -> bool:
+    """Whether a file, which may be large, holds a word."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            return text.find(word) >= 0
+    except (OSError, ValueError):  # ValueError: it is empty
+        return False

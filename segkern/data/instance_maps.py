@@ -1,0 +1,224 @@
+"""Folders of pictures and of PNGs whose values tell objects apart.
+
+    images/train/NAME.jpg, instances/train/NAME.png; the same of val; classes.txt, a name a line
+
+Values are, by `encoding`,
+    class_instance  1000 times the class plus the object's number, classes from 1 in the order of
+                    classes.txt; a class alone, below 1000, is a region of many objects (a crowd)
+    ids             any number an object, or a colour an object; its class is that of most of its
+                    pixels in labels/train/NAME.png, a map of labels, or the only one there is
+0 is nothing. PNGs are of 8 or 16 bits, or of colours, an id in each.
+Source: the instanceIds of Cityscapes (Cordts et al., CVPR 2016), without its ids of classes.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from ..structures.labels import VOID
+from .pictures import (
+    SPLITS,
+    Pictures,
+    ReadConfig,
+    Truth,
+    as_config,
+    expect_split,
+    held_out,
+    maps_below,
+    pictures_below,
+    read_ids,
+)
+from .sample import Masks, distinct
+from .views import InstanceViews, ViewConfig
+
+_STEP = 1000
+_LOOKED_AT = 20  # maps from which the encoding is told
+Encoding = Literal["auto", "ids", "class_instance"]
+
+
+@dataclass
+class InstanceMapsConfig:
+    """Pictures and maps of objects in folders.
+
+    Attributes:
+        root: folder of all.
+        encoding: what the values are; "auto" looks at the first maps, and says what it took.
+        seed: other seeds give other views.
+        read: how files are read.
+        views: of the training pictures.
+    """
+
+    kind: ClassVar[str] = "instance_maps"
+    task: ClassVar[str] = "instance"
+    targets: ClassVar[tuple[str, ...]] = ("masks",)
+
+    root: Path = Path(".")
+    encoding: Encoding = "auto"
+    seed: int = 0
+    read: ReadConfig = field(default_factory=ReadConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+
+    def __post_init__(self):
+        self.root = Path(self.root)
+        if self.encoding not in ("auto", "ids", "class_instance"):
+            raise ValueError(
+                "InstanceMapsConfig: encoding must be auto, ids or class_instance, "
+                f"got {self.encoding!r}"
+            )
+        self.read = as_config(ReadConfig, self.read)
+        self.views = as_config(ViewConfig, self.views)
+
+
+def read_instance_maps(
+    config: InstanceMapsConfig, split: str = "train", views: InstanceViews | None = None
+) -> Pictures:
+    """The pictures of a split.
+
+    Args:
+        config: where they are.
+        split: "train" or "val".
+        views: for training; None leaves them whole.
+
+    Raises:
+        ValueError: a folder is missing, or no picture with a map is left; names it.
+    """
+    expect_split("instance_maps", split)
+    for name in ("images", "instances"):
+        if not (config.root / name).is_dir():
+            raise ValueError(f"{config.root / name}: no such folder")
+    images, maps, labels = (
+        _part(config.root / name, split) for name in ("images", "instances", "labels")
+    )
+    by_name, paths, files, faults = maps_below(maps), [], [], []
+    for path in pictures_below(images):
+        name = path.relative_to(images).with_suffix("").as_posix()
+        if name in by_name:
+            paths.append(path)
+            files.append(by_name[name])
+        else:
+            faults.append(f"{path}: has no map {maps / name}.png; left out")
+    if images == _part(config.root / "images", "val") == _part(config.root / "images", "train"):
+        chosen = held_out(list(map(str, paths)), split, config.read.val_share, images)
+        paths, files = [paths[i] for i in chosen], [files[i] for i in chosen]
+    classes = _classes(config.root)
+    truth = None
+    if files:
+        encoding, of_labels = config.encoding, maps_below(labels) if labels.is_dir() else None
+        if encoding == "auto":
+            encoding = _told(files, len(classes), of_labels is not None)
+            warnings.warn(f"{maps}: encoding of its values: {encoding}", stacklevel=3)
+        if encoding == "class_instance":
+            truth = Coded(files, len(classes))
+        else:
+            names = [path.relative_to(maps).with_suffix("").as_posix() for path in files]
+            of_labels = of_labels and [of_labels.get(name) for name in names]
+            truth = Numbered(files, of_labels, len(classes))
+            if of_labels is None and len(classes) > 1:
+                raise ValueError(
+                    f"{config.root}: encoding must be class_instance for {len(classes)} classes "
+                    f"where there are no maps of labels in {labels}, got ids"
+                )
+    return Pictures(paths, truth, classes, (), config.read, views, config.seed, faults=faults)
+
+
+class Coded:
+    """Maps of 1000 times the class plus the object's number.
+
+    Called with an index and the picture's size it gives its `Truth`.
+    """
+
+    def __init__(self, files: list[Path], classes: int):
+        self.files, self.classes = files, classes
+
+    def __call__(self, index: int, size: tuple[int, int]) -> Truth:
+        path = self.files[index]
+        values = _map(path, size)
+        ids = distinct(values)
+        ids = ids[ids > 0]
+        crowd = ids < _STEP
+        labels = np.where(crowd, ids, ids // _STEP) - 1
+        faults = [
+            f"{path}: value {value} is of class {label + 1} of {self.classes}; left out"
+            for value, label in zip(ids, labels)
+            if label >= self.classes
+        ]
+        known = labels < self.classes
+        ids, labels, crowd = ids[known], labels[known].astype(np.int64), crowd[known]
+        return Truth(Masks.of_map(values, ids), labels, crowd, faults)
+
+
+class Numbered:
+    """Maps with a value an object, whose class is told by maps of labels; without them it is 0.
+
+    Called with an index and the picture's size it gives its `Truth`.
+    """
+
+    def __init__(self, files: list[Path], of_labels: list[Path | None] | None, classes: int):
+        self.files, self.of_labels, self.classes = files, of_labels, classes
+
+    def __call__(self, index: int, size: tuple[int, int]) -> Truth:
+        path, faults = self.files[index], []
+        values = _map(path, size)
+        ids = distinct(values)
+        ids = ids[ids > 0]
+        masks, labels = Masks.of_map(values, ids), np.zeros(len(ids), np.int64)
+        if self.of_labels is not None:
+            if self.of_labels[index] is None:
+                raise ValueError(f"{path}: has no map of labels")
+            of_labels = _map(self.of_labels[index], size)
+            pairs = masks.maps[0].astype(np.int64) * (VOID + 1) + of_labels.clip(max=VOID)
+            counts = np.bincount(pairs.ravel(), minlength=(len(ids) + 1) * (VOID + 1))
+            labels = counts.reshape(-1, VOID + 1)[1:].argmax(1)
+            known = labels < self.classes
+            faults = [
+                f"{path}: object {value} has label {label} in {self.of_labels[index]}; left out"
+                for value, label in zip(ids[~known], labels[~known])
+            ]
+            masks, labels = masks.chosen(known), labels[known]
+        return Truth(masks, labels, np.zeros(len(labels), bool), faults)
+
+
+def _map(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Values of a map [H, W].
+
+    Raises:
+        ValueError: it cannot be read, or has another size.
+    """
+    values = read_ids(path)
+    if values.shape != size:
+        raise ValueError(
+            f"{path}: must have the size of its picture, {list(size)}, got {list(values.shape)}"
+        )
+    return values
+
+
+def _part(folder: Path, split: str) -> Path:
+    """The folder of a split; that of train where there is none of val, and all without either."""
+    names = (*SPLITS[split], *SPLITS["train"])
+    return next((folder / name for name in names if (folder / name).is_dir()), folder)
+
+
+def _told(files: list[Path], classes: int, labelled: bool) -> str:
+    """The encoding that the first maps speak for."""
+    found = [distinct(read_ids(path)) for path in files[:_LOOKED_AT]]
+    top = max(int(values.max(initial=0)) for values in found)
+    coded = not labelled and _STEP <= top < _STEP * (classes + 1)
+    return "class_instance" if coded else "ids"
+
+
+def _classes(root: Path) -> list[str]:
+    """Lines of classes.txt; without it there is one class.
+
+    Raises:
+        ValueError: it names none.
+    """
+    path = root / "classes.txt"
+    if not path.is_file():
+        return ["object"]
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    if not names or not all(names):
+        raise ValueError(f"{path}: must have a name a line and no empty line")
+    return names
