@@ -23,7 +23,7 @@ from .labelme import read_labelme
 from .order import Order as Order
 from .pictures import Pictures as Pictures
 from .pictures import ReadConfig as ReadConfig
-from .sample import Masks as Masks
+from .sample import IdMaps as IdMaps
 from .sample import Sample as Sample
 from .transforms import SemanticViews as SemanticViews
 from .views import InstanceViews as InstanceViews

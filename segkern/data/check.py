@@ -25,6 +25,8 @@ def check_maps(
     labels_of: Callable[[Path], np.ndarray],
     rule: str,
     progress: bool = True,
+    exif: str = "auto",
+    max_pixels: int | None = None,
 ) -> set[int]:
     """Reads maps in parallel and compares their sizes with those of their images.
 
@@ -33,6 +35,7 @@ def check_maps(
         labels_of: a map's labels [H, W] uint8; a ValueError says what is wrong with it.
         rule: what `labels_of` depends on besides the file.
         progress: show a bar while maps are read.
+        exif, max_pixels: as in `ReadConfig`.
 
     Returns:
         the labels that occur.
@@ -51,7 +54,7 @@ def check_maps(
 
     def read(pair):
         try:
-            return _labels(*pair, labels_of), None
+            return _labels(*pair, labels_of, exif, max_pixels), None
         except ValueError as error:
             return None, str(error)
 
@@ -87,10 +90,18 @@ def match_sizes(image: Path, size: tuple[int, int], of_map: Path, labels: np.nda
         )
 
 
-def _labels(image: Path, of_map: Path, labels_of: Callable[[Path], np.ndarray]) -> list[int]:
+def _labels(
+    image: Path,
+    of_map: Path,
+    labels_of: Callable[[Path], np.ndarray],
+    exif: str,
+    max_pixels: int | None,
+) -> list[int]:
     """The labels that occur in a map."""
     labels = labels_of(of_map)
-    match_sizes(image, read_head(image)[1], of_map, labels)
+    raw, turned, _ = read_head(image, max_pixels)
+    size = raw if exif == "raw" or (exif == "auto" and labels.shape == raw) else turned
+    match_sizes(image, size, of_map, labels)
     counts = np.bincount(labels.ravel(), minlength=VOID + 1)
     return counts[:VOID].nonzero()[0].tolist()
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..io import rle
 from .pictures import Truth, number, read_ids
-from .sample import Masks, distinct
+from .sample import IdMaps, distinct
 
 
 class FlatSegments:
@@ -69,11 +69,11 @@ class FlatSegments:
         codes = [self._code(a, size) for a in chosen]
         faults = []
         try:
-            masks = Masks.of_codes(codes, size)
+            masks = IdMaps.of_codes(codes, size)
         except (TypeError, ValueError):
             whole = np.array([self._whole(a, c, size, faults) for a, c in zip(chosen, codes)])
             chosen = chosen[whole]
-            masks = Masks.of_codes([c for c, good in zip(codes, whole) if good], size)
+            masks = IdMaps.of_codes([c for c, good in zip(codes, whole) if good], size)
         return Truth(masks, self.labels[chosen], self.crowd[chosen], faults)
 
     def _code(self, a: int, size: tuple[int, int]) -> dict:
@@ -231,7 +231,7 @@ class PanopticSegments:
             )
         mine = slice(self.first[index], self.first[index + 1])
         ids, labels, crowd = self.ids[mine], self.labels[mine], self.crowd[mine]
-        masks, faults = Masks.of_map(values, ids), []
+        masks, faults = IdMaps.of_map(values, ids), []
         areas = masks.areas()
         if (lost := ids[areas == 0]).size:
             faults.append(f"{path}: segment {lost[0]} has no pixel ({lost.size} have none)")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..structures.labels import VOID
 from ..structures.targets import Targets
-from .sample import Masks, Sample
+from .sample import IdMaps, Sample
 
 
 @dataclass
@@ -99,9 +99,9 @@ def _segments(sample: Sample) -> tuple[Tensor, Tensor]:
     masks, labels = sample["masks"], torch.as_tensor(sample["labels"])
     if "crowd" in sample and np.any(sample["crowd"]):
         alone = ~np.asarray(sample["crowd"], bool)
-        masks = masks.chosen(alone) if isinstance(masks, Masks) else masks[alone]
+        masks = masks.chosen(alone) if isinstance(masks, IdMaps) else masks[alone]
         labels = labels[torch.from_numpy(alone)]
-    return torch.as_tensor(np.asarray(masks) if isinstance(masks, Masks) else masks), labels
+    return torch.as_tensor(np.asarray(masks) if isinstance(masks, IdMaps) else masks), labels
 
 
 def _pad(x: Tensor, size: tuple[int, int], value: int = 0) -> Tensor:

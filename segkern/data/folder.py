@@ -25,9 +25,17 @@ from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from ..io.images import open_image, picture_suffixes, read_pixels
+from ..io.images import read_values
 from ..structures.labels import CITYSCAPES, DATASETS, PASCAL_CONTEXT, VOID
 from .check import check_maps, match_sizes
+from .pictures import (
+    ReadConfig,
+    maps_below,
+    pictures_below,
+    plain_name,
+    read_drawn,
+    readable,
+)
 from .sample import Sample, generator_of
 from .transforms import SemanticViews
 
@@ -43,7 +51,7 @@ class _Layout(NamedTuple):
     train: str = "train"
     val: str = "val"
     end: str = ""
-    map_ends: tuple[str, ...] = (".png",)
+    map_ends: tuple[str, ...] = ("",)
     lists: str | None = None
 
 
@@ -53,7 +61,7 @@ _LAYOUTS = {
         "leftImg8bit",
         "gtFine",
         end="_leftImg8bit",
-        map_ends=("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"),
+        map_ends=("_gtFine_labelTrainIds", "_gtFine_labelIds"),
     ),
     "pascal_context": _Layout(
         "JPEGImages", "SegmentationClassContext", lists="ImageSets/SegmentationContext"
@@ -72,6 +80,7 @@ class FolderConfig:
             images/{train,val} and labels/{train,val} with the same names, and classes.txt with a
             name a line.
         seed: other seeds give other views of the training images.
+        exif, max_pixels: as in `ReadConfig`.
     """
 
     kind: ClassVar[str] = "folder"
@@ -81,9 +90,12 @@ class FolderConfig:
     root: Path = Path(".")
     layout: Layout = "plain"
     seed: int = 0
+    exif: Literal["auto", "upright", "raw"] = "auto"
+    max_pixels: int | None = None
 
     def __post_init__(self):
         self.root = Path(self.root)
+        ReadConfig(self.exif)
         if self.layout not in _LAYOUTS:
             raise ValueError(
                 f"FolderConfig: layout must be one of {', '.join(_LAYOUTS)}, got {self.layout!r}"
@@ -133,15 +145,27 @@ class Folder:
         index, epoch = place if isinstance(place, tuple) else (place, 0)
         if not 0 <= index < len(self):
             raise IndexError(f"Folder: index must be in [0, {len(self)}), got {index}")
-        of_image, of_map = self.pairs[index]
-        image = read_pixels(of_image, str(of_image))
-        labels = self._labels(of_map)
-        match_sizes(of_image, image.shape[:2], of_map, labels)
+        sample = readable(self.examined, index, len(self))
         if self.views is None:
-            return {"image": image, "semantic": labels, "id": index, "path": str(of_image)}
-        view = self.views(image, labels, generator_of(self.config.seed, epoch, index))
+            return sample
+        image = sample.pop("image")
+        generator = generator_of(self.config.seed, epoch, index)
+        view = self.views(image, sample["semantic"], generator)
         none = np.zeros((0, *view["semantic"].shape), np.uint8)
-        return view | {"masks": none, "labels": np.zeros(0, np.int64), "id": index}
+        return sample | view | {"masks": none, "labels": np.zeros(0, np.int64)}
+
+    def examined(self, index: int) -> tuple[Sample, list[str]]:
+        """A whole sample, and what was left out of it, which is nothing.
+
+        Raises:
+            ValueError: it cannot be read; names the file.
+        """
+        of_image, of_map = self.pairs[index]
+        labels = self._labels(of_map)
+        image = read_drawn(of_image, labels.shape, self.config.exif, self.config.max_pixels)
+        match_sizes(of_image, image.shape[:2], of_map, labels)
+        sample = {"image": image, "semantic": labels, "id": index, "path": str(of_image)}
+        return sample, []
 
     def check(self, progress: bool = True) -> list[str]:
         """Reads every map, in parallel; those that were read before and are as they were are not
@@ -156,8 +180,9 @@ class Folder:
         Raises:
             ValueError: a map is bad; names the first, and how many there are.
         """
-        rule = f"{self.config.layout}, {len(self.classes)} classes"
-        found = check_maps(self.pairs, self._labels, rule, progress)
+        rule = f"{self.config.layout}, {len(self.classes)} classes, exif {self.config.exif}"
+        settings = self.config.exif, self.config.max_pixels
+        found = check_maps(self.pairs, self._labels, rule, progress, *settings)
         return [name for k, name in enumerate(self.classes) if k not in found]
 
     def _labels(self, path: Path) -> np.ndarray:
@@ -166,15 +191,14 @@ class Folder:
         Raises:
             ValueError: no map of one channel, or a value that stands for no class; names the file.
         """
-        picture = open_image(path)
-        if len(picture.getbands()) != 1:
-            raise ValueError(f"{path}: a map must have one channel, got mode {picture.mode}")
-        values, K = np.asarray(picture), len(self.classes)
+        values, K = read_values(path, self.config.max_pixels), len(self.classes)
+        if values.ndim != 2:
+            raise ValueError(f"{path}: a map must have one channel, got {values.shape[2]}")
         table = np.full(VOID + 2, -1, np.int16)  # of a value its label; -1: stands for none
         table[VOID] = VOID
         if self.config.layout == "ade20k":
             table[0], table[1 : K + 1] = VOID, range(K)
-        elif path.name.endswith("_labelIds.png"):
+        elif path.stem.endswith("_labelIds"):
             table[:34] = VOID
             table[list(CITYSCAPES.values())] = range(K)
         else:
@@ -184,10 +208,13 @@ class Folder:
         else:  # 1 bit or 16
             labels = table[values.astype(np.int64).clip(0, VOID + 1)]
         if (labels < 0).any():
-            found = ", ".join(map(str, np.unique(values[labels < 0])[:4]))
+            found = np.unique(values[labels < 0])
+            hint = ""
+            if self.config.layout == "plain" and found.tolist() == [K]:
+                hint = ": labels count from 0"
             raise ValueError(
                 f"{path}: values must be those of layout {self.config.layout} with {K} classes, "
-                f"or 255, got {found}"
+                f"or 255, got {', '.join(map(str, found[:4]))}{hint}"
             )
         return labels.astype(np.uint8)
 
@@ -226,7 +253,7 @@ def class_names(config: FolderConfig) -> list[str]:
 
 def _lines(path: Path, what: str = "the names of the classes") -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").rstrip().splitlines()
+        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file; it has {what}, one a line") from error
     except UnicodeDecodeError as error:
@@ -248,12 +275,8 @@ def _pairs(config: FolderConfig, split: str) -> list[tuple[Path, Path]]:
                 f"{folder}: no such folder; layout {config.layout} has the {split} split in "
                 f"{images} and {maps}"
             )
-    known = picture_suffixes()
-    names = sorted(
-        path.relative_to(images)
-        for path in images.rglob(f"*{end}.*")
-        if path.suffix.lower() in known and not path.name.startswith(".")
-    )
+    names = [path.relative_to(images) for path in pictures_below(images)]
+    names = [name for name in names if name.stem.endswith(end)]
     if layout.lists:
         lists = config.root / layout.lists / f"{split}.txt"
         listed = {line.strip() for line in _lines(lists, "the names of the images")}
@@ -264,16 +287,16 @@ def _pairs(config: FolderConfig, split: str) -> list[tuple[Path, Path]]:
             raise ValueError(f"{images}: has no image {lost[0]}, which the {split} split lists")
     if not names:
         raise ValueError(f"{images}: holds no image{f' *{end}.png' if end else ''}")
-    there = {path.relative_to(maps) for path in maps.rglob("*.png")}
+    there = maps_below(maps)
     found, lacking = [], []
     for name in names:
-        stem = str(name.with_suffix("")).removesuffix(end)
-        candidates = [Path(stem + map_end) for map_end in layout.map_ends]
-        of_map = next((path for path in candidates if path in there), None)
+        stem = plain_name(name.with_suffix("").as_posix()).removesuffix(end)
+        candidates = [stem + map_end for map_end in layout.map_ends]
+        of_map = next((there[c] for c in candidates if c in there), None)
         if of_map is None:
-            lacking.append((name, candidates[-1]))
+            lacking.append((name, f"{candidates[-1]}.png"))
         else:
-            found.append((images / name, maps / of_map))
+            found.append((images / name, of_map))
     if lacking:
         name, wanted = lacking[0]
         raise ValueError(

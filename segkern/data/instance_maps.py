@@ -29,9 +29,10 @@ from .pictures import (
     held_out,
     maps_below,
     pictures_below,
+    plain_name,
     read_ids,
 )
-from .sample import Masks, distinct
+from .sample import IdMaps, distinct
 from .views import InstanceViews, ViewConfig
 
 _STEP = 1000
@@ -94,7 +95,7 @@ def read_instance_maps(
     )
     by_name, paths, files, faults = maps_below(maps), [], [], []
     for path in pictures_below(images):
-        name = path.relative_to(images).with_suffix("").as_posix()
+        name = plain_name(path.relative_to(images).with_suffix("").as_posix())
         if name in by_name:
             paths.append(path)
             files.append(by_name[name])
@@ -113,7 +114,7 @@ def read_instance_maps(
         if encoding == "class_instance":
             truth = Coded(files, len(classes))
         else:
-            names = [path.relative_to(maps).with_suffix("").as_posix() for path in files]
+            names = [plain_name(p.relative_to(maps).with_suffix("").as_posix()) for p in files]
             of_labels = of_labels and [of_labels.get(name) for name in names]
             truth = Numbered(files, of_labels, len(classes))
             if of_labels is None and len(classes) > 1:
@@ -147,7 +148,7 @@ class Coded:
         ]
         known = labels < self.classes
         ids, labels, crowd = ids[known], labels[known].astype(np.int64), crowd[known]
-        return Truth(Masks.of_map(values, ids), labels, crowd, faults)
+        return Truth(IdMaps.of_map(values, ids), labels, crowd, faults)
 
 
 class Numbered:
@@ -164,7 +165,7 @@ class Numbered:
         values = _map(path, size)
         ids = distinct(values)
         ids = ids[ids > 0]
-        masks, labels = Masks.of_map(values, ids), np.zeros(len(ids), np.int64)
+        masks, labels = IdMaps.of_map(values, ids), np.zeros(len(ids), np.int64)
         if self.of_labels is not None:
             if self.of_labels[index] is None:
                 raise ValueError(f"{path}: has no map of labels")

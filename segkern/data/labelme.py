@@ -32,7 +32,7 @@ from .pictures import (
     held_out,
     number,
 )
-from .sample import Masks
+from .sample import IdMaps
 from .views import InstanceViews, ViewConfig
 
 # how many points a shape has, at least and at most
@@ -164,7 +164,7 @@ class Shapes:
             except ValueError as error:
                 faults.append(f"{self.files[index]}: {error}; left out")
         labels = np.array(labels, np.int64)
-        return Truth(Masks.of_arrays(masks, size), labels, np.zeros(len(labels), bool), faults)
+        return Truth(IdMaps.of_arrays(masks, size), labels, np.zeros(len(labels), bool), faults)
 
 
 def drawn(shapes: list[dict], size: tuple[int, int]) -> np.ndarray:

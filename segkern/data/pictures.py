@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ..io.images import open_image, picture_suffixes, read_head, read_pixels
+from ..io.images import open_image, picture_suffixes, read_head, read_pixels, read_values
 from ..structures.labels import VOID
-from .sample import Masks, Sample, generator_of
+from .sample import IdMaps, Sample, generator_of
 from .views import InstanceViews
 
 # names of the splits' folders and files
@@ -50,7 +50,7 @@ class ReadConfig:
 class Truth(NamedTuple):
     """The segments of a picture, and what was left out of them and why."""
 
-    masks: Masks
+    masks: IdMaps
     labels: np.ndarray  # [n] int64
     crowd: np.ndarray  # [n] bool
     faults: list[str]
@@ -136,7 +136,7 @@ class Pictures:
         stated = None
         if self.sizes is not None and self.sizes[index].all():
             stated = tuple(self.sizes[index].tolist())
-        image = self._image(path, stated)
+        image = read_drawn(path, stated, self.read.exif, self.read.max_pixels, self.opened)
         size = image.shape[:2]
         if stated is not None and size != stated:
             raise ValueError(
@@ -152,22 +152,41 @@ class Pictures:
             sample["semantic"] = np.append(VOID, labels).astype(np.uint8)[masks.maps[0]]
         return sample | {"id": index, "path": str(path)}, faults
 
-    def _image(self, path: Path, stated: tuple[int, int] | None) -> np.ndarray:
-        """[H, W, 3] uint8, upright or as it lies in the file, as its annotations are drawn."""
-        upright = self.read.exif != "raw"
-        if self.read.exif == "auto" and path.suffix != ".json":  # no picture in its annotations
-            raw, turned, orientation = read_head(path, self.read.max_pixels)
-            if stated == raw != turned:
-                upright = False
-            elif orientation != 1 and (stated is None or raw == turned):
-                warnings.warn(
-                    f"{path}: its EXIF tag (orientation {orientation}) turns it, and sizes do not "
-                    "tell whether its annotations are drawn on the turned picture: they are taken "
-                    "so; exif='raw' takes them as drawn on the pixels as they lie in the file",
-                    stacklevel=2,
-                )
-        image = self.opened(path, self.read.max_pixels, upright)
-        return read_pixels(image, str(path))
+
+def read_drawn(
+    path: Path,
+    stated: tuple[int, int] | None,
+    exif: str,
+    max_pixels: int | None = None,
+    opened: Callable = open_image,
+) -> np.ndarray:
+    """A picture as its annotations are drawn on it, upright or as its pixels lie in the file.
+
+    Args:
+        path: of the picture.
+        stated: (H, W) of the annotations; None where they do not say.
+        exif: as in `ReadConfig`.
+        max_pixels, opened: as in `open_image`, and that or its like.
+
+    Returns:
+        [H, W, 3] uint8.
+
+    Raises:
+        ValueError: it cannot be read; names it.
+    """
+    upright = exif != "raw"
+    if exif == "auto" and path.suffix != ".json":  # no picture in its annotations
+        raw, turned, orientation = read_head(path, max_pixels)
+        if stated == raw != turned:
+            upright = False
+        elif orientation != 1 and (stated is None or raw == turned):
+            warnings.warn(
+                f"{path}: its EXIF tag (orientation {orientation}) turns it, and sizes do not "
+                "tell whether its annotations are drawn on the turned picture: they are taken "
+                "so; exif='raw' takes them as drawn on the pixels as they lie in the file",
+                stacklevel=2,
+            )
+    return read_pixels(opened(path, max_pixels, upright), str(path))
 
 
 def readable(examined: Callable, index: int, count: int) -> Sample:
@@ -222,7 +241,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
 def maps_below(folder: Path) -> dict[str, Path]:
     """PNGs in a folder and those in it, by their path without the suffix."""
     return {
-        _plain(path.relative_to(folder).with_suffix("").as_posix()): path
+        plain_name(path.relative_to(folder).with_suffix("").as_posix()): path
         for path in files_below(folder)
         if path.suffix.lower() == ".png"
     }
@@ -238,21 +257,22 @@ class Names:
     def __init__(self, folder: Path, files: Sequence[Path]):
         self.folder, self.known, self.last = folder, {}, {}
         for path in files:
-            self.known[_plain(path.relative_to(folder).as_posix())] = path
-            last = _plain(path.name)
+            self.known[plain_name(path.relative_to(folder).as_posix())] = path
+            last = plain_name(path.name)
             self.last[last] = None if last in self.last else path
 
     def there(self, name: str) -> Path | None:
         """The file of that name, and no other."""
-        return self.known.get(_plain(name.replace("\\", "/")).removeprefix("./"))
+        return self.known.get(plain_name(name.replace("\\", "/")).removeprefix("./"))
 
     def get(self, name: str) -> Path | None:
         """The file of that name, or the one that ends so."""
-        last = _plain(name.replace("\\", "/")).rpartition("/")[2]
+        last = plain_name(name.replace("\\", "/")).rpartition("/")[2]
         return self.there(name) or self.last.get(last)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name with each accent in one letter: systems write them in one or two."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -295,7 +315,7 @@ def read_ids(path: Path) -> np.ndarray:
     Raises:
         ValueError: it cannot be read; names the file.
     """
-    values = np.asarray(open_image(path, upright=False))
+    values = read_values(path)
     if values.ndim == 2:
         return values.astype(np.int64, copy=False)
     values = values.astype(np.int64)

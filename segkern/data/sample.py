@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from ..io import rle
 
 
-class Masks:
+class IdMaps:
     """n masks of one size, held as a few maps of ids: masks that overlap lie in different maps.
 
     It stands for an array [n, H, W] uint8, which `np.asarray` makes of it: a map takes a byte a
@@ -28,7 +28,7 @@ class Masks:
         self.maps, self.layer = maps, layer
 
     @classmethod
-    def of_map(cls, values: np.ndarray, ids: Sequence[int]) -> "Masks":
+    def of_map(cls, values: np.ndarray, ids: Sequence[int]) -> "IdMaps":
         """Masks that lie apart: mask i is where `values` [H, W] integers are ids[i], each once."""
         flat, n = values.ravel(), len(ids)
         heads = _heads(flat)
@@ -42,7 +42,7 @@ class Masks:
         return cls(one, np.zeros(n, np.int64))
 
     @classmethod
-    def of_codes(cls, codes: Sequence[dict], size: tuple[int, int]) -> "Masks":
+    def of_codes(cls, codes: Sequence[dict], size: tuple[int, int]) -> "IdMaps":
         """Masks of run-length codes as pycocotools makes them.
 
         Raises:
@@ -66,7 +66,7 @@ class Masks:
         return cls(np.stack(maps or [np.zeros(size, np.uint8)]), layer)
 
     @classmethod
-    def of_arrays(cls, masks: Iterable[np.ndarray], size: tuple[int, int]) -> "Masks":
+    def of_arrays(cls, masks: Iterable[np.ndarray], size: tuple[int, int]) -> "IdMaps":
         """Masks [H, W], true or not 0 inside, which are looked at one by one."""
         maps, layer = [], []
         for i, mask in enumerate(masks):
@@ -97,21 +97,21 @@ class Masks:
         """Pixels of each mask, [n] int64."""
         return np.bincount(self.maps.ravel(), minlength=len(self) + 1)[1:]
 
-    def chosen(self, keep: np.ndarray) -> "Masks":
+    def chosen(self, keep: np.ndarray) -> "IdMaps":
         """The masks where `keep` [n] is true."""
         if keep.all():
             return self
         count = int(keep.sum())
         table = np.zeros(len(keep) + 1, _dtype(count))
         table[1:][keep] = np.arange(1, count + 1)
-        return Masks(table[self.maps], self.layer[keep])
+        return IdMaps(table[self.maps], self.layer[keep])
 
-    def taken(self, rows: np.ndarray, columns: np.ndarray) -> "Masks":
+    def taken(self, rows: np.ndarray, columns: np.ndarray) -> "IdMaps":
         """Masks of those rows and columns of the image, in their order; -1 stands for outside."""
         maps = self.maps.take(rows, axis=1).take(columns, axis=2)
         maps[:, rows < 0] = 0
         maps[:, :, columns < 0] = 0
-        return Masks(maps, self.layer)
+        return IdMaps(maps, self.layer)
 
 
 class Sample(TypedDict, total=False):
@@ -123,7 +123,7 @@ class Sample(TypedDict, total=False):
     Attributes:
         image: [H, W, 3] uint8.
         pixel_values: [3, H, W] float32, normalised.
-        masks: of the n segments, [n, H, W] uint8 or bool, or `Masks`.
+        masks: of the n segments, [n, H, W] uint8 or bool, or `IdMaps`.
         labels: [n] int64 in [0, K).
         crowd: [n] bool, segments that hold an unknown number of objects: training leaves them out.
         semantic: [H, W] uint8, the label of each pixel, 255 where it does not count.
@@ -134,7 +134,7 @@ class Sample(TypedDict, total=False):
 
     image: np.ndarray
     pixel_values: np.ndarray | Tensor
-    masks: np.ndarray | Tensor | Masks
+    masks: np.ndarray | Tensor | IdMaps
     labels: np.ndarray | Tensor
     crowd: np.ndarray
     semantic: np.ndarray | Tensor

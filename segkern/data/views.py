@@ -76,7 +76,7 @@ class InstanceViews:
         """A view.
 
         Args:
-            sample: with image, `Masks`, labels and crowd; semantic may lack.
+            sample: with image, `IdMaps`, labels and crowd; semantic may lack.
             generator: that it is drawn from; None takes torch's global one.
 
         Returns:

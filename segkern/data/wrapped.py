@@ -7,7 +7,7 @@ import torch
 
 from ..io.images import read_pixels
 from .pictures import readable
-from .sample import Masks, Sample, generator_of
+from .sample import IdMaps, Sample, generator_of
 from .views import InstanceViews
 
 
@@ -94,7 +94,7 @@ class Wrapped:
         if len(bad := labels[(labels < 0) | (labels >= K)]):
             hint = " (labels count from 0)" if bad.max() == K else ""
             raise ValueError(f"{name}: labels must be in [0, {K}), got {bad[0]}{hint}")
-        found = Masks.of_arrays(masks, size)
+        found = IdMaps.of_arrays(masks, size)
         seen = found.areas() > 0
         lost = int((~seen).sum())
         sample = {

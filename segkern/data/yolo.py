@@ -25,7 +25,7 @@ from .pictures import (
     held_out,
     pictures_below,
 )
-from .sample import Masks
+from .sample import IdMaps
 from .views import InstanceViews, ViewConfig
 
 
@@ -126,7 +126,7 @@ class Rows:
             codes.append(frPyObjects([scaled], H, W)[0])
             labels.append(label)
         labels = np.array(labels, np.int64)
-        return Truth(Masks.of_codes(codes, size), labels, np.zeros(len(labels), bool), faults)
+        return Truth(IdMaps.of_codes(codes, size), labels, np.zeros(len(labels), bool), faults)
 
 
 def _row(line: str, classes: int) -> tuple[int, list[float]]:

@@ -22,7 +22,8 @@ _FULL = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "I": 655
 # files of several frames whose first is the picture and the others its parts: previews, depth and
 # gain maps of a phone's photo, layers
 _PARTS = ("MPO", "PSD")
-_EXTRA_SAMPLES, _SUBFILE_TYPE = 338, 254  # tags of TIFF
+_EXTRA_SAMPLES, _SUBFILE_TYPE, _MOST = 338, 254, 281  # tags of TIFF
+_NARROW = (255, 1023, 4095)  # white of pictures of 8, 10 and 12 bits in 16
 _limit = threading.Lock()
 
 
@@ -62,6 +63,8 @@ def open_image(
                 )
             image.load()
             mode = _mode(image)
+            if white := getattr(image, "tag_v2", {}).get(_MOST):
+                image.info["white"] = white[0] if isinstance(white, tuple) else white
             image = ImageOps.exif_transpose(image) if upright else image
             return image if image.mode == mode else image.convert(mode)
     except FileNotFoundError as error:
@@ -198,6 +201,31 @@ def read_image(image, name: str = "image", max_pixels: int | None = None) -> Ten
     return x.expand(3, -1, -1)
 
 
+def read_values(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
+    """The values of a map as the file holds them, not turned.
+
+    Pillow spreads grey values of 2 and 4 bits over 0 to 255; here they are 0 to 3 and 0 to 15.
+
+    Args:
+        path: of the file.
+        max_pixels: as in `open_image`.
+
+    Returns:
+        [H, W] integers, of a palette the places in it; [H, W, C] uint8 of colours.
+
+    Raises:
+        ValueError: as `open_image`.
+    """
+    image = open_image(path, max_pixels, upright=False)
+    values = np.asarray(image)
+    if image.mode == "L" and Path(path).suffix.lower() == ".png":
+        with open(path, "rb") as file:
+            depth = file.read(25)[24]  # of the head that every PNG begins with
+        if depth in (2, 4):
+            return values // (255 // (2**depth - 1))
+    return values.astype(np.uint8) if values.dtype == bool else values
+
+
 def read_pixels(image, name: str = "image") -> np.ndarray:
     """A picture in 8 bits.
 
@@ -268,6 +296,14 @@ def _from_pil(image: Image.Image, name: str) -> np.ndarray:
         pixels = np.asarray(image).astype(np.float32)
         low, high = pixels.min(initial=0), pixels.max(initial=0)
         white = 1 if image.mode == "F" and high <= 1 else max(_FULL[image.mode], high)
+        if image.mode != "F" and 0 < high <= _NARROW[-1]:
+            white = image.info.get("white") or next(top for top in _NARROW if high <= top)
+            if "white" not in image.info:
+                warnings.warn(
+                    f"{name}: the brightest of its 16-bit pixels is {high:.0f}: white is taken as "
+                    f"{white}",
+                    stacklevel=3,
+                )
         if low < -1e-3 * white:
             raise ValueError(f"{name}: pixels must not be negative, got {low:.4g}")
         return pixels / np.float32(white)

@@ -267,7 +267,7 @@ MAP = "scene.0.png: "
 BAD_MAPS = {
     "label K": (np.full((24, 40), 3, np.uint8), MAP + "values .* 3 classes, or 255, got 3"),
     "16 bit": (np.full((24, 40), 700, np.uint16), MAP + "values must be .* got 700"),
-    "colours": (np.zeros((24, 40, 3), np.uint8), MAP + ".* one channel, got mode RGB"),
+    "colours": (np.zeros((24, 40, 3), np.uint8), MAP + ".* one channel, got 3"),
     "size": (np.zeros((24, 41), np.uint8), MAP + r"the map .* \[24, 40\], got \[24, 41\]"),
 }  # fmt: skip
 
@@ -279,14 +279,16 @@ def test_a_bad_map_is_named(case, plain):
     data = Folder(FolderConfig(plain), "train")
     assert data[1]["id"] == 1
     with pytest.raises(ValueError, match=message):
-        data[0]
+        data.examined(0)
+    with pytest.warns(UserWarning, match=message):
+        assert data[0]["id"] == 1
 
 
 def test_cityscapes_ids_beyond_the_table(tmp_path):
     write(tmp_path / LAYOUTS["cityscapes"][0], np.zeros((2, 2, 3), np.uint8))
     write(tmp_path / LAYOUTS["cityscapes"][1], np.full((2, 2), 34, np.uint8))
     with pytest.raises(ValueError, match=r"labelIds.png: values .* layout cityscapes .* got 34"):
-        Folder(FolderConfig(tmp_path, "cityscapes"))[0]
+        Folder(FolderConfig(tmp_path, "cityscapes")).examined(0)
 
 
 def test_bad_settings(plain):

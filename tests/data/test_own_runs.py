@@ -2,15 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
 
 import segkern
 from segkern.cli import main
-from segkern.data import CocoConfig, ReadConfig, ViewConfig, build_dataset
-from segkern.evaluation.evaluate import evaluate
-from segkern.models import Mask2Former, Mask2FormerConfig
-from segkern.structures.segmentation import Segment, Segmentation
+from segkern.data import CocoConfig, ViewConfig
+from segkern.models import Mask2FormerConfig
 from segkern.training.config import TrainConfig
 from support.pictures import write_coco, write_panoptic
 

@@ -6,7 +6,7 @@ import torch
 from pycocotools import mask as coco
 
 from segkern.data import collate
-from segkern.data.sample import Masks
+from segkern.data.sample import IdMaps
 from segkern.evaluation.panoptic import truth_map
 
 SIZE = 24, 33
@@ -27,8 +27,8 @@ def coded(masks):
 
 
 MAKERS = {
-    "codes": lambda masks: Masks.of_codes(coded(masks) if len(masks) else [], SIZE),
-    "arrays": lambda masks: Masks.of_arrays(masks, SIZE),
+    "codes": lambda masks: IdMaps.of_codes(coded(masks) if len(masks) else [], SIZE),
+    "arrays": lambda masks: IdMaps.of_arrays(masks, SIZE),
 }
 
 
@@ -54,14 +54,14 @@ def test_masks_that_lie_apart_share_a_map():
     dense = np.zeros((20, *SIZE), np.uint8)
     for i, mask in enumerate(dense):
         mask[i] = 1
-    assert len(Masks.of_codes(coded(dense), SIZE).maps) == 1
-    assert len(Masks.of_arrays(dense, SIZE).maps) == 1
+    assert len(IdMaps.of_codes(coded(dense), SIZE).maps) == 1
+    assert len(IdMaps.of_arrays(dense, SIZE).maps) == 1
 
 
 @pytest.mark.parametrize("ids", [[], [7], [300, 2**24 - 1, 7, 8]], ids=str)
 def test_masks_of_a_map(ids):
     values = np.random.default_rng(0).choice([0, 7, 300, 2**24 - 1, 9], SIZE)
-    masks = Masks.of_map(values, ids)
+    masks = IdMaps.of_map(values, ids)
     assert np.array_equal(np.asarray(masks), [values == i for i in ids] or np.zeros((0, *SIZE)))
 
 

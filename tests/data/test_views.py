@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
-from segkern.data import InstanceViews, Masks, Pictures, ViewConfig, collate
+from segkern.data import IdMaps, InstanceViews, Pictures, ViewConfig, collate
 from segkern.data.pictures import Truth
 from support.pictures import noise, rectangle, write
 
@@ -20,7 +20,7 @@ def sample():
         semantic[mask > 0] = label
     return {
         "image": noise(0),
-        "masks": Masks.of_arrays(DENSE, (30, 40)),
+        "masks": IdMaps.of_arrays(DENSE, (30, 40)),
         "labels": np.arange(3),
         "crowd": np.array([False, True, False]),
         "semantic": semantic,
@@ -107,7 +107,7 @@ class Fixed:
     """Three masks on every picture."""
 
     def __call__(self, index, size):
-        return Truth(Masks.of_arrays(DENSE, (30, 40)), np.arange(3), np.zeros(3, bool), [])
+        return Truth(IdMaps.of_arrays(DENSE, (30, 40)), np.arange(3), np.zeros(3, bool), [])
 
 
 def test_views_depend_on_seed_sample_and_pass_and_not_on_workers(tmp_path):
