@@ -8,14 +8,14 @@ which load pictures share their pages.
 
 import math
 from array import array
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from ..io import rle
-from .pictures import Truth, number, read_ids
+from .pictures import FlatPaths, Truth, number, read_ids
 from .sample import IdMaps, distinct
 
 
@@ -47,7 +47,9 @@ class FlatSegments:
         self.file = file
         of_picture = np.array([row[0] for row in rows], np.int64)
         self.first = np.searchsorted(of_picture, np.arange(N + 1))
-        self.ids = np.array([str(row[1]) for row in rows], np.str_)
+        ids = [row[1] for row in rows]
+        numbers_alone = all(type(i) is int and abs(i) < 2**63 for i in ids)
+        self.ids = np.array(ids if numbers_alone else list(map(str, ids)))
         self.labels = np.array([row[2] for row in rows], np.int64)
         self.crowd = np.array([row[3] for row in rows], bool)
         numbers, counts, rings, ends, codes = array("d"), bytearray(), [0], [0], [0]
@@ -215,8 +217,8 @@ class PanopticSegments:
         crowd: [A] bool.
     """
 
-    def __init__(self, files: list[Path], rows: list[list[tuple[int, int, bool]]]):
-        self.files = files
+    def __init__(self, files: Sequence[Path], rows: list[list[tuple[int, int, bool]]]):
+        self.files = FlatPaths(files)
         self.first = np.cumsum([0, *map(len, rows)])
         flat = np.array([row for part in rows for row in part], np.int64).reshape(-1, 3)
         self.ids, self.labels, self.crowd = flat[:, 0], flat[:, 1], flat[:, 2].astype(bool)

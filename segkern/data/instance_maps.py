@@ -12,6 +12,7 @@ Source: the instanceIds of Cityscapes (Cordts et al., CVPR 2016), without its id
 """
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,6 +22,7 @@ import numpy as np
 from ..structures.labels import VOID
 from .pictures import (
     SPLITS,
+    FlatPaths,
     Pictures,
     ReadConfig,
     Truth,
@@ -93,35 +95,33 @@ def read_instance_maps(
     images, maps, labels = (
         _part(config.root / name, split) for name in ("images", "instances", "labels")
     )
-    by_name, paths, files, faults = maps_below(maps), [], [], []
+    classes, encoding = _classes(config.root), config.encoding
+    labelled = labels.is_dir()
+    if encoding == "auto":
+        encoding = _told(config.root / "instances", len(classes), labelled)
+        warnings.warn(f"{maps}: encoding of its values: {encoding}", stacklevel=3)
+    if encoding == "ids" and not labelled and len(classes) > 1:
+        raise ValueError(
+            f"{config.root}: encoding must be class_instance for {len(classes)} classes where "
+            f"there are no maps of labels in {labels}, got ids"
+        )
+    wanted = [maps] + [labels] * (encoding == "ids" and labelled)
+    known = [maps_below(folder) for folder in wanted]
+    paths, files, faults = [], [], []
     for path in pictures_below(images):
         name = plain_name(path.relative_to(images).with_suffix("").as_posix())
-        if name in by_name:
-            paths.append(path)
-            files.append(by_name[name])
+        lacking = [folder for folder, names in zip(wanted, known) if name not in names]
+        if lacking:
+            faults.append(f"{path}: has no map {lacking[0] / name}.png; left out")
         else:
-            faults.append(f"{path}: has no map {maps / name}.png; left out")
+            paths.append(path)
+            files.append([names[name] for names in known])
     if images == _part(config.root / "images", "val") == _part(config.root / "images", "train"):
         chosen = held_out(list(map(str, paths)), split, config.read.val_share, images)
         paths, files = [paths[i] for i in chosen], [files[i] for i in chosen]
-    classes = _classes(config.root)
-    truth = None
-    if files:
-        encoding, of_labels = config.encoding, maps_below(labels) if labels.is_dir() else None
-        if encoding == "auto":
-            encoding = _told(files, len(classes), of_labels is not None)
-            warnings.warn(f"{maps}: encoding of its values: {encoding}", stacklevel=3)
-        if encoding == "class_instance":
-            truth = Coded(files, len(classes))
-        else:
-            names = [plain_name(p.relative_to(maps).with_suffix("").as_posix()) for p in files]
-            of_labels = of_labels and [of_labels.get(name) for name in names]
-            truth = Numbered(files, of_labels, len(classes))
-            if of_labels is None and len(classes) > 1:
-                raise ValueError(
-                    f"{config.root}: encoding must be class_instance for {len(classes)} classes "
-                    f"where there are no maps of labels in {labels}, got ids"
-                )
+    columns = [list(column) for column in zip(*files)]
+    kind = Coded if encoding == "class_instance" else Numbered
+    truth = kind(*columns, classes=len(classes)) if files else None
     return Pictures(paths, truth, classes, (), config.read, views, config.seed, faults=faults)
 
 
@@ -132,7 +132,7 @@ class Coded:
     """
 
     def __init__(self, files: list[Path], classes: int):
-        self.files, self.classes = files, classes
+        self.files, self.classes = FlatPaths(files), classes
 
     def __call__(self, index: int, size: tuple[int, int]) -> Truth:
         path = self.files[index]
@@ -157,8 +157,9 @@ class Numbered:
     Called with an index and the picture's size it gives its `Truth`.
     """
 
-    def __init__(self, files: list[Path], of_labels: list[Path | None] | None, classes: int):
-        self.files, self.of_labels, self.classes = files, of_labels, classes
+    def __init__(self, files: list[Path], of_labels: list[Path] | None = None, classes: int = 1):
+        self.files, self.classes = FlatPaths(files), classes
+        self.of_labels = None if of_labels is None else FlatPaths(of_labels)
 
     def __call__(self, index: int, size: tuple[int, int]) -> Truth:
         path, faults = self.files[index], []
@@ -167,8 +168,6 @@ class Numbered:
         ids = ids[ids > 0]
         masks, labels = IdMaps.of_map(values, ids), np.zeros(len(ids), np.int64)
         if self.of_labels is not None:
-            if self.of_labels[index] is None:
-                raise ValueError(f"{path}: has no map of labels")
             of_labels = _map(self.of_labels[index], size)
             pairs = masks.maps[0].astype(np.int64) * (VOID + 1) + of_labels.clip(max=VOID)
             counts = np.bincount(pairs.ravel(), minlength=(len(ids) + 1) * (VOID + 1))
@@ -202,10 +201,12 @@ def _part(folder: Path, split: str) -> Path:
     return next((folder / name for name in names if (folder / name).is_dir()), folder)
 
 
-def _told(files: list[Path], classes: int, labelled: bool) -> str:
-    """The encoding that the first maps speak for."""
-    found = [distinct(read_ids(path)) for path in files[:_LOOKED_AT]]
-    top = max(int(values.max(initial=0)) for values in found)
+def _told(folder: Path, classes: int, labelled: bool) -> str:
+    """The encoding that the first maps, of whatever split, speak for."""
+    top = 0
+    for path in list(maps_below(folder).values())[:_LOOKED_AT]:
+        with suppress(ValueError):  # said when it is read
+            top = max(top, int(read_ids(path).max(initial=0)))
     coded = not labelled and _STEP <= top < _STEP * (classes + 1)
     return "class_instance" if coded else "ids"
 

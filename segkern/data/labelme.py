@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from ..io.images import open_image, picture_suffixes
 from .pictures import (
     SPLITS,
+    FlatPaths,
     Pictures,
     ReadConfig,
     Truth,
@@ -147,7 +148,7 @@ class Shapes:
     """
 
     def __init__(self, files: list[Path], labels: dict[str, int]):
-        self.files, self.labels = files, labels
+        self.files, self.labels = FlatPaths(files), labels
 
     def __call__(self, index: int, size: tuple[int, int]) -> Truth:
         groups: dict[Hashable, list[dict]] = {}

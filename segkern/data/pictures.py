@@ -47,6 +47,19 @@ class ReadConfig:
             raise ValueError(f"val_share must be in [0, 1), got {self.val_share}")
 
 
+class FlatPaths(Sequence):
+    """Paths in one array: as objects, each process that loads pictures would copy them all."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.names = np.array([os.fsencode(path) for path in paths], np.bytes_)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Path:
+        return Path(os.fsdecode(self.names[index].item()))
+
+
 class Truth(NamedTuple):
     """The segments of a picture, and what was left out of them and why."""
 
@@ -104,7 +117,7 @@ class Pictures:
         """
         if not len(paths):
             raise ValueError(faults[0] if faults else "the data set holds no picture")
-        self.paths, self.truth = list(paths), truth
+        self.paths, self.truth = FlatPaths(paths), truth
         self.classes, self.stuff = list(classes), tuple(stuff)
         self.things = tuple(k for k in range(len(classes)) if k not in self.stuff)
         self.read, self.views, self.seed = read or ReadConfig(), views, seed

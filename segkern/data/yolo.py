@@ -17,6 +17,7 @@ import yaml
 
 from .pictures import (
     SPLITS,
+    FlatPaths,
     Pictures,
     ReadConfig,
     Truth,
@@ -102,7 +103,7 @@ class Rows:
     """
 
     def __init__(self, paths: list[Path], classes: int):
-        self.paths, self.classes = paths, classes
+        self.paths, self.classes = FlatPaths(paths), classes
 
     def __call__(self, index: int, size: tuple[int, int]) -> Truth:
         from pycocotools.mask import frPyObjects

@@ -107,7 +107,11 @@ def test_faults_of_files(tmp_path):
     ):
         data[0]
     (tmp_path / "instances/train/city/a.png").unlink()
-    with pytest.raises(ValueError, match=r"city/a.jpg: has no map"):
+    with pytest.raises(ValueError, match=r"city/a.jpg: has no map .*instances/train/city/a.png"):
+        opened(tmp_path)
+    write_maps(tmp_path, coded().astype(np.uint16), labels=np.zeros(SIZE, np.uint8))
+    (tmp_path / "labels/train/city/a.png").unlink()
+    with pytest.raises(ValueError, match=r"city/a.jpg: has no map .*labels/train/city/a.png"):
         opened(tmp_path)
     with pytest.raises(ValueError, match="encoding must be auto, ids or class_instance"):
         InstanceMapsConfig(tmp_path, "rgb")

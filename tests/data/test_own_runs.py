@@ -2,12 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 import segkern
 from segkern.cli import main
-from segkern.data import CocoConfig, ViewConfig
+from segkern.data import CocoConfig, ReadConfig, ViewConfig, build_dataset
+from segkern.evaluation.instance import Instances
+from segkern.evaluation.panoptic import Panoptic
 from segkern.models import Mask2FormerConfig
+from segkern.ops import pack_bits
+from segkern.structures.segmentation import Masks, Segment, Segmentation
 from segkern.training.config import TrainConfig
 from support.pictures import write_coco, write_panoptic
 
@@ -38,3 +44,31 @@ def test_a_run_is_trained_resumed_and_measured(task, tmp_path):
     assert [row["name"] for row in value["classes"]] == ["box", "ring", "ground"]
     assert ("ap" in value) == (task == "instance" or "pq" in value)
     assert main(["evaluate", str(run), "--level", "hard"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_crowds_are_neither_missed_nor_wrong(tmp_path):
+    """What is found as the truth has it is perfect; objects inside a crowd cost nothing."""
+    write_panoptic(tmp_path)
+    data = build_dataset(CocoConfig(tmp_path, "panoptic", read=ReadConfig(val_share=0)), "train")
+    sample = data[0]
+    dense = torch.from_numpy(np.asarray(sample["masks"])).bool()
+    inside = torch.zeros_like(dense[:1])
+    inside[0, 26:, 3:9] = True  # in the crowd
+    found = torch.cat([dense[:3], inside])
+    labels = torch.tensor([2, 0, 0, 1])
+    ids = (found * torch.arange(1, 5)[:, None, None]).amax(0).int()
+    segments = [
+        Segment(i + 1, k, 0.9, int(found[i].sum()), k < 2) for i, k in enumerate(labels.tolist())
+    ]
+    panoptic = Panoptic(3, data.stuff)
+    panoptic.update(Segmentation("panoptic", ids, segments), sample)
+    value = panoptic.compute([{} for _ in range(3)])
+    assert (value["pq"], panoptic.fp.tolist(), panoptic.fn.tolist()) == (1.0, [0] * 3, [0] * 3)
+    things = torch.tensor([1, 2, 3])
+    bits = pack_bits(found[things])[0]
+    scores, masks = torch.tensor([0.9, 0.8, 0.7]), Masks(bits, range(3), 40)
+    result = Segmentation("instance", ids, [], None, masks, labels[things], scores)
+    instances = Instances(3, data.stuff)
+    instances.update(result, sample)
+    assert instances.compute([{"name": n} for n in data.classes])["ap"] == 1.0
