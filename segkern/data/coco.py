@@ -301,7 +301,7 @@ def _images(
             faults.append(f"{names.folder / name}: no such picture, which {path} lists; left out")
             continue
         size = tuple(number(row.get(side)) for side in ("height", "width"))
-        if not all(isinstance(side, int) and side > 0 for side in size):
+        if not all(isinstance(side, int) and 0 < side < 2**31 for side in size):
             try:
                 size = read_head(file, read.max_pixels)[1]
             except ValueError as error:

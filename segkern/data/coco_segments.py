@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..io import rle
-from .pictures import FlatPaths, Truth, number, read_ids
+from .pictures import FAR, FlatPaths, Truth, number, read_ids
 from .sample import IdMaps, distinct
 
 
@@ -120,7 +120,7 @@ def instances(
     """
     rows, seen, crowds = [], set(), 0
     for at, row in enumerate(annotations):
-        name = row.get("id", f"number {at + 1}")
+        name = number(row.get("id", f"number {at + 1}"))
         image, category = number(row.get("image_id")), number(row.get("category_id"))
         reason = None
         if image not in listed:
@@ -167,7 +167,7 @@ def _shape(segmentation, size: tuple[int, int]) -> tuple[list[list[float]] | byt
     if isinstance(segmentation, dict):
         from pycocotools.mask import frPyObjects
 
-        if list(segmentation.get("size", ())) != list(size):
+        if segmentation.get("size") != list(size):
             raise ValueError(
                 f"size of the run-length code must be {list(size)}, the picture's [H, W], "
                 f"got {segmentation.get('size')}"
@@ -190,13 +190,14 @@ def _shape(segmentation, size: tuple[int, int]) -> tuple[list[list[float]] | byt
     good, notes = [], []
     for ring in rings:
         try:
-            finite = math.isfinite(sum(ring))
-        except TypeError:
+            finite = math.isfinite(sum(ring)) and min(ring, default=0) >= -FAR
+            finite = finite and max(ring, default=0) <= FAR
+        except (TypeError, OverflowError):
             finite = False
         if finite and len(ring) >= 6 and len(ring) % 2 == 0:
             good.append(ring)
         else:
-            rule = "a polygon must have 6 finite numbers or more, x and y by turns"
+            rule = f"a polygon must have 6 numbers or more up to {FAR}, x and y by turns"
             fault = f"{rule}, got {len(ring) if finite else repr(ring)[:40]}"
             if len(rings) == 1:
                 raise ValueError(fault)
@@ -265,7 +266,11 @@ def panoptic(
         if image not in place:
             continue
         segments: dict[int, tuple] = {}
-        for segment in row.get("segments_info") or ():
+        found = row.get("segments_info")
+        if not isinstance(found, list) or not all(isinstance(part, dict) for part in found):
+            faults.append(f"{file}: {name}: segments_info must be a list of segments; left out")
+            found = []
+        for segment in found:
             i, category = number(segment.get("id")), number(segment.get("category_id"))
             what = f"{file}: {name}: segment {i}"
             if not isinstance(i, int) or not 0 < i < 2**24:

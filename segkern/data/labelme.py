@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from ..io.images import open_image, picture_suffixes
 from .pictures import (
+    FAR,
     SPLITS,
     FlatPaths,
     Pictures,
@@ -111,7 +112,7 @@ def read_labelme(
             continue
         names |= {str(s["label"]) for s in content["shapes"] if _fault(s) is None}
         size = [number(content.get(key)) for key in ("imageHeight", "imageWidth")]
-        size = size if all(isinstance(n, int) for n in size) else [0, 0]
+        size = size if all(isinstance(n, int) and 0 < n < 2**31 for n in size) else [0, 0]
         rows.append((part, path, picture, size, _faults(path, content)))
     if alone:
         chosen = [str(path.relative_to(config.root)) for _, path, *_ in rows]
@@ -155,7 +156,7 @@ class Shapes:
         for at, shape in enumerate(_content(self.files[index])["shapes"]):
             if _fault(shape) is None and str(shape["label"]) in self.labels:
                 group = shape.get("group_id")
-                key = (None, at) if group is None else (str(shape["label"]), group)
+                key = (None, at) if group is None else (str(shape["label"]), number(group))
                 groups.setdefault(key, []).append(shape)
         faults, masks, labels = [], [], []
         for shapes in groups.values():
@@ -202,7 +203,7 @@ def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float) -> None:
 
 
 def _kind(shape: dict) -> str:
-    return shape.get("shape_type") or "polygon"
+    return str(shape.get("shape_type") or "polygon")
 
 
 def _fault(shape) -> str | None:
@@ -217,12 +218,12 @@ def _fault(shape) -> str | None:
         rule = f"{least} points" + ("" if least == most else " or more")
         return f"a {kind} must have {rule}, got {points!r:.40}"
     try:
-        finite = all(math.isfinite(float(x)) for point in points for x in point)
+        finite = all(abs(float(x)) <= FAR for point in points for x in point)  # NaN is not
         finite = finite and all(len(point) >= 2 for point in points)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         finite = False
     if not finite:
-        return "points must be pairs of finite numbers"
+        return f"points must be pairs of numbers up to {FAR}"
     if kind == "mask" and not isinstance(shape.get("mask"), str):
         return "a mask must have its picture in mask"
     return None

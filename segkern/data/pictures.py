@@ -16,6 +16,9 @@ from ..structures.labels import VOID
 from .sample import IdMaps, Sample, generator_of
 from .views import InstanceViews
 
+FAR = (
+    100_000  # pixels: corners that lie further out are faults, and drawing to them would never end
+)
 # names of the splits' folders and files
 SPLITS = {
     "train": ("train", "training"),

@@ -50,6 +50,7 @@ ANNOTATIONS = {
     "no segmentation": (without("segmentation"), "annotation 17: segmentation .* got None", 1),
     "text": (segment([["a"] * 6]), r"annotation 17: a polygon .* got \['a'", 1),
     "NaN": (segment([[float("nan")] * 6]), r"annotation 17: a polygon .* got \[nan", 1),
+    "far": (segment([[1, 1, 1e9, 1, 1, 9]]), "annotation 17: a polygon .* up to 100000", 1),
     "one of two": (
         segment([[1, 2], *box(2, 2, 5, 5)]),
         "annotation 17: .* got 2; this part is left out",
@@ -87,6 +88,7 @@ ANNOTATIONS = {
     "area missing": (without("area"), None, 2),
     "bbox missing": (without("bbox"), None, 2),
     "id missing": (without("id"), None, 2),
+    "id of no kind": (segment(box(1, 1, 5, 5), id=[3]), None, 2),
     "id twice": (segment(box(1, 1, 5, 5), id=1), "annotation 1: the id is there twice; both", 2),
     "foreign picture": (
         segment(box(1, 1, 5, 5), image_id=99),
@@ -357,6 +359,7 @@ PANOPTIC = {
         "a.png: segment 16777216: the id must be in",
         [2, 0, 0, 1],
     ),
+    "no list": ({"id": 5}, "a.png: segments_info must be a list of segments", []),
     "crowd and area missing": (
         [{k: s[k] for k in ("id", "category_id")} for s in SEGMENTS],
         None,

@@ -118,7 +118,7 @@ FAULTS = {
         r"shape 2 \('b'\): a rectangle must have 2 p",
     ),
     "odd point": (shape("b", [[1], [2, 3], [3, 4]]), r"shape 2 \('b'\): points must be pairs"),
-    "text": (shape("b", [["x", 1]] * 3), r"shape 2 \('b'\): points must be pairs of finite"),
+    "text": (shape("b", [["x", 1]] * 3), r"shape 2 \('b'\): points must be pairs of num"),
     "another kind": (
         shape("b", [[1, 2]], "spline"),
         r"shape 2 \('b'\): shape_type must be one of",

@@ -1,0 +1,68 @@
+"""Annotation files with anything in any place: read as far as they go, or refused by name."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from segkern.data import CocoConfig, LabelMeConfig, ReadConfig, build_dataset
+from support.pictures import in_base64, labelme_shape, write_coco, write_labelme, write_panoptic
+
+ALL = ReadConfig(val_share=0)
+ANYTHING = [None, True, -1, 1.5, 10**30, "", "x", "1", [], [[]], {}, [None], [1, "x"]]
+ANYTHING += [float("nan"), float("inf"), {"counts": 5, "size": [30, 40]}, {"size": "ab"}]
+
+
+def write_shapes(root):
+    mask = in_base64(np.full((6, 10), 255, np.uint8))
+    shapes = [
+        labelme_shape("a", [[1, 1], [9, 9]], "rectangle", 1),
+        labelme_shape("b", [[1, 1], [9, 9], [3, 20]]),
+        labelme_shape("c", [[3, 4], [12, 9]], "mask", mask=mask),
+    ]
+    return write_labelme(root, shapes)
+
+
+KINDS = {
+    "coco": (write_coco, lambda root: CocoConfig(root, read=ALL)),
+    "panoptic": (write_panoptic, lambda root: CocoConfig(root, "panoptic", read=ALL)),
+    "labelme": (write_shapes, lambda root: LabelMeConfig(root, read=ALL)),
+}
+
+
+def spoil(content, rng):
+    """Puts anything in a place of nested lists and dicts, or nothing."""
+    places = []
+
+    def collect(part):
+        for key in part if isinstance(part, dict) else range(len(part)):
+            places.append((part, key))
+            if isinstance(part[key], (dict, list)):
+                collect(part[key])
+
+    collect(content)
+    part, key = rng.choice(places)
+    if isinstance(part, dict) and rng.random() < 0.3:
+        del part[key]
+    else:
+        part[key] = rng.choice(ANYTHING)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_spoilt_files(kind, tmp_path):
+    make, config = KINDS[kind]
+    path = make(tmp_path)
+    text, rng, read = path.read_text(), random.Random(0), 0
+    for _ in range(120):
+        content = json.loads(text)
+        spoil(content, rng)
+        path.write_text(json.dumps(content))
+        try:
+            data = build_dataset(config(tmp_path), "train")
+            assert all(data[i]["image"].shape == (30, 40, 3) for i in range(len(data)))
+            read += 1
+        except ValueError as error:
+            assert str(tmp_path) in str(error)  # noqa: PT017
+    assert 60 < read < 120
