@@ -101,7 +101,9 @@ def _segments(sample: Sample) -> tuple[Tensor, Tensor]:
         alone = ~np.asarray(sample["crowd"], bool)
         masks = masks.chosen(alone) if isinstance(masks, IdMaps) else masks[alone]
         labels = labels[torch.from_numpy(alone)]
-    return torch.as_tensor(np.asarray(masks) if isinstance(masks, IdMaps) else masks), labels
+    if isinstance(masks, IdMaps):
+        masks = np.asarray(masks).view(bool)  # whose values need no check
+    return torch.as_tensor(masks), labels
 
 
 def _pad(x: Tensor, size: tuple[int, int], value: int = 0) -> Tensor:

@@ -231,7 +231,7 @@ def readable(examined: Callable, index: int, count: int) -> Sample:
 
 def files_below(folder: Path) -> list[Path]:
     """Files in a folder and those in it, sorted; no hidden ones; links followed, but no loops."""
-    return sorted(_walk(folder, ()))
+    return sorted(_walk(folder, ()), key=lambda path: path.parts)
 
 
 def pictures_below(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import TypedDict
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 
 from ..io import rle
@@ -57,7 +58,8 @@ class IdMaps:
             top = rle.decode([codes[i] for i in rest], (rest + 1).tolist(), size)
             if areas is None:  # after the codes were found whole
                 areas = np.array([area(code) for code in codes], np.int64)  # it takes 255 at most
-            whole = np.bincount(top.ravel(), minlength=n + 1)[1:][rest] == areas[rest]
+            top = top.astype(_dtype(n), copy=False)
+            whole = _counts(top, n)[rest] == areas[rest]
             kept = np.zeros(n + 1, _dtype(n))  # the last of `rest` is always whole
             kept[rest[whole] + 1] = rest[whole] + 1
             layer[rest[whole]] = len(maps)
@@ -95,7 +97,7 @@ class IdMaps:
 
     def areas(self) -> np.ndarray:
         """Pixels of each mask, [n] int64."""
-        return np.bincount(self.maps.ravel(), minlength=len(self) + 1)[1:]
+        return _counts(self.maps.reshape(-1, self.shape[2]), len(self))
 
     def chosen(self, keep: np.ndarray) -> "IdMaps":
         """The masks where `keep` [n] is true."""
@@ -158,6 +160,13 @@ def distinct(values: np.ndarray) -> np.ndarray:
 def _heads(flat: np.ndarray) -> np.ndarray:
     """Where runs of one value begin."""
     return np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))[: flat.size]
+
+
+def _counts(ids: np.ndarray, n: int) -> np.ndarray:
+    """How often 1 to n occur in a map [H, W], [n] int64."""
+    if ids.dtype == np.uint8:  # NumPy would widen it to 64 bits first
+        return np.array(Image.fromarray(ids).histogram()[1 : n + 1], np.int64)
+    return np.bincount(ids.ravel(), minlength=n + 1)[1:]
 
 
 def _dtype(n: int) -> type:
