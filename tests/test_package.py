@@ -17,6 +17,7 @@ import torch
 import segkern
 import segkern.models
 from segkern.data import digits
+from segkern.data.sample import coco_masks
 from segkern.evaluation.semantic import Semantic
 from segkern.io import plots
 from segkern.ops import _library, point_sample
@@ -211,6 +212,7 @@ EXTRAS = [  # module, package, call
     ("sklearn.datasets", "scikit-learn", lambda: digits.digit_images.__wrapped__("val")),
     ("matplotlib.figure", "matplotlib", lambda: plots._figure(1, 1)),
     ("torchmetrics.classification", "torchmetrics", lambda: Semantic(2, ())),
+    ("pycocotools", "pycocotools", coco_masks),
 ]
 
 

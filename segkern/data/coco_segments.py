@@ -16,7 +16,7 @@ import numpy as np
 
 from ..io import rle
 from .pictures import FAR, FlatPaths, Truth, number, read_ids
-from .sample import IdMaps, distinct
+from .sample import IdMaps, coco_masks, distinct
 
 
 class FlatSegments:
@@ -79,14 +79,12 @@ class FlatSegments:
         return Truth(masks, self.labels[chosen], self.crowd[chosen], faults)
 
     def _code(self, a: int, size: tuple[int, int]) -> dict:
-        from pycocotools.mask import frPyObjects, merge
-
         if self.codes[a] < self.codes[a + 1]:
             counts = self.counts[self.codes[a] : self.codes[a + 1]].tobytes()
             return {"size": list(size), "counts": counts}
         ends = self.ends[self.rings[a] : self.rings[a + 1] + 1]
         rings = [self.numbers[i:j].tolist() for i, j in pairwise(ends)]
-        return merge(frPyObjects(rings, *size))
+        return coco_masks().merge(coco_masks().frPyObjects(rings, *size))
 
     def _whole(self, a: int, code: dict, size: tuple[int, int], faults: list[str]) -> bool:
         """Whether a code can be read."""
@@ -165,8 +163,6 @@ def _shape(segmentation, size: tuple[int, int]) -> tuple[list[list[float]] | byt
         ValueError: it is neither.
     """
     if isinstance(segmentation, dict):
-        from pycocotools.mask import frPyObjects
-
         if segmentation.get("size") != list(size):
             raise ValueError(
                 f"size of the run-length code must be {list(size)}, the picture's [H, W], "
@@ -183,7 +179,9 @@ def _shape(segmentation, size: tuple[int, int]) -> tuple[list[list[float]] | byt
             raise ValueError(
                 f"counts must sum to {math.prod(size)}, the pixels, got {sum(counts)}"
             )
-        return frPyObjects({"size": list(size), "counts": counts}, *size)["counts"], []
+        return coco_masks().frPyObjects({"size": list(size), "counts": counts}, *size)[
+            "counts"
+        ], []
     if not isinstance(segmentation, list) or not segmentation:
         raise ValueError(f"segmentation must be polygons or run lengths, got {segmentation!r:.40}")
     rings = segmentation if isinstance(segmentation[0], list) else [segmentation]

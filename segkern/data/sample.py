@@ -49,8 +49,7 @@ class IdMaps:
         Raises:
             TypeError, ValueError: a code is damaged or not of `size` (H, W).
         """
-        from pycocotools.mask import area
-
+        area = coco_masks().area
         n = len(codes)
         rest, layer, maps = np.arange(n), np.zeros(n, np.int64), []
         areas = None
@@ -149,6 +148,22 @@ def generator_of(seed: int, epoch: int, index: int) -> Generator:
     """What the view of a sample in a pass is drawn from: of these three alone."""
     mixed = np.random.SeedSequence((seed, epoch, index)).generate_state(1, "u8")
     return torch.Generator().manual_seed(int(mixed[0]))
+
+
+def coco_masks():
+    """The module pycocotools.mask, which fills polygons as COCO does.
+
+    Raises:
+        ImportError: it is missing; says what to do.
+    """
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise ImportError(
+            "polygons and run-length codes of data sets need pycocotools: pip install pycocotools "
+            "(or segkern's extra `train`: pip install '.[train]' in its folder)"
+        ) from error
+    return mask
 
 
 def distinct(values: np.ndarray) -> np.ndarray:

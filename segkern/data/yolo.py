@@ -26,7 +26,7 @@ from .pictures import (
     held_out,
     pictures_below,
 )
-from .sample import IdMaps
+from .sample import IdMaps, coco_masks
 from .views import InstanceViews, ViewConfig
 
 
@@ -106,8 +106,6 @@ class Rows:
         self.paths, self.classes = FlatPaths(paths), classes
 
     def __call__(self, index: int, size: tuple[int, int]) -> Truth:
-        from pycocotools.mask import frPyObjects
-
         H, W = size
         codes, labels, faults = [], [], []
         path = label_file(self.paths[index])
@@ -124,7 +122,7 @@ class Rows:
                 faults.append(f"{path}: row {at}: {error}; left out")
                 continue
             scaled = (np.array(corners).reshape(-1, 2) * (W, H)).ravel().tolist()
-            codes.append(frPyObjects([scaled], H, W)[0])
+            codes += coco_masks().frPyObjects([scaled], H, W)
             labels.append(label)
         labels = np.array(labels, np.int64)
         return Truth(IdMaps.of_codes(codes, size), labels, np.zeros(len(labels), bool), faults)
