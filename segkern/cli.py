@@ -14,7 +14,16 @@ import tyro
 from rich.console import Console
 
 from . import recipes
-from .data import DataConfig, Digits, DigitsConfig, Folder, FolderConfig, Pictures, build_dataset
+from .data import (
+    DataConfig,
+    Digits,
+    DigitsConfig,
+    Folder,
+    FolderConfig,
+    Pictures,
+    build_dataset,
+    find_format,
+)
 from .data.folder import Layout
 from .evaluation.evaluate import evaluate as run_evaluate
 from .evaluation.report import table
@@ -51,7 +60,7 @@ def evaluate(
     tasks: tuple[_Task, ...] = TASKS,
     threshold: float | None = None,
     data: Path | None = None,
-    layout: Layout = "plain",
+    layout: Layout | None = None,
     window: int | None = None,
     stride: int | None = None,
     scales: tuple[float, ...] = (1.0,),
@@ -74,9 +83,9 @@ def evaluate(
         tasks: what to measure; of a Segmenter and of images in folders semantic alone.
         threshold: least score of a panoptic segment, 0 to 1; not given, the digits recipe's for
             panoptic.
-        data: folder of images and maps of their classes, whose val split is measured on, in place
-            of scenes.
-        layout: of that folder.
+        data: folder whose val split is measured on, in place of scenes: COCO, LabelMe, YOLO, maps
+            of objects or of classes.
+        layout: of a folder of maps of classes; not given, the format is told from the files.
         window: side in pixels of a Segmenter's windows; not given, the model's.
         stride: pixels from one window to the next; not given, the model's.
         scales: of a Segmenter: sizes of the images to average over; 1 is the model's.
@@ -90,8 +99,11 @@ def evaluate(
     opened = _open(model).to(usable_device(device))
     given = {"size": size, "level": level, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
-    if data is not None:
+    if data is not None and layout is not None:
         settings = FolderConfig(data, layout)
+    elif data is not None:
+        settings, line = find_format(data)
+        print(line)
     else:
         settings = _data_of_run(model, bool(given))
     if given and not isinstance(settings, (DigitsConfig, type(None))):

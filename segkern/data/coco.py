@@ -99,9 +99,10 @@ def read_coco(
         ValueError: a file is missing or of another kind, or no picture is left; names it.
     """
     expect_split("coco", split)
-    files = {part: annotation_file(config, part) for part in ("train", split)}
-    alone = files["train"] == annotation_file(config, "val")
-    file, faults = files[split], []
+    of_split, of_train = annotation_files(config, split), annotation_files(config, "train")
+    file, faults = _one(config, split, of_split), []
+    train_file = _one(config, "train", of_train) if of_train else file  # val alone is enough
+    alone = file in of_train and file in annotation_files(config, "val")
     content = _content(file)
     kind = "panoptic" if any("segments_info" in a for a in content["annotations"]) else "instance"
     kind = kind if content["annotations"] else config.task
@@ -111,9 +112,9 @@ def read_coco(
             f"got {config.task!r}"
         )
     table = _table(file, content, faults)
-    if file != files["train"]:
-        train = _table(files["train"], _content(files["train"]), [])
-        table = _matched(file, table, files["train"], train, faults)
+    if file != train_file:
+        train = _table(train_file, _content(train_file), [])
+        table = _matched(file, table, train_file, train, faults)
     pictures = _pictures(config, file, split, content["images"])
     images = _images(file, content["images"], pictures, config.read, faults)
     masks = {}
@@ -145,14 +146,14 @@ def read_coco(
     )
 
 
-def annotation_file(config: CocoConfig, split: str) -> Path:
-    """The JSON of a split; that of all pictures where there is one alone.
+def annotation_files(config: CocoConfig, split: str) -> list[Path]:
+    """The JSON files that may be those of a split; those of train where there is none of val.
 
     Raises:
-        ValueError: there is none, or several that may be it.
+        ValueError: no such folder.
     """
     if given := getattr(config, split):
-        return config.root / given
+        return [config.root / given]
     if not config.root.is_dir():
         raise ValueError(f"{config.root}: no such folder")
     candidates = [
@@ -165,16 +166,23 @@ def annotation_file(config: CocoConfig, split: str) -> Path:
     named = [p for p in candidates if ("panoptic" in p.name) == (config.task == "panoptic")]
     found = [p for p in named or candidates if split in _parts(p, config.root)]
     if not found and split == "val":
-        return annotation_file(config, "train")
-    if not found:
-        found = [p for p in named or candidates if not _parts(p, config.root)]
-    if len(found) != 1:
-        shown = ", ".join(str(p.relative_to(config.root)) for p in found or candidates)
+        return annotation_files(config, "train")
+    return found or [p for p in named or candidates if not _parts(p, config.root)]
+
+
+def _one(config: CocoConfig, split: str, files: list[Path]) -> Path:
+    """The file of a split.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    if len(files) != 1:
+        shown = ", ".join(str(path.relative_to(config.root)) for path in files) or "none"
         raise ValueError(
-            f"{config.root}: must have one annotation file of the {split} split, found "
-            f"{shown or 'no JSON'}; name it with {split}"
+            f"{config.root}: must have one annotation file of the {split} split, found {shown}; "
+            f"name it with {split}"
         )
-    return found[0]
+    return files[0]
 
 
 def _parts(path: Path, root: Path) -> set[str]:

@@ -119,6 +119,14 @@ def test_both_splits_have_the_table_of_training(tmp_path):
     assert val[0]["labels"].tolist() == [1, 1, 1]
 
 
+def test_val_alone_is_enough_to_evaluate(tmp_path):
+    write_coco(tmp_path, name="val")
+    data = build_dataset(CocoConfig(tmp_path), "val")
+    assert (len(data), data.classes) == (3, ["box", "ring", "ground"])
+    with pytest.raises(ValueError, match="annotation file of the train split, found none"):
+        build_dataset(CocoConfig(tmp_path), "train")
+
+
 def test_annotations_lie_in_flat_arrays(tmp_path):
     """A pickled set, as a worker gets it, is its arrays: no object an annotation or a picture."""
     sizes = []

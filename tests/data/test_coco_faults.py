@@ -316,7 +316,7 @@ def test_files(case, tmp_path):
 
 def test_files_of_a_split_that_are_missing_or_too_many(tmp_path):
     with pytest.raises(
-        ValueError, match="must have one annotation file of the train split, found no"
+        ValueError, match="must have one annotation file of the train split, found none"
     ):
         opened(tmp_path)
     for part in ("a", "b"):

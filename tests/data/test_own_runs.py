@@ -28,7 +28,7 @@ def model():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
-def test_a_run_is_trained_resumed_and_measured(task, tmp_path):
+def test_a_run_is_trained_resumed_and_measured(task, tmp_path, capsys):
     root, run, out = tmp_path / "set", tmp_path / "run", tmp_path / "figures.json"
     for split in ("train", "val"):
         (write_coco if task == "instance" else write_panoptic)(root, name=split)
@@ -44,6 +44,10 @@ def test_a_run_is_trained_resumed_and_measured(task, tmp_path):
     assert [row["name"] for row in value["classes"]] == ["box", "ring", "ground"]
     assert ("ap" in value) == (task == "instance" or "pq" in value)
     assert main(["evaluate", str(run), "--level", "hard"]) == 2
+    again = tmp_path / "again.json"
+    assert main(["evaluate", str(run), "--data", str(root), "--out", str(again)]) == 0
+    assert f"found data of kind coco ({task})" in capsys.readouterr().out
+    assert json.loads(again.read_text())["classes"] == value["classes"]
 
 
 @pytest.mark.filterwarnings("ignore")
