@@ -134,6 +134,7 @@ class Folder:
         if split not in ("train", "val"):
             raise ValueError(f"Folder: split must be train or val, got {split!r}")
         self.config, self.views, self.passes = config, views, views is not None
+        self.told: set[str] = set()
         self.pairs = _pairs(config, split)
         self.classes = class_names(config)
         self.things, self.stuff = (), tuple(range(len(self.classes)))
@@ -145,7 +146,7 @@ class Folder:
         index, epoch = place if isinstance(place, tuple) else (place, 0)
         if not 0 <= index < len(self):
             raise IndexError(f"Folder: index must be in [0, {len(self)}), got {index}")
-        sample = readable(self.examined, index, len(self))
+        sample = readable(self.examined, index, len(self), self.told)
         if self.views is None:
             return sample
         image = sample.pop("image")

@@ -19,6 +19,7 @@ from .views import InstanceViews
 FAR = (
     100_000  # pixels: corners that lie further out are faults, and drawing to them would never end
 )
+_MOST_TOLD = 20  # warnings while a data set is read
 # names of the splits' folders and files
 SPLITS = {
     "train": ("train", "training"),
@@ -125,7 +126,7 @@ class Pictures:
         self.things = tuple(k for k in range(len(classes)) if k not in self.stuff)
         self.read, self.views, self.seed = read or ReadConfig(), views, seed
         self.sizes, self.semantic, self.opened = sizes, semantic, opened
-        self.passes, self.faults = views is not None, list(faults)
+        self.passes, self.faults, self.told = views is not None, list(faults), set()
         if faults:
             more = f" ({len(faults)} such findings)" if len(faults) > 1 else ""
             warnings.warn(f"{faults[0]}{more}", stacklevel=3)
@@ -137,7 +138,7 @@ class Pictures:
         index, epoch = place if isinstance(place, tuple) else (place, 0)
         if not 0 <= index < len(self):
             raise IndexError(f"Pictures: index must be in [0, {len(self)}), got {index}")
-        sample = readable(self.examined, index, len(self))
+        sample = readable(self.examined, index, len(self), self.told)
         if self.views is None:
             return sample
         return self.views(sample, generator_of(self.seed, epoch, index))
@@ -191,7 +192,7 @@ def read_drawn(
         ValueError: it cannot be read; names it.
     """
     upright = exif != "raw"
-    if exif == "auto" and path.suffix != ".json":  # no picture in its annotations
+    if exif == "auto" and path.suffix.lower() != ".json":  # no picture in its annotations
         raw, turned, orientation = read_head(path, max_pixels)
         if stated == raw != turned:
             upright = False
@@ -205,28 +206,36 @@ def read_drawn(
     return read_pixels(opened(path, max_pixels, upright), str(path))
 
 
-def readable(examined: Callable, index: int, count: int) -> Sample:
+def readable(examined: Callable, index: int, count: int, told: set[str]) -> Sample:
     """The sample of an index, or the next that can be read; warnings tell what was left out.
 
     Args:
         examined: gives a sample and what was left out of it, or raises ValueError.
         index: of the sample.
         count: of all.
+        told: what warnings have told of the data set, each once and not more than a few.
 
     Raises:
         ValueError: none can be read.
     """
-    for i in (*range(index, count), *range(index)):
+    for step in range(count):
         try:
-            sample, faults = examined(i)
+            sample, faults = examined((index + step) % count)
         except ValueError as error:
             reason = str(error)
-            warnings.warn(f"{reason}; the next picture stands for it", stacklevel=3)
+            _tell(f"{reason}; the next picture stands for it", told)
             continue
         for fault in faults:
-            warnings.warn(fault, stacklevel=3)
+            _tell(fault, told)
         return sample
     raise ValueError(f"{reason}; no picture is left that can be read")
+
+
+def _tell(text: str, told: set[str]) -> None:
+    if text not in told and len(told) < _MOST_TOLD:
+        told.add(text)
+        end = "; further findings are not told" if len(told) == _MOST_TOLD else ""
+        warnings.warn(text + end, stacklevel=4)
 
 
 def files_below(folder: Path) -> list[Path]:

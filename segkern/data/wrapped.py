@@ -50,6 +50,7 @@ class Wrapped:
         self.classes, self.stuff = list(classes), tuple(stuff)
         self.things = tuple(k for k in range(len(classes)) if k not in self.stuff)
         self.passes = views is not None
+        self.told: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -58,7 +59,7 @@ class Wrapped:
         index, epoch = place if isinstance(place, tuple) else (place, 0)
         if not 0 <= index < len(self):
             raise IndexError(f"Wrapped: index must be in [0, {len(self)}), got {index}")
-        sample = readable(self.examined, index, len(self))
+        sample = readable(self.examined, index, len(self), self.told)
         if self.views is None:
             return sample
         return self.views(sample, generator_of(self.seed, epoch, index))

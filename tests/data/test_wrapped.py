@@ -95,3 +95,12 @@ def test_faults(case):
 def test_nothing_to_wrap():
     with pytest.raises(ValueError, match="must not be empty, got 0 items and 1 names"):
         Wrapped(Own(), ["a"])
+
+
+def test_findings_are_told_once_and_not_without_end(recwarn):
+    data = Wrapped(Own(*[(noise(0), DENSE * 0, LABELS)] * 50), ["a", "b"])
+    for _ in range(2):
+        assert all(len(data[i]["labels"]) == 0 for i in range(50))
+    told = [str(w.message) for w in recwarn]
+    assert len(told) == len(set(told)) == 20
+    assert told[-1].endswith("further findings are not told")
