@@ -115,6 +115,9 @@ def instances(
         labels: of a category's id its label.
         sizes: [N, 2], H and W of the pictures.
         faults: gets what is left out and why.
+
+    Raises:
+        ValueError: no annotation is left.
     """
     rows, seen, crowds = [], set(), 0
     for at, row in enumerate(annotations):
@@ -143,6 +146,8 @@ def instances(
         seen.add(name)
         crowds += crowd
         rows.append((place[image], name, labels[category], crowd, shape))
+    if not rows and faults and annotations:
+        raise ValueError(f"{faults[0]}; none of {len(annotations)} annotations is left")
     if rows and crowds == len(rows):
         faults.append(
             f"{file}: every annotation is marked as a crowd (iscrowd), and nothing would be left "

@@ -58,12 +58,12 @@ def _found(root: Path) -> tuple[object, str] | None:
     jsons = [path for path in jsons if not any(word in path.name for word in OTHERS)]
     jsons.sort(key=lambda path: "panoptic" not in path.name)  # where both are, it has more
     for path in jsons:
-        for make, word in (
-            (lambda: CocoConfig(root, "panoptic"), b'"segments_info"'),
-            (lambda: LabelMeConfig(root), b'"shapes"'),
-            (lambda: CocoConfig(root), b'"annotations"'),
+        for make, words in (
+            (lambda: CocoConfig(root, "panoptic"), (b'"segments_info"', b'"categories"')),
+            (lambda: CocoConfig(root), (b'"annotations"', b'"categories"')),
+            (lambda: LabelMeConfig(root), (b'"shapes"',)),
         ):
-            if _holds(path, word):
+            if all(_holds(path, word) for word in words):
                 return make(), str(path.relative_to(root))
     if (root / "images").is_dir() and (root / "labels").is_dir():
         return FolderConfig(root), "images and labels"

@@ -117,7 +117,8 @@ def read_instance_maps(
             paths.append(path)
             files.append([names[name] for names in known])
     if images == _part(config.root / "images", "val") == _part(config.root / "images", "train"):
-        chosen = held_out(list(map(str, paths)), split, config.read.val_share, images)
+        names = [str(path.relative_to(images)) for path in paths]
+        chosen = held_out(names, split, config.read.val_share, images)
         paths, files = [paths[i] for i in chosen], [files[i] for i in chosen]
     columns = [list(column) for column in zip(*files)]
     kind = Coded if encoding == "class_instance" else Numbered

@@ -128,6 +128,9 @@ def read_labelme(
             faults.append(f"{listed}: does not name {lost[0]!r}, which occurs; left out")
     else:
         classes = sorted(names - {*_NOTHING})
+    if not classes:
+        found = [*faults, *(fault for *_, part in rows for fault in part)]
+        raise ValueError(found[0] if found else f"{config.root}: no file has a shape with a label")
     return Pictures(
         [picture for _, _, picture, _, _ in rows],
         Shapes([path for _, path, *_ in rows], {name: k for k, name in enumerate(classes)}),

@@ -8,6 +8,7 @@ Source: the format of Ultralytics' YOLO (2023).
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -86,8 +87,14 @@ def read_yolo(
         for part in (entry if isinstance(entry, list) else [entry])
     ]
     paths = [path for place in places for path in _pictures(place, faults)]
+    if paths and not any(label_file(path).is_file() for path in paths):
+        raise ValueError(
+            f"{label_file(paths[0])}: no such file, the rows of {paths[0]}, and no other picture "
+            "has one"
+        )
     if not entries["val"] or entries["val"] == entries["train"]:
-        chosen = held_out(list(map(str, paths)), split, config.read.val_share, file)
+        names_of = [os.path.relpath(path, config.root) for path in paths]
+        chosen = held_out(names_of, split, config.read.val_share, file)
         paths = [paths[i] for i in chosen]
     if not paths:
         raise ValueError(f"{places[0]}: holds no picture of the {split} split of {file}")

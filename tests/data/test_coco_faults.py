@@ -139,6 +139,13 @@ def test_nothing_left_is_an_error_that_names_the_first(tmp_path):
         opened(tmp_path)
 
 
+def test_boxes_alone_are_an_error(tmp_path):
+    path = write_coco(tmp_path, [without("segmentation")] * 3)
+    message = f"{path}: annotation 17: segmentation must be .* None; left out; none of 3 annot"
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path)
+
+
 def test_all_crowds_are_read_as_objects_and_it_is_said(tmp_path):
     path = write_coco(tmp_path, [GOOD | {"iscrowd": 1}, segment(box(1, 1, 3, 3), iscrowd=1)])
     with pytest.warns(UserWarning, match=f"{path}: every annotation is marked as a crowd"):

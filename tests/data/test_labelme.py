@@ -79,7 +79,7 @@ def test_classes_are_those_of_both_splits_or_of_a_list(tmp_path):
 
 def test_a_share_is_held_out_where_there_is_no_val(tmp_path):
     for i in range(20):
-        write_labelme(tmp_path, [], f"{i}")
+        write_labelme(tmp_path, [GOOD], f"{i}")
     with pytest.warns(UserWarning, match="has no val split, so 2 of its 20 pictures"):
         train = build_dataset(LabelMeConfig(tmp_path), "train")
     val = build_dataset(LabelMeConfig(tmp_path), "val")
@@ -166,6 +166,17 @@ def test_faults_of_files(case, tmp_path):
     assert len(data) == 1
     (tmp_path / "a.json").unlink()
     with pytest.raises(ValueError, match=f"{tmp_path}/b.json: {message}"):
+        opened(tmp_path)
+
+
+def test_no_shape_is_left(tmp_path):
+    path = write_labelme(tmp_path, [shape("b", [])])
+    with pytest.raises(
+        ValueError, match=rf"{path}: shape 1 \('b'\): a polygon must have 3 points"
+    ):
+        opened(tmp_path)
+    write_labelme(tmp_path, [])
+    with pytest.raises(ValueError, match="no file has a shape with a label"):
         opened(tmp_path)
 
 

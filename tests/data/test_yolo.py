@@ -5,7 +5,7 @@ import pytest
 from pycocotools import mask as coco
 
 from segkern.data import ReadConfig, YoloConfig, build_dataset
-from support.pictures import RINGS, SIZE, noise, rectangle, write_yolo
+from support.pictures import RINGS, SIZE, noise, rectangle, write, write_yolo
 from support.pictures import yolo_row as row
 
 
@@ -96,6 +96,12 @@ def test_faults_of_files(case, tmp_path):
         opened(write_yolo(tmp_path, None, content))
 
 
+def test_no_text_file_at_all(tmp_path):
+    write_yolo(tmp_path, None, {"train": "images/train"}, labels="rows/{}")
+    with pytest.raises(ValueError, match=r"labels/train/a.txt: no such file, the rows of .*a.jpg"):
+        opened(tmp_path)
+
+
 def test_yaml_files(tmp_path):
     with pytest.raises(
         ValueError, match=r"must have one YAML file of names, data.yaml, found none"
@@ -114,4 +120,17 @@ def test_a_share_is_held_out_where_there_is_no_val(tmp_path):
     with pytest.warns(UserWarning, match=r"data.yaml: has no val split, so 1 of its 2 pictures"):
         train = build_dataset(YoloConfig(tmp_path), "train")
     val = build_dataset(YoloConfig(tmp_path), "val")
-    assert (len(train), len(val), train.paths == val.paths) == (1, 1, False)
+    assert (len(train), len(val)) == (1, 1)
+    assert train.paths[0] != val.paths[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_held_out_stays_so_when_the_folder_moves(tmp_path):
+    names = []
+    for root in (tmp_path / "a", tmp_path / "elsewhere/b"):
+        write_yolo(root, None, {"val": None})
+        for i in range(30):
+            write(root / f"images/train/{i}.png", noise(i, (4, 4)))
+        names.append([p.name for p in build_dataset(YoloConfig(root), "val").paths])
+    assert names[0] == names[1]
+    assert len(names[0]) == 3

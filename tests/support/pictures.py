@@ -11,8 +11,8 @@ from pycocotools import mask as coco
 
 SIZE = 30, 40
 CATEGORIES = [
-    {"id": 90, "name": "ring", "supercategory": "shape", "isthing": 1},
-    {"id": 3, "name": "box", "supercategory": "shape", "isthing": 1},
+    {"id": 90, "name": "ring", "supercategory": "shapes", "isthing": 1},
+    {"id": 3, "name": "box", "supercategory": "shapes", "isthing": 1},
     {"id": 0, "name": "ground", "supercategory": "stuff", "isthing": 0},
 ]
 
