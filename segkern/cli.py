@@ -30,6 +30,7 @@ from .training import checkpoint
 from .training.config import TrainConfig
 from .training.loop import stored_config
 from .training.loop import train as run_train
+from .training.validation import BEST
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 _Task = Literal[TASKS]
@@ -44,14 +45,15 @@ _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error
 def evaluate(
     model: Annotated[_Model, tyro.conf.Positional],
     level: Literal["easy", "hard", "mixed"] | None = None,
-    split: Literal["val", "test"] = "test",
+    split: Literal["val", "test"] | None = None,
     size: tuple[int, int] | None = None,
     seed: int | None = None,
     scenes: int | None = None,
     tasks: tuple[_Task, ...] = TASKS,
     threshold: float | None = None,
     data: Path | None = None,
-    layout: Layout = "plain",
+    layout: Layout | None = None,
+    max_pixels: int | None = None,
     window: int | None = None,
     stride: int | None = None,
     scales: tuple[float, ...] = (1.0,),
@@ -67,7 +69,7 @@ def evaluate(
     Args:
         model: what to measure.
         level: of the scenes; not given, the run's, or easy.
-        split: of the digit images.
+        split: of the digit images; not given, test.
         size: height and width of a scene; not given, the run's, or 64 64.
         seed: other seeds give other scenes; not given, the run's, or 0.
         scenes: how many, or how many images; not given, 400 scenes, or all images.
@@ -76,7 +78,8 @@ def evaluate(
             panoptic.
         data: folder of images and maps of their classes, whose val split is measured on, in place
             of scenes.
-        layout: of that folder.
+        layout: of that folder; not given, plain.
+        max_pixels: width times height that an image in a folder may have; not given, 178,956,970.
         window: side in pixels of a Segmenter's windows; not given, the model's.
         stride: pixels from one window to the next; not given, the model's.
         scales: of a Segmenter: sizes of the images to average over; 1 is the model's.
@@ -90,23 +93,33 @@ def evaluate(
     opened = _open(model).to(usable_device(device))
     given = {"size": size, "level": level, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
+    if layout is not None and data is None:
+        raise ValueError(f"evaluate: --layout is for the folder of --data, got {layout} alone")
     if data is not None:
-        settings = FolderConfig(data, layout)
+        settings = FolderConfig(data, layout or "plain")
     else:
         settings = _data_of_run(model, bool(given))
     if isinstance(settings, FolderConfig):
-        if given:
+        if given or split is not None:
             raise ValueError(
-                f"evaluate: --{next(iter(given))} is for scenes of digits, and the data is the "
-                f"folder {settings.root}"
+                f"evaluate: --{next(iter([*given, 'split']))} is for scenes of digits, and the "
+                f"data is the folder {settings.root}"
             )
+        if data is None and not settings.root.is_dir():
+            raise ValueError(
+                f"evaluate: {settings.root}, the data of {model}, is no folder here: give --data"
+            )
+        if max_pixels is not None:
+            settings = replace(settings, max_pixels=max_pixels)
         source, title = Folder(settings, "val"), str(settings.root)
         source.check()
     else:
+        if max_pixels is not None:
+            raise ValueError("evaluate: --max-pixels is for images in folders, not for digits")
         task = "panoptic" if opened.config.num_labels == 11 else "instance"
         settings = settings or DigitsConfig(size=(64, 64), level="easy", task=task)
         settings = replace(settings, **given)
-        source, title = Digits(settings, split), f"{settings.level} scenes"
+        source, title = Digits(settings, split or "test"), f"{settings.level} scenes"
         scenes = 400 if scenes is None else scenes
     if tasks == TASKS:
         tasks = ("semantic",) if isinstance(source, Folder) else opened.config.tasks
@@ -265,6 +278,11 @@ def _train_command(arguments: list[str]) -> Callable:
             raise ValueError("train: --preset is for a new run with --recipe segmenter")
         run = run_train(config, resume)
         print(f"trained {run.steps} steps in {run.seconds:.0f} s: {config.output / 'model'}")
+        figures = config.output / BEST / "metrics.json"
+        if figures.is_file():
+            best = json.loads(figures.read_text(encoding="utf-8"))
+            metric = best["metric"]
+            print(f"best: step {best['step']}, {metric} {best[metric]:.3f}: {figures.parent}")
 
     return train
 
@@ -273,16 +291,19 @@ def _data_of_run(name: str, digits: bool) -> DataConfig | None:
     """The data set that a run was trained on; None where the name is not that of a run.
 
     Args:
-        name: of a model.
+        name: of a model: a run's folder, model/ or best/ in it, or a file in one of these.
         digits: whether options say that it is to be measured on scenes of digits.
 
     Raises:
         ValueError: the run trained on a data set that its settings do not describe.
     """
-    if not (Path(name) / checkpoint.FILE).is_file():
+    folder = Path(name).parent if Path(name).is_file() else Path(name)
+    if folder.name in ("model", BEST) and not (folder / checkpoint.FILE).is_file():
+        folder = folder.parent
+    if not (folder / checkpoint.FILE).is_file():
         return None
-    state = checkpoint.load(name)
-    config = stored_config(name, state)
+    state = checkpoint.load(folder)
+    config = stored_config(folder, state)
     if state.get("own_data"):
         if digits:
             return None

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -24,14 +23,15 @@ class Validation:
     Args:
         data: held-out samples as `evaluate` takes them; None where there are no evaluations.
         config: of the run.
-        folder: of the run; what it holds as best counts, unless it is from later steps.
-        start: steps done before.
+        folder: of the run.
+        start: steps done before; what `folder` holds as best counts, unless it is from later ones.
+            None for a run that begins: nothing counts.
 
     Raises:
         ValueError: `folder`/best is not what training writes.
     """
 
-    def __init__(self, data, config: TrainConfig, folder: Path, start: int):
+    def __init__(self, data, config: TrainConfig, folder: Path, start: int | None):
         self.data, self.config, self.folder = data, config, folder / BEST
         self.metric = config.best_metric or METRICS[config.task][0]
         self.best = _stored(self.folder / _FIGURES, self.metric, start)
@@ -56,7 +56,8 @@ class Validation:
         if config.task == "panoptic" and value["things"]["pq"] is not None:
             value["pq"] = value["things"]["pq"]
         found = {name: value[name] for name in METRICS[config.task] if value[name] is not None}
-        text = f"step {step}: " + ", ".join(f"{k} {x:.3f}" for k, x in found.items())
+        figures = ", ".join(f"{k} {x:.3f}" for k, x in found.items())
+        text = f"step {step}: {figures or 'the held-out images have nothing to measure'}"
         x = found.get(self.metric)
         if x is not None and (self.best is None or x > self.best):
             self.best = x
@@ -75,13 +76,13 @@ class Validation:
             os.replace(new, self.folder)
 
 
-def _stored(path: Path, metric: str, start: int) -> float | None:
+def _stored(path: Path, metric: str, start: int | None) -> float | None:
     """The figure of the best model there, which a run from `start` must surpass.
 
-    One of later steps is removed: this run has not come so far. By another metric it stays until
-    the next evaluation.
+    One of later steps, to which this run has not come, or by another metric stays until the next
+    evaluation.
     """
-    if not path.parent.is_dir():
+    if start is None or not path.parent.is_dir():
         return None
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))
@@ -90,7 +91,4 @@ def _stored(path: Path, metric: str, start: int) -> float | None:
         raise ValueError(
             f"{path}: not what training writes there; remove {path.parent}"
         ) from error
-    if step > start:
-        shutil.rmtree(path.parent)
-        return None
-    return value if figures.get("metric") == metric else None
+    return value if step <= start and figures.get("metric") == metric else None

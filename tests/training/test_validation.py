@@ -105,7 +105,7 @@ def test_a_run_of_one_class_is_measured_and_evaluate_knows_its_data(maps, tmp_pa
     assert "--level is for scenes of digits" in capsys.readouterr().err
 
 
-def test_the_best_of_later_steps_goes_and_that_of_earlier_ones_counts(maps, tmp_path):
+def test_the_best_of_earlier_steps_counts_and_no_other(maps, tmp_path):
     setting = of_maps(maps, tmp_path)
     path = tmp_path / "best/metrics.json"
     path.parent.mkdir()
@@ -115,7 +115,8 @@ def test_the_best_of_later_steps_goes_and_that_of_earlier_ones_counts(maps, tmp_
         Validation(None, replace(setting, best_metric="pixel_accuracy"), tmp_path, 4).best is None
     )
     assert Validation(None, setting, tmp_path, 2).best is None
-    assert not path.parent.exists()
+    assert Validation(None, setting, tmp_path, None).best is None
+    assert path.is_file()
 
 
 def test_the_checkpoint_is_there_when_an_evaluation_fails(tmp_path):
