@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -331,6 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    lines, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         app = tyro.extras.SubcommandApp()
         for command in (_train_command(arguments), evaluate, predict, explain, demo, info):
@@ -348,3 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"segkern: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, _USER_ERRORS) else 1
+    finally:
+        warnings.formatwarning = lines
+
+
+def _warning(message, *_, **__) -> str:
+    """A warning in a line, without the line of code that gave it."""
+    return f"segkern: warning: {' '.join(str(message).split())}\n"

@@ -15,6 +15,7 @@ _DTYPES = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
 # pickle calls it, which versions of Python and NumPy spell differently
 _HARMLESS = [
     argparse.Namespace,
+    frozenset,
     np.dtype,
     np.ndarray,
     *_DTYPES,

@@ -43,6 +43,8 @@ def test_an_output_is_read_by_attribute_name_and_place(kind):
     name = "logits" if kind == "Segmenter" else "class_queries_logits"
     assert plain[0] is getattr(plain, name) is plain[name]
     assert [v.shape for v in plain] == [v.shape for v in plain[:]]
+    assert dict(**plain).keys() == plain.keys()
+    assert len(plain) == len(plain.to_tuple()) == len(plain.values()) == len(plain.items())
     for key in ("loss", 9):
         with pytest.raises(LookupError):
             plain[key]
