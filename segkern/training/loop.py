@@ -100,7 +100,7 @@ def train(
     if model is not None:
         if not hasattr(model, "config"):
             raise TypeError(
-                f"train: model must be a segmentation model, such as Mask2Former, got a "
+                f"train: model must be a segmentation model (segkern.models), got a "
                 f"{type(model).__name__}, which lacks config"
             )
         if config.init is not None:
