@@ -20,7 +20,7 @@ from .data.folder import Layout
 from .evaluation.evaluate import evaluate as run_evaluate
 from .evaluation.report import table
 from .inference.predict_files import Predicted, image_files, predict_files
-from .models import SegmentationModel, Segmenter, open_model
+from .models import Segmenter, open_model
 from .models.segmenter.explain import explain as run_explain
 from .ops import _library
 from .ops.segment_map import TASKS
@@ -31,7 +31,7 @@ from .training import checkpoint
 from .training.config import TrainConfig
 from .training.loop import stored_config
 from .training.loop import train as run_train
-from .training.validation import BEST
+from .training.validation import BEST, best_of
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 _Task = Literal[TASKS]
@@ -91,7 +91,7 @@ def evaluate(
     """
     if out is not None and out.is_dir():
         raise ValueError(f"evaluate: --out must be a file, {out} is a folder")
-    opened = _open(model).to(usable_device(device))
+    opened = open_model(model).to(usable_device(device))
     given = {"size": size, "level": level, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
     if layout is not None and data is None:
@@ -103,12 +103,8 @@ def evaluate(
     if isinstance(settings, FolderConfig):
         if given or split is not None:
             raise ValueError(
-                f"evaluate: --{next(iter([*given, 'split']))} is for scenes of digits, and the "
-                f"data is the folder {settings.root}"
-            )
-        if data is None and not settings.root.is_dir():
-            raise ValueError(
-                f"evaluate: {settings.root}, the data of {model}, is no folder here: give --data"
+                f"evaluate: --{next(iter(given), 'split')} is for scenes of digits, and the data "
+                f"is the folder {settings.root}"
             )
         if max_pixels is not None:
             settings = replace(settings, max_pixels=max_pixels)
@@ -177,7 +173,7 @@ def predict(
     image_files(images)  # before a model is opened, maybe from the network
     if model == "demo" and not Path(model).is_dir():
         raise ValueError("no folder demo: run `segkern demo` first or give --model")
-    opened = _open(model).to(usable_device(device))
+    opened = open_model(model).to(usable_device(device))
     options, views = Options(threshold), Views(window, stride, scales, flip)
     settings = task, options, views, cuda_graphs, _tell, max_pixels
     _, failed = predict_files(opened, images, out, *settings)
@@ -223,7 +219,7 @@ def explain(
         out: figure to write: PNG, PDF or SVG.
         max_pixels: as of `segkern predict`.
     """
-    opened = _open(model)
+    opened = open_model(model)
     if not isinstance(opened, Segmenter):
         raise ValueError(f"explain: model must be a Segmenter, {model} is none")
     run_explain(opened, image, at, out, max_pixels=max_pixels)
@@ -279,11 +275,8 @@ def _train_command(arguments: list[str]) -> Callable:
             raise ValueError("train: --preset is for a new run with --recipe segmenter")
         run = run_train(config, resume)
         print(f"trained {run.steps} steps in {run.seconds:.0f} s: {config.output / 'model'}")
-        figures = config.output / BEST / "metrics.json"
-        if figures.is_file():
-            best = json.loads(figures.read_text(encoding="utf-8"))
-            metric = best["metric"]
-            print(f"best: step {best['step']}, {metric} {best[metric]:.3f}: {figures.parent}")
+        if best := best_of(config.output):
+            print("best: step {}, {} {:.3f}: {}".format(*best, config.output / BEST))
 
     return train
 
@@ -296,7 +289,8 @@ def _data_of_run(name: str, digits: bool) -> DataConfig | None:
         digits: whether options say that it is to be measured on scenes of digits.
 
     Raises:
-        ValueError: the run trained on a data set that its settings do not describe.
+        ValueError: the run trained on a data set that its settings do not describe, or that is
+            not here.
     """
     folder = Path(name).parent if Path(name).is_file() else Path(name)
     if folder.name in ("model", BEST) and not (folder / checkpoint.FILE).is_file():
@@ -312,12 +306,11 @@ def _data_of_run(name: str, digits: bool) -> DataConfig | None:
             f"evaluate: {name} was trained on a data set that its settings do not describe; name "
             "one with --data, or call segkern.evaluate(model, dataset)"
         )
+    if isinstance(config.data, FolderConfig) and not config.data.root.is_dir():
+        raise ValueError(
+            f"evaluate: {config.data.root}, the data of {name}, is no folder here: give --data"
+        )
     return config.data
-
-
-def _open(name: str) -> SegmentationModel:
-    """The model of a run's folder, a model's folder or a name on the hub."""
-    return open_model(name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

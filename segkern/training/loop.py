@@ -139,7 +139,9 @@ def train(
         start, seconds = _restore(state, train_step, resume)
     batches = _batches(data, config, start)
     first = next(batches)  # before an earlier run is removed, for what is wrong with the files
-    validation = held_out and Validation(held_out, config, folder, start if own else None)
+    validation = None
+    if held_out is not None:
+        validation = Validation(held_out, config, folder, start if own else None)
     if not own:
         _remove_run(folder)
     log = Log(folder, start, config.tensorboard, keep=own)
@@ -151,6 +153,8 @@ def train(
         if begun is not None:
             bar.show(begun)
         batches = itertools.chain([first], batches)
+        own_val = val_dataset is not None or bool(state and state.get("own_val"))
+        given = {"own_data": dataset is not None, "own_val": own_val}
         for step in range(start, config.steps):
             began = time.perf_counter()
             batch = next(batches).to(device)
@@ -169,7 +173,6 @@ def train(
             seconds += time.perf_counter() - began
             bar.advance(line)
             if due:  # before the evaluation, whose failure shall cost nothing
-                given = {"own_data": dataset is not None, "own_val": val_dataset is not None}
                 _save(folder, train_step, config, done, seconds, given)
             if measure:
                 metrics, text = validation(model, done)
@@ -238,24 +241,23 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
             )
         held_out = build_dataset(config.data, "val")
     for name, part in (("dataset", data), ("val_dataset", held_out)):
-        part = part.dataset if isinstance(part, DataLoader) and part is held_out else part
         if part is None:
             continue
-        classes = getattr(part, "classes", None)
-        if classes is None:
-            raise ValueError(f"train: {name} must have `classes`, the names of its labels")
-        if len(classes) != config.model.num_labels:
+        if name == "val_dataset":
+            part = part.dataset if isinstance(part, DataLoader) else part
+            check_dataset(part, config.model, (config.task,), "train: val_dataset")
+        elif (classes := getattr(part, "classes", None)) is None:
+            raise ValueError("train: dataset must have `classes`, the names of its labels")
+        elif len(classes) != config.model.num_labels:
             raise ValueError(
                 f"train: model.num_labels must be {len(classes)}, the classes of the data, "
                 f"got {config.model.num_labels}"
             )
-        if name == "val_dataset":
-            check_dataset(part, config.model, (config.task,), "train: val_dataset")
         if isinstance(part, Folder) and (absent := part.check(progress)):
-            split = "training" if part is data else "val"
+            split = "training" if name == "dataset" else "val"
             warnings.warn(
-                f"train: {len(absent)} of {len(classes)} classes occur in no map of the {split} "
-                f"split (255 stands for no class): {some_of(absent)}",
+                f"train: {len(absent)} of {len(part.classes)} classes occur in no map of the "
+                f"{split} split (255 stands for no class): {some_of(absent)}",
                 stacklevel=3,
             )
     return data, held_out

@@ -34,7 +34,7 @@ class Validation:
     def __init__(self, data, config: TrainConfig, folder: Path, start: int | None):
         self.data, self.config, self.folder = data, config, folder / BEST
         self.metric = config.best_metric or METRICS[config.task][0]
-        self.best = _stored(self.folder / _FIGURES, self.metric, start)
+        self.best = _to_surpass(folder, self.metric, start)
 
     def __call__(self, model: SegmentationModel, step: int) -> tuple[dict[str, float], str]:
         """Measures, and keeps the model if it is the best so far.
@@ -76,19 +76,33 @@ class Validation:
             os.replace(new, self.folder)
 
 
-def _stored(path: Path, metric: str, start: int | None) -> float | None:
-    """The figure of the best model there, which a run from `start` must surpass.
+def best_of(run: Path) -> tuple[int, str, float] | None:
+    """Step, metric and figure of the best model of a run; None where it has none.
 
-    One of later steps, to which this run has not come, or by another metric stays until the next
-    evaluation.
+    Raises:
+        ValueError: `run`/best is not what training writes.
     """
-    if start is None or not path.parent.is_dir():
+    path = run / BEST / _FIGURES
+    if not path.parent.is_dir():
         return None
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))
-        step, value = int(figures["step"]), figures.get(metric)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        metric = figures["metric"]
+        return int(figures["step"]), metric, float(figures[metric])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: not what training writes there; remove {path.parent}"
         ) from error
-    return value if step <= start and figures.get("metric") == metric else None
+
+
+def _to_surpass(run: Path, metric: str, start: int | None) -> float | None:
+    """The figure of the best model of a run that goes on from `start`.
+
+    One of later steps, to which it has not come, or by another metric stays until the next
+    evaluation.
+    """
+    best = None if start is None else best_of(run)
+    if best is None:
+        return None
+    step, by, figure = best
+    return figure if by == metric and step <= start else None

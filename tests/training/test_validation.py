@@ -172,6 +172,10 @@ def test_what_was_handed_over_is_asked_for_again(maps, tmp_path, capsys):
         train(longer, resume=tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match=r"init \(--init\) must be left out where a run goes on"):
         train(replace(longer, init="x"), resume=tmp_path / "run", val_dataset=held_out)
+    train(replace(longer, evaluate_every=0), resume=tmp_path / "run", progress=False)
+    longer = replace(setting, steps=3)
+    with pytest.raises(ValueError, match="val_dataset must be given to go on with"):
+        train(longer, resume=tmp_path / "run", progress=False)
     train(longer, resume=tmp_path / "run", val_dataset=held_out, progress=False)
     for part in ("model", "best", "last.pt"):
         assert main(["evaluate", str(tmp_path / "run" / part)]) == 0
