@@ -163,6 +163,15 @@ def test_data_of_ones_own(tmp_path, monkeypatch):
         train(setting, progress=False)
 
 
+def test_a_run_is_gone_on_with_and_measured_from_another_folder(maps, tmp_path, monkeypatch):
+    monkeypatch.chdir(maps.parent)
+    train(of_maps(maps.name, tmp_path / "run", steps=1), progress=False)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert main(["train", "--resume", "../run", "--steps", "2"]) == 0
+    assert main(["evaluate", "../run"]) == 0
+
+
 def test_what_was_handed_over_is_asked_for_again(maps, tmp_path, capsys):
     setting = of_maps(maps, tmp_path / "run", evaluate_every=1, steps=1)
     held_out = DataLoader(Folder(setting.data, "val"), collate_fn=list)
