@@ -140,7 +140,7 @@ SEGKERN_CLONES void add_points(const T* x /*[n]*/, const T* t /*[n]*/, int64_t n
   total.bce += bce, total.pt += pt, total.p += sum_p, total.t += sum_t;
 }
 
-// d loss / d logit at each point, over x. bce gives (p - t) / P; dice, with a = sum p t and
+// d loss / d logit at each point, over x. bce gives (p - t) / n; dice, with a = sum p t and
 // c = sum p + sum t, gives ((2 a + 1) - 2 t (c + 1)) / (c + 1)^2 p (1 - p)
 template <class T>
 SEGKERN_CLONES void differentiate(T* x /*[n]*/, const T* t /*[n]*/, int64_t n, T grad_bce,
