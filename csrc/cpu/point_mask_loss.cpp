@@ -35,18 +35,17 @@ struct Stream {  // the points of a slot
   uint32_t target, prediction, sample;
 };
 
-// Which cells of a mask have a void pixel, a bit each; without any all points count
+// Which cells of a mask have a void pixel, a bit each; null where none has
 struct Cells {
-  const uint32_t* bits;  // [H + 1, words]; cell (y, x) is bit x + 1 of row y + 1
+  const uint32_t* bits;  // [H + 1, ceil((W + 1) / 32)]; cell (y, x) is bit x + 1 of row y + 1
   int64_t H, W;
 
   template <class T>
-  SEGKERN_INLINE bool counts(const T* point /*[2], in [0, 1)*/) const {
-    if (bits == nullptr) return true;
-    const int64_t words = (W + 32) / 32;
-    const auto x = static_cast<int64_t>(std::floor(point[0] * static_cast<T>(W) - T(0.5))) + 1;
-    const auto y = static_cast<int64_t>(std::floor(point[1] * static_cast<T>(H) - T(0.5))) + 1;
-    return (bits[y * words + x / 32] >> x % 32 & 1) == 0;
+  SEGKERN_INLINE uint32_t is_void(T px, T py) const {  // 0 or 1, of a point in [0, 1)
+    const int32_t x = static_cast<int32_t>(std::floor(px * static_cast<T>(W) - T(0.5))) + 1;
+    const int32_t y = static_cast<int32_t>(std::floor(py * static_cast<T>(H) - T(0.5))) + 1;
+    const int32_t words = static_cast<int32_t>((W + 32) / 32);
+    return bits[y * words + x / 32] >> x % 32 & 1;
   }
 };
 
@@ -77,7 +76,7 @@ SEGKERN_CLONES int64_t keep_counted(const Cells& cells, T* points /*[n, 2]*/, in
     const T x = points[2 * i], y = points[2 * i + 1];
     points[2 * kept] = x;
     points[2 * kept + 1] = y;
-    kept += cells.counts(points + 2 * kept);
+    kept += 1 - cells.is_void(x, y);
   }
   return kept;
 }
@@ -87,8 +86,10 @@ template <class T>
 SEGKERN_CLONES void put_last(const Cells& cells, const T* points /*[n, 2]*/, int64_t n,
                              Key<T>* keys /*[n]*/) {
   if (cells.bits == nullptr) return;
+  const Cells c = cells;
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i)
-    keys[i] = cells.counts(points + 2 * i) ? keys[i] : ~Key<T>(0) >> 1;
+    keys[i] = c.is_void(points[2 * i], points[2 * i + 1]) ? ~Key<T>(0) >> 1 : keys[i];
 }
 
 // The order of |x| as integers; NaN comes last
@@ -263,8 +264,11 @@ struct Problem {
   bool is_active(int64_t i) const { return data<uint8_t>(active)[i] != 0; }
 
   Cells cells_of(int64_t b) const {
+    if (!voids) return {nullptr, H, W};
     const int64_t each = (H + 1) * ((W + 32) / 32);
-    return {voids ? data<uint32_t>(cells) + b * each : nullptr, H, W};
+    const uint32_t* bits = data<uint32_t>(cells) + b * each;
+    const bool some = std::any_of(bits, bits + each, [](uint32_t word) { return word != 0; });
+    return {some ? bits : nullptr, H, W};
   }
 
   // Calls f(slot index, worker, stream, cells, logit map, mask) for the active slots, in parallel
@@ -366,6 +370,7 @@ void check(const Tensor& logits, const Tensor& masks, const Tensor& active, cons
       !cells || (cells->element_size() == 4 &&
                  cells->numel() == B * (masks.size(2) + 1) * ((masks.size(3) + 32) / 32)),
       op, "wrong cells");
+  STD_TORCH_CHECK(!cells || cells->numel() <= INT32_MAX, op, "void too large");
   STD_TORCH_CHECK(0 <= n.important && n.important <= n.candidates && 0 <= n.random, op,
                   "more important points than candidates");
   STD_TORCH_CHECK(n.candidates + n.random <= UINT32_MAX, op, "too many points");

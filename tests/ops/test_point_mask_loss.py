@@ -38,7 +38,7 @@ VOID = {  # share of the pixels, settings
     "all": (1.0, FEW),
     "some, all important": (0.3, (33, 1.0, 1.0)),
     "some, all random": (0.3, (33, 2.0, 0.0)),
-    "some, more candidates": (0.6, (1500, 3.0, 0.75)),
+    "some, more candidates": (0.6, (500, 3.0, 0.75)),
 }
 
 
