@@ -225,11 +225,11 @@ Tensor matching_cost_of(const Tensor& class_logits, const Tensor& mask_embed,
     std::vector<Sums> sums(R * ranges, Sums(Q, n));
     parallel_for(0, R * ranges, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t r = task / ranges, end = points_of(b * R + r);
-        const int64_t first = std::min(end, task % ranges * range);
+        const int64_t r = task / ranges, number = points_of(b * R + r);
+        const int64_t first = std::min(number, task % ranges * range);
         const Tensor e = torch::stable::select(torch::stable::select(embed, 0, b), 0, r);
         add_range(image, e, data<T>(pts) + ((b * R + r) * P + first) * 2,
-                  std::min(range, end - first), sums[task]);
+                  std::min(range, number - first), sums[task]);
       }
     });
     for (int64_t r = 0; r < R; ++r) {
@@ -265,6 +265,8 @@ Tensor matching_cost(Tensor class_logits, Tensor mask_embed, Tensor features, Te
   STD_TORCH_CHECK(features.size(2) * features.size(3) <= INT32_MAX &&
                       masks.size(2) * masks.size(3) <= INT32_MAX,
                   "matching_cost: map too large");
+  STD_TORCH_CHECK(!n_points || n_points->numel() == points.size(0) * points.size(1),
+                  "matching_cost: wrong number of n_points");
   Tensor out;
   // the points come in the dtype of the sums
   dispatch_accumulate(points, "matching_cost", [&](auto zero) {

@@ -4,7 +4,7 @@
 // in a cell of the mask that has a void pixel do not count: last of the candidates, then left out.
 //
 // forward:  draw the n candidates, sample |logit| at them, mark the k smallest, draw these and the
-//           P - k random ones, sample logits and mask, sum. Kept for backward: marks and two sums.
+//           P - k random ones, sample logits and mask, sum. Kept: marks, two sums, a number.
 // backward: draw and sample the P points again, put each point's derivative on its four corners.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>

@@ -61,8 +61,10 @@ def collate(
 
     Raises:
         ValueError: pixels that are not finite, a label out of range, or masks of another size or
-            number than the image or labels; the message names the sample.
+            number than the image or labels; the message names the sample. No such `void`.
     """
+    if void not in ("background", "ignore"):
+        raise ValueError(f"collate: void must be background or ignore, got {void!r}")
     ids = [int(s["id"]) for s in samples]
     images = [torch.as_tensor(s["pixel_values"]) for s in samples]
     masks = [torch.as_tensor(s["masks"]) for s in samples]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops import pack_bits
-from ..ops._checks import got
+from ..ops._checks import expect, got
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 100)  # then multiples of 64
 
@@ -142,14 +142,13 @@ def _warn(message: str) -> None:
 
 def _packed(void: Sequence[Tensor], sizes: tuple[int, int, int]) -> Tensor:
     """[B, H, ceil(W / 32)] int32 of B maps [H, W] bool."""
-    B, *size = sizes
+    B, H, W = sizes
     if len(void) != B:
         raise ValueError(
             f"targets: void must have one map for each of {B} images, got {len(void)}"
         )
     for b, x in enumerate(void):
-        if not isinstance(x, Tensor) or x.dtype != torch.bool or list(x.shape) != size:
-            raise ValueError(f"targets: void of image {b} must be {size} bool, got {got(x)}")
+        expect("targets", f"void of image {b}", x, f"{H} {W}", "bool", {})
     return pack_bits(torch.stack(list(void)))[0]
 
 

@@ -52,3 +52,8 @@ def test_void_of_tensors_and_of_samples_without_segments():
     other = sample(semantic=torch.from_numpy(unlabelled()))
     void = unpack_bits(collate([empty, other], 4, void="ignore").targets.void, 64)
     assert void.sum((1, 2)).tolist() == [32 * 40, 12 * 43]
+
+
+def test_bad_void():
+    with pytest.raises(ValueError, match="void must be background or ignore, got 'skip'"):
+        collate([sample()], 4, void="skip")
