@@ -271,6 +271,7 @@ def _batches(data, config: TrainConfig, start: int) -> Iterator:
         num_labels=config.model.num_labels,
         divisor=config.model.input.divisor,
         num_queries=getattr(config.model, "num_queries", None),
+        void=config.void,
     )
     loader = DataLoader(
         data,

@@ -17,7 +17,7 @@ import torch
 from segkern.data import Digits, DigitsConfig
 from segkern.models import Mask2Former, Mask2FormerConfig
 from segkern.recipes.mask2former import digits
-from segkern.training import checkpoint
+from segkern.training import checkpoint, loop
 from segkern.training.config import TrainConfig
 from segkern.training.loop import train
 
@@ -357,6 +357,7 @@ def test_refuses_before_work_starts(whole, tmp_path):
         ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
         ({"lr": float("nan")}, "lr must be >= 0, got nan"),
         ({"schedule": "random"}, "schedule must be one of cosine, poly, steps, got 'random'"),
+        ({"void": "skip"}, "void must be one of background, ignore, got 'skip'"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\], got 1.5"),
     ],
@@ -419,3 +420,10 @@ def test_the_recipe_learns(tmp_path):
     value = evaluate(run.model, data, ("panoptic",), 100, threshold=0.5, progress=False)
     assert value["things"]["pq"] > 0.5
     assert value["stuff"]["pq"] > 0.95
+
+
+@pytest.mark.parametrize("void", ["background", "ignore"])
+def test_void_reaches_the_batches(void, tmp_path):
+    settings = config(tmp_path, void=void)
+    batch = next(loop._batches(Digits(settings.data), settings, 0))
+    assert (batch.targets.void is None) == (void == "background")
