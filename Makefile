@@ -14,7 +14,7 @@ INSTALL = install --disable-pip-version-check -q
 KERNELS = segkern/_C_cpu.abi3.so
 SOURCES = setup.py tools/toolchain.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: setup demo test check sdist slow interpret avx2 seeds sanitize emulate racecheck oldest gate lint bench gpu clean
+.PHONY: setup demo test check sdist slow interpret avx2 sanitize emulate racecheck oldest gate lint bench gpu clean
 setup: $(KERNELS)
 
 # the constraints first, so that building against the installed torch needs no isolation
@@ -33,11 +33,15 @@ $(KERNELS): $(SOURCES) | $(VENV)/installed
 demo: setup
 	$(BIN)/segkern demo
 
+# a process a core, for tests that no second thread would help
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(MAX_JOBS)
+
 test: setup
-	$(BIN)/pytest tests -m "not slow and not gpu"
+	$(PARALLEL) tests/ops -m "not slow and not gpu"
+	$(BIN)/pytest tests --ignore tests/ops -m "not slow and not gpu"
 
 # every stage, also after one that failed, and at the end what became of each
-STAGES = lint sdist slow interpret avx2 seeds sanitize emulate racecheck oldest gate
+STAGES = lint sdist slow interpret avx2 sanitize emulate racecheck oldest gate
 check: setup
 	@report=""; status=0; for stage in $(STAGES); do \
 	  start=$$(date +%s); echo "== make $$stage"; result=passed; \
@@ -57,9 +61,6 @@ sdist: setup
 	SEGKERN_NO_CUDA=1 $(FRESH) -m pip $(INSTALL) --no-build-isolation --no-deps --ignore-installed \
 	  build/sdist/*.tar.gz
 	cd build/sdist && venv/bin/python ../../tools/smoke.py && venv/bin/segkern info
-
-# a process a core, for tests that no second thread would help
-PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(MAX_JOBS)
 
 slow: setup
 	$(PARALLEL) tests/kernels/test_triton.py -m "slow and not gpu"
@@ -95,14 +96,11 @@ avx2: setup
 	! objdump -d build/avx2/lib/segkern/_C_cpu.abi3.so | grep -q zmm
 	$(AVX2) $(call with,avx2,) $(PARALLEL) $(OPS) --seed 1 -m "not slow and not gpu" -k "not compile and not opcheck and not bad"
 
-# the op tests on other inputs; those without AVX-512 draw others again
-seeds: setup
-	$(PARALLEL) $(OPS) --seed 2 -m "not slow and not gpu" -k "not compile and not opcheck and not bad"
-
-# the op tests on kernels built with the address and undefined behaviour sanitizers
+# the op tests on kernels built with the address and undefined behaviour sanitizers, on inputs that
+# are others again
 sanitize: setup
 	$(call library,sanitize,address)
-	$(call with,sanitize,address) $(BIN)/pytest -n $(MAX_JOBS) $(OPS) -m "not slow and not gpu" -k "not compile and not opcheck"
+	$(call with,sanitize,address) $(BIN)/pytest -n $(MAX_JOBS) $(OPS) --seed 2 -m "not slow and not gpu" -k "not compile and not opcheck"
 
 # the CUDA sources run on the host, a fibre a thread, with the same sanitizers
 emulate: setup

@@ -113,7 +113,7 @@ def _stamp(path: Path) -> list[int]:
 
 def _memory(pairs: Sequence[tuple[Path, Path]]) -> Path:
     """Where what was read of such a split is remembered."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     name = hashlib.sha256(str(pairs[0][1].resolve().parent).encode()).hexdigest()[:16]
     return cache / "segkern" / "maps" / f"{name}.json"
 

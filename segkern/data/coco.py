@@ -65,7 +65,7 @@ class CocoConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self):
-        self.root = Path(self.root)
+        self.root = Path(self.root).absolute()  # a run is also gone on with from other folders
         if self.task not in ("instance", "panoptic"):
             raise ValueError(f"CocoConfig: task must be instance or panoptic, got {self.task!r}")
         self.read = as_config(ReadConfig, self.read)

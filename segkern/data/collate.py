@@ -5,6 +5,7 @@ Letters: B image, H W size of the batch, h w size of a sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ def collate(
     num_labels: int | None = None,
     divisor: int = 32,
     num_queries: int | None = None,
+    void: Literal["background", "ignore"] = "background",
 ) -> Batch:
     """Packs samples into a batch.
 
@@ -52,14 +54,19 @@ def collate(
         num_labels: K; None leaves the labels' upper bound unchecked.
         divisor: H and W are multiples of it.
         num_queries: of the model; more targets in a sample give a warning.
+        void: what pixels are whose label is 255 in `semantic`, or that belong to a segment marked
+            in `crowd` [n] bool: "background" as in the papers' code, which no mask should cover;
+            or "ignore": they have no weight in matching and in losses of masks.
 
     Returns:
         a `Batch` on the CPU.
 
     Raises:
         ValueError: pixels that are not finite, a label out of range, or masks of another size or
-            number than the image or labels; the message names the sample.
+            number than the image or labels; the message names the sample. No such `void`.
     """
+    if void not in ("background", "ignore"):
+        raise ValueError(f"collate: void must be background or ignore, got {void!r}")
     ids = [int(s["id"]) for s in samples]
     if whole := [name for name, s in zip(ids, samples) if "pixel_values" not in s]:
         raise ValueError(
@@ -83,7 +90,13 @@ def collate(
     labels = [x for _, x in segments]
     try:
         targets = Targets.from_lists(
-            [_pad(x, size) for x in masks], labels, size, num_labels, ids, num_queries
+            [_pad(x, size) for x in masks],
+            labels,
+            size,
+            num_labels,
+            ids,
+            num_queries,
+            None if void == "background" else [_pad(_void(s)[None], size)[0] for s in samples],
         )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (images 0 to {len(ids) - 1} are samples {ids})") from error
@@ -97,13 +110,31 @@ def _segments(sample: Sample) -> tuple[Tensor, Tensor]:
     """Masks [n, h, w] and labels [n] of a sample, without crowds, of which nobody knows the
     number."""
     masks, labels = sample["masks"], torch.as_tensor(sample["labels"])
-    if "crowd" in sample and np.any(sample["crowd"]):
-        alone = ~np.asarray(sample["crowd"], bool)
-        masks = masks.chosen(alone) if isinstance(masks, IdMaps) else masks[alone]
-        labels = labels[torch.from_numpy(alone)]
+    crowd = _crowd(sample)
+    if crowd.any():
+        masks = masks.chosen(~crowd) if isinstance(masks, IdMaps) else masks[~crowd]
+        labels = labels[torch.from_numpy(~crowd)]
     if isinstance(masks, IdMaps):
         masks = np.asarray(masks).view(bool)  # whose values need no check
     return torch.as_tensor(masks), labels
+
+
+def _void(sample: Sample) -> Tensor:
+    """[h, w] bool: nobody knows whose these pixels are."""
+    masks, crowd = sample["masks"], _crowd(sample)
+    void = np.zeros(masks.shape[1:], bool)
+    if "semantic" in sample:
+        void |= np.asarray(sample["semantic"]) == VOID
+    if crowd.any():
+        void |= np.asarray(masks.chosen(crowd) if isinstance(masks, IdMaps) else masks[crowd]).any(
+            0
+        )
+    return torch.from_numpy(void)
+
+
+def _crowd(sample: Sample) -> np.ndarray:
+    """[n] bool."""
+    return np.asarray(sample.get("crowd", np.zeros(len(sample["labels"]))), bool)
 
 
 def _pad(x: Tensor, size: tuple[int, int], value: int = 0) -> Tensor:

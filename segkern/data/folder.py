@@ -80,7 +80,9 @@ class FolderConfig:
             images/{train,val} and labels/{train,val} with the same names, and classes.txt with a
             name a line.
         seed: other seeds give other views of the training images.
-        exif, max_pixels: as in `ReadConfig`.
+        exif: as in `ReadConfig`.
+        max_pixels: width times height that an image or map may have; None is Pillow's limit of
+            178,956,970, which keeps a small file from filling the memory.
     """
 
     kind: ClassVar[str] = "folder"
@@ -94,7 +96,7 @@ class FolderConfig:
     max_pixels: int | None = None
 
     def __post_init__(self):
-        self.root = Path(self.root)
+        self.root = Path(self.root).absolute()  # a run is also gone on with from other folders
         ReadConfig(self.exif)
         if self.layout not in _LAYOUTS:
             raise ValueError(

@@ -65,7 +65,7 @@ class InstanceMapsConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self):
-        self.root = Path(self.root)
+        self.root = Path(self.root).absolute()  # a run is also gone on with from other folders
         if self.encoding not in ("auto", "ids", "class_instance"):
             raise ValueError(
                 "InstanceMapsConfig: encoding must be auto, ids or class_instance, "

@@ -74,7 +74,7 @@ class LabelMeConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self):
-        self.root = Path(self.root)
+        self.root = Path(self.root).absolute()  # a run is also gone on with from other folders
         self.read = as_config(ReadConfig, self.read)
         self.views = as_config(ViewConfig, self.views)
 

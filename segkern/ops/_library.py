@@ -18,7 +18,7 @@ import torch
 PACKAGE = Path(__file__).parent.parent
 OPS: list[str] = []  # every op that is declared
 CPU_ONLY: set[str] = set()  # of them, those that have no kernel for CUDA yet
-COMPOSED: set[str] = set()  # those whose kernel is made of PyTorch's ops, for every device
+COMPOSED: dict[str, Callable] = {}  # op to its kernel of PyTorch's ops, for every device
 TRITON: dict[str, str] = {}  # op to the module of segkern.kernels that holds its launcher
 _definitions = torch.library.Library("segkern", "DEF")
 
@@ -142,14 +142,14 @@ def define(
 
         _definitions.impl(name, launch, "CUDA")
     if composed is not None:
-        COMPOSED.add(name)
+        COMPOSED[name] = composed
         _definitions.impl(name, composed, "CompositeExplicitAutograd")
     return getattr(torch.ops.segkern, name).default
 
 
 def _cuda_only() -> set[str]:
     """The ops whose kernel for GPUs is CUDA C++, which ROCm lacks."""
-    return set(OPS) - TRITON.keys() - CPU_ONLY - COMPOSED
+    return set(OPS) - TRITON.keys() - CPU_ONLY - COMPOSED.keys()
 
 
 def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:

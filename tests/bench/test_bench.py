@@ -243,6 +243,9 @@ def test_the_driver_reports_every_stage(tmp_path):
         run(gpu.Stage(name, [sys.executable, "-c", code], seconds))
     run.end = time.monotonic()
     run(gpu.Stage("late", [sys.executable, "-c", ""], 30))
+    run.end = time.monotonic() + run.kept - 1  # the benchmarks' part of the time
+    run(gpu.Stage("a test more", [sys.executable, "-c", ""], 30))
+    run(gpu.Stage("benchmark", [sys.executable, "-c", ""], 30, is_test=False))
     status = {stage.name: stage.status for stage in run.stages}
     assert status == {
         "good": "ok",
@@ -250,8 +253,10 @@ def test_the_driver_reports_every_stage(tmp_path):
         "long": "stopped after 2 s",
         "memcheck": "skipped: Device not supported",
         "late": "not started: no time left",
+        "a test more": "not started: no time left",
+        "benchmark": "ok",
     }
-    assert [s.name for s in run.stages if s.bad] == ["bad", "long", "late"]
+    assert [s.name for s in run.stages if s.bad] == ["bad", "long", "late", "a test more"]
     log = (tmp_path / "log.txt").read_text()
     assert "==== good: ok" in log
     assert "fine" in log
@@ -276,4 +281,6 @@ def test_the_driver_runs_every_op_and_every_benchmark():
     for op in (ROOT / "segkern/ops").glob("[!_]*.py"):
         assert any(f"tests/ops/test_{op.stem}.py --device cuda" in c for c in commands)
     assert any(c.endswith("-m gpu -rs") and "tests/gpu/test_gpu.py" in c for c in commands)
+    assert f"test_{gpu.FIRST[0]}.py" in commands[1]
+    assert set(gpu.FIRST) < {p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py")}
     assert set(gpu.SHARES) <= {name.removeprefix("bench_").removesuffix(".py") for name in FILES}

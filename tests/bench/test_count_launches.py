@@ -1,0 +1,105 @@
+"""What counts a GPU's work without one: its rules, and that both models run whole without a value
+being read, as a CUDA graph asks. In a process of its own, whose kept constants have no values."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="no Triton on this platform")
+BENCH = Path(__file__).parents[2] / "bench"
+SCRIPT = """
+import json
+from dataclasses import asdict
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+import count_launches as count
+from segkern.models import Mask2FormerConfig, SegmenterConfig
+
+rates = count.Rates(bandwidth=1e12, half=1e14, single=1e13, launch=1e-6)
+small = {"embed_dim": 64, "depth": 2, "num_heads": 2, "patch_size": 16, "image_size": (64, 96)}
+found = {"rules": {}}
+with count.imaginary_gpu(torch.float32):
+    x, weight = torch.zeros(8, 1000), torch.zeros(2000, 1000)
+    with torch.no_grad(), count.Count(rates) as one:
+        y = torch.nn.functional.linear(x.view(8, 10, 100).flatten(1), weight)
+        y += 1
+        y.zero_()
+        torch.zeros(1, 2000).expand(8, -1).clone()
+    found["rules"] = {name: asdict(total) for name, total in one.totals.items()}
+    try:
+        x.sum().item()
+    except DataDependentOutputException:
+        found["reading fails"] = True
+swin = Mask2FormerConfig(
+    num_labels=11,
+    backbone_options={"depths": [1, 2, 1, 1]},
+    encoder_layers=1,
+    decoder_layers=3,
+)
+for config in (swin, SegmenterConfig(num_labels=11, **small)):
+    for kind in count.KINDS:
+        totals = count.counted(config, kind, (64, 96), 2, "bf16", rates)
+        found[f"{config.kind} {kind}"] = {name: asdict(t) for name, t in totals.items()}
+        assert len(count.table(totals, found[f"{config.kind} {kind}"], 5).splitlines()) == 7
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCH), *sys.path])}
+    command = [sys.executable, "-W", "error::UserWarning:segkern", "-c", SCRIPT]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_the_rules(found):
+    """Views are no launch; a product reads and writes what it must; a repeated row is there once;
+    time is the larger of bytes and operations, and no less than a launch takes."""
+    rules = found["rules"]
+    assert found["reading fails"]
+    assert {name: total["launches"] for name, total in rules.items()} == {
+        "mm": 1,
+        "add_": 1,
+        "zero_": 1,
+        "zeros": 1,
+        "clone": 1,
+    }
+    assert rules["mm"]["bytes"] == 4 * (8 * 1000 + 2000 * 1000 + 8 * 2000)
+    assert rules["mm"]["operations"] == 2 * 8 * 1000 * 2000
+    assert rules["mm"]["least"] == pytest.approx(rules["mm"]["bytes"] / 1e12)
+    assert rules["add_"]["bytes"] == 2 * rules["zero_"]["bytes"] == 2 * 4 * 8 * 2000
+    assert rules["clone"]["bytes"] == 4 * (2000 + 8 * 2000)
+    assert rules["zero_"]["least"] < rules["zero_"]["estimate"] == 1e-6
+
+
+OURS = {
+    "mask2former inference": {"mask_bits", "masked_attn", "ms_deform_attn", "feed_forward"},
+    "mask2former training step": {
+        "masked_attn_backward",
+        "ms_deform_attn_backward",
+        "matching_cost",
+        "linear_assignment",
+        "point_mask_loss_backward",
+        "_fused_adamw_",
+        "_foreach_norm",
+    },
+    "segmenter inference": {"addmm"},
+    "segmenter training step": {"_fused_adamw_"},
+}
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_models_run_whole(found, case):
+    totals = found[case]
+    assert OURS[case] <= totals.keys()
+    for total in totals.values():
+        assert total["launches"] > 0
+        assert 0 <= total["least"] <= total["estimate"]
