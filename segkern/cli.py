@@ -48,7 +48,8 @@ _Model = Annotated[
     str, tyro.conf.arg(help="folder of a run or a model, or a name on the Hugging Face hub")
 ]
 # options of train that are read before the others, whose defaults depend on them
-_FIRST = ("--recipe", "--resume", "--preset", "--data.root", "--data.layout")
+_FIRST = ("--recipe", "--resume", "--preset", "--init")
+_FIRST += ("--data.root", "--data.layout", "--data.task")
 _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error arose."
 
 
@@ -261,20 +262,25 @@ def _train_command(arguments: list[str]) -> Callable:
         name, _, value = name.partition("=")
         if name in _FIRST and arguments[0] == "train":
             given[name] = value or following
-    if given.get("--recipe") == "segmenter":
-        default = recipes.segmenter(
-            given.get("--preset", "Seg-S-Mask/16"),
-            given.get("--data.layout", "plain"),
-            "--model.no-backbone-pretrained" not in arguments,
-            given.get("--data.root"),
-        )
-    else:
-        default = recipes.RECIPES.get(given.get("--recipe"), recipes.digits)()
-    if given.get("--resume"):
-        folder = Path(given["--resume"])
+    recipe, root, resume = (given.get(name) for name in ("--recipe", "--data.root", "--resume"))
+    if resume:
+        folder = Path(resume)
         default = stored_config(folder)
         default.output = checkpoint.folder_of(folder)
         default.overwrite = False  # it was said of that run, not of what comes now
+    elif recipe == "segmenter":
+        pretrained = "--model.no-backbone-pretrained" not in arguments
+        preset, layout = (
+            given.get("--preset", "Seg-S-Mask/16"),
+            given.get("--data.layout", "plain"),
+        )
+        default = recipes.segmenter(preset, layout, pretrained, root)
+    elif recipe == "mask2former":
+        if not root:
+            raise ValueError("train: --recipe mask2former needs --data.root, a folder of pictures")
+        default = recipes.mask2former(root, given.get("--data.task"), given.get("--init"))
+    else:
+        default = recipes.RECIPES.get(recipe, recipes.digits)()
 
     def train(
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
@@ -282,17 +288,24 @@ def _train_command(arguments: list[str]) -> Callable:
         resume: Path | None = None,
         preset: str | None = None,
     ) -> None:
-        """Train on scenes of handwritten digits, or with --recipe segmenter on images in folders.
+        """Train on scenes of handwritten digits, with --recipe mask2former on pictures of objects,
+        with --recipe segmenter on maps of classes.
 
         Args:
             config: what and how.
             recipe: the model, and the defaults of the other options. Those of segmenter are its
-                paper's for the layout of --data.root.
+                paper's for the layout of --data.root; those of mask2former its paper's, with the
+                classes of the data in --data.root, whose format is found, and with the sizes of
+                the model that --init names.
             resume: go on with the run in this folder; other options default to its settings.
             preset: model of the recipe segmenter, such as Seg-B-Mask/16; not given, Seg-S-Mask/16.
         """
         if preset is not None and (recipe != "segmenter" or resume is not None):
             raise ValueError("train: --preset is for a new run with --recipe segmenter")
+        if recipe == "mask2former" and resume is None:
+            names = list((config.model.id2label or {}).values())
+            found = f"{config.data.root}: data of kind {config.data.kind} ({config.data.task})"
+            print(f"{found}, {len(names)} classes: {', '.join(names[:20])}")
         run = run_train(config, resume)
         print(f"trained {run.steps} steps in {run.seconds:.0f} s: {config.output / 'model'}")
         if best := best_of(config.output):

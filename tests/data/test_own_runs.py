@@ -11,8 +11,9 @@ from segkern.cli import main
 from segkern.data import CocoConfig, ReadConfig, ViewConfig, build_dataset
 from segkern.evaluation.instance import Instances
 from segkern.evaluation.panoptic import Panoptic
-from segkern.models import Mask2FormerConfig
+from segkern.models import Mask2Former, Mask2FormerConfig, open_model
 from segkern.ops import pack_bits
+from segkern.recipes import mask2former
 from segkern.structures.segmentation import Masks, Segment, Segmentation
 from segkern.training.config import TrainConfig
 from support.pictures import write_coco, write_panoptic
@@ -48,6 +49,51 @@ def test_a_run_is_trained_resumed_and_measured(task, tmp_path, capsys):
     assert main(["evaluate", str(run), "--data", str(root), "--out", str(again)]) == 0
     assert f"found data of kind coco ({task})" in capsys.readouterr().out
     assert json.loads(again.read_text())["classes"] == value["classes"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_the_recipe_finds_format_and_classes(task, tmp_path, capsys):
+    """From the command line, started from a checkpoint of other classes."""
+    root, run, start = tmp_path / "set", tmp_path / "run", tmp_path / "start"
+    for split in ("train", "val"):
+        (write_coco if task == "instance" else write_panoptic)(root, name=split)
+    other = Mask2FormerConfig.tiny(7)
+    other.num_queries = 5
+    Mask2Former(other).save_pretrained(start)
+    command = ["train", "--recipe", "mask2former", "--data.root", str(root), "--init", str(start)]
+    command += ["--output", str(run), "--data.views.size", "32", "32", "--batch-size", "2"]
+    assert main([*command, "--steps", "2", "--evaluate-every", "1"]) == 0
+    model = open_model(run)
+    assert (model.config.num_queries, model.config.num_labels) == (5, 3)
+    assert model.config.id2label == {0: "box", 1: "ring", 2: "ground"}
+    assert model.config.stuff == (2,)
+    assert f"kind coco ({task}), 3 classes: box, ring, ground" in capsys.readouterr().out
+    assert main(["evaluate", str(run)]) == 0
+
+
+def test_the_recipe_is_the_papers(tmp_path):
+    write_coco(tmp_path, name="train")
+    with pytest.warns(UserWarning, match="val split"):
+        config = mask2former(tmp_path)
+    assert (config.optimizer, config.lr, config.weight_decay) == ("adamw", 1e-4, 0.05)
+    assert (config.schedule, config.clip, config.backbone_lr_factor) == ("steps", 0.01, 0.1)
+    assert (config.steps, config.batch_size, config.init) == (1000, 16, None)
+    assert (config.data.views.size, config.data.views.ratios) == ((1024, 1024), (0.1, 2.0))
+    assert (config.model.backbone, config.model.num_labels) == ("swin_tiny", 3)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_what_the_recipe_cannot_learn_from(tmp_path, capsys):
+    write_coco(tmp_path / "objects", name="train")
+    for folder in ("images/train", "labels/train"):
+        (tmp_path / "maps" / folder).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"must hold objects, got data of kind folder, semantic"):
+        mask2former(tmp_path / "maps")
+    with pytest.raises(ValueError, match="task must be instance or panoptic"):
+        mask2former(tmp_path / "objects", "semantic")
+    assert main(["train", "--recipe", "mask2former"]) == 2
+    assert "needs --data.root" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")
