@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, explain, demo, info.
+"""The command line: train, evaluate, predict, explain, data, demo, info.
 
 Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 """
@@ -33,6 +33,7 @@ from .models import Segmenter, open_model
 from .models.segmenter.explain import explain as run_explain
 from .ops import _library
 from .ops.segment_map import TASKS
+from .recipes.check_data import check_data, show_data
 from .recipes.demo import demo as run_demo
 from .runtime.device import usable_device
 from .structures.settings import Options, Views
@@ -255,6 +256,43 @@ def info() -> None:
         print(f"{name:<{width}}  {value}")
 
 
+def data(
+    action: tyro.conf.Positional[Literal["check", "show"]],
+    root: tyro.conf.Positional[Path],
+    out: Path = Path("data-report"),
+    layout: Layout | None = None,
+    split: Literal["train", "val"] = "train",
+    count: int = 12,
+    size: tuple[int, int] | None = None,
+    workers: int | None = None,
+) -> int:
+    """Check a folder of training data, or show samples of it as training sees them.
+
+    `check` reads every picture and annotation of both splits, says what is broken and why, and
+    writes report.json, train.png and val.png (objects of each class, sizes) and samples.png;
+    exit code 0 where the data can be used, 2 where not. `show` writes views.png.
+
+    Args:
+        action: check or show.
+        root: folder of a data set; its format is told from the files.
+        out: folder for what is written.
+        layout: of a folder of maps of classes; not given, the format is told from the files.
+        split: of show.
+        count: of samples that are drawn.
+        size: of show: height and width of the views; not given, the recipe's.
+        workers: of check: processes that read; not given, one a core.
+    """
+    settings, line = find_format(root) if layout is None else (FolderConfig(root, layout), None)
+    print(line or f"{root}: data of kind folder ({layout})")
+    if action == "show":
+        drawn = show_data(settings, out / "views.png", split, count, size)
+        print(f"{drawn} samples; written: {out / 'views.png'}")
+        return 0
+    good = check_data(settings, out, count, workers)
+    print(f"{'usable' if good else 'not usable'}; written: {out}")
+    return 0 if good else 2
+
+
 def _train_command(arguments: list[str]) -> Callable:
     """`segkern train`, whose defaults are the recipe's, or those of the run to go on with."""
     given = {}
@@ -361,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         app = tyro.extras.SubcommandApp()
-        for command in (_train_command(arguments), evaluate, predict, explain, demo, info):
+        for command in (_train_command(arguments), evaluate, predict, explain, data, demo, info):
             app.command(command)
         # the model's kind is that of the recipe's or the stored config, and no subcommand
         config = (tyro.conf.AvoidSubcommands,)

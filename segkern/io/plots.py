@@ -197,6 +197,68 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
+def save_data(path: str | Path, report: dict, title: str) -> None:
+    """Draws what a data set holds: objects of each class, sizes of objects and of pictures.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        report: of `evaluation.data_report.examine`.
+        title: above all.
+    """
+    rows = sorted(report["classes"], key=lambda row: row["objects"])[-60:]
+    figure = _figure(13, max(4.5, 0.2 * len(rows) + 1.2))
+    classes, sides, sizes = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
+    classes.barh([row["name"] for row in rows], [row["objects"] for row in rows], color="#1e88e5")
+    classes.set_title("objects of each class" + " (the 60 commonest)" * (len(rows) == 60))
+    if max((row["objects"] for row in rows), default=0) > 100:
+        classes.set_xscale("symlog")
+    classes.tick_params(axis="y", labelsize=7)
+    counts = report["object_sides"]
+    edges = np.geomspace(0.004, 1, len(counts) + 1)
+    sides.stairs(counts, edges, fill=True, color="#43be50")
+    sides.set_xscale("log")
+    sides.set_title("objects: side over the picture's\n(square root of the areas)")
+    if report["sizes"]:
+        height, width, count = np.array(report["sizes"], float).T
+        sizes.scatter(width, height, 12 + 200 * count / count.max(), alpha=0.5, color="#ff8f00")
+    sizes.set_title("pictures")
+    sizes.set_xlabel("width")
+    sizes.set_ylabel("height")
+    sizes.set_xlim(left=0)
+    sizes.set_ylim(bottom=0)
+    figure.suptitle(
+        f"{title}: {report['readable']} of {report['pictures']} pictures, "
+        f"{report['objects']} objects, {report['findings_in_all']} findings"
+    )
+    _save(figure, path)
+
+
+def save_sheet(path: str | Path, pictures, columns: int = 4) -> None:
+    """Draws pictures beside and below each other.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        pictures: (picture, title).
+        columns: pictures in a row.
+
+    Raises:
+        ValueError: no picture.
+    """
+    pictures = list(pictures)
+    if not pictures:
+        raise ValueError("save_sheet: pictures must not be empty")
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure = _figure(3.6 * columns, 3.2 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (picture, title) in zip(axes, pictures):
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=8)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float):
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
