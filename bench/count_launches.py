@@ -51,6 +51,7 @@ KINDS = ("inference", "training step")
 LABELS, TARGETS = 133, 16
 NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach"}
 NO_LAUNCH |= {"lift_fresh", "_unsafe_view", "device", "set_", "resize_"}
+SAME = {torch.ops.aten._addmm_activation: torch.ops.aten.addmm}  # operations
 ONLY_WRITES = {"zero_", "fill_", "copy_"}  # their first argument
 
 
@@ -142,10 +143,12 @@ class Count(TorchDispatchMode):
             operations, launches = 0, 1
             if own:
                 launches = LAUNCHES.get(name, lambda *_: 1)(*args)
-            elif packet in flop_registry:
+            elif (packet := SAME.get(packet, packet)) in flop_registry:
                 operations = flop_registry[packet](*args, **kwargs, out_val=out)
             read = args[1:] if name in ONLY_WRITES else args
-            size = size_of((read, kwargs)) + size_of(out)
+            outs = {a.name for a in func._schema.arguments if a.is_out}
+            others = [value for key, value in kwargs.items() if key not in outs]
+            size = size_of((read, others)) + size_of(out)
             self._add(name, launches, size, operations, _dtype(args))
         return out
 

@@ -66,17 +66,17 @@ def _first_layer(
     out: Tensor,  # [R, F]
     before: Tensor | None = None,  # [R, F]
 ) -> None:
-    """out = act(x W^T + bias); before, if it is given, = x W^T + bias."""
+    """out = act(x W^T + bias); before, if it is given, = x W^T + bias, for a gelu."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and "cpu" not in _library.MISSING:
         torch.mm(x, weight.t(), out=out)
         _bias_activation_op(out, bias.contiguous(), gelu, before)
         return
+    if not gelu:  # on a GPU the product's own end adds the bias and cuts
+        torch._addmm_activation(bias, x, weight.t(), out=out)
+        return
     total = out if before is None else before
     torch.addmm(bias, x, weight.t(), out=total)
-    if gelu:
-        _aten.gelu.out(total, out=out)
-    else:
-        torch.clamp_min(total, 0, out=out)
+    _aten.gelu.out(total, out=out)
 
 
 def _forward(
@@ -88,8 +88,9 @@ def _forward(
     gelu: bool,
 ) -> Tensor:  # [R, C]
     if x.device.type != "cpu":
-        hidden = F.linear(x, weight1, bias1)
-        return F.linear(_aten.gelu_(hidden) if gelu else hidden.relu_(), weight2, bias2)
+        hidden = x.new_empty(len(x), len(weight1))
+        _first_layer(x, weight1, bias1, gelu, hidden)
+        return F.linear(hidden, weight2, bias2)
     blocks = list(_blocks(x, len(weight1)))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     memory = x.new_empty(blocks[0].stop if blocks else 0, len(weight1))  # of every block in turn
@@ -117,12 +118,15 @@ def _backward(
     memory = x.new_empty(2, rows, len(weight1))  # of every block in turn
     for rows in blocks:
         (before, inner), above = memory[:, : rows.stop - rows.start], grad[rows]
-        _first_layer(x[rows], weight1, bias1, gelu, inner, before)
-        _add_product(sums[2], above.t(), inner)
-        torch.mm(above, weight2, out=inner)
         if gelu:
+            _first_layer(x[rows], weight1, bias1, gelu, inner, before)
+            _add_product(sums[2], above.t(), inner)
+            torch.mm(above, weight2, out=inner)
             _aten.gelu_backward.grad_input(inner, before, grad_input=inner)
-        else:
+        else:  # what is not above 0 before the activation is 0 after it
+            _first_layer(x[rows], weight1, bias1, gelu, before)
+            _add_product(sums[2], above.t(), before)
+            torch.mm(above, weight2, out=inner)
             _aten.threshold_backward.grad_input(inner, before, 0, grad_input=inner)
         _add_product(sums[0], inner.t(), x[rows])
         sums[1] += inner.sum(0, dtype=exact)
