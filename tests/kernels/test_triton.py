@@ -132,7 +132,14 @@ def group_norm(dtype, B=2, C=256, h=128, w=192, H=64, W=96, groups=32):
         launch("group_norm_backward", out, x, *weights, *moments, groups, relu, *size)
 
 
-OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map, group_norm)
+def norm_relu(dtype, B=2, C=256, h=128, w=192):
+    x, exact = meta(dtype, B, h, w, C).permute(0, 3, 1, 2), exact_dtype(meta(dtype))
+    norm = [meta(exact, C)] * 4
+    for other in ((None, []), (x, []), (x, norm)):
+        launch("norm_relu", x, norm, 1e-5, *other, 1e-5)
+
+
+OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map, group_norm, norm_relu)
 # sizes of one call after another, none of which may compile anew after the first two
 SIZES = {
     masked_attn: [{"S": s, "Q": q} for s in (1024, 1330, 4096, 16801) for q in (100, 77, 200)],
@@ -146,6 +153,7 @@ SIZES = {
         for q, k in ((100, 133), (1, 1), (300, 19))
     ],
     group_norm: [{"B": b, "h": h, "H": 2 * h - 1} for b in (2, 1, 16) for h in (128, 17, 1)],
+    norm_relu: [{"B": b, "h": h} for b in (2, 1) for h in (128, 17)],
 }
 SLOW = [pytest.mark.slow]
 # what is made for sm_89 differs from sm_86 in nothing but the name; kernels without tuning tables
