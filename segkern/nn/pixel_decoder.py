@@ -211,7 +211,8 @@ class PixelDecoder(nn.Module):
             for (project, norm), feature in zip(self.input_proj, reversed(features[1:]))
         ]
         shapes = tuple((m.shape[2], m.shape[3]) for m in maps)
-        x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
+        # float32 under autocast, whose layer norms leave it so, too
+        x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1).to(self.level_embed.dtype)
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         reference = pixel_centres(shapes, x.device, exact)
         position = sine_position(shapes, x.shape[2], x.device, x.dtype)
