@@ -22,8 +22,8 @@ from ._launch import FUSED, device, on
 from .group_norm_backward import apply_back, join_sums, of_up, sums
 from .group_norm_forward import apply, join, moments
 
-# Chosen by arithmetic, not yet measured, for all architectures: 16 values of a tile and twice as
-# many sums a thread, so that four programs of 8 warps fit on a multiprocessor.
+# Chosen by arithmetic, not yet measured, for all architectures: 16 values of a map and up to twice
+# as many sums a thread, so that two to four programs of 8 warps fit on a multiprocessor.
 VALUES = 4096  # of a tile; half as many in float64
 CHANNELS = 256  # of a program
 PROGRAMS = 4  # a multiprocessor at least, if there are so many tiles

@@ -12,7 +12,7 @@ from torch import Tensor
 from ._launch import FUSED, device, on
 from .group_norm_forward import load, place_of
 
-# Chosen by arithmetic, not yet measured, for all architectures: as group_norm's
+# Chosen by arithmetic, not yet measured, for all architectures: as group_norm's.
 VALUES = 4096  # of a tile; half as many in float64
 CHANNELS = 256  # of a program
 PROGRAMS = 4  # a multiprocessor at least, if there are so many tiles

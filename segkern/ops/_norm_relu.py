@@ -59,5 +59,5 @@ def norm_relu(
         [B, C, h, w] in x's dtype, channels last in memory; computed in float32 (float64 where x
         is) and rounded once, on a CPU as its layers are.
     """
-    more, more_eps = other_norm or ([], 0.0)
-    return _forward(x, norm[0], norm[1], other, more, more_eps)
+    run = _of_pytorch if _library.PURE else _forward
+    return run(x, *norm, other, *(other_norm or ([], 0.0)))

@@ -6,8 +6,8 @@ Letters: B image, h w map, C channels, G groups of C / G channels; mean and var 
 channels and pixels.
 
 PyTorch's passes are six or seven: two for the norm, one for the resized map and one for its sum or
-for the activation; on a GPU more, as it turns the map, and a resized map and a sum in float32
-under autocast. Here one reads x for the moments (in float64 from 64 pixels on, or by Welford's
+for the activation. On a GPU it also copies the map to planes, and all maps are float32 under
+autocast. Here one reads x for the moments (in float64 from 64 pixels on, or by Welford's
 sums on a GPU) and one writes y; the coarser map is resized where it is added. Backward is
 PyTorch's on a CPU; on a GPU one pass for the sums, one for the gradient, and each value of the
 coarser map collects its own.
