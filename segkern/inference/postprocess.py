@@ -3,7 +3,8 @@
 Letters: B image, Q query, K class, C channel, H W output size, h w size of the mask logits.
 
 The maps come from `ops.segment_map`, by the rules of the original Mask2Former code; here they
-become one `Segmentation` an image.
+become one `Segmentation` an image. The host waits for a GPU once, for the table of all segments:
+until then it launches ahead of the model.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..ops import segment_map
 from ..ops._checks import expect
 from ..ops.segment_map import SegmentMap, check_options
+from ..runtime.constants import constant
 from ..structures.segmentation import Masks, Segment, Segmentation
 from ..structures.settings import Options, one_of
 
@@ -77,11 +79,9 @@ def postprocess(
             f"postprocess: image_sizes must fit into padded_size {tuple(padded_size)}, "
             f"got {list(image_sizes)}"
         )
-    if not class_logits.isfinite().all():
-        raise ValueError("postprocess: class_logits must be finite, got NaN or infinity")
-    stuff, is_stuff = frozenset(stuff), None
+    is_stuff = None
     if stuff:
-        is_stuff = torch.tensor([label in stuff for label in range(k)], device=masks.device)
+        is_stuff = _is_stuff(tuple(sorted(set(stuff))), k, masks.device)
     maps = [
         segment_map(
             class_logits[b : b + 1],
@@ -96,22 +96,70 @@ def postprocess(
         )
         for b, (image, output) in enumerate(zip(image_sizes, output_sizes))
     ]
-    return [_result(found, task, stuff) for found in maps]
+    if not maps:
+        return []
+    finite = class_logits.isfinite().all().double().view(1)
+    tables = torch.stack([_table(found) for found in maps])
+    finite, *values = _on_host(torch.cat((finite, tables.flatten())))
+    if not finite:
+        raise ValueError("postprocess: class_logits must be finite, got NaN or infinity")
+    n, columns = tables.shape[1:]
+    rows = [values[i : i + columns] for i in range(0, len(values), columns)]
+    stuff = frozenset(stuff)
+    return [_result(x, rows[b * n : (b + 1) * n], task, stuff) for b, x in enumerate(maps)]
 
 
-def semantic(labels: Tensor, scores: Tensor | None, names: dict | None) -> Segmentation:
-    """The result for a map of labels [H, W] int32, and class scores [K, H, W] or None."""
-    count = labels.flatten().bincount().tolist()
+def semantic(labels: Tensor, scores: Tensor | None, K: int, names: dict | None) -> Segmentation:
+    """The result for a map of labels [H, W] int32 below K, and class scores [K, H, W] or None."""
+    count = _on_host(_areas(labels, K))
     segments = [Segment(k, k, None, area, False) for k, area in enumerate(count) if area]
     return Segmentation("semantic", labels, segments, names, scores=scores)
 
 
-def _result(found: SegmentMap, task: str, stuff: frozenset[int]) -> Segmentation:
-    """The result of one image from rows of classes, queries or pairs."""
+def _on_host(values: Tensor) -> list:
+    """All that the host reads of a result, which it waits for."""
+    return values.tolist()
+
+
+@constant
+def _is_stuff(stuff: tuple[int, ...], classes: int, device: torch.device) -> Tensor:
+    """[K] bool, of which nothing is copied from the host."""
+    found = torch.zeros(classes, dtype=torch.bool, device=device)
+    for label in stuff:
+        found[label].fill_(True)
+    return found
+
+
+def _areas(labels: Tensor, classes: int) -> Tensor:
+    """Pixels of each class, [K] int64."""
+    if not labels.is_cuda:
+        return labels.flatten().bincount(minlength=classes)
+    return _areas_unread(labels, classes)
+
+
+def _areas_unread(labels: Tensor, classes: int) -> Tensor:
+    """As `_areas`, but the host reads no label, as bincount does to know the largest.
+
+    A row counts by itself first: atomics on one number would wait for each other.
+    """
+    rows = torch.arange(len(labels), device=labels.device)[:, None] * classes
+    place = (labels + rows).flatten()
+    counts = torch.zeros(len(labels) * classes, dtype=torch.int64, device=labels.device)
+    counts.scatter_add_(0, place, counts.new_ones(()).expand(len(place)))
+    return counts.view(len(labels), classes).sum(0)
+
+
+def _table(found: SegmentMap) -> Tensor:
+    """The rows of one image, [N, 5]; doubles hold every count exactly."""
     none = torch.zeros_like(found.areas)
     columns = found.ids, found.labels, found.areas, found.scores, found.slots
-    # one transfer from the device; doubles hold every count exactly
-    table = torch.stack([(none if c is None else c)[0].double() for c in columns], 1).tolist()
+    return torch.stack([(none if c is None else c)[0].double() for c in columns], 1)
+
+
+def _result(
+    found: SegmentMap, table: list[list[float]], task: str, stuff: frozenset[int]
+) -> Segmentation:
+    """The result of one image from rows of classes, queries or pairs."""
     segments: list[Segment] = []
     slots = []
     for i, label, area, score, slot in table:

@@ -231,8 +231,9 @@ def _by_pixels(
     sizes = [one.output for one in batch]
     with torch.no_grad():
         found = label_maps(model, images, sizes, views, options.return_scores, cuda_graphs)
+    config = model.config
     for labels, scores in found:
-        yield {"semantic": semantic(labels, scores, model.config.labels.names)}
+        yield {"semantic": semantic(labels, scores, config.num_labels, config.labels.names)}
 
 
 def _by_queries(

@@ -3,6 +3,7 @@
 The specification of each is `NAME_reference` in its file.
 """
 
+from . import _norm_relu as _norm_relu  # of backbones alone, but declared with the others
 from .conv3x3 import conv3x3 as conv3x3
 from .feed_forward import feed_forward as feed_forward
 from .group_norm import group_norm as group_norm

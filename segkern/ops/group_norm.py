@@ -6,11 +6,16 @@ Letters: B image, h w map, C channels, G groups of C / G channels; mean and var 
 channels and pixels.
 
 PyTorch's passes are six or seven: two for the norm, one for the resized map and one for its sum or
-for the activation. Here one reads x for the sums, in float64 from 64 pixels on, and one writes y;
-the coarser map is resized where it is added. Backward is PyTorch's.
-Bytes: 3 B C h w values, and the coarser map.
+for the activation. On a GPU it also copies the map to planes, and all maps are float32 under
+autocast. Here one reads x for the moments (in float64 from 64 pixels on, or by Welford's
+sums on a GPU) and one writes y; the coarser map is resized where it is added. Backward is
+PyTorch's on a CPU; on a GPU one pass for the sums, one for the gradient, and each value of the
+coarser map collects its own.
+Bytes: forward 3 B C h w values, and the coarser map; backward 5, one more for the coarser map.
 Source: Group Normalization (Wu and He, ECCV 2018); Feature Pyramid Networks (Lin et al., CVPR
 2017).
+Differs: on a GPU under autocast the result has x's dtype, where PyTorch's is float32; the sums are
+float32.
 """
 
 import torch
@@ -19,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _library
-from ._checks import expect
+from ._checks import exact_dtype, expect
 
 _aten = torch.ops.aten
 
@@ -41,45 +46,68 @@ def group_norm_reference(
 
 
 def _fake(x, weight, bias, groups, eps, relu, up) -> tuple[Tensor, Tensor, Tensor]:
-    moments = (x.new_empty((len(x), groups)) for _ in range(2))
+    moments = (x.new_empty((len(x), groups), dtype=exact_dtype(x)) for _ in range(2))
     return x.new_empty(x.shape), *moments
+
+
+def _fake_backward(grad, x, weight, bias, mean, inverse, groups, relu, up, up_dtype):
+    coarse = (0,) if up is None else (len(x), *up, x.shape[3])
+    others = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), *others, x.new_empty(coarse, dtype=up_dtype or x.dtype)
+
+
+def _of_pytorch(grad, x, weight, bias, mean, inverse, groups, relu, up, up_dtype):
+    """The gradients on a CPU."""
+    # torch 2.11 takes both as they lie, also where one is channels last and one is not
+    x, grad = (t.contiguous().permute(0, 3, 1, 2) for t in (x, grad))
+    B, C, h, w = x.shape
+    if relu:
+        middle, narrow = (t.repeat_interleave(C // groups, 1) for t in (mean, inverse))
+        y = (x - middle[..., None, None]) * (narrow * weight)[..., None, None]
+        grad = grad.where(y + bias[:, None, None] > 0, 0)
+    coarse = x.new_empty(0)
+    if up is not None:
+        coarse = _aten.upsample_bilinear2d_backward(grad, (h, w), (B, C, *up), False)
+        coarse = coarse.permute(0, 2, 3, 1).contiguous()
+    of_x, *others = _aten.native_group_norm_backward(
+        grad, x, mean, inverse, weight, B, C, h * w, groups, [True, True, True]
+    )
+    return of_x.permute(0, 2, 3, 1).contiguous(), *others, coarse
 
 
 _forward = _library.define(
     "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool relu,"
     " Tensor? up) -> (Tensor, Tensor, Tensor)",
     _fake,
-    cpu_only=True,
+    triton="group_norm",
+)
+_backward = _library.define(
+    "group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean,"
+    " Tensor inverse, int groups, bool relu, int[]? up, ScalarType? up_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+    triton="group_norm",
+    composed=_of_pytorch,
 )
 
 
 class _GroupNorm(torch.autograd.Function):
-    """Of rows [B, h, w, C]."""
+    """Of rows [B, h, w, C]; where gradients flow, a ReLU and a coarser map exclude each other."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps, relu, up):
         out, *moments = _forward(x, weight, bias, groups, eps, relu, up)
-        ctx.save_for_backward(x, weight, *moments)
-        ctx.groups, ctx.up = groups, up if up is None else up.shape
+        ctx.save_for_backward(x, weight, bias, *moments)
+        ctx.groups, ctx.relu = groups, relu
+        ctx.up = (None, None) if up is None else (up.shape[1:3], up.dtype)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        # torch 2.11 takes both as they lie, also where one is channels last and one is not
-        x, grad = (t.contiguous().permute(0, 3, 1, 2) for t in (ctx.saved_tensors[0], grad))
-        weight, mean, inverse = ctx.saved_tensors[1:]
-        of_up = None
-        if ctx.up is not None and ctx.needs_input_grad[6]:
-            b, h, w, c = ctx.up
-            of_up = _aten.upsample_bilinear2d_backward(grad, x.shape[2:], (b, c, h, w), False)
-            of_up = of_up.permute(0, 2, 3, 1)
-        (B, C, h, w), wanted = x.shape, list(ctx.needs_input_grad[:3])
-        of_x, *others = _aten.native_group_norm_backward(
-            grad, x, mean, inverse, weight, B, C, h * w, ctx.groups, wanted
-        )
-        of_x = of_x if of_x is None else of_x.permute(0, 2, 3, 1)
-        return of_x, *others, None, None, None, of_up
+        up = ctx.up if ctx.needs_input_grad[6] else (None, None)
+        *grads, of_up = _backward(grad, *ctx.saved_tensors, ctx.groups, ctx.relu, *up)
+        return *grads, None, None, None, of_up if ctx.needs_input_grad[6] else None
 
 
 def group_norm(
@@ -103,11 +131,11 @@ def group_norm(
         relu: whether what is below 0 becomes 0.
         up: [B, C, *, *] in x's dtype: a map of any size that is resized bilinearly to x's and
             added.
-        impl: "kernel", or "reference" for plain PyTorch, which also runs in half precision, under
-            autocast and for CUDA tensors, for which there is no kernel.
+        impl: "kernel", or "reference" for plain PyTorch, which on a CPU also runs in half
+            precision and under autocast.
 
     Returns:
-        [B, C, h, w].
+        [B, C, h, w] in x's dtype; float32 where plain PyTorch runs under autocast.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or number.
@@ -129,14 +157,15 @@ def group_norm(
     for name, tensor in tensors.items():
         if not autocast and tensor.dtype != x.dtype:
             raise TypeError(f"group_norm: {name} must be {x.dtype} as x, got {tensor.dtype}")
-    if autocast and not weight.dtype == bias.dtype == x.dtype:
-        # which PyTorch takes beside any half precision
-        weight, bias = weight.float(), bias.float()
-    if (x.is_cuda or autocast or x.dtype.itemsize < 4) and impl == "kernel":
+    if not x.is_cuda and (autocast or x.dtype.itemsize < 4) and impl == "kernel":
         impl = "reference"
     if not _library.use_kernel("group_norm", impl, x):
+        if autocast and not weight.dtype == bias.dtype == x.dtype:
+            # which PyTorch takes beside any half precision
+            weight, bias = weight.float(), bias.float()
         return group_norm_reference(x, groups, weight, bias, eps, relu, up)
     rows, coarse = (t if t is None else t.permute(0, 2, 3, 1) for t in (x, up))
-    cut = relu and not torch.is_grad_enabled()  # else PyTorch's relu, whose gradient it frees
+    # else PyTorch's relu: on a CPU, because it frees its gradient
+    cut = relu and (not torch.is_grad_enabled() or (x.is_cuda and up is None))
     out = _GroupNorm.apply(rows, weight, bias, groups, eps, cut, coarse)
     return (out if cut or not relu else out.relu_()).permute(0, 3, 1, 2)

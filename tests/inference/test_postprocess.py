@@ -352,8 +352,9 @@ def test_postprocess_names_wrong_logits():
         postprocess(classes, masks.repeat(1, 2, 1, 1), "panoptic", *SIZE)
     with pytest.raises(TypeError, match=r"class_logits must be .* float, got .* int64"):
         postprocess(classes.long(), masks, "panoptic", *SIZE)
-    with pytest.raises(ValueError, match="class_logits must be finite"):
-        postprocess(classes * math.nan, masks, "panoptic", *SIZE)
+    for task in TASKS:
+        with pytest.raises(ValueError, match="class_logits must be finite"):
+            postprocess(classes * math.nan, masks, task, *SIZE)
 
 
 # JSON

@@ -122,7 +122,24 @@ def segment_map(dtype, B=2, Q=100, K=133, h=128, w=192, out=(480, 640), C=256, n
     launch("segment_map_cover", meta(torch.int32, *bits), order, out[1])
 
 
-OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map)
+def group_norm(dtype, B=2, C=256, h=128, w=192, H=64, W=96, groups=32):
+    """Both ends of a pyramid's step, as under autocast; with their gradients."""
+    x, exact = meta(dtype, B, h, w, C), exact_dtype(meta(dtype))
+    weights = meta(exact, C), meta(exact, C)
+    for relu, up in ((True, None), (False, meta(exact, B, H, W, C))):
+        out, *moments = launch("group_norm", x, *weights, groups, 1e-5, relu, up)
+        size = (None, None) if up is None else ([H, W], exact)
+        launch("group_norm_backward", out, x, *weights, *moments, groups, relu, *size)
+
+
+def norm_relu(dtype, B=2, C=256, h=128, w=192):
+    x, exact = meta(dtype, B, h, w, C).permute(0, 3, 1, 2), exact_dtype(meta(dtype))
+    norm = [meta(exact, C)] * 4
+    for other in ((None, []), (x, []), (x, norm)):
+        launch("norm_relu", x, norm, 1e-5, *other, 1e-5)
+
+
+OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map, group_norm, norm_relu)
 # sizes of one call after another, none of which may compile anew after the first two
 SIZES = {
     masked_attn: [{"S": s, "Q": q} for s in (1024, 1330, 4096, 16801) for q in (100, 77, 200)],
@@ -135,6 +152,8 @@ SIZES = {
         for h in (128, 125)
         for q, k in ((100, 133), (1, 1), (300, 19))
     ],
+    group_norm: [{"B": b, "h": h, "H": 2 * h - 1} for b in (2, 1, 16) for h in (128, 17, 1)],
+    norm_relu: [{"B": b, "h": h} for b in (2, 1) for h in (128, 17)],
 }
 SLOW = [pytest.mark.slow]
 # what is made for sm_89 differs from sm_86 in nothing but the name; kernels without tuning tables

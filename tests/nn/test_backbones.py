@@ -12,7 +12,7 @@ from transformers import ResNetBackbone, ResNetConfig, SwinBackbone, SwinConfig
 from segkern.data import DigitsConfig
 from segkern.models import Mask2FormerConfig, SegmenterConfig
 from segkern.models.mask2former.huggingface_keys import from_huggingface
-from segkern.nn.backbones import build_backbone
+from segkern.nn.backbones import build_backbone, resnet_inference
 from segkern.nn.backbones.swin import VARIANTS, Block, Swin
 from segkern.training.config import TrainConfig
 from segkern.training.loop import train
@@ -245,6 +245,36 @@ def test_whole_resnet_is_that_of_transformers(name, depths):
     with torch.no_grad():
         for a, b in zip(theirs.eval()(x).feature_maps, ours.eval()(x), strict=True):
             torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+
+
+PLAIN = [("resnet18", True), ("resnet26", True), ("resnet10t", False), ("seresnet18", False)]
+
+
+@pytest.mark.parametrize(("name", "plain"), PLAIN, ids=[p[0] for p in PLAIN])
+def test_without_gradients_a_resnet_gives_the_same_bits(name, plain):
+    """On a CPU; on a GPU what follows its convolutions is one kernel (`ops._norm_relu`)."""
+    model = backbone(name, freeze_norm=True).train()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for t in (norm.weight.data, norm.bias, norm.running_mean, norm.running_var):
+                nn.init.uniform_(t, 0.5, 1.5)
+    assert not resnet_inference.suits(model.body)  # training is timm's
+    model.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(2, 3, 64, 96)
+    for _ in range(2):
+        want = [m.detach() for m in model.body(x.to(memory_format=torch.channels_last))]
+        with torch.no_grad():
+            got = model(x)
+        assert resnet_inference.suits(model.body) == plain
+        assert all(map(torch.equal, got, want))
+        assert all(m.is_contiguous(memory_format=torch.channels_last) for m in got)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        next(model.parameters()).data.neg_()  # nothing that was kept could tell
+        model.body["bn1"].bias.data.add_(1)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.body["layer2"][0].bn1.register_forward_hook(lambda *_: None)
+    assert not resnet_inference.suits(model.body)
 
 
 def test_frozen_norms_stay_as_they_are():

@@ -1,10 +1,13 @@
 """group_norm: a group norm, a resized coarser map added, and a ReLU."""
 
+import os
+
 import pytest
 import torch
 
+from segkern.kernels import _launch
 from segkern.ops import group_norm
-from segkern.ops.group_norm import group_norm_reference
+from segkern.ops.group_norm import _GroupNorm, group_norm_reference
 from support.comparison import DTYPES, assert_same, compare
 from support.inputs import group_norm_inputs
 
@@ -16,7 +19,7 @@ CASES = {  # inputs, groups, relu
     "smaller than the map added": ({"up": (20, 23)}, 12, False),
     "one pixel added": ({"up": (1, 1)}, 1, False),
     "one pixel": ({"h": 1, "w": 1}, 3, False),
-    "several parts": ({"C": 40, "h": 45, "w": 37, "up": (23, 19)}, 8, True),
+    "several parts": ({"C": 40, "h": 20, "w": 33, "up": (9, 48)}, 8, True),
     "no image": ({"B": 0, "up": (2, 2)}, 3, True),
 }
 
@@ -28,11 +31,33 @@ def run(function, groups, relu, **options):
     return call
 
 
+def inside(groups, relu):
+    """What runs on a GPU, wherever its tensors are."""
+
+    def call(x, weight, bias, up=None):
+        rows, coarse = (t if t is None else t.permute(0, 2, 3, 1) for t in (x, up))
+        cut = relu and up is None
+        out = _GroupNorm.apply(rows, weight, bias, groups, 1e-5, cut, coarse)
+        return (out.relu() if cut != relu else out).permute(0, 3, 1, 2)
+
+    return call
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """So that each has several tiles, where the Triton kernels are interpreted."""
+    monkeypatch.setattr(_launch, "ASSUMED", _launch.ASSUMED._replace(multiprocessors=1))
+
+
 def check(inputs, groups, relu, grads=()):
     kernel, reference = (run(f, groups, relu) for f in (group_norm, group_norm_reference))
-    # half precision is PyTorch's own
-    rule = assert_same if inputs[0].dtype.itemsize == 2 else compare
-    rule(kernel, reference, inputs, grads)
+    # on a CPU half precision is PyTorch's own
+    own = inputs[0].dtype.itemsize == 2 and not inputs[0].is_cuda and not INTERPRETED
+    rule = assert_same if own else compare
+    rule(inside(groups, relu) if INTERPRETED else kernel, reference, inputs, grads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,7 +75,26 @@ def test_gradients(case, dtype):
     check(inputs, *options, grads=range(len(inputs)))
 
 
-@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_through_the_relu_inside(dtype):
+    sizes, *options = CASES["relu"]
+    inputs = group_norm_inputs(**sizes, dtype=dtype)
+    compare(inside(*options), run(group_norm_reference, *options), inputs, range(3))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_beside_single(half):
+    """As under autocast on a GPU: the map alone is in half precision, and so is the result."""
+    if not INTERPRETED and torch.get_default_device().type == "cpu":
+        pytest.skip("the kernel for CPUs has no half precision")
+
+    def reference(x, weight, bias, up):
+        return group_norm_reference(x.to(weight), 3, weight, bias, 1e-5, False, up).to(x)
+
+    x, *others = group_norm_inputs(up=(4, 5))
+    compare(inside(3, False), reference, [x.to(half), *others], range(4))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_far_from_zero(dtype):
     """PyTorch's channels-last norm takes the variance as a difference of squares, which is wrong
@@ -60,9 +104,12 @@ def test_far_from_zero(dtype):
         return group_norm_reference(x.contiguous(), *rest)
 
     inputs = group_norm_inputs(h=33, mean=300.0, dtype=dtype)
+    if INTERPRETED or inputs[0].is_cuda:  # nor does the first pixel tell where the others lie
+        inputs[0][:, :, 0, 0] = -300.0
     compare(run(group_norm, 3, False), run(planar, 3, False), inputs)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("relu", [False, True], ids=["norm", "relu"])
 def test_gradcheck(relu):
     sizes = {"B": 2, "C": 4, "h": 3, "w": 4, "up": (2, 2)}
@@ -74,6 +121,13 @@ def test_any_strides():
     x, weight, bias, up = group_norm_inputs(up=(4, 5))
     want = group_norm(x, 3, weight, bias, up=up)
     assert torch.equal(group_norm(x.contiguous(), 3, weight, bias, up=up.contiguous()), want)
+    # levels of a pyramid, beside each other in memory
+    levels = torch.cat([t.permute(0, 2, 3, 1).flatten(1, 2) for t in (up, x)], 1)
+    beside = [
+        t.unflatten(1, s.shape[2:]).permute(0, 3, 1, 2)
+        for s, t in ((up, levels[:, :20]), (x, levels[:, 20:]))
+    ]
+    assert torch.equal(group_norm(beside[1], 3, weight, bias, up=beside[0]), want)
 
 
 def test_nan_stays():
@@ -98,6 +152,10 @@ def test_opcheck(dtype):
     for coarse in (None, up):
         inputs = (x, weight, bias, 3, 1e-5, True, coarse)
         torch.library.opcheck(torch.ops.segkern.group_norm, inputs)
+        _, *moments = torch.ops.segkern.group_norm(*inputs)
+        size = (None, None) if coarse is None else (coarse.shape[1:3], dtype)
+        inputs = (x.cos(), x, weight, bias, *moments, 3, coarse is None, *size)
+        torch.library.opcheck(torch.ops.segkern.group_norm_backward, inputs)
 
 
 @pytest.mark.cpu_only
@@ -111,8 +169,9 @@ def test_compile():
         torch.testing.assert_close(a, w)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("impl", ["kernel", "reference"])
-def test_autocast_is_that_of_plain_pytorch(impl):
+def test_autocast_on_a_cpu_is_that_of_plain_pytorch(impl):
     inputs = group_norm_inputs(up=(4, 5))
     with torch.autocast(inputs[0].device.type, torch.bfloat16):
         out = run(group_norm, 3, True, impl=impl)(*inputs)

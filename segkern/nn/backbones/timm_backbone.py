@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ...runtime.modes import evaluated
 from ...weights.timm_names import check_timm_name, pretrained_model
+from . import resnet_inference
 from .swin import VARIANTS
 
 OWN_SMALL = "resnet_digits"
@@ -114,7 +115,10 @@ class TimmBackbone(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:  # [B, 3, H, W]
-        maps = self.body(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not torch.is_grad_enabled() and resnet_inference.suits(self.body):
+            return resnet_inference.maps_of(self.body, x)
+        maps = self.body(x)
         return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else list(maps)
 
 
