@@ -40,8 +40,8 @@ def hidden_rows(
     if chunk == 0:
         store_rows(out, row, R, y, C)
     f, c = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, C)
-    w = tl.load(weight1 + f[:, None] * C + c[None, :], mask=(f < F)[:, None], other=0.0)
-    z = tl.dot(y, tl.trans(w)) + vector(bias1, f, F)
+    first = tl.load(weight1 + f[:, None] * C + c[None, :], mask=(f < F)[:, None], other=0.0)
+    z = tl.dot(y, tl.trans(first)) + vector(bias1, f, F)
     z = tl.where(z < 0, 0.0, z).to(y.dtype)  # NaN stays
     to = parts + tl.cast(chunk, tl.int64) * R * C
     for start in tl.range(0, C, BLOCK_N, num_stages=STAGES):

@@ -33,11 +33,11 @@ TABLE = {
 CHUNK = 2**15  # weights of a layer's hidden channels that a program takes at once
 
 
-def _constants(x: Tensor) -> dict:
-    """What all launches share, but for C."""
+def _constants(x: Tensor, K: int) -> dict:
+    """What all launches share: tiles of weights for K inputs."""
     values, stages, warps = TABLE[device(x).kind]
-    block = min(values // x.shape[2], x.shape[2])
-    return {"BLOCK_N": block, "STAGES": stages, "num_warps": warps, **FUSED}
+    block = min(values // K, x.shape[2])
+    return {"BLOCK_N": block, "STAGES": stages, "num_warps": warps, "maxnreg": 255} | FUSED
 
 
 def _predict(x, parts, layer, position, prediction, eps, constants) -> tuple[Tensor, ...]:
@@ -65,7 +65,7 @@ def query_prediction(
     x, none = x.contiguous(), x.new_empty((0,))
     prediction = [t.contiguous() for t in prediction]
     with on(x):
-        parts, constants = x.new_empty((0,), dtype=torch.float32), _constants(x)
+        parts, constants = x.new_empty((0,), dtype=torch.float32), _constants(x, x.shape[2])
         return _predict(x, parts, 3 * [none], position, prediction, eps, constants)[1:]
 
 
@@ -88,7 +88,7 @@ def query_layer(
     of_heads = x.new_empty((H, B, Q, C), dtype=torch.float32)
     parts = x.new_empty((chunks, B, Q, C), dtype=torch.float32)
     with on(x):
-        constants = _constants(x)
+        constants = _constants(x, C)
         project_rows[(3 * tiles,)](
             *(x, attended, position, *layer[:10], first, projected, eps, B * Q, Q),
             C=C,
@@ -96,7 +96,7 @@ def query_layer(
             **constants,
         )
         attend[(B * triton.cdiv(Q, ROWS.value) * H,)](
-            projected, layer[10], of_heads, B, Q, H=H, D=C // H, **constants
+            *(projected, layer[10], of_heads, B, Q), H=H, D=C // H, **_constants(x, C // H)
         )
         hidden_rows[(tiles * chunks,)](
             *(first, of_heads, *layer[11:17], second, parts, eps, B * Q),

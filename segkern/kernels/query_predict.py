@@ -1,7 +1,7 @@
 """The last kernel of query_layer: the feed-forward network's parts, then what a prediction needs.
 
-Letters and tiles as in query_rows.py, M channels of the mask features. A tile has two programs: one
-makes the mask embedding, three products in a row; the other makes the next layer's queries.
+Letters and tiles as in query_rows.py, M channels of the mask features. A tile has two programs:
+one makes the mask embedding, three products in a row; the other makes the next layer's queries.
 """
 
 import triton
@@ -49,19 +49,23 @@ def predict_rows(
     if P > 0:
         total = with_parts(y, parts, bias, row, R, P, C)
         y = norm(total, scale, shift, eps, C).to(y.dtype)
+    steps = 1
     if program % programs == 1:
         y = placed(y, position, row, Q, C)
-        project(y, query_weight, query_bias, query, row, R, C, C, C, False, BLOCK_N, STAGES)
     else:
+        steps = 3
         if P > 0:
             store_rows(out, row, R, y, C)
         y = norm(y.to(tl.float32), last_scale, last_shift, eps, C).to(y.dtype)
         store_rows(normed, row, R, y, C)
-        project(y, weight1, bias1, between, row, R, C, C, C, True, BLOCK_N, STAGES)
-        tl.debug_barrier()  # other threads of the program have written what follows
-        y = load_rows(between, row, R, C)
-        between += R * C
-        project(y, weight2, bias2, between, row, R, C, C, C, True, BLOCK_N, STAGES)
-        tl.debug_barrier()
-        y = load_rows(between, row, R, C)
-        project(y, weight3, bias3, embedding, row, R, C, M, C, False, BLOCK_N, STAGES)
+    for step in range(steps):  # one code for all products: it takes long to compile
+        weight, bias, to, N = query_weight, query_bias, query, C
+        if steps == 3:
+            weight, bias, to = weight1, bias1, between
+            if step == 1:
+                weight, bias, to = weight2, bias2, between + R * C
+            if step == 2:
+                weight, bias, to, N = weight3, bias3, embedding, M
+        project(y, weight, bias, to, row, R, C, N, C, step < steps - 1, BLOCK_N, STAGES)
+        tl.debug_barrier()  # what other threads of the program have written is read
+        y = load_rows(to, row, tl.where(step < steps - 1, R, 0), C)

@@ -46,13 +46,13 @@ def project_rows(
         total = tl.dot(a, tl.trans(w), total)
     total += load_rows(x, row, R, C).to(tl.float32) + vector(bias, n, C)
     y = norm(total, scale, shift, eps, C).to(x.dtype.element_ty)
-    to = projected + part * R * C
     if part == 0:
         store_rows(out, row, R, y, C)
-    if part == 2:
-        project(y, value_weight, value_bias, to, row, R, C, C, C, False, BLOCK_N, STAGES)
     else:
-        if part == 1:
-            query_weight, query_bias = key_weight, key_bias
-        z = placed(y, position, row, Q, C)
-        project(z, query_weight, query_bias, to, row, R, C, C, C, False, BLOCK_N, STAGES)
+        query_weight, query_bias = key_weight, key_bias
+    if part == 2:
+        query_weight, query_bias = value_weight, value_bias
+    else:
+        y = placed(y, position, row, Q, C)
+    to = projected + part * R * C
+    project(y, query_weight, query_bias, to, row, R, C, C, C, False, BLOCK_N, STAGES)

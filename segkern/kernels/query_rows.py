@@ -33,7 +33,7 @@ def placed(x, position, row, Q, C: tl.constexpr):
 
 
 @triton.jit
-def vector(x, n, N: tl.constexpr):
+def vector(x, n, N):
     """Places n of x [N] as a row of float32."""
     return tl.load(x + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
 
@@ -68,9 +68,9 @@ def project(
     row,
     R,
     line: tl.constexpr,
-    N: tl.constexpr,
+    N,
     C: tl.constexpr,
-    RELU: tl.constexpr,
+    relu,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -82,7 +82,6 @@ def project(
         y = tl.dot(x, tl.trans(w))
         if bias is not None:
             y += vector(bias, n, N)
-        if RELU:
-            y = tl.where(y < 0, 0.0, y)  # NaN stays
+        y = tl.where(relu & (y < 0), 0.0, y)  # NaN stays
         there = (row < R)[:, None] & (n < N)[None, :]
         tl.store(to + row[:, None] * N + n[None, :], y, mask=there)

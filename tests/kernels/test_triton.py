@@ -15,6 +15,7 @@ from segkern.ops import _library
 from segkern.ops._checks import exact_dtype
 from support.comparison import DTYPES
 from support.cubin import SHARED_LIMIT, usage
+from support.inputs import query_layer_inputs
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -122,12 +123,22 @@ def segment_map(dtype, B=2, Q=100, K=133, h=128, w=192, out=(480, 640), C=256, n
     launch("segment_map_cover", meta(torch.int32, *bits), order, out[1])
 
 
-OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map)
+def query_layer(dtype, B=1, Q=100, C=256, H=8, F=2048, M=256):
+    """With a next query and without; which costs no other kernel."""
+    inputs = query_layer_inputs(B, Q, C, H, F, M, dtype=dtype, device="meta")
+    (x, attended, position), layer, prediction = inputs[:3], inputs[3:23], inputs[23:]
+    for tensors in (prediction, prediction[:8]):
+        launch("query_prediction", x, position, tensors, 1e-5)
+        launch("query_layer", x, attended, position, layer, tensors, H, 1e-5)
+
+
+OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map, query_layer)
 # sizes of one call after another, none of which may compile anew after the first two
 SIZES = {
     masked_attn: [{"S": s, "Q": q} for s in (1024, 1330, 4096, 16801) for q in (100, 77, 200)],
     mask_bits: [{"S": s, "B": b} for s in (1024, 1330, 4096, 16801) for b in (2, 3, 16)],
     point_sample: [{"P": p, "h": h} for p in (12544, 101, 37632) for h in (64, 51, 200)],
+    query_layer: [{"Q": q, "B": b} for q in (100, 77, 16, 1) for b in (1, 2, 5)],
     matching_cost: [{"T": t, "B": b} for t in (16, 20, 24, 100, 33) for b in (2, 3, 16)],
     segment_map: [
         {"h": h, "out": out, "Q": q, "K": k}
@@ -141,9 +152,12 @@ SLOW = [pytest.mark.slow]
 # are alike on all GPUs of some generations
 ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS)]
 ARCHITECTURES += [
-    (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost)
+    (op, arch)
+    for arch in (86, 120)
+    for op in (masked_attn, mask_bits, matching_cost, query_layer)
 ]
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
+VARIANTS = [v for v in VARIANTS if v[0] != query_layer or v[2].itemsize == 2]
 VARIANTS += [(op, 89, torch.bfloat16) for op in (masked_attn, mask_bits)]
 
 
