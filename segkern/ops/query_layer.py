@@ -68,8 +68,8 @@ class Prediction(NamedTuple):
     bias2: Tensor  # [C]
     weight3: Tensor  # [M, C]
     bias3: Tensor  # [M]
-    query_weight: Tensor | None = None  # [C, C], of the next layer's cross attention, if any
-    query_bias: Tensor | None = None  # [C]
+    next_weight: Tensor | None = None  # [C, C], of the next layer's queries, if there is one
+    next_bias: Tensor | None = None  # [C]
 
 
 SHAPES = {"weight": "C C", "bias": "C", "scale": "C", "shift": "C"}
@@ -87,8 +87,8 @@ def query_prediction_reference(
     first = F.relu(F.linear(normed, p.weight1, p.bias1))
     embedding = F.linear(F.relu(F.linear(first, p.weight2, p.bias2)), p.weight3, p.bias3)
     query = None
-    if p.query_weight is not None:
-        query = F.linear(x + position, p.query_weight, p.query_bias)
+    if p.next_weight is not None:
+        query = F.linear(x + position, p.next_weight, p.next_bias)
     return normed, embedding, query
 
 
@@ -167,11 +167,17 @@ _prediction = _library.define(
 )
 
 
-def _check(op: str, name: str, tensors: NamedTuple, shapes: dict, sizes: dict) -> None:
-    for field, tensor in zip(tensors._fields, tensors):
+def _checked(
+    op: str, name: str, tensors: Layer | Prediction, shapes: dict, sizes: dict
+) -> list[Tensor]:
+    """The tensors, without those of a next query where there is none."""
+    given = tensors._asdict()
+    if given.get("next_weight", op) is given.get("next_bias", op) is None:
+        del given["next_weight"], given["next_bias"]
+    for field, tensor in given.items():
         shape = shapes.get(field) or SHAPES[field.rpartition("_")[2]]
-        if tensor is not None or field not in tensors._field_defaults:
-            expect(op, f"{name}.{field}", tensor, shape, "float", sizes)
+        expect(op, f"{name}.{field}", tensor, shape, "float", sizes)
+    return list(given.values())
 
 
 def _suits(tensors: Sequence[Tensor], sizes: dict) -> bool:
@@ -183,7 +189,7 @@ def _suits(tensors: Sequence[Tensor], sizes: dict) -> bool:
         x.dtype in (torch.float16, torch.bfloat16)
         and all(t.dtype == x.dtype for t in tensors)
         and 0 < sizes["B"] * sizes["Q"] <= ROWS
-        and (powers and 32 <= C <= 512 and 16 <= D)
+        and (powers and 32 <= C <= 512 and 16 <= D <= 128)
         and min(sizes["M"], sizes.get("F", 1)) > 0
         and not torch.is_autocast_enabled(x.device.type)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
@@ -212,8 +218,7 @@ def query_prediction(
     op, sizes = "query_prediction", {}
     expect(op, "x", x, "B Q C", "float", sizes)
     expect(op, "position", position, "Q C", "float", sizes)
-    _check(op, "prediction", prediction, PREDICTION_SHAPES, sizes)
-    given = [t for t in prediction if t is not None]
+    given = _checked(op, "prediction", prediction, PREDICTION_SHAPES, sizes)
     if not _library.use_kernel(op, impl, x) or not _suits([x, position, *given], sizes):
         return query_prediction_reference(x, position, prediction, eps)
     normed, embedding, query = _prediction(x, position, given, eps)
@@ -239,14 +244,14 @@ def query_layer(
             projection.
         position: [Q, C], added to what queries and keys are made of.
         layer: the layer's tensors; gradients flow to these and to all others.
-        prediction: those of the prediction; without `query_weight` no query is made.
+        prediction: those of the prediction; without `next_weight` no query is made.
         heads: H, which divides C.
         eps: of all norms.
         dropout: probability; 0 in inference.
-        impl: "kernel", or "reference" for plain PyTorch. It also runs where the kernel is not made
-            for the call: with gradients, dropout or autocast, in float32 and float64, for tensors
-            of several dtypes, where C is no power of two from 32 to 512, C / H none from 16 on,
-            for more than 512 queries in all, and on the CPU.
+        impl: "kernel", or "reference" for plain PyTorch, which also runs on the CPU and where the
+            kernel is not made for the call: with gradients, dropout or autocast, in float32 and
+            float64, for tensors of several dtypes, where C is no power of two from 32 to 512 or
+            C / H none from 16 to 128, for more than 512 queries in all.
 
     Returns:
         x [B, Q, C], normed [B, Q, C], embedding [B, Q, M] and query [B, Q, C], or None.
@@ -258,15 +263,14 @@ def query_layer(
     expect(op, "x", x, "B Q C", "float", sizes)
     expect(op, "attended", attended, "B Q C", "float", sizes)
     expect(op, "position", position, "Q C", "float", sizes)
-    _check(op, "layer", layer, LAYER_SHAPES, sizes)
-    _check(op, "prediction", prediction, PREDICTION_SHAPES, sizes)
+    weights = _checked(op, "layer", layer, LAYER_SHAPES, sizes)
+    given = _checked(op, "prediction", prediction, PREDICTION_SHAPES, sizes)
     if heads < 1 or sizes["C"] % heads:
         raise ValueError(f"query_layer: heads must divide C = {sizes['C']}, got {heads}")
     sizes["H"] = heads
-    given = [t for t in prediction if t is not None]
-    suits = dropout == 0 and _suits([x, attended, position, *layer, *given], sizes)
+    suits = dropout == 0 and _suits([x, attended, position, *weights, *given], sizes)
     if not _library.use_kernel(op, impl, x) or not suits:
         named = layer, prediction, heads, eps, dropout
         return query_layer_reference(x, attended, position, *named)
-    *out, query = _layer(x, attended, position, list(layer), given, heads, eps)
+    *out, query = _layer(x, attended, position, weights, given, heads, eps)
     return *out, query if len(given) > 8 else None

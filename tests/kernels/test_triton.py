@@ -152,9 +152,7 @@ SLOW = [pytest.mark.slow]
 # are alike on all GPUs of some generations
 ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS)]
 ARCHITECTURES += [
-    (op, arch)
-    for arch in (86, 120)
-    for op in (masked_attn, mask_bits, matching_cost, query_layer)
+    (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost, query_layer)
 ]
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
 VARIANTS = [v for v in VARIANTS if v[0] != query_layer or v[2].itemsize == 2]
