@@ -35,12 +35,13 @@ def hidden_rows(
     chunks: tl.constexpr = (F + CHUNK - 1) // CHUNK
     program = tl.program_id(0)
     chunk, row = program % chunks, program // chunks * ROWS + tl.arange(0, ROWS)
+    f, c = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, C)
+    # on its way while the parts are added up
+    first = tl.load(weight1 + f[:, None] * C + c[None, :], mask=(f < F)[:, None], other=0.0)
     total = with_parts(load_rows(x, row, R, C), heads, bias, row, R, H, C)
     y = norm(total, scale, shift, eps, C).to(x.dtype.element_ty)
     if chunk == 0:
         store_rows(out, row, R, y, C)
-    f, c = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, C)
-    first = tl.load(weight1 + f[:, None] * C + c[None, :], mask=(f < F)[:, None], other=0.0)
     z = tl.dot(y, tl.trans(first)) + vector(bias1, f, F)
     z = tl.where(z < 0, 0.0, z).to(y.dtype)  # NaN stays
     to = parts + tl.cast(chunk, tl.int64) * R * C

@@ -10,8 +10,8 @@ r"""A query decoder's layer behind its cross attention, and what the next predic
 Letters: B image, Q query, C channels, H head, D = C / H channels a head, F hidden channels, M
 channels of the mask features.
 
-A hundred queries of 256 channels are little work, and PyTorch launches thirty kernels for it that
-wait for one another. In inference in half precision a GPU runs four here, each over tiles of 16
+A hundred queries of 256 channels are little work, and PyTorch launches over twenty kernels for it,
+each of which waits for the last. In inference in half precision a GPU runs four here, each over tiles of 16
 rows, times something: queries, keys, values; heads; chunks of F; embedding, query. So each program
 waits for few weights, and what only a sum joins is left in parts that the next kernel adds up.
 Bytes: the weights (10 C^2 + 2 F C + M C values), read once a tile, from the L2 cache but for the
@@ -189,8 +189,8 @@ def _suits(tensors: Sequence[Tensor], sizes: dict) -> bool:
         x.dtype in (torch.float16, torch.bfloat16)
         and all(t.dtype == x.dtype for t in tensors)
         and 0 < sizes["B"] * sizes["Q"] <= ROWS
-        and (powers and 32 <= C <= 512 and 16 <= D <= 128)
-        and min(sizes["M"], sizes.get("F", 1)) > 0
+        and (powers and 32 <= C <= 256 and 16 <= D <= 128)
+        and all(0 < sizes.get(letter, 1) <= 2**20 for letter in "FM")
         and not torch.is_autocast_enabled(x.device.type)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
     )
@@ -250,7 +250,7 @@ def query_layer(
         dropout: probability; 0 in inference.
         impl: "kernel", or "reference" for plain PyTorch, which also runs on the CPU and where the
             kernel is not made for the call: with gradients, dropout or autocast, in float32 and
-            float64, for tensors of several dtypes, where C is no power of two from 32 to 512 or
+            float64, for tensors of several dtypes, where C is no power of two from 32 to 256 or
             C / H none from 16 to 128, for more than 512 queries in all.
 
     Returns:

@@ -155,7 +155,7 @@ ARCHITECTURES += [
     (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost, query_layer)
 ]
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
-VARIANTS = [v for v in VARIANTS if v[0] != query_layer or v[2].itemsize == 2]
+VARIANTS = [v for v in VARIANTS if v[0] != query_layer or v[2] == torch.bfloat16]
 VARIANTS += [(op, 89, torch.bfloat16) for op in (masked_attn, mask_bits)]
 
 
