@@ -13,7 +13,8 @@ C channels, M channels of the mask features, K class.
 The mask of a prediction is never built at full size: bilinear resizing commutes with the product,
 so the mask features are resized once to the three levels, and each layer's mask is one product on
 its level, thresholded and packed 32 keys to a word (`mask_bits`). The keys and values of the
-layers that share a level are projected together.
+layers that share a level are projected together. What comes after the product of a layer's cross
+attention is one op, together with the next prediction and the next layer's queries (`query_layer`).
 Source: Mask2Former (Cheng et al., CVPR 2022), section 3; sigmoid(m) < 0.5 there is m < 0 here.
 """
 
@@ -77,7 +78,7 @@ class DecoderLayer(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
 
     def tensors(self) -> Layer:
-        """The weights behind the product of the cross attention."""
+        """The weights of all that comes after the product of the cross attention."""
         attn = self.self_attn
         parts = (self.cross_attn.out_proj, self.cross_norm, attn.q_proj, attn.k_proj, attn.v_proj)
         parts += (attn.out_proj, self.self_norm, self.linear1, self.linear2, self.norm)
@@ -98,8 +99,8 @@ class DecoderLayer(nn.Module):
         query = query.unflatten(-1, (self.heads, -1))
         attended = masked_attn(query, key, value, bits, open_keys)
         dropout = self.dropout.p if self.training else 0.0
-        named = self.tensors(), prediction, self.heads, self.norm.eps, dropout
-        return query_layer(x, attended, position, *named)
+        options = self.heads, self.norm.eps, dropout
+        return query_layer(x, attended, position, self.tensors(), prediction, *options)
 
 
 def _planar(maps: Tensor) -> Tensor:  # [B, C, h, w] -> contiguous [B, C, S]
@@ -167,8 +168,8 @@ class QueryDecoder(nn.Module):
         outputs = [(normed, embedding)]
         for i, (layer, prediction) in enumerate(zip(self.layers, others)):
             mask = mask_bits(embedding, levels[i % LEVELS])
-            named = query, keys[i], values[i], *mask, prediction
-            x, normed, embedding, query = layer(x, position, *named)
+            given = query, keys[i], values[i], *mask, prediction
+            x, normed, embedding, query = layer(x, position, *given)
             outputs.append((normed, embedding))
         if last:
             return self.class_embed(normed).unsqueeze(1), embedding.unsqueeze(1)

@@ -10,10 +10,11 @@ r"""A query decoder's layer behind its cross attention, and what the next predic
 Letters: B image, Q query, C channels, H head, D = C / H channels a head, F hidden channels, M
 channels of the mask features.
 
-A hundred queries of 256 channels are little work, and PyTorch launches over twenty kernels for it,
-each of which waits for the last. In inference in half precision a GPU runs four here, each over tiles of 16
-rows, times something: queries, keys, values; heads; chunks of F; embedding, query. So each program
-waits for few weights, and what only a sum joins is left in parts that the next kernel adds up.
+A hundred queries of 256 channels are little work, for which PyTorch launches over twenty kernels,
+each of which waits for the last. In inference in half precision a GPU runs four here, over tiles
+of 16 rows times something: queries, keys, values; heads; chunks of F; embedding, query. So each
+program waits for few weights, and what only a sum joins is left in parts that the next kernel adds
+up.
 Bytes: the weights (10 C^2 + 2 F C + M C values), read once a tile, from the L2 cache but for the
 first, and 4 (H + F C / 2^15) B Q C of parts; FLOPs: 2 a weight and row, 4 B Q^2 C of attention.
 Source: Mask2Former (Cheng et al., CVPR 2022), section 3.2.

@@ -124,7 +124,7 @@ def segment_map(dtype, B=2, Q=100, K=133, h=128, w=192, out=(480, 640), C=256, n
 
 
 def query_layer(dtype, B=1, Q=100, C=256, H=8, F=2048, M=256):
-    """With a next query and without; which costs no other kernel."""
+    """With a next query and without, by the same kernels."""
     inputs = query_layer_inputs(B, Q, C, H, F, M, dtype=dtype, device="meta")
     (x, attended, position), layer, prediction = inputs[:3], inputs[3:23], inputs[23:]
     for tensors in (prediction, prediction[:8]):
@@ -152,9 +152,11 @@ SLOW = [pytest.mark.slow]
 # are alike on all GPUs of some generations
 ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS)]
 ARCHITECTURES += [
-    (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost, query_layer)
+    (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost)
 ]
+ARCHITECTURES.append((query_layer, 86))
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
+# in other precisions the reference runs; float16 differs in the name of an instruction
 VARIANTS = [v for v in VARIANTS if v[0] != query_layer or v[2] == torch.bfloat16]
 VARIANTS += [(op, 89, torch.bfloat16) for op in (masked_attn, mask_bits)]
 

@@ -222,7 +222,8 @@ class Mask2Former(nn.Module):
                 self.config.num_labels,
                 num_queries=self.config.num_queries,
             ).to(pixel_values.device)
-        class_logits, embeddings, mask_features = self.all_predictions(pixel_values)
+        last = targets is None and not auxiliary_logits
+        class_logits, embeddings, mask_features = self.all_predictions(pixel_values, last)
         out = Mask2FormerOutput(class_queries_logits=class_logits[:, -1])
         if targets is not None:
             out.loss, out.losses = self.criterion(class_logits, embeddings, mask_features, targets)
