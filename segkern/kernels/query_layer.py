@@ -22,15 +22,14 @@ from .query_rows import ROWS
 
 # kind of device: values of a tile of a weight (times 2 bytes in half precision), stages, warps.
 # Chosen by arithmetic, not yet measured: what is on the way to a multiprocessor should be more
-# than latency x bandwidth, 45 KB on an H200; 128 hidden channels a program make 112 programs of
-# 100 rows, and 16 parts.
+# than latency x bandwidth, 45 KB on an H200.
 TABLE = {
     "99 KB": (8192, 4, 8),
     "163 KB": (16384, 3, 8),
     "227 KB": (16384, 4, 8),
     "227 KB, 10.x": (16384, 4, 8),
 }
-CHUNK = 2**15  # weights of a layer's hidden channels that a program takes at once
+CHUNK = 128  # hidden channels a program: of 2048 and 100 rows 112 programs, which leave 16 parts
 
 
 def _constants(x: Tensor, K: int) -> dict:
@@ -83,8 +82,8 @@ def query_layer(
     x, attended, position = x.contiguous(), attended.contiguous(), position.contiguous()
     layer, prediction = ([t.contiguous() for t in tensors] for tensors in (layer, prediction))
     first, second = torch.empty_like(x), torch.empty_like(x)
-    projected, chunk = x.new_empty((3, B, Q, C)), min(CHUNK // C, 128)
-    chunks, tiles = triton.cdiv(F, chunk), triton.cdiv(B * Q, ROWS.value)
+    projected = x.new_empty((3, B, Q, C))
+    chunks, tiles = triton.cdiv(F, CHUNK), triton.cdiv(B * Q, ROWS.value)
     of_heads = x.new_empty((H, B, Q, C), dtype=torch.float32)
     parts = x.new_empty((chunks, B, Q, C), dtype=torch.float32)
     with on(x):
@@ -103,7 +102,7 @@ def query_layer(
             H=H,
             F=F,
             C=C,
-            CHUNK=chunk,
+            CHUNK=CHUNK,
             **constants,
         )
         return _predict(second, parts, layer[17:], position, prediction, eps, constants)

@@ -14,7 +14,7 @@ The mask of a prediction is never built at full size: bilinear resizing commutes
 so the mask features are resized once to the three levels, and each layer's mask is one product on
 its level, thresholded and packed 32 keys to a word (`mask_bits`). The keys and values of the
 layers that share a level are projected together. What comes after the product of a layer's cross
-attention is one op, together with the next prediction and the next layer's queries (`query_layer`).
+attention is one op, with the next prediction and the next layer's queries (`query_layer`).
 Source: Mask2Former (Cheng et al., CVPR 2022), section 3; sigmoid(m) < 0.5 there is m < 0 here.
 """
 

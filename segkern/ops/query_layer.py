@@ -16,7 +16,7 @@ of 16 rows times something: queries, keys, values; heads; chunks of F; embedding
 program waits for few weights, and what only a sum joins is left in parts that the next kernel adds
 up.
 Bytes: the weights (10 C^2 + 2 F C + M C values), read once a tile, from the L2 cache but for the
-first, and 4 (H + F C / 2^15) B Q C of parts; FLOPs: 2 a weight and row, 4 B Q^2 C of attention.
+first, and 4 (H + F / 128) B Q C of parts; FLOPs: 2 a weight and row, 4 B Q^2 C of attention.
 Source: Mask2Former (Cheng et al., CVPR 2022), section 3.2.
 """
 
@@ -185,12 +185,12 @@ def _suits(tensors: Sequence[Tensor], sizes: dict) -> bool:
     """Whether the kernel is made for a call, or what PyTorch does instead has to run."""
     x = tensors[0]
     C, D = sizes["C"], sizes["C"] // sizes.get("H", 1)
-    powers = C & (C - 1) == 0 and D & (D - 1) == 0
     return (
         x.dtype in (torch.float16, torch.bfloat16)
         and all(t.dtype == x.dtype for t in tensors)
         and 0 < sizes["B"] * sizes["Q"] <= ROWS
-        and (powers and 32 <= C <= 256 and 16 <= D <= 128)
+        and (32 <= C <= 256 and C & (C - 1) == 0)
+        and ("H" not in sizes or (16 <= D <= 128 and D & (D - 1) == 0))
         and all(0 < sizes.get(letter, 1) <= 2**20 for letter in "FM")
         and not torch.is_autocast_enabled(x.device.type)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

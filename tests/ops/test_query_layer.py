@@ -79,11 +79,24 @@ def test_layer(case, dtype, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", ["small", "the last layer"])
+@pytest.mark.parametrize("case", ["small", "wide", "the last layer"])
 def test_prediction(case, dtype):
     inputs = query_layer_inputs(**CASES[case], dtype=dtype)
     functions = predict(query_prediction), predict(query_prediction_reference)
     compare(*functions, inputs, stored=dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_runs(case, monkeypatch):
+    inputs, calls = query_layer_inputs(**CASES[case], dtype=torch.bfloat16), []
+    for name in ("query_layer_reference", "query_prediction_reference"):
+        monkeypatch.setattr(MODULE, name, None)
+    monkeypatch.setattr(MODULE, "_layer", lambda *args: calls.append(args) or args[:4])
+    monkeypatch.setattr(MODULE, "_prediction", lambda *args: calls.append(args) or args[:3])
+    run(query_layer, CASES[case].get("H", 2))(*inputs)
+    predict(query_prediction)(*inputs)
+    assert len(calls) == 2
 
 
 WITHOUT_KERNEL = {  # sizes, dtype
