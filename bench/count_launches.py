@@ -65,6 +65,10 @@ OPERATIONS = {
     "mask_bits": lambda q, f, *_: 2 * q.numel() * f.shape[2],
     "masked_attn": lambda q, k, *_: 4 * q.numel() * k.shape[1],
     "masked_attn_backward": lambda g, q, k, *_: 10 * q.numel() * k.shape[1],
+    "query_layer": lambda x, attended, position, layer, prediction, *_: (
+        2 * x[..., 0].numel() * sum(t.numel() for t in (*layer, *prediction) if t.ndim == 2)
+        + 4 * x.numel() * x.shape[1]
+    ),
     "window_attn": lambda *args: 4 * args[0].numel() // 3 * _side(args) ** 2,
     "window_attn_backward": lambda *args: 10 * args[1].numel() // 3 * _side(args) ** 2,
     "matching_cost": lambda logits, embed, f, labels, masks, points, *_: (

@@ -13,17 +13,19 @@ C channels, M channels of the mask features, K class.
 The mask of a prediction is never built at full size: bilinear resizing commutes with the product,
 so the mask features are resized once to the three levels, and each layer's mask is one product on
 its level, thresholded and packed 32 keys to a word (`mask_bits`). The keys and values of the
-layers that share a level are projected together.
+layers that share a level are projected together. What comes after the product of a layer's cross
+attention is one op, with the next prediction and the next layer's queries (`query_layer`).
 Source: Mask2Former (Cheng et al., CVPR 2022), section 3; sigmoid(m) < 0.5 there is m < 0 here.
 """
 
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import mask_bits, masked_attn
+from ..ops import mask_bits, masked_attn, query_layer, query_prediction
+from ..ops.query_layer import Layer, Prediction
 from .position import sine_position
 from .recompute import recomputed
 
@@ -75,29 +77,30 @@ class DecoderLayer(nn.Module):
         for layer in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(layer.weight)
 
+    def tensors(self) -> Layer:
+        """The weights of all that comes after the product of the cross attention."""
+        attn = self.self_attn
+        parts = (self.cross_attn.out_proj, self.cross_norm, attn.q_proj, attn.k_proj, attn.v_proj)
+        parts += (attn.out_proj, self.self_norm, self.linear1, self.linear2, self.norm)
+        return Layer(*chain.from_iterable((part.weight, part.bias) for part in parts))
+
     def forward(
         self,
         x: Tensor,  # [B, Q, C]
         position: Tensor,  # [Q, C]
+        query: Tensor,  # [B, Q, C], x + position by cross_attn.q_proj
         key: Tensor,  # [B, S, H, D]
         value: Tensor,  # [B, S, H, D]
         bits: Tensor,  # [B, Q, ceil(S/32)] int32
         open_keys: Tensor,  # [B, Q] int32, how many keys each query may attend to
-    ) -> Tensor:  # [B, Q, C]
-        query = self.cross_attn.q_proj(x + position).unflatten(-1, (self.heads, -1))
-        attended = self.cross_attn.out_proj(masked_attn(query, key, value, bits, open_keys))
-        x = self.cross_norm(x + self.dropout(attended))
-        x = self.self_norm(x + self.dropout(self._self_attention(x, position)))
-        hidden = self.dropout(F.relu(self.linear1(x)))
-        return self.norm(x + self.dropout(self.linear2(hidden)))
-
-    def _self_attention(self, x: Tensor, position: Tensor) -> Tensor:
-        attn, placed = self.self_attn, x + position
-        q, k, v = (
-            project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project, y in ((attn.q_proj, placed), (attn.k_proj, placed), (attn.v_proj, x))
-        )
-        return attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        prediction: Prediction,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x [B, Q, C], and of the prediction after it what `query_layer` returns."""
+        query = query.unflatten(-1, (self.heads, -1))
+        attended = masked_attn(query, key, value, bits, open_keys)
+        dropout = self.dropout.p if self.training else 0.0
+        options = self.heads, self.norm.eps, dropout
+        return query_layer(x, attended, position, self.tensors(), prediction, *options)
 
 
 def _planar(maps: Tensor) -> Tensor:  # [B, C, h, w] -> contiguous [B, C, S]
@@ -148,29 +151,37 @@ class QueryDecoder(nn.Module):
         pixels: Tensor,  # [B, sum of S, C]
         shapes: tuple[tuple[int, int], ...],  # (h, w) of the three levels
         mask_features: Tensor,  # [B, M, h, w]
+        last: bool = False,  # only the last prediction
     ) -> tuple[Tensor, Tensor]:
         """Runs the decoder.
 
         Returns:
             class logits [B, R, Q, K + 1] (the last class is "no object") and mask embeddings [B,
-            R, Q, M], R = layers + 1.
+            R, Q, M], R = layers + 1, or 1 of the last prediction.
         """
         keys, values = self.keys_values(pixels, shapes)
         levels = self._level_features(mask_features, shapes)
         x = self.query_feat.weight.expand(pixels.shape[0], -1, -1)
-        position = self.query_embed.weight
-        normed, embeddings = [self.norm(x)], []
-        for i, layer in enumerate(self.layers):
-            embeddings.append(self._mask_embedding(normed[-1]))
-            bits, open_keys = mask_bits(embeddings[-1], levels[i % LEVELS])
-            x = layer(x, position, keys[i], values[i], bits, open_keys)
-            normed.append(self.norm(x))
-        embeddings.append(self._mask_embedding(normed[-1]))
-        return self.class_embed(torch.stack(normed, 1)), torch.stack(embeddings, 1)
+        position, eps = self.query_embed.weight, self.norm.eps
+        first, *others = self._predictions()
+        normed, embedding, query = query_prediction(x, position, first, eps)
+        outputs = [(normed, embedding)]
+        for i, (layer, prediction) in enumerate(zip(self.layers, others)):
+            mask = mask_bits(embedding, levels[i % LEVELS])
+            given = query, keys[i], values[i], *mask, prediction
+            x, normed, embedding, query = layer(x, position, *given)
+            outputs.append((normed, embedding))
+        if last:
+            return self.class_embed(normed).unsqueeze(1), embedding.unsqueeze(1)
+        rows, embeddings = (torch.stack(tensors, 1) for tensors in zip(*outputs))
+        return self.class_embed(rows), embeddings
 
-    def _mask_embedding(self, x: Tensor) -> Tensor:  # [B, Q, C] -> [B, Q, M]
-        first, second, last = self.mask_embed
-        return last(F.relu(second(F.relu(first(x)))))
+    def _predictions(self) -> list[Prediction]:
+        """The weights of each prediction, and of the queries of the layer after it."""
+        parts = self.norm, *self.mask_embed
+        own = [tensor for part in parts for tensor in (part.weight, part.bias)]
+        queries = [layer.cross_attn.q_proj for layer in self.layers]
+        return [Prediction(*own, q.weight, q.bias) for q in queries] + [Prediction(*own)]
 
     @torch.no_grad()
     def _level_features(self, mask_features: Tensor, shapes: tuple) -> list[Tensor]:

@@ -18,6 +18,8 @@ from .ms_deform_attn import multi_scale_deformable_attention as multi_scale_defo
 from .point_mask_loss import point_mask_loss as point_mask_loss
 from .point_sample import point_sample as point_sample
 from .point_sample import random_points as random_points
+from .query_layer import query_layer as query_layer
+from .query_layer import query_prediction as query_prediction
 from .resize_argmax import resize_argmax as resize_argmax
 from .segment_map import SegmentMap as SegmentMap
 from .segment_map import segment_map as segment_map

@@ -126,7 +126,7 @@ def define(
         triton: the module of `segkern.kernels` whose function of the op's name runs on CUDA; None
             where `_C_cuda` brings the kernel.
         cpu_only: there is no kernel for CUDA yet.
-        composed: the kernel for all devices, of PyTorch's own ops.
+        composed: the kernel of PyTorch's own ops, for all devices that have no other.
     """
     name = schema.split("(", 1)[0]
     _definitions.define(schema)
@@ -161,9 +161,9 @@ def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:
     """
     if impl not in ("kernel", "reference"):
         raise ValueError(f"{op}: impl must be 'kernel' or 'reference', got {impl!r}")
-    if impl == "reference" or op in COMPOSED:
-        return impl == "kernel"
     device = tensor.device.type
+    if impl == "reference" or (op in COMPOSED and not (device == "cuda" and op in TRITON)):
+        return impl == "kernel"
     if PURE or (ROCM and device == "cuda" and op in _cuda_only()):
         return False
     library = "triton" if device == "cuda" and op in TRITON else device

@@ -15,6 +15,7 @@ from segkern.ops import _library
 from segkern.ops._checks import exact_dtype
 from support.comparison import DTYPES
 from support.cubin import SHARED_LIMIT, usage
+from support.inputs import query_layer_inputs
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -139,12 +140,31 @@ def norm_relu(dtype, B=2, C=256, h=128, w=192):
         launch("norm_relu", x, norm, 1e-5, *other, 1e-5)
 
 
-OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map, group_norm, norm_relu)
+def query_layer(dtype, B=1, Q=100, C=256, H=8, F=2048, M=256):
+    """With a next query and without, by the same kernels."""
+    inputs = query_layer_inputs(B, Q, C, H, F, M, dtype=dtype, device="meta")
+    (x, attended, position), layer, prediction = inputs[:3], inputs[3:23], inputs[23:]
+    for tensors in (prediction, prediction[:8]):
+        launch("query_prediction", x, position, tensors, 1e-5)
+        launch("query_layer", x, attended, position, layer, tensors, H, 1e-5)
+
+
+OPS = (
+    masked_attn,
+    mask_bits,
+    point_sample,
+    matching_cost,
+    segment_map,
+    group_norm,
+    norm_relu,
+    query_layer,
+)
 # sizes of one call after another, none of which may compile anew after the first two
 SIZES = {
     masked_attn: [{"S": s, "Q": q} for s in (1024, 1330, 4096, 16801) for q in (100, 77, 200)],
     mask_bits: [{"S": s, "B": b} for s in (1024, 1330, 4096, 16801) for b in (2, 3, 16)],
     point_sample: [{"P": p, "h": h} for p in (12544, 101, 37632) for h in (64, 51, 200)],
+    query_layer: [{"Q": q, "B": b} for q in (100, 77, 16, 1) for b in (1, 2, 5)],
     matching_cost: [{"T": t, "B": b} for t in (16, 20, 24, 100, 33) for b in (2, 3, 16)],
     segment_map: [
         {"h": h, "out": out, "Q": q, "K": k}
@@ -162,7 +182,10 @@ ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS)]
 ARCHITECTURES += [
     (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost)
 ]
+ARCHITECTURES.append((query_layer, 86))
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
+# in other precisions the reference runs; float16 differs in the name of an instruction
+VARIANTS = [v for v in VARIANTS if v[0] != query_layer or v[2] == torch.bfloat16]
 VARIANTS += [(op, 89, torch.bfloat16) for op in (masked_attn, mask_bits)]
 
 

@@ -336,3 +336,24 @@ def group_norm_inputs(
     maps[0] = maps[0] + mean
     weight, bias = torch.randn(2, C, generator=g)
     return [t.to(dtype) for t in (maps[0], weight, bias, *maps[1:])]
+
+
+@_made_on_cpu
+def query_layer_inputs(
+    B=2, Q=20, C=32, H=2, F=40, M=24, more=True, dtype=torch.float32, seed=0
+) -> list[Tensor]:
+    """x and attended [B, Q, C], position [Q, C], normal; the tensors of a layer and of its
+    prediction, `more` with the next query's, so that sums are about 1."""
+    g = torch.Generator().manual_seed(seed)
+
+    def linear(n, c):
+        return [torch.randn(n, c, generator=g) / max(c, 1) ** 0.5, torch.randn(n, generator=g) / 4]
+
+    def norm():
+        return [1 + torch.randn(C, generator=g) / 4, torch.randn(C, generator=g) / 4]
+
+    rows = [torch.randn(B, Q, C, generator=g) for _ in range(2)] + [torch.randn(Q, C, generator=g)]
+    layer = linear(C, C) + norm() + linear(C, C) + linear(C, C) + linear(C, C) + linear(C, C)
+    layer += norm() + linear(F, C) + linear(C, F) + norm()
+    prediction = norm() + linear(C, C) + linear(C, C) + linear(M, C) + (linear(C, C) * more)
+    return [t.to(dtype) for t in (*rows, *layer, *prediction)]

@@ -133,7 +133,7 @@ class Mask2Former(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
-        class_logits, embeddings, mask_features = self.all_predictions(pixel_values)
+        class_logits, embeddings, mask_features = self.all_predictions(pixel_values, last=True)
         return QueryLogits(class_logits[:, -1], embeddings[:, -1], mask_features)
 
     def parameter_roles(self) -> dict[str, Role]:
@@ -145,11 +145,14 @@ class Mask2Former(nn.Module):
         blocks = (self.backbone, self.pixel_decoder.layers, decoder.layers, decoder.mask_embed)
         return parameter_roles(self, self.backbone, blocks, undecayed=tables)
 
-    def all_predictions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def all_predictions(
+        self, pixel_values: Tensor, last: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """All predictions, with the masks as two factors.
 
         Args:
             pixel_values: [B, 3, H, W] floating, normalised, zero-padded to the right and below.
+            last: only the last prediction, R = 1.
 
         Returns:
             class logits [B, R, Q, K + 1], mask embeddings [B, R, Q, M] and mask features [B, M, h,
@@ -164,7 +167,7 @@ class Mask2Former(nn.Module):
                 f"Mask2Former: pixel_values must not be empty, got {got(pixel_values)}"
             )
         mask_features, pixels, shapes = self.pixel_decoder(self.backbone(pixel_values))
-        class_logits, embeddings = self.query_decoder(pixels, shapes, mask_features)
+        class_logits, embeddings = self.query_decoder(pixels, shapes, mask_features, last)
         return class_logits, embeddings, mask_features
 
     def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
@@ -219,7 +222,8 @@ class Mask2Former(nn.Module):
                 self.config.num_labels,
                 num_queries=self.config.num_queries,
             ).to(pixel_values.device)
-        class_logits, embeddings, mask_features = self.all_predictions(pixel_values)
+        last = targets is None and not auxiliary_logits
+        class_logits, embeddings, mask_features = self.all_predictions(pixel_values, last)
         out = Mask2FormerOutput(class_queries_logits=class_logits[:, -1])
         if targets is not None:
             out.loss, out.losses = self.criterion(class_logits, embeddings, mask_features, targets)
