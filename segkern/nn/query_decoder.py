@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import mask_bits, masked_attn
+from ..ops.mask_bits import as_features
 from .position import sine_position
 from .recompute import recomputed
 
@@ -100,11 +101,6 @@ class DecoderLayer(nn.Module):
         return attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def _planar(maps: Tensor) -> Tensor:  # [B, C, h, w] -> contiguous [B, C, S]
-    """Image by image: a CPU transposes a matrix by blocks, a stack of them value by value."""
-    return torch.stack([image.flatten(1).contiguous() for image in maps])
-
-
 class QueryDecoder(nn.Module):
     """Predicts, for each of Q queries and after each layer, a class and the embedding of a mask.
 
@@ -174,15 +170,12 @@ class QueryDecoder(nn.Module):
 
     @torch.no_grad()
     def _level_features(self, mask_features: Tensor, shapes: tuple) -> list[Tensor]:
-        """The mask features [B, M, S] at the three levels, without gradient as masks are.
-
-        Contiguous, because each is read by several layers.
-        """
+        """The mask features [B, M, S] at the three levels, without gradient as masks are."""
         resized = (
             F.interpolate(mask_features, size, mode="bilinear", align_corners=False)
             for size in shapes
         )
-        return [_planar(x) for x in resized]
+        return [as_features(x) for x in resized]
 
     def keys_values(self, pixels: Tensor, shapes: tuple) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values [B, S, H, D] of every layer, those of a level in one product each."""
