@@ -57,12 +57,12 @@ def _clear(
 @triton.jit
 def _differentiate(
     rows,  # queries of one or two tiles of slots, each [ROWS]
-    tensors,
-    written,  # gradients of keys and of values, and what rounding left of each
+    tensors,  # (q, grad, out), (k, v) of the head; bits, open of the image; norm, grad_q
+    written,  # gradients of keys and of values, and what rounding left of each, of the head
     strides,  # of a row of q, k, v
-    factors,
-    chunk,  # first tile of keys; those that any row wants, a bit each; not, and not the last group
-    sizes,
+    factors,  # as `factors` gives them
+    chunk,  # first tile of keys; those that any row wants, a bit each; groups before? after?
+    sizes,  # Q, S, H, scale
     D: tl.constexpr,
     CHANNELS: tl.constexpr,
     UNIT: tl.constexpr,

@@ -25,11 +25,11 @@ from .sigmoid import reciprocal
 @triton.jit
 def _attend(
     rows,  # queries of one or two tiles of slots, each [ROWS]
-    tensors,
+    tensors,  # q, (k, v) of the head; bits, open of the image; out, norm of the chunk and head
     strides,  # of a row of q, k, v
-    factors,
+    factors,  # as `factors` gives them
     chunk,  # its first tile of keys; those that any row wants, a bit each
-    sizes,
+    sizes,  # Q, S, H, splits
     D: tl.constexpr,
     CHANNELS: tl.constexpr,
     UNIT: tl.constexpr,
@@ -37,7 +37,7 @@ def _attend(
     STAGES: tl.constexpr,
 ):
     """Joins tiles of keys to the rows; all of them are multiplied with each, without a branch."""
-    q, k, v, bits, open, out, norm = tensors
+    q, (k, v), bits, open, out, norm = tensors
     inner, outer = factors
     first, wanted = chunk
     Q, S, H, splits = sizes
@@ -115,9 +115,6 @@ def forward(
     chunk = (program // groups // H).to(tl.int64)
     b, first = chunk // splits, (chunk % splits).to(tl.int32) * tiles
     exact: tl.constexpr = norm.dtype.element_ty
-    q_base = base(q, b, h, q_strides, UNIT)
-    k_base = base(k, b, h, k_strides, UNIT)
-    v_base = base(v, b, h, v_strides, UNIT)
     bits += b * Q * tl.cdiv(S, 32)
     open += b * Q
     out += chunk * Q * H * D + h * D
@@ -125,7 +122,8 @@ def forward(
     tiles = tl.minimum(tiles, tl.cdiv(S, KEYS) - first)
     start = group * TILES * ROWS
     rows, wanted, used = slots_of(bits, open, first, tiles, start, Q, S, ROWS, TILES, KEYS)
-    tensors = q_base, k_base, v_base, bits, open, out, norm
+    keys = base(k, b, h, k_strides, UNIT), base(v, b, h, v_strides, UNIT)
+    tensors = base(q, b, h, q_strides, UNIT), keys, bits, open, out, norm
     strides = q_strides[1], k_strides[1], v_strides[1]
     scales = factors(scale, exact, q.dtype.element_ty == exact)
     part, sizes = (first, wanted), (Q, S, H, splits)
@@ -135,5 +133,8 @@ def forward(
         row = rows[1]
         tl.store(norm + row * 2, tl.full((ROWS,), LOWEST, exact), mask=row < Q)
         tl.store(norm + row * 2 + 1, tl.zeros((ROWS,), exact), mask=row < Q)
+        # without a key in the only chunk: `open` contradicts the bits
+        none = tl.full((ROWS, CHANNELS), float("nan"), exact)
+        store(out, row, H * D, row < tl.where(splits == 1, Q, 0), none, D, CHANNELS)
     else:
         _attend(rows, tensors, strides, scales, part, sizes, D, CHANNELS, UNIT, KEYS, STAGES)
