@@ -221,6 +221,15 @@ def test_a_new_size_compiles_nothing(op):
     assert variants[-1] <= ALLOWED.get(op, variants[0]), variants
 
 
+def test_launches_of_a_decoder_layer():
+    """Nothing but the mask (here from features of two layouts), attention and its gradients."""
+    with compiling(90) as compiled:
+        mask_bits(torch.bfloat16)
+        masked_attn(torch.bfloat16)
+    names = [kernel.metadata.name for kernel in compiled]
+    assert names == ["_mask_bits", "_mask_bits", "forward", "join", "backward", "add"]
+
+
 # mask_bits reads 8, 4, 2 or 1 keys at a time, whichever divides their number, or channels;
 # more queries than masked_attn's gradients take at once are another kernel
 ALLOWED = {mask_bits: 5, masked_attn: 5}
