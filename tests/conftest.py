@@ -27,9 +27,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     for _op, _module in _library.TRITON.items():
         _launcher = getattr(importlib.import_module(f"segkern.kernels.{_module}"), _op)
         _interpreted.impl(_op, _launcher, "CPU", allow_override=True)
+    from segkern.kernels import _launch
     from segkern.kernels import segment_map as _maps
 
     # it takes as long for a tile of any size; few programs, so that each has several tiles
+    _launch.ASSUMED = _launch.ASSUMED._replace(multiprocessors=2)
     _maps.TILE, _maps.PRODUCT, _maps.WORDS, _maps.PROGRAMS = (64, 128), (32, 128), 512, 3
 
 

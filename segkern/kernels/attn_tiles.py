@@ -10,7 +10,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # arguments that are never specialised
-SIZES = ["Q", "S", "H", "groups", "splits", "tiles"]
+SIZES = ["Q", "S", "H", "splits", "tiles"]
 LOWEST = tl.constexpr(-3.0e38)  # a maximum of nothing; finite, so that it minus itself is 0
 
 
@@ -37,19 +37,81 @@ def store(to, line, stride, real, x, D: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def slots_of(plan, open, first, Q, ROWS: tl.constexpr):
-    """Slots of a chunk: query (Q: none) and its open keys, [ROWS]; tiles of any, a bit each."""
-    slot = first + tl.arange(0, ROWS)
-    row = tl.load(plan + slot, mask=slot < Q, other=Q)
-    hit = tl.load(plan + Q + slot, mask=slot < Q, other=0)
+def slots_of(
+    bits,  # [Q, W] int32, of an image
+    open,  # [Q] int32
+    first,  # tile of the chunk
+    tiles,  # of the chunk
+    start,  # first slot asked for
+    Q,
+    S,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Some slots of a chunk.
+
+    Returns:
+        The queries of TILES tiles of slots, a tuple of [ROWS] (Q: none); which tiles of keys any
+        of them wants, a bit each; how many of the slots from `start` on are used.
+    """
+    words: tl.constexpr = KEYS // 32
+    W = tl.cdiv(S, 32)
     i = tl.arange(0, 32)
-    tiles = tl.sum(tl.max(hit[:, None] >> i[None, :] & 1, 0) << i, 0)
-    return row, tl.load(open + row, mask=row < Q, other=1), tiles
+    every = tl.sum((i < tiles).to(tl.int32) << i, 0)
+    # as wide as what they meet: narrow ones are moved between threads again and again
+    tile = tl.broadcast_to(tl.arange(0, 16)[None, :], (128, 16))
+    rows = (tl.full((ROWS,), 0, tl.int32) + Q,) * TILES
+    wanted, used = 0, 0
+    for block in range(0, Q, 128):
+        query = block + tl.arange(0, 128)
+        real = query < Q
+        line = tl.broadcast_to(query[:, None], (128, 16))
+        hit = tl.zeros((128,), tl.int32)
+        for some in range(0, tiles, 16):
+            x = tl.zeros((128, 16), tl.int32)
+            for j in tl.static_range(words):
+                word = (first + some + tile) * words + j
+                given = (line < Q) & (some + tile < tiles) & (word < W)
+                x |= tl.load(bits + (line.to(tl.int64) * W + word), mask=given, other=0)
+            hit += tl.sum((x != 0).to(tl.int32) << some + tile, 1)
+        hit = tl.where(tl.load(open + query, mask=real, other=1) == 0, every, hit)
+        some = (hit != 0).to(tl.int32)
+        rank = used + tl.cumsum(some, 0)
+        slot = tl.where(some != 0, rank - 1, Q - 1 - (query - rank))  # the others from the end
+        slot = tl.where(real, slot - start, -1)
+        used += tl.sum(some, 0)
+        hit = tl.where((slot >= 0) & (slot < TILES * ROWS), hit, 0)
+        wanted |= tl.sum(tl.max(hit[:, None] >> i[None, :] & 1, 0) << i, 0)
+        for r in tl.static_range(TILES):
+            here = slot[None, :] == (r * ROWS + tl.arange(0, ROWS))[:, None]
+            row = rows[r] + tl.sum(tl.where(here, (query - Q)[None, :], 0), 1)
+            rows = rows[:r] + (row,) + rows[r + 1 :]
+    return rows, wanted, used - start
 
 
 @triton.jit
-def open_keys(bits, row, n, tile, Q, S, KEYS: tl.constexpr):
-    """Which keys of a tile are open to rows of `bits` with n open keys, [rows, KEYS]."""
+def count(tiles):
+    """How many bits are set."""
+    return tl.sum(tiles >> tl.arange(0, 32) & 1, 0)
+
+
+@triton.jit
+def lowest(tiles):
+    """The place of the lowest bit that is set; 2^n is exact in float32, whose exponent is n."""
+    bit = (tiles & -tiles).to(tl.uint32, bitcast=True).to(tl.float32)
+    return (bit.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def closed_rows(open, row, Q):
+    """A word with all bits set for queries without an open key, 0 for the others."""
+    return tl.where(tl.load(open + row, mask=row < Q, other=1) == 0, -1, 0)
+
+
+@triton.jit
+def open_keys(bits, row, closed, tile, Q, S, KEYS: tl.constexpr):
+    """Which keys of a tile are open to rows of `bits`, [rows, KEYS]; all to those of `closed`."""
     W = tl.cdiv(S, 32)
     j = tl.arange(0, KEYS)
     pair = tl.zeros((1, KEYS), tl.int1)
@@ -58,13 +120,9 @@ def open_keys(bits, row, n, tile, Q, S, KEYS: tl.constexpr):
         left = S - 32 * word
         valid = tl.where(left >= 32, -1, (1 << tl.minimum(tl.maximum(left, 0), 31)) - 1)
         real = row < tl.where(left > 0, Q, 0)
-        x = tl.load(bits + (row.to(tl.int64) * W + word), mask=real, other=0)
-        x = (tl.where(n == 0, -1, x) & valid).to(tl.uint32, bitcast=True)
-        bit = tl.where(j // 32 == i, 1 << (j % 32), 0).to(tl.uint32, bitcast=True)
-        if i % 2 == 1:
-            # LLVM would join more than 16 equal tests of a thread, and pack and unpack the results
-            x = x.to(tl.uint64)
-        pair |= (x[:, None] & bit[None, :]) != 0
+        x = tl.load(bits + (row.to(tl.int64) * W + word), mask=real, other=0)[:, None]
+        bit = tl.where(j // 32 == i, 1 << (j % 32), 0) & valid
+        pair |= ((x | closed[:, None]) & bit[None, :]) != 0
     return pair
 
 

@@ -6,7 +6,8 @@ A program owns up to 128 queries of an image and walks over tiles of keys. In 16
 stay on the chip and each tile is one product over all channels: the features are read once and
 nothing else moves; the next tiles load while one is multiplied and packed. float32 and float64
 (no tf32), and more than 256 channels, read panels of channels of both. More than 128 queries are
-more programs, side by side: they find the features in the L2 cache.
+more programs, side by side: they find the features in the L2 cache. Features are read as they lie:
+keys side by side, or channels (a channels-last map), whose number then sets how wide a load is.
 `open` is counted in registers, a row of a program, and the programs' counts join by integer
 atomics, whose sum has no order. That needs zeros to start from: a memset of B Q words, where
 partial counts would need as many launches and memory that is written and read again.

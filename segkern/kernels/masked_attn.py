@@ -3,15 +3,15 @@
 Letters: B image, Q query, S key, H head, D channel a head, W = ceil(S / 32) words. A chunk is up
 to 32 tiles of keys: the work of one program for each head.
 
-`plan` (attn_plan.py) puts, for each chunk and for all heads, the queries with an open key in it
-first (a query without any is open everywhere), and says in a word which tiles those keys are in.
-A slot is a place in this order. `forward` (attn_forward.py) reads the tiles of a chunk once and
-gives each to tiles of slots in turn, whose running maximum, sum and result stay in registers:
-slots without an open key in it skip it, and a tile that no slot wants is not loaded. Where a head
-has several chunks, `join` (attn_join.py) joins their results. `backward` (attn_backward.py) reads
-keys and values once as well: it forms the weights again, writes the gradients of its keys, and
-keeps its part of those of the queries, which `add` (attn_join.py) adds up. No atomics, no
-synchronisation with the host, the same bits each run.
+Of a chunk, each program puts the queries with an open key in it first (a query without any is open
+everywhere), the same for all heads; a slot is a place in this order (`slots_of`, attn_tiles.py).
+`forward` (attn_forward.py) reads the tiles that its slots want, one after the other, and joins
+each to one or two tiles of slots, whose running maximum, sum and result stay in registers; the
+words of the mask come with the keys, some tiles ahead. Slots without an open key in the chunk are
+left out. Where a head has several chunks, `join` (attn_join.py) joins their results. `backward`
+(attn_backward.py) reads keys and values once as well: it forms the weights again, writes the
+gradients of its keys, and keeps its part of those of the queries, which `add` (attn_join.py) adds
+up. No atomics, no synchronisation with the host, the same bits each run.
 
 `norm` is (reference point of a row's products q . k, 1 / sum); of the products times log2(e) scale
 in 16 bits, where that is one instruction less. A closed key weighs exactly 0, which is multiplied
@@ -44,7 +44,7 @@ FORWARD = {
     ("227 KB", 2): {
         32: (64, 2, 64, 4, 3, 3),
         64: (64, 2, 64, 4, 3, 2),
-        128: (64, 2, 64, 8, 3, 1),
+        128: (64, 1, 64, 4, 2, 2),
         256: (64, 1, 64, 8, 2, 1),
     },
     ("227 KB, 10.x", 2): {
@@ -54,7 +54,7 @@ FORWARD = {
         256: (64, 1, 64, 8, 2, 1),
     },
 }
-FLOAT32 = {32: (32, 1, 64, 4, 2, 2), 64: (32, 1, 32, 4, 2, 4), 128: (16, 1, 32, 8, 2, 2)}
+FLOAT32 = {32: (32, 1, 64, 4, 2, 2), 64: (32, 1, 32, 4, 2, 3), 128: (16, 1, 32, 8, 2, 2)}
 FLOAT64 = {32: (16, 1, 32, 4, 1, 3), 128: (16, 1, 32, 8, 1, 1)}
 FORWARD |= {(kind, 4): FLOAT32 for kind in KINDS} | {(kind, 8): FLOAT64 for kind in KINDS}
 FORWARD["99 KB", 4] = FLOAT32 | {256: (16, 1, 32, 8, 1, 1)}  # spills, but starts

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import mask_bits, masked_attn, query_layer, query_prediction
+from ..ops.mask_bits import as_features
 from ..ops.query_layer import Layer, Prediction
 from .position import sine_position
 from .recompute import recomputed
@@ -101,11 +102,6 @@ class DecoderLayer(nn.Module):
         dropout = self.dropout.p if self.training else 0.0
         options = self.heads, self.norm.eps, dropout
         return query_layer(x, attended, position, self.tensors(), prediction, *options)
-
-
-def _planar(maps: Tensor) -> Tensor:  # [B, C, h, w] -> contiguous [B, C, S]
-    """Image by image: a CPU transposes a matrix by blocks, a stack of them value by value."""
-    return torch.stack([image.flatten(1).contiguous() for image in maps])
 
 
 class QueryDecoder(nn.Module):
@@ -185,15 +181,12 @@ class QueryDecoder(nn.Module):
 
     @torch.no_grad()
     def _level_features(self, mask_features: Tensor, shapes: tuple) -> list[Tensor]:
-        """The mask features [B, M, S] at the three levels, without gradient as masks are.
-
-        Contiguous, because each is read by several layers.
-        """
+        """The mask features [B, M, S] at the three levels, without gradient as masks are."""
         resized = (
             F.interpolate(mask_features, size, mode="bilinear", align_corners=False)
             for size in shapes
         )
-        return [_planar(x) for x in resized]
+        return [as_features(x) for x in resized]
 
     def keys_values(self, pixels: Tensor, shapes: tuple) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values [B, S, H, D] of every layer, those of a level in one product each."""

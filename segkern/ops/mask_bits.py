@@ -70,6 +70,23 @@ def _places(like: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
+def as_features(maps: Tensor) -> Tensor:
+    """Maps as the features that several calls read.
+
+    Args:
+        maps: [B, C, h, w], dense.
+
+    Returns:
+        [B, C, h * w]; a GPU's kernel reads maps as they lie, the channels of a key side by side or
+        the keys of a channel: a view. The CPU's reads the keys of a channel side by side, and each
+        call would order them anew: here they are, once, where they are not so yet.
+    """
+    if maps.device.type != "cpu" or maps.is_contiguous():
+        return maps.flatten(2)
+    # a CPU transposes a matrix by blocks, a stack of them value by value
+    return torch.stack([image.flatten(1).contiguous() for image in maps])
+
+
 def mask_bits_reference(
     queries: Tensor, features: Tensor, threshold: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -100,7 +117,9 @@ def mask_bits(
     Args:
         queries: [B, Q, C] floating: mask embeddings.
         features: [B, C, S] in the queries' dtype: mask features at the resolution of the keys.
-            Under autocast the dtypes may differ, and then both are cast to its dtype.
+            Read in place where the keys of a channel lie side by side, and on a GPU also where the
+            channels of a key do (`as_features`). Under autocast the dtypes may differ, and then
+            both are cast to its dtype.
         threshold: a key is open where the product is at least this; 0 is a probability of 1/2.
             Compared with the product in float32 (float64 where the inputs are float64).
         impl: "kernel", or "reference" for plain PyTorch.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from segkern.ops import mask_bits
-from segkern.ops.mask_bits import mask_bits_reference, pack_bits, unpack_bits
+from segkern.ops.mask_bits import as_features, mask_bits_reference, pack_bits, unpack_bits
 from support.comparison import DTYPES
 from support.inputs import mask_bits_inputs
 
@@ -143,6 +143,26 @@ def test_non_contiguous():
     assert torch.equal(mask_bits(queries, last)[0], want)
     wide = torch.cat((features, features), 2)
     assert torch.equal(mask_bits(queries, wide[:, :, : features.shape[2]])[0], want)
+
+
+@pytest.mark.parametrize(("C", "h", "w"), [(24, 5, 9), (256, 3, 25), (300, 1, 33)])
+def test_channels_last(C, h, w):
+    queries, features = mask_bits_inputs(C=C, S=h * w)
+    want = mask_bits(queries, features)
+    maps = features.unflatten(2, (h, w)).contiguous(memory_format=torch.channels_last)
+    last = as_features(maps)
+    assert torch.equal(last, features)
+    for other in (last, maps.flatten(2)):
+        assert all(torch.equal(a, b) for a, b in zip(mask_bits(queries, other), want))
+
+
+def test_features_of_a_gpu_are_views():
+    maps = torch.empty(2, 24, 5, 9, device="meta")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        maps = maps.contiguous(memory_format=layout)
+        features = as_features(maps)
+        assert features._base is maps
+        assert features.shape == (2, 24, 45)
 
 
 def test_nan_closes():

@@ -279,6 +279,15 @@ def test_keys_that_nobody_wants_are_not_read():
     assert not grads[2][:, 128:320].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_keys_that_only_later_queries_want(dtype):
+    """On a GPU the gradients of more than 128 queries come in turns, which add to one another."""
+    q, k, v, _, _ = masked_attn_inputs(B=1, Q=150, S=200, H=1, dtype=dtype)
+    mask = torch.zeros(1, 150, 200, dtype=torch.bool)
+    mask[:, :130, :64], mask[:, 130:, 64:] = True, True
+    check([q, k, v, *pack_bits(mask)])
+
+
 @pytest.mark.cpu_only
 def test_same_bits_on_any_number_of_threads():
     q, k, v, bits, open = masked_attn_inputs(S=2500, D=32)
