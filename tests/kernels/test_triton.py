@@ -124,7 +124,15 @@ def segment_map(dtype, B=2, Q=100, K=133, h=128, w=192, out=(480, 640), C=256, n
     launch("segment_map_cover", meta(torch.int32, *bits), order, out[1])
 
 
-OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map)
+def window_attn(dtype, B=2, h=100, w=168, H=6, D=32, window=7, shift=3):
+    exact, S = exact_dtype(meta(dtype)), window * window
+    qkv, biases = meta(dtype, B, h, w, 3, H, D), (meta(exact, 3, H, D), meta(exact, H, S, S))
+    options = window, shift, D**-0.5
+    grad = launch("window_attn", qkv, *biases, *options)
+    launch("window_attn_backward", grad, qkv, *biases, *options)
+
+
+OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map, window_attn)
 # sizes of one call after another, none of which may compile anew after the first two
 SIZES = {
     masked_attn: [{"S": s, "Q": q} for s in (1024, 1330, 4096, 16801) for q in (100, 77, 200)],
@@ -138,6 +146,13 @@ SIZES = {
         for q, k in ((100, 133), (1, 1), (300, 19))
     ],
 }
+SIZES[window_attn] = [
+    {"h": h, "H": heads, "shift": shift, "B": b}
+    for h in (100, 64, 7)
+    for heads in (3, 6, 24)
+    for shift in (0, 3)
+    for b in (1, 2, 16)
+]
 SLOW = [pytest.mark.slow]
 # what is made for sm_89 differs from sm_86 in nothing but the name; kernels without tuning tables
 # are alike on all GPUs of some generations
