@@ -61,22 +61,24 @@ def backward(
     total_k = tl.zeros((CHANNELS,), exact)
     total_v = tl.zeros((CHANNELS,), exact)
     for window in range(first, tl.minimum(first + run, N)):
+        image = (window // (rows * columns)).to(tl.int64) * h * w * C
+        x, dx, upper = qkv + image * 3, grad_qkv + image * 3, grad + image
         token, there, real, region = places(window, h, w, shift, rows, columns, 0, W, BLOCK_S)
-        k = load_projected(qkv + C, qkv_bias + C, token, there, real, 3 * C, D, CHANNELS)
-        v = load_projected(qkv + 2 * C, qkv_bias + 2 * C, token, there, real, 3 * C, D, CHANNELS)
+        k = load_projected(x + C, qkv_bias + C, token, there, real, 3 * C, D, CHANNELS)
         dk = tl.zeros((BLOCK_S, CHANNELS), exact)
         dv = tl.zeros((BLOCK_S, CHANNELS), exact)
         for start in range(0, S, BLOCK_I):
             asks, _, asked, region_q = places(
                 window, h, w, shift, rows, columns, start, W, BLOCK_I
             )
-            q = load_projected(qkv, qkv_bias, asks, asked, asked, 3 * C, D, CHANNELS)
-            up = load(grad, asks, asked, C, D, CHANNELS)
+            q = load_projected(x, qkv_bias, asks, asked, asked, 3 * C, D, CHANNELS)
+            up = load(upper, asks, asked, C, D, CHANNELS)
             added = load_bias(bias, start, S, BLOCK_I, BLOCK_S)  # again: registers
             p, inverse = weights_of(q, k, added, region_q, region, scale, exact)
             p *= inverse[:, None]
             pt = tl.trans(p.to(value))
             dv = tl.dot(pt, up, dv, input_precision="ieee", out_dtype=exact)
+            v = load_projected(x + 2 * C, qkv_bias + 2 * C, token, there, real, 3 * C, D, CHANNELS)
             dp = tl.dot(up, tl.trans(v), input_precision="ieee", out_dtype=exact)
             ds = p * (dp - tl.sum(p * dp, 1)[:, None])
             if S > BLOCK_I:
@@ -89,12 +91,12 @@ def backward(
             dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee", out_dtype=exact)
             dq = tl.dot(ds, k, input_precision="ieee", out_dtype=exact) * factor
             total_q += tl.sum(dq, 0)
-            _store(grad_qkv, asks, asked, 3 * C, dq, D, CHANNELS)
+            _store(dx, asks, asked, 3 * C, dq, D, CHANNELS)
         dk *= factor
         total_k += tl.sum(dk, 0)
         total_v += tl.sum(dv, 0)
-        _store(grad_qkv + C, token, real, 3 * C, dk, D, CHANNELS)
-        _store(grad_qkv + 2 * C, token, real, 3 * C, dv, D, CHANNELS)
+        _store(dx + C, token, real, 3 * C, dk, D, CHANNELS)
+        _store(dx + 2 * C, token, real, 3 * C, dv, D, CHANNELS)
     if S <= BLOCK_I:
         tl.store(parts + i[:, None] * S + j[None, :], total, (i < S)[:, None] & (j < S)[None, :])
     d = tl.arange(0, CHANNELS)

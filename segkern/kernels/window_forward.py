@@ -42,17 +42,19 @@ def forward(
     added = load_bias(bias, 0, S, BLOCK_I, BLOCK_S)
     d = tl.arange(0, CHANNELS)
     for window in range(first, tl.minimum(first + run, N)):
+        image = (window // (rows * columns)).to(tl.int64) * h * w * C
+        x, result_of = qkv + image * 3, out + image
         token, there, real, region = places(window, h, w, shift, rows, columns, 0, W, BLOCK_S)
-        k = load_projected(qkv + C, qkv_bias + C, token, there, real, 3 * C, D, CHANNELS)
-        v = load_projected(qkv + 2 * C, qkv_bias + 2 * C, token, there, real, 3 * C, D, CHANNELS)
+        k = load_projected(x + C, qkv_bias + C, token, there, real, 3 * C, D, CHANNELS)
+        v = load_projected(x + 2 * C, qkv_bias + 2 * C, token, there, real, 3 * C, D, CHANNELS)
         for start in range(0, S, BLOCK_I):
             asks, _, stored, region_q = places(
                 window, h, w, shift, rows, columns, start, W, BLOCK_I
             )
-            q = load_projected(qkv, qkv_bias, asks, stored, stored, 3 * C, D, CHANNELS)
+            q = load_projected(x, qkv_bias, asks, stored, stored, 3 * C, D, CHANNELS)
             if S > BLOCK_I:
                 added = load_bias(bias, start, S, BLOCK_I, BLOCK_S)
             p, inverse = weights_of(q, k, added, region_q, region, scale, exact)
             result = tl.dot(p.to(v.dtype), v, input_precision="ieee", out_dtype=exact)
-            to = out + asks[:, None] * C + d[None, :]
+            to = result_of + asks[:, None] * C + d[None, :]
             tl.store(to, result * inverse[:, None], stored[:, None] & (d < D)[None, :])

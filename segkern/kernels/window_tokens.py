@@ -26,19 +26,19 @@ def places(window, h, w, shift, rows, columns, first, W: tl.constexpr, BLOCK: tl
         rows, columns: of windows.
 
     Returns:
-        token [BLOCK] (int64; where it lies in [B, h, w]), whether there is such a place, whether
+        token [BLOCK] (where it lies in [h, w] of its image), whether there is such a place, whether
         it is a token of the map and not padding, and its region: 1 and 2 for what the roll brought
         from the left and from the top.
     """
     s = first + tl.arange(0, BLOCK)
-    image, at = (window // (rows * columns)).to(tl.int64), window % (rows * columns)
+    at = window % (rows * columns)
     y = at // columns * W + s // W
     x = at % columns * W + s % W
     region = tl.where(y >= rows * W - shift, 2, 0) + tl.where(x >= columns * W - shift, 1, 0)
     y, x = y + shift, x + shift  # below twice the padded map
     y, x = tl.where(y >= rows * W, y - rows * W, y), tl.where(x >= columns * W, x - columns * W, x)
     there = s < W * W
-    return (image * h + y) * w + x, there, there & (y < h) & (x < w), region
+    return y * w + x, there, there & (y < h) & (x < w), region
 
 
 @triton.jit
