@@ -6,15 +6,15 @@ PY = $(BIN)/python
 export MAX_JOBS ?= 2
 # waiting threads spin briefly and then sleep: long spinning starves a core that others share
 export GOMP_SPINCOUNT ?= 20000
-# builds in this tree are for the GPU at hand; 9.0 where there is none
+# builds in this tree are for the GPUs at hand; for 9.0 where there are none
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap \
-  --format=csv,noheader 2>/dev/null | sort -u | head -1),9.0)
+  --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+\.[0-9]+' | sort -u | paste -sd ';' -),9.0)
 INSTALL = install --disable-pip-version-check -q
 
 KERNELS = segkern/_C_cpu.abi3.so
-SOURCES = setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES = setup.py tools/toolchain.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: setup demo test check slow interpret avx2 seeds sanitize emulate racecheck oldest gate lint bench gpu clean
+.PHONY: setup demo test check sdist slow interpret avx2 seeds sanitize emulate racecheck oldest gate lint bench gpu clean
 setup: $(KERNELS)
 
 # the constraints first, so that building against the installed torch needs no isolation
@@ -37,13 +37,26 @@ test: setup
 	$(BIN)/pytest tests -m "not slow and not gpu"
 
 # every stage, also after one that failed, and at the end what became of each
-STAGES = lint slow interpret avx2 seeds sanitize emulate racecheck oldest gate
+STAGES = lint sdist slow interpret avx2 seeds sanitize emulate racecheck oldest gate
 check: setup
 	@report=""; status=0; for stage in $(STAGES); do \
 	  start=$$(date +%s); echo "== make $$stage"; result=passed; \
 	  $(MAKE) --no-print-directory $$stage || { result=FAILED; status=1; }; \
 	  report="$$report$$(printf '  %-10s %s %5d s' $$stage $$result $$(($$(date +%s) - start)))\n"; \
 	done; printf "== make check\n$$report"; exit $$status
+
+# what a stranger does: the source distribution is built and used in a fresh environment, which
+# sees the packages of this one, but not this tree
+FRESH = build/sdist/venv/bin/python
+SITE = -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+sdist: setup
+	rm -rf build/sdist && mkdir -p build/sdist
+	$(PY) setup.py -q egg_info --egg-base build/sdist sdist --dist-dir build/sdist
+	$(PY) -m venv --without-pip build/sdist/venv
+	$(PY) $(SITE) > "$$($(FRESH) $(SITE))/packages.pth"
+	SEGKERN_NO_CUDA=1 $(FRESH) -m pip $(INSTALL) --no-build-isolation --no-deps --ignore-installed \
+	  build/sdist/*.tar.gz
+	cd build/sdist && venv/bin/python ../../tools/smoke.py && venv/bin/segkern info
 
 # a process a core, for tests that no second thread would help
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(MAX_JOBS)

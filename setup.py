@@ -1,37 +1,47 @@
-"""Builds segkern/_C_cpu.abi3.so (always), segkern/_C_cuda.abi3.so (where nvcc and a CUDA build of
-torch are found) and segkern/_host (run-length encoding, for this Python).
+"""Builds segkern/_C_cpu.abi3.so (always), segkern/_C_cuda.abi3.so (where nvcc and torch are of one
+CUDA) and segkern/_host (run-length encoding, for this Python).
 
 The first two speak LibTorch's stable ABI only: one binary serves torch >= 2.11 and any
 Python >= 3.11. No GPU is needed. Environment:
-  SEGKERN_NO_BUILD=1    pure-Python install, in which the reference runs
+  SEGKERN_NO_BUILD=1    pure-Python install, in which the reference runs; always so on Windows,
+                        whose compiler lacks the vectors that the kernels are written in
   SEGKERN_NO_CUDA=1     CPU library only
+  SEGKERN_CUDA=1        stops where the CUDA library cannot be built as asked; without it the build
+                        goes on, and `segkern info` has the reason
   SEGKERN_SANITIZE=address | thread   with the sanitizers of addresses and undefined behaviour, or
                         of races
   SEGKERN_EMULATE=1     for tests: _C_cpu takes the CUDA sources, compiled for the host, in place
                         of the C++ kernels of the same ops (csrc/cuda/emulate.h)
   SEGKERN_AVX2=1        for tests: no code for AVX-512, as on a CPU without it
-  TORCH_CUDA_ARCH_LIST  default "8.0;9.0;10.0+PTX";  CXX, MAX_JOBS as usual
+  CUDA_HOME             the toolkit; else that of the nvcc on PATH, else /usr/local/cuda
+  TORCH_CUDA_ARCH_LIST  default "7.5;8.0;9.0;10.0;12.0+PTX", as far as nvcc knows them
+  CXX, MAX_JOBS as usual; nvcc compiles with CXX, too
 """
 
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import SubprocessError
 
+from setuptools import __version__ as setuptools_version
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.errors import BaseError
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+import toolchain  # noqa: E402
+
 STABLE_ABI = "0x020b000000000000"  # torch 2.11: the oldest that can load the libraries
+COMPILER = os.environ.get("CXX", "c++")
 SANITIZE = os.environ.get("SEGKERN_SANITIZE", "")
 EMULATE = os.environ.get("SEGKERN_EMULATE") == "1"
 AVX2 = os.environ.get("SEGKERN_AVX2") == "1"
 HELP = (
     "\nsegkern builds C++ kernels while it is installed. {problem}\n"
-    "  {remedy}\n"
+    "  {remedy},\n"
     "  or set SEGKERN_NO_BUILD=1 for the pure-Python install, in which the slow reference runs.\n"
 )
 
@@ -40,19 +50,35 @@ def stop(problem, remedy):
     raise SystemExit(HELP.format(problem=problem, remedy=remedy))
 
 
+def say(what):
+    print(f"segkern: {what}", file=sys.stderr)
+
+
+def why_pure():
+    """Why nothing is compiled; empty if it is. Packing the sources needs no compiler."""
+    if os.environ.get("SEGKERN_NO_BUILD") == "1":
+        return "SEGKERN_NO_BUILD=1"
+    if sys.platform == "win32":
+        return "there are no kernels for Windows"
+    packs = {"sdist", "egg_info", "dist_info"}
+    builds = {"build", "build_ext", "build_py", "bdist_wheel", "editable_wheel", "install"}
+    asked = set(sys.argv)
+    return "packing" if packs & asked and not builds & asked else ""
+
+
 def flags_cpu():
-    flags = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-    flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"] + ["-DSEGKERN_AVX2"] * AVX2
+    flags = ["-std=c++20", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    flags += ["-DSEGKERN_AVX2"] * AVX2
+    wanted = ["-Wall", "-Wno-unknown-pragmas"]
     if SANITIZE:
         checks = ["-fsanitize=thread"]
         if SANITIZE == "address":
             checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        return flags + ["-DSEGKERN_SANITIZE", "-O1", "-g", *checks], checks
+        return [*flags, *wanted, "-DSEGKERN_SANITIZE", "-O1", "-g", *checks], checks
     # no -ffast-math: NaN must leave range tests; fused multiply-adds are welcome
-    return flags + ["-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno"] + [
-        "-fno-trapping-math",
-        f"-mprefer-vector-width={256 if AVX2 else 512}",
-    ] * (os.uname().machine == "x86_64"), []
+    wanted += ["-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    wanted += [f"-mprefer-vector-width={256 if AVX2 else 512}"]
+    return [*flags, "-O3", *toolchain.accepted(COMPILER, wanted)], []
 
 
 def sources(folder, suffix):
@@ -72,11 +98,37 @@ def sources_emulated(cuda):
     return [s for s in sources("cpu", ".cpp") if Path(s).stem not in stems] + wrappers
 
 
-def toolkit_libraries():
-    """The folders of the CUDA toolkit's libraries, as nvcc itself has them."""
-    run = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True)
-    line = re.search(r"LIBRARIES=(.*)", run.stderr + run.stdout)
-    return re.findall(r'-L([^"\s]+)', line.group(1)) if line else []
+def plan_cuda(torch):
+    """nvcc and what to do with it; stops where that is less than SEGKERN_CUDA=1 asks for."""
+    env = os.environ | ({"SEGKERN_NO_CUDA": "1"} if SANITIZE or EMULATE else {})
+    nvcc = toolchain.find_nvcc(env)
+    plan = toolchain.plan_cuda(torch.__version__, torch.version.cuda, nvcc, env)
+    if plan.architectures:
+        error = toolchain.trial(nvcc, COMPILER)
+        if error:
+            plan = toolchain.Plan(why=f"{nvcc} does not work with {COMPILER}: {error}")
+    if os.environ.get("SEGKERN_CUDA") == "1" and (plan.why or plan.left_out):
+        stop(
+            f"SEGKERN_CUDA=1 asks for CUDA kernels, but {plan.why or 'not for ' + plan.left_out}.",
+            "Mend that or leave out SEGKERN_CUDA=1; the kernels for the CPU are then built",
+        )
+    return nvcc, plan
+
+
+def extension_cuda(cpp_extension, nvcc, plan):
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(plan.architectures)
+    cpp_extension.CUDA_HOME = str(nvcc.path.parents[1])
+    defines = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
+    host = f"-ccbin={toolchain.host_compiler(COMPILER)}"
+    # the runtime is linked in: the binary then serves torch of any CUDA of its major
+    return cpp_extension.CppExtension(
+        "segkern._C_cuda",
+        sources("cuda", ".cu"),
+        libraries=["c10_cuda", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+        library_dirs=toolchain.toolkit_libraries(nvcc),
+        extra_compile_args={"cxx": defines, "nvcc": [*defines, host, "-O3"]},
+        py_limited_api=True,
+    )
 
 
 def extensions():
@@ -91,21 +143,13 @@ def extensions():
             "Install torch >= 2.11, pybind11 and ninja, then: "
             "pip install --no-build-isolation segkern",
         )
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler.split()[0]) is None:
-        stop(f"No C++ compiler: '{compiler}' is not found.", "Install g++ >= 12 or set CXX")
-    info = {
-        "pure": False,
-        "torch": torch.__version__,
-        "compiler": compiler,
-        "cuda_architectures": [],
-    }
+    if shutil.which(COMPILER.split()[0]) is None:
+        stop(f"No C++ compiler: '{COMPILER}' is not found.", "Install g++ >= 12 or set CXX")
     compile_flags, link_flags = flags_cpu()
-    cuda = sources("cuda", ".cu")
     found = [
         cpp_extension.CppExtension(
             "segkern._C_cpu",
-            sources_emulated(cuda) if EMULATE else sources("cpu", ".cpp"),
+            sources_emulated(sources("cuda", ".cu")) if EMULATE else sources("cpu", ".cpp"),
             extra_compile_args=compile_flags + ["-DSEGKERN_EMULATE"] * EMULATE,
             extra_link_args=link_flags,
             py_limited_api=True,
@@ -115,34 +159,34 @@ def extensions():
         # returns Python objects: built for this Python alone; without it NumPy works
         host = Pybind11Extension("segkern._host", ["csrc/host/rle.cpp"], cxx_std=17)
         found.append(host)
-    if os.environ.get("SEGKERN_NO_CUDA") == "1" or SANITIZE or EMULATE:
-        info["no_cuda"] = "SEGKERN_NO_CUDA=1 was set while building"
-    elif torch.version.cuda is None:
-        info["no_cuda"] = f"torch {torch.__version__} is not a CUDA build"
-    elif cpp_extension.CUDA_HOME is None or shutil.which("nvcc") is None:
-        info["no_cuda"] = "nvcc was not found while building"
+    nvcc, plan = plan_cuda(torch)
+    info = {
+        "pure": False,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "compiler": COMPILER,
+        "cuda_architectures": list(plan.architectures),
+    }
+    if os.environ.get("SEGKERN_NO_CUDA") == "1":
+        del info["cuda"]  # nothing that could miss this torch's CUDA
+    if plan.left_out:
+        info["left_out"] = plan.left_out
+        say(f"CUDA kernels are not built for {plan.left_out}")
+    if plan.architectures:
+        say(f"CUDA kernels for {', '.join(plan.architectures)} by {nvcc}")
+        info["nvcc"] = str(nvcc).removeprefix("nvcc ")
+        found.append(extension_cuda(cpp_extension, nvcc, plan))
     else:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
-        info["cuda_architectures"] = (
-            os.environ["TORCH_CUDA_ARCH_LIST"].replace(",", ";").split(";")
-        )
-        defines = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
-        found.append(
-            # the runtime is linked in: the binary then serves torch of any CUDA of its major
-            cpp_extension.CppExtension(
-                "segkern._C_cuda",
-                cuda,
-                libraries=["c10_cuda", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
-                library_dirs=toolkit_libraries(),
-                extra_compile_args={"cxx": defines, "nvcc": [*defines, "-O3"]},
-                py_limited_api=True,
-            )
-        )
+        say(f"no CUDA kernels: {plan.why}")
+        info["no_cuda"] = plan.why
     return found, info, cpp_extension.BuildExtension
 
 
-if os.environ.get("SEGKERN_NO_BUILD") == "1":
-    ext_modules, build_info, build_ext = [], {"pure": True}, None
+if int(setuptools_version.split(".")[0]) < 77:  # it would only say that the license is invalid
+    raise SystemExit(f'setuptools is {setuptools_version}: pip install "setuptools>=77"')
+pure = why_pure()
+if pure:
+    ext_modules, build_info, build_ext = [], {"pure": True, "why": pure}, None
 else:
     ext_modules, build_info, build_ext = extensions()
 build_info["python"] = sys.version.split()[0]
@@ -165,10 +209,17 @@ cmdclass = {"build_py": BuildPy}
 if build_ext is not None:
 
     class BuildExt(build_ext):
-        """The same when the libraries are built into the source tree."""
+        """Leaves the same when the libraries are built into the source tree."""
 
         def run(self):
-            super().run()
+            try:
+                super().run()
+            except (BaseError, RuntimeError, OSError, SubprocessError) as error:
+                stop(
+                    f"The compiler failed: {error}\nWhat it says stands above.",
+                    "Install g++ >= 12 or clang >= 16, or set CXX; SEGKERN_NO_CUDA=1 builds the "
+                    "kernels for the CPU alone",
+                )
             if self.inplace:
                 write_build_info(ROOT)
 

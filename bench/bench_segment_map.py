@@ -23,9 +23,8 @@ def build(task, kind):
     classes, masks = repeated(inputs, 1)
     out = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
     least = 0.8 if kind == "shapes" else 0.0  # an untrained model is sure of nothing
-    impls = {
-        "segkern": lambda: segment_map(classes, masks, task, SIZE, SIZE, SIZE, None, None, least)
-    }
+    option = {"threshold": least} if task == "panoptic" else {}
+    impls = {"segkern": lambda: segment_map(classes, masks, task, SIZE, SIZE, SIZE, **option)}
     try:
         from transformers.models.mask2former.image_processing_mask2former import (
             Mask2FormerImageProcessor,

@@ -5,42 +5,58 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from . import _moved
-from . import ops as ops
-from .inference.postprocess import postprocess as postprocess
-from .inference.segment import segment as segment
-from .models import Mask2Former as Mask2Former
-from .models import Mask2FormerConfig as Mask2FormerConfig
-from .models import Segmenter as Segmenter
-from .models import SegmenterConfig as SegmenterConfig
-from .models import open_model as open_model
-from .runtime.cuda_graphs import Replay as Replay
-from .structures.segmentation import Segmentation as Segmentation
-from .structures.settings import Options as Options
-from .structures.settings import Views as Views
+from . import ops as ops  # registers torch.ops.segkern; all else comes when it is first asked for
 
-if TYPE_CHECKING:  # for editors: see `_LATER`
+if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from . import data as data
+    from . import models as models
     from . import recipes as recipes
     from .evaluation.evaluate import evaluate as evaluate
+    from .inference.postprocess import postprocess as postprocess
+    from .inference.segment import segment as segment
+    from .models import Mask2Former as Mask2Former
+    from .models import Mask2FormerConfig as Mask2FormerConfig
+    from .models import Segmenter as Segmenter
+    from .models import SegmenterConfig as SegmenterConfig
+    from .models import open_model as open_model
+    from .runtime.cuda_graphs import Replay as Replay
+    from .structures.segmentation import Segmentation as Segmentation
+    from .structures.settings import Options as Options
+    from .structures.settings import Views as Views
     from .training.config import TrainConfig as TrainConfig
     from .training.loop import train as train
 
-# imported when they are first asked for: what trains and measures takes as long again
-_LATER = {
-    "train": ("training.loop", "train"),
-    "TrainConfig": ("training.config", "TrainConfig"),
-    "evaluate": ("evaluation.evaluate", "evaluate"),
-    "data": ("data", None),
-    "recipes": ("recipes", None),
+# name to the module that it is in, or to "" if it is a module itself: models bring timm and
+# torchvision, which take as long to import as torch
+_HOME = {
+    "data": "",
+    "models": "",
+    "recipes": "",
+    "evaluate": "evaluation.evaluate",
+    "postprocess": "inference.postprocess",
+    "segment": "inference.segment",
+    "Mask2Former": "models",
+    "Mask2FormerConfig": "models",
+    "Segmenter": "models",
+    "SegmenterConfig": "models",
+    "open_model": "models",
+    "Replay": "runtime.cuda_graphs",
+    "Segmentation": "structures.segmentation",
+    "Options": "structures.settings",
+    "Views": "structures.settings",
+    "TrainConfig": "training.config",
+    "train": "training.loop",
 }
+_ROOMS = ("evaluation", "inference", "io", "nn", "runtime", "structures", "training", "weights")
+__all__ = ["ops", *_HOME]
 sys.meta_path.insert(0, _moved.Finder())
 
 
 def __getattr__(name: str):
-    if name in _LATER:
-        module, attribute = _LATER[name]
-        found = import_module(f"segkern.{module}")
-        globals()[name] = found if attribute is None else getattr(found, attribute)
+    if name in _HOME or name in _ROOMS:
+        home = _HOME.get(name, "")
+        module = import_module(f"segkern.{home or name}")
+        globals()[name] = getattr(module, name) if home else module
         return globals()[name]
     if name in _moved.HOME:
         raise AttributeError(_moved.message(f"segkern.{name}"))
@@ -48,4 +64,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LATER])
+    return sorted({*globals(), *_HOME})

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,11 +14,11 @@ import tyro
 from rich.console import Console
 
 from . import recipes
-from .data import Digits, DigitsConfig, Folder, FolderConfig
+from .data import DataConfig, Digits, DigitsConfig, Folder, FolderConfig
 from .data.folder import Layout
 from .evaluation.evaluate import evaluate as run_evaluate
 from .evaluation.report import table
-from .inference.predict_files import image_files, predict_files
+from .inference.predict_files import Predicted, image_files, predict_files
 from .models import SegmentationModel, Segmenter, open_model
 from .models.segmenter.explain import explain as run_explain
 from .ops import _library
@@ -42,13 +43,13 @@ _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error
 
 def evaluate(
     model: Annotated[_Model, tyro.conf.Positional],
-    level: Literal["easy", "hard", "mixed"] = "easy",
+    level: Literal["easy", "hard", "mixed"] | None = None,
     split: Literal["val", "test"] = "test",
-    size: tuple[int, int] = (64, 64),
-    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    seed: int | None = None,
     scenes: int | None = None,
     tasks: tuple[_Task, ...] = TASKS,
-    threshold: float = recipes.DIGITS_THRESHOLD,
+    threshold: float | None = None,
     data: Path | None = None,
     layout: Layout = "plain",
     window: int | None = None,
@@ -61,15 +62,18 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out scenes of digits, or images in folders: PQ, SQ, RQ, AP, mIoU.
 
+    A run is measured on the data that it was trained on, unless options name another.
+
     Args:
         model: what to measure.
-        level: of the scenes.
+        level: of the scenes; not given, the run's, or easy.
         split: of the digit images.
-        size: height and width of a scene.
-        seed: other seeds give other scenes.
+        size: height and width of a scene; not given, the run's, or 64 64.
+        seed: other seeds give other scenes; not given, the run's, or 0.
         scenes: how many, or how many images; not given, 400 scenes, or all images.
         tasks: what to measure; of a Segmenter and of images in folders semantic alone.
-        threshold: least score of a panoptic segment, 0 to 1.
+        threshold: least score of a panoptic segment, 0 to 1; not given, the digits recipe's for
+            panoptic.
         data: folder of images and maps of their classes, whose val split is measured on, in place
             of scenes.
         layout: of that folder.
@@ -84,14 +88,30 @@ def evaluate(
     if out is not None and out.is_dir():
         raise ValueError(f"evaluate: --out must be a file, {out} is a folder")
     opened = _open(model).to(usable_device(device))
-    if data is None:
-        task = "panoptic" if opened.config.num_labels == 11 else "instance"
-        source = Digits(DigitsConfig(size, level, task, seed=seed), split)
-        title, scenes = f"{level} scenes", 400 if scenes is None else scenes
+    given = {"size": size, "level": level, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    if data is not None:
+        settings = FolderConfig(data, layout)
     else:
-        source, title = Folder(FolderConfig(data, layout), "val"), str(data)
+        settings = _data_of_run(model, bool(given))
+    if isinstance(settings, FolderConfig):
+        if given:
+            raise ValueError(
+                f"evaluate: --{next(iter(given))} is for scenes of digits, and the data is the "
+                f"folder {settings.root}"
+            )
+        source, title = Folder(settings, "val"), str(settings.root)
+        source.check()
+    else:
+        task = "panoptic" if opened.config.num_labels == 11 else "instance"
+        settings = settings or DigitsConfig(size=(64, 64), level="easy", task=task)
+        settings = replace(settings, **given)
+        source, title = Digits(settings, split), f"{settings.level} scenes"
+        scenes = 400 if scenes is None else scenes
     if tasks == TASKS:
-        tasks = ("semantic",) if data else opened.config.tasks
+        tasks = ("semantic",) if isinstance(source, Folder) else opened.config.tasks
+    if threshold is None and "panoptic" in tasks:
+        threshold = recipes.DIGITS_THRESHOLD
     value = run_evaluate(
         opened,
         source,
@@ -99,7 +119,7 @@ def evaluate(
         scenes,
         out=out,
         cuda_graphs=cuda_graphs,
-        options=Options(object_mask_threshold=threshold),
+        options=Options(threshold),
         views=Views(window, stride, scales, flip),
     )
     Console().print(table(value, title))
@@ -112,15 +132,17 @@ def predict(
     model: _Model = "demo",
     out: Path = Path("predictions"),
     task: _Task | None = None,
-    threshold: float = 0.8,
+    threshold: float | None = None,
     window: int | None = None,
     stride: int | None = None,
     scales: tuple[float, ...] = (1.0,),
     flip: bool = False,
     device: str = "auto",
     cuda_graphs: bool = True,
+    max_pixels: int | None = None,
 ) -> int:
-    """Segment pictures: writes an overlay, a label map and a JSON of segments for each.
+    """Segment pictures: writes an overlay, a label map and a JSON of segments for each, and says
+    what it found in a line.
 
     Args:
         images: pictures of any kind and size, or folders of them.
@@ -128,25 +150,33 @@ def predict(
         out: folder for the results.
         task: what to look for; not given, panoptic, or semantic with a Segmenter, which does no
             other.
-        threshold: least score of a segment, 0 to 1; semantic results have none.
+        threshold: least score of a segment, 0 to 1; not given, 0.8. Semantic results have none.
         window: side in pixels of a Segmenter's windows; not given, the model's.
         stride: pixels from one window to the next; not given, the model's.
         scales: of a Segmenter: sizes of the picture to average over; 1 is the model's.
         flip: of a Segmenter: average over the mirror images, too.
         device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
         cuda_graphs: on a GPU run the model from a CUDA graph for sizes that come again and again.
+        max_pixels: width times height that a picture may have; not given, 178,956,970, which keeps
+            a small file from filling the memory.
     """
     image_files(images)  # before a model is opened, maybe from the network
     if model == "demo" and not Path(model).is_dir():
         raise ValueError("no folder demo: run `segkern demo` first or give --model")
     opened = _open(model).to(usable_device(device))
     options, views = Options(threshold), Views(window, stride, scales, flip)
-    written, failed = predict_files(opened, images, out, task, options, views, cuda_graphs)
-    for path in written:
-        print(f"written: {path}")
-    for _, reason in failed:
-        print(f"segkern predict: error: {reason}", file=sys.stderr)
+    settings = task, options, views, cuda_graphs, _tell, max_pixels
+    _, failed = predict_files(opened, images, out, *settings)
     return 2 if failed else 0
+
+
+def _tell(picture: Predicted) -> None:
+    """Prints what became of a picture, in a line."""
+    if picture.error is not None:
+        print(f"segkern predict: error: {picture.error}", file=sys.stderr)
+        return
+    nothing = "nothing scored above the threshold; a lower --threshold shows more"
+    print(f"{picture.path}: {picture.result.summary() or nothing}; written: {picture.json}")
 
 
 def demo(output: Path = Path("demo"), steps: int | None = None, scenes: int = 400) -> None:
@@ -168,6 +198,7 @@ def explain(
     model: _Model,
     at: tuple[float, float] = (0.5, 0.5),
     out: Path = Path("explain.png"),
+    max_pixels: int | None = None,
 ) -> None:
     """Draw where a Segmenter looks from a place in a picture, and how its classes lie.
 
@@ -176,11 +207,12 @@ def explain(
         model: a Segmenter.
         at: x and y of the place, 0 to 1 from the upper left.
         out: figure to write: PNG, PDF or SVG.
+        max_pixels: as of `segkern predict`.
     """
     opened = _open(model)
     if not isinstance(opened, Segmenter):
         raise ValueError(f"explain: model must be a Segmenter, {model} is none")
-    run_explain(opened, image, at, out)
+    run_explain(opened, image, at, out, max_pixels=max_pixels)
     print(f"written: {out}")
 
 
@@ -237,10 +269,33 @@ def _train_command(arguments: list[str]) -> Callable:
     return train
 
 
+def _data_of_run(name: str, digits: bool) -> DataConfig | None:
+    """The data set that a run was trained on; None where the name is not that of a run.
+
+    Args:
+        name: of a model.
+        digits: whether options say that it is to be measured on scenes of digits.
+
+    Raises:
+        ValueError: the run trained on a data set that its settings do not describe.
+    """
+    if not (Path(name) / checkpoint.FILE).is_file():
+        return None
+    state = checkpoint.load(name)
+    config = stored_config(name, state)
+    if state.get("own_data"):
+        if digits:
+            return None
+        raise ValueError(
+            f"evaluate: {name} was trained on a data set that its settings do not describe; name "
+            "one with --data, or call segkern.evaluate(model, dataset)"
+        )
+    return config.data
+
+
 def _open(name: str) -> SegmentationModel:
     """The model of a run's folder, a model's folder or a name on the hub."""
-    inside = Path(name) / "model"
-    return open_model(inside if inside.is_dir() else name)
+    return open_model(name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -84,6 +84,14 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"  {share:.2f}  {name}  {test}")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """What is remembered of maps stays out of the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _device(request):
     device = request.config.getoption("--device")

@@ -171,7 +171,7 @@ ERRORS = [
     (no_image, "note.png: not an image that PIL can read"),
     (empty_folder, "empty holds no image"),
     (closed_folder, "cannot write into folder"),
-    (spoilt_run, "last.pt: not a whole checkpoint of segkern train"),
+    (spoilt_run, "last.pt: not a whole checkpoint"),
     (foreign_run, "last.pt: not a checkpoint of segkern train"),
     (other_run, "cannot go on from it: model.num_queries is 5 there, 9 here"),
     (later_run, "settings of another version of segkern"),

@@ -42,10 +42,10 @@ struct Counts {
 template <class T>
 SEGKERN_CLONES void draw_points(const Stream& stream, const uint32_t* index /*[n]*/, int64_t n,
                                 T* points /*[n, 2]*/) {
-  const auto [seed, target, prediction, sample] = stream;
+  const Stream s = stream;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const Point p = random_point(seed, index[i], target, prediction, sample);
+    const Point p = random_point(s.seed, index[i], s.target, s.prediction, s.sample);
     points[2 * i] = static_cast<T>(p.x);
     points[2 * i + 1] = static_cast<T>(p.y);
   }

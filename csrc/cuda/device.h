@@ -115,6 +115,19 @@ void launch(const Tensor& t, void (*kernel)(P...), dim3 grid, dim3 block, size_t
   start(t, kernel, grid, block, shared_bytes, static_cast<A&&>(args)...);
 }
 
+// The least x of a warp. Before sm_80 there is no instruction for it; emulated, the sanitizer of
+// races sees the other way, too.
+__device__ __forceinline__ unsigned min_of_warp(unsigned x) {
+#if defined(__SANITIZE_THREAD__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
+#pragma unroll
+  for (unsigned bits = kWarp / 2; bits > 0; bits /= 2)
+    x = min(x, __shfl_xor_sync(kAllLanes, x, bits));
+  return x;
+#else
+  return __reduce_min_sync(kAllLanes, x);
+#endif
+}
+
 template <class T>
 __device__ __forceinline__ void atomic_add(T* p, T x) {
   atomicAdd(p, x);

@@ -59,8 +59,8 @@ __device__ __forceinline__ double least_of_warp(double x) {
   const unsigned flip = static_cast<unsigned>(static_cast<int>(bits >> 32) >> 31);
   const unsigned upper = static_cast<unsigned>(bits >> 32) ^ (flip | kSign);
   const unsigned lower = static_cast<unsigned>(bits) ^ flip;
-  const unsigned u = __reduce_min_sync(kAllLanes, upper);
-  const unsigned l = __reduce_min_sync(kAllLanes, upper == u ? lower : ~0u);
+  const unsigned u = min_of_warp(upper);
+  const unsigned l = min_of_warp(upper == u ? lower : ~0u);
   const unsigned back = u & kSign ? 0 : ~0u;
   const uint64_t least = static_cast<uint64_t>(u ^ (back | kSign)) << 32 | (l ^ back);
   return __longlong_as_double(static_cast<int64_t>(least));
@@ -143,7 +143,7 @@ __device__ __forceinline__ bool reduce_rows(const Arrays<X>& a, const Shape& s, 
       least = x < least ? x : least;
     }
     const double u = least_of_warp(least);
-    where = __reduce_min_sync(kAllLanes, least == u ? where : kFree);
+    where = min_of_warp(least == u ? where : kFree);
     if (lane == 0) {
       a.u[i] = u;
       a.column_of[i] = where;
@@ -175,7 +175,7 @@ __device__ __forceinline__ Nearest nearest(Columns& c, int step) {
 #pragma unroll
   for (int k = 0; k < c.count(); ++k)
     if (c.open(k) && c.distance(k) == low) rank = min(rank, c.rank(k));
-  rank = __reduce_min_sync(kAllLanes, rank);
+  rank = min_of_warp(rank);
   if constexpr (Columns::kSolvers > kWarp) {
     // by turns in two places: who is ahead writes the next before others have read the last
     constexpr unsigned kWarps = Columns::kSolvers / kWarp;
@@ -185,7 +185,7 @@ __device__ __forceinline__ Nearest nearest(Columns& c, int step) {
     __syncthreads();
     const Nearest mine = lane < kWarps ? of_warp[step % 2][lane] : Nearest{kInf, ~0u};
     low = least_of_warp(mine.distance);
-    rank = __reduce_min_sync(kAllLanes, mine.distance == low ? mine.rank : ~0u);
+    rank = min_of_warp(mine.distance == low ? mine.rank : ~0u);
   }
   return {low, rank};
 }

@@ -1,5 +1,5 @@
-// COCO run-length encoding of every segment of a label map in one pass, and back. Knows NumPy
-// arrays, no tensor. COCO counts runs down the columns, zeros first, and writes each count as its
+// COCO run-length encoding of every segment of a label map in one pass, of packed masks, and back.
+// Knows NumPy arrays, no tensor. COCO counts runs down the columns, zeros first, and writes each count as its
 // difference to the one two before, five bits a character, lowest first, bit 5 = more to come,
 // offset 48 (pycocotools' compressed form).
 #include <pybind11/numpy.h>
@@ -11,10 +11,13 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <variant>
 #include <vector>
 
 namespace py = pybind11;
 using LabelMap = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+using Bits = LabelMap;  // bit j of word w: column 32 w + j; 0 beyond the width
+using Counts = std::variant<std::string, std::vector<int64_t>>;  // compressed, or as they are
 
 namespace {
 
@@ -90,19 +93,68 @@ std::vector<py::bytes> encode(const LabelMap& labels, const std::vector<int32_t>
   return {texts.begin(), texts.end()};
 }
 
+// Calls use(x, y) where a mask [H, ceil(W / 32)] differs from the pixel before, down the columns;
+// row by row, so y never falls.
+template <typename F>
+void each_change(const uint32_t* mask, int64_t H, int64_t W, const F& use) {
+  const int64_t words = (W + 31) / 32;
+  for (int64_t y = 0; y < H; ++y) {
+    const uint32_t* row = mask + y * words;
+    const uint32_t* before = mask + (y ? y - 1 : H - 1) * words;
+    for (int64_t w = 0; w < words; ++w) {
+      uint32_t other = before[w];
+      if (y == 0) {  // before a column's first pixel comes the last one of the column to the left
+        other = other << 1 | (w ? before[w - 1] >> 31 : 0);
+        if (w == words - 1 && W % 32) other &= (uint32_t{1} << W % 32) - 1;
+      }
+      for (uint32_t change = row[w] ^ other; change; change &= change - 1) {
+        use(32 * w + __builtin_ctz(change), y);
+      }
+    }
+  }
+}
+
+// The compressed counts of each mask of bits [n, H, ceil(W / 32)]
+std::vector<py::bytes> encode_bits(const Bits& bits, int64_t W) {
+  if (bits.ndim() != 3 || W < 0 || bits.shape(2) != (W + 31) / 32) {
+    throw std::invalid_argument("rle: bits must be [n, H, ceil(W / 32)]");
+  }
+  const int64_t n = bits.shape(0), H = bits.shape(1), words = bits.shape(2);
+  const auto* all = reinterpret_cast<const uint32_t*>(bits.data());
+  std::vector<std::string> texts(n);
+  {
+    py::gil_scoped_release unlocked;
+    std::vector<int64_t> place(W + 1), counts;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t* mask = all + i * H * words;
+      // a counting sort by column: how many changes, where those of a column go, the changes
+      std::fill(place.begin(), place.end(), 0);
+      each_change(mask, H, W, [&](int64_t x, int64_t) { ++place[x + 1]; });
+      for (int64_t x = 0; x < W; ++x) place[x + 1] += place[x];
+      counts.assign(place[W] + 1, H * W);
+      each_change(mask, H, W, [&](int64_t x, int64_t y) { counts[place[x]++] = x * H + y; });
+      for (size_t k = counts.size() - 1; k > 0; --k) counts[k] -= counts[k - 1];
+      if (H * W == 0) counts.clear();
+      texts[i] = compress(counts);
+    }
+  }
+  return {texts.begin(), texts.end()};
+}
+
 // Writes `ids[i]` into labels [H, W] (zero elsewhere) where the i-th segment is; later ones over
 // earlier ones
-py::array_t<int32_t> decode(const std::vector<std::string>& texts, const std::vector<int32_t>& ids,
+py::array_t<int32_t> decode(const std::vector<Counts>& segments, const std::vector<int32_t>& ids,
                             int64_t H, int64_t W) {
-  if (texts.size() != ids.size()) throw std::invalid_argument("rle: as many ids as counts needed");
+  if (segments.size() != ids.size()) throw std::invalid_argument("rle: as many ids as counts needed");
   py::array_t<int32_t> labels({H, W});
   int32_t* map = labels.mutable_data();
   py::gil_scoped_release unlocked;
   std::fill(map, map + H * W, 0);
-  for (size_t i = 0; i < texts.size(); ++i) {
+  for (size_t i = 0; i < segments.size(); ++i) {
     int64_t at = 0;
     bool inside = false;
-    for (const int64_t n : expand(texts[i])) {
+    const auto* text = std::get_if<std::string>(&segments[i]);
+    for (const int64_t n : text ? expand(*text) : std::get<std::vector<int64_t>>(segments[i])) {
       if (n < 0 || n > H * W - at) throw std::invalid_argument("rle: counts exceed the size");
       for (int64_t k = at; inside && k < at + n; ++k) map[(k % H) * W + k / H] = ids[i];
       at += n;
@@ -117,5 +169,6 @@ py::array_t<int32_t> decode(const std::vector<std::string>& texts, const std::ve
 
 PYBIND11_MODULE(_host, m) {
   m.def("encode", &encode, py::arg("labels"), py::arg("ids"));
+  m.def("encode_bits", &encode_bits, py::arg("bits"), py::arg("width"));
   m.def("decode", &decode, py::arg("counts"), py::arg("ids"), py::arg("height"), py::arg("width"));
 }

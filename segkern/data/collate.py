@@ -35,7 +35,12 @@ class Batch:
         )
 
 
-def collate(samples: Sequence[dict], num_labels: int | None = None, divisor: int = 32) -> Batch:
+def collate(
+    samples: Sequence[dict],
+    num_labels: int | None = None,
+    divisor: int = 32,
+    num_queries: int | None = None,
+) -> Batch:
     """Packs samples into a batch.
 
     Args:
@@ -43,6 +48,7 @@ def collate(samples: Sequence[dict], num_labels: int | None = None, divisor: int
             or none, semantic [h, w] uint8, as arrays or tensors; n may be 0.
         num_labels: K; None leaves the labels' upper bound unchecked.
         divisor: H and W are multiples of it.
+        num_queries: of the model; more targets in a sample give a warning.
 
     Returns:
         a `Batch` on the CPU.
@@ -68,7 +74,7 @@ def collate(samples: Sequence[dict], num_labels: int | None = None, divisor: int
     labels = [torch.as_tensor(s["labels"]) for s in samples]
     try:
         targets = Targets.from_lists(
-            [_pad(x, size) for x in masks], labels, size, num_labels=num_labels, ids=ids
+            [_pad(x, size) for x in masks], labels, size, num_labels, ids, num_queries
         )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (images 0 to {len(ids) - 1} are samples {ids})") from error

@@ -28,6 +28,7 @@ import torch
 
 from ..io.images import open_image, picture_suffixes, read_pixels
 from ..structures.labels import CITYSCAPES, DATASETS, PASCAL_CONTEXT, VOID
+from .check import check_maps, match_sizes
 from .transforms import SemanticViews
 
 Layout = Literal["ade20k", "cityscapes", "pascal_context", "plain"]
@@ -135,17 +136,30 @@ class Folder:
         of_image, of_map = self.pairs[index]
         image = read_pixels(of_image, str(of_image))
         labels = self._labels(of_map)
-        if labels.shape != image.shape[:2]:
-            raise ValueError(
-                f"{of_map}: the map must have the size of {of_image}, {list(image.shape[:2])}, "
-                f"got {list(labels.shape)}"
-            )
+        match_sizes(of_image, image.shape[:2], of_map, labels)
         if self.views is None:
             return {"image": image, "semantic": labels, "id": index}
         mixed = np.random.SeedSequence((self.config.seed, epoch, index)).generate_state(1, "u8")
         view = self.views(image, labels, torch.Generator().manual_seed(int(mixed[0])))
         none = np.zeros((0, *view["semantic"].shape), np.uint8)
         return view | {"masks": none, "labels": np.zeros(0, np.int64), "id": index}
+
+    def check(self, progress: bool = True) -> list[str]:
+        """Reads every map, in parallel; those that were read before and are as they were are not
+        read again.
+
+        Args:
+            progress: show a bar.
+
+        Returns:
+            names of the classes that occur in none.
+
+        Raises:
+            ValueError: a map is bad; names the first, and how many there are.
+        """
+        rule = f"{self.config.layout}, {len(self.classes)} classes"
+        found = check_maps(self.pairs, self._labels, rule, progress)
+        return [name for k, name in enumerate(self.classes) if k not in found]
 
     def _labels(self, path: Path) -> np.ndarray:
         """Labels [H, W] uint8 of a map's values.

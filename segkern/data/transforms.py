@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from torchvision.transforms.v2 import functional as F
 
 from ..structures.labels import VOID
 
@@ -42,6 +41,9 @@ class SemanticViews:
         ratios: tuple[float, float] = (0.5, 2.0),
         most: float = 0.75,
     ):
+        # here, as it takes as long to import as torch, and forked workers inherit it
+        import torchvision.transforms.v2  # noqa: F401
+
         if min(size) < 1 or min(scale) < 1:
             raise ValueError(f"SemanticViews: size and scale must be >= 1, got {size}, {scale}")
         if not 0 < ratios[0] <= ratios[1]:
@@ -67,6 +69,8 @@ class SemanticViews:
         Returns:
             pixel_values [3, H, W] float32 normalised, and semantic [H, W] uint8.
         """
+        from torchvision.transforms.v2 import functional as F
+
         pixels = torch.as_tensor(image).permute(2, 0, 1)
         labels = torch.as_tensor(labels)[None]
         ratio = _uniform(*self.ratios, generator)
@@ -93,6 +97,8 @@ class SemanticViews:
             pixels: [3, H, W] floating in [0, 1].
             generator: as above.
         """
+        from torchvision.transforms.v2 import functional as F
+
         changes = [
             lambda x: (x + _uniform(-32 / 255, 32 / 255, generator)).clamp(0, 1),
             lambda x: (x * _uniform(0.5, 1.5, generator)).clamp(0, 1),

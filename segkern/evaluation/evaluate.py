@@ -4,7 +4,9 @@ What the figures are is said in panoptic.py, instance.py and semantic.py.
 """
 
 import time
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ..inference.segment import Input, check, find
 from ..io.atomic_files import writable_folder, write_json
-from ..models.protocol import SegmentationModel
+from ..models.protocol import ModelConfig, SegmentationModel
 from ..structures.settings import Options, Views, one_of
 from .instance import Instances
 from .panoptic import Panoptic
@@ -29,9 +31,9 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 16,
     num_workers: int = 0,
-    object_mask_threshold: float = 0.8,
-    overlap_threshold: float = 0.8,
-    top_k: int = 100,
+    threshold: float | None = None,
+    overlap_threshold: float | None = None,
+    top_k: int | None = None,
     window: int | None = None,
     stride: int | None = None,
     scales: Sequence[float] = (1.0,),
@@ -47,8 +49,9 @@ def evaluate(
     Args:
         model: such as a `Mask2Former`, with as many labels as the data set has classes; its mode
             stays.
-        dataset: samples by index, with a length, `classes` (names) and `stuff` (labels), or a
-            DataLoader over one that yields lists of samples. A sample is a dict: pixel_values
+        dataset: samples by index, with a length, `classes` (names) and `stuff` (labels without
+            instances; not needed for the semantic task, nor where the model has a list of them),
+            or a DataLoader over one that yields lists of samples. A sample is a dict: pixel_values
             [3, h, w] float32 normalised, masks [n, H, W] uint8, labels [n] int64, semantic [H, W]
             integers (labels the model does not have are void, as 255 is up to 255 classes). For
             the semantic task alone it may have image [H, W, 3] uint8 in place of the first three,
@@ -56,7 +59,8 @@ def evaluate(
         tasks: any of "panoptic", "instance", "semantic"; None for all that the model can do.
         limit: the first so many images; None for all.
         batch_size, num_workers: of the loader made for a data set.
-        object_mask_threshold, overlap_threshold, top_k: see `Options`.
+        threshold, overlap_threshold, top_k: see `Options`; the threshold is for panoptic alone, as
+            AP ranks all masks.
         window, stride, scales, flip: see `Views`; other scales than 1 need samples with image.
         out: JSON file for the result.
         progress: show a bar.
@@ -77,18 +81,21 @@ def evaluate(
             number of labels, samples without what a task or the scales need, or `out` is a folder.
         OSError: `out` cannot be written; found before the model runs.
     """
-    loose = Options(object_mask_threshold, overlap_threshold, top_k)
+    loose = Options(threshold, overlap_threshold, top_k)
     options = one_of("evaluate", options, loose)
     views = one_of("evaluate", views, Views(window, stride, scales, flip))
     tasks = check("evaluate", model, tasks, options, views)
+    if options.threshold is not None and "panoptic" not in tasks:
+        raise ValueError(
+            f"evaluate: threshold must be left out where tasks are {tasks}: it is for panoptic, "
+            f"got {options.threshold}"
+        )
+    wanted = {task: Options(**options.of(task)) for task in tasks}
+    if "instance" in wanted:
+        wanted["instance"] = replace(wanted["instance"], threshold=None)
     loader, source = _loader(dataset, limit, batch_size, num_workers)
     total = len(source) if limit is None else min(limit, len(source))
-    classes, stuff = list(source.classes), tuple(source.stuff)
-    if len(classes) != model.config.num_labels:
-        raise ValueError(
-            f"evaluate: the model has {model.config.num_labels} labels, "
-            f"the data set {len(classes)} classes"
-        )
+    classes, stuff = check_dataset(source, model.config, tasks)
     if out is not None:
         if Path(out).is_dir():
             raise ValueError(f"evaluate: out must be a file, got the folder {out}")
@@ -101,7 +108,7 @@ def evaluate(
         for samples in loader:
             samples = samples[: total - images]
             inputs = [_input(model, sample, tasks, views) for sample in samples]
-            together = tasks, options, views, stuff, len(samples), cuda_graphs
+            together = wanted, views, stuff, len(samples), cuda_graphs
             for i, results in find(model, inputs, *together):
                 for task, result in results.items():
                     meters[task].update(result, samples[i])
@@ -123,9 +130,42 @@ def evaluate(
     for meter in meters.values():
         value |= meter.compute(rows)
     value["classes"] = rows
+    absent = [row["name"] for row in rows if not row.pop("occurs")]
+    if absent and (limit is None or limit >= len(source)):
+        warnings.warn(
+            f"evaluate: {len(absent)} of {len(classes)} classes occur nowhere in the data: "
+            f"{', '.join(absent[:5])}; the means are those of the others",
+            stacklevel=2,
+        )
     if out is not None:
         write_json(out, value)
     return value
+
+
+def check_dataset(dataset, config: ModelConfig, tasks: Sequence[str]) -> tuple[list, tuple]:
+    """Names of the classes, and labels without instances, of a data set to evaluate on.
+
+    Raises:
+        ValueError: it lacks them, or its classes are not as many as the model's labels.
+    """
+    classes, stuff = getattr(dataset, "classes", None), getattr(dataset, "stuff", None)
+    if classes is None:
+        raise ValueError(
+            "evaluate: dataset must have `classes`, the names of its labels, "
+            f"got a {type(dataset).__name__} without"
+        )
+    if len(classes) != config.num_labels:
+        raise ValueError(
+            f"evaluate: the model has {config.num_labels} labels, "
+            f"the data set {len(classes)} classes"
+        )
+    stuff = config.labels.stuff or None if stuff is None else stuff
+    if stuff is None and tuple(tasks) != ("semantic",):
+        raise ValueError(
+            "evaluate: dataset must have `stuff`, the labels without instances (an empty tuple "
+            f"where all have them), got a {type(dataset).__name__} without"
+        )
+    return list(classes), tuple(stuff or ())
 
 
 def _input(model: SegmentationModel, sample: dict, tasks: tuple[str, ...], views: Views) -> Input:

@@ -52,8 +52,10 @@ class Instances:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
-        for row in rows:
+        true = {t["category_id"] for t in self.truth}
+        for k, row in enumerate(rows):
             row["ap"] = None
+            row["occurs"] = row.get("occurs", False) or k in true or k not in self.things
         if not self.truth:
             return {"ap": None, "ap50": None, "ap75": None}
         with contextlib.redirect_stdout(io.StringIO()):

@@ -70,6 +70,7 @@ class Panoptic:
             row |= {name: or_none(x) for name, x in zip(("pq", "sq", "rq"), figures[:, k])}
             row |= {n: int(getattr(self, n)[k]) for n in ("tp", "fp", "fn")}
             row["instances"] = int(found[k])
+            row["occurs"] = row.get("occurs", False) or bool(self.tp[k] + self.fn[k])
             row["class_accuracy"] = ratio_or_none(right[k], matched[k])
             row["dice"] = ratio_or_none(self.dice[k], matched[k])
         is_stuff = np.isin(np.arange(len(total)), self.stuff)

@@ -23,10 +23,11 @@ class Semantic:
         self.matrix.update(result.segmentation.cpu().long()[counts], target[counts])
 
     def compute(self, rows: list[dict]) -> dict:
-        matrix = self.matrix.compute().numpy()
+        matrix = self.matrix.compute().numpy().reshape(self.classes, -1)  # of one class a number
         right, pixels = matrix.diagonal(), matrix.sum()
         union = matrix.sum(0) + matrix.sum(1) - right
         iou = np.where(union > 0, right / np.maximum(union, 1), np.nan)
-        for row, value in zip(rows, iou):
+        for row, value, true in zip(rows, iou, matrix.sum(1)):
             row["iou"] = or_none(value)
+            row["occurs"] = row.get("occurs", False) or bool(true)
         return {"miou": mean_or_none(iou), "pixel_accuracy": ratio_or_none(right.sum(), pixels)}

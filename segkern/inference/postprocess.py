@@ -27,9 +27,9 @@ def postprocess(
     image_sizes: Sequence[tuple[int, int]],
     output_sizes: Sequence[tuple[int, int]],
     stuff: Sequence[int] = (),
-    object_mask_threshold: float = 0.8,
-    overlap_threshold: float = 0.8,
-    top_k: int = 100,
+    threshold: float | None = None,
+    overlap_threshold: float | None = None,
+    top_k: int | None = None,
     resize: str = "masks",
     return_scores: bool = False,
     options: Options | None = None,
@@ -45,28 +45,24 @@ def postprocess(
         image_sizes: of each image its height and width in that input, without the padding.
         output_sizes: of each image the height and width of its result.
         stuff: labels without instances: panoptic merges them by class, instance leaves them out.
-        object_mask_threshold: panoptic: queries must score more than this, in [0, 1].
-        overlap_threshold: panoptic: a query must win this share of its own mask, in [0, 1].
-        top_k: instance: pairs of query and class to return.
-        resize: "masks" takes the mask logits to the output size; "scores", semantic only, takes
-            the summed class scores there, as the original does where it does semantic alone.
-        return_scores: semantic: the class scores of every pixel, too: K H W floats.
+        threshold, overlap_threshold, top_k, resize, return_scores: see `Options`.
         options: the last five, in place of them.
 
     Returns:
         B results, computed in float32 (float64 for float64 logits), on the logits' device.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, size, name or range, or class logits not finite.
+        TypeError, ValueError: wrong dtype, shape, size, name or range, an option that the task
+            does not read, or class logits not finite.
     """
-    loose = Options(object_mask_threshold, overlap_threshold, top_k, resize, return_scores)
-    options = astuple(one_of("postprocess", options, loose))
+    loose = Options(threshold, overlap_threshold, top_k, resize, return_scores)
+    options = one_of("postprocess", options, loose)
     sizes = {}
     pair = isinstance(mask_logits, (tuple, list))
     masks, features = mask_logits if pair else (mask_logits, None)
     expect("postprocess", "class_logits", class_logits, "B Q K+1", "float", sizes)
     expect("postprocess", "mask_logits", masks, "B Q C" if pair else "B Q h w", "float", sizes)
-    check_options(task, *options)
+    check_options((task,), *astuple(options))
     k = class_logits.shape[2] - 1
     if k < 1 or not all(0 <= label < k for label in stuff):
         raise ValueError(f"postprocess: stuff must be labels in [0, {k}), got {list(stuff)}")
@@ -96,7 +92,7 @@ def postprocess(
             output,
             None if features is None else features[b : b + 1],
             is_stuff,
-            *options,
+            **options.of(task),
         )
         for b, (image, output) in enumerate(zip(image_sizes, output_sizes))
     ]

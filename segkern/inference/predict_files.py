@@ -1,16 +1,36 @@
 """Segments pictures in files: an overlay, a label map and a JSON of segments for each."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..io.atomic_files import writable_folder, write_json
-from ..io.images import open_image, picture_suffixes, read_pixels
-from ..io.overlay import overlay, save_label_map, save_picture
+from ..io.images import open_image, picture_suffixes
+from ..io.overlay import save_label_map, save_picture
 from ..models.protocol import SegmentationModel
+from ..ops.segment_map import THRESHOLD
+from ..structures.segmentation import Segmentation
 from ..structures.settings import Options, Views
-from .segment import check, segment
+from .segment import check_one, segment
+
+
+class Predicted(NamedTuple):
+    """What became of a picture.
+
+    Attributes:
+        path: of the picture.
+        result: its segments; None where it failed.
+        json: the JSON file written; the other two stand beside it.
+        error: what went wrong, a line that names the picture.
+    """
+
+    path: Path
+    result: Segmentation | None = None
+    json: Path | None = None
+    error: str | None = None
 
 
 def predict_files(
@@ -21,7 +41,8 @@ def predict_files(
     options: Options = Options(),  # noqa: B008  (frozen)
     views: Views = Views(),  # noqa: B008
     cuda_graphs: bool = True,
-    report: Callable[[Path, str | None], None] | None = None,
+    report: Callable[[Predicted], None] | None = None,
+    max_pixels: int | None = None,
 ) -> tuple[list[Path], list[tuple[Path, str]]]:
     """Segments every picture and writes NAME_overlay.png, NAME_labels.png and NAME.json for each.
 
@@ -33,44 +54,53 @@ def predict_files(
         paths: pictures, and folders whose pictures are taken (not those of folders inside).
         out_dir: is made if it is not there.
         task: "panoptic", "instance" or "semantic"; None for the first that the model can do.
-        options: of the results; instances below its object_mask_threshold are left out.
+        options: of the results; threshold is 0.8 for instances, too, if none is given.
         views: windows, scales and mirror images.
         cuda_graphs: as in `segment`.
-        report: called after each picture with its path and None, or what went wrong.
+        report: called after each picture.
+        max_pixels: as in `segment`.
 
     Returns:
         the JSON files written, and the pictures that failed with the reasons.
 
     Raises:
-        TypeError, ValueError: an option out of range or not for this model, no path, a folder
-            without pictures, or `out_dir` holds some of them.
+        TypeError, ValueError: an option out of range or not for this task or model, no path, a
+            folder without pictures, or `out_dir` holds some of them.
         OSError: nothing can be written to `out_dir`; found before the model runs.
     """
-    task, *_ = check("predict", model, None if task is None else (task,), options, views)
+    task = check_one("predict", model, task, options, views)
+    if task == "instance" and options.threshold is None:
+        options = replace(options, threshold=THRESHOLD)
     pictures = image_files(paths)
-    if Path(out_dir).resolve() in {path.resolve().parent for path in pictures}:
+    if Path(out_dir).resolve() in {folder.resolve() for folder in {p.parent for p in pictures}}:
         raise ValueError(f"predict: {out_dir} holds the pictures themselves; choose another --out")
     folder = writable_folder(out_dir)
     written, failed = [], []
     for path, name in zip(pictures, _names(pictures)):
         try:
-            image = open_image(path)
+            image = open_image(path, max_pixels)
             given = {"options": options, "views": views, "cuda_graphs": cuda_graphs}
-            result = segment(model, image, task, **given).above(options.object_mask_threshold)
-            save_picture(folder / f"{name}_overlay.png", overlay(read_pixels(image), result))
+            result = segment(model, image, task, **given)
+            save_picture(folder / f"{name}_overlay.png", result.plot())
             save_label_map(folder / f"{name}_labels.png", result)
             write_json(folder / f"{name}.json", {"image": path.name, **result.to_json()})
             written.append(folder / f"{name}.json")
+            outcome = Predicted(path, result, written[-1])
         except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            failed.append((path, reason if str(path) in reason else f"{path}: {reason}"))
+            reason = reason if str(path) in reason else f"{path}: {reason}"
+            failed.append((path, reason))
+            outcome = Predicted(path, error=reason)
         if report is not None:
-            report(path, failed[-1][1] if failed and failed[-1][0] is path else None)
+            report(outcome)
     return written, failed
 
 
 def image_files(paths: Iterable[str | Path]) -> list[Path]:
     """Files as given, and of each folder the files with a suffix that PIL knows, sorted.
+
+    Hidden files of a folder, whose names begin with a dot, are passed over: systems and cameras
+    leave some that have a picture's suffix and are none.
 
     Raises:
         ValueError: no path, or a folder without pictures.
@@ -81,7 +111,8 @@ def image_files(paths: Iterable[str | Path]) -> list[Path]:
         if not path.is_dir():
             out.append(path)
             continue
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in known and p.is_file())
+        shown = (p for p in path.iterdir() if not p.name.startswith("."))
+        found = sorted(p for p in shown if p.suffix.lower() in known and p.is_file())
         if not found:
             raise ValueError(f"folder {path} holds no image")
         out += found
@@ -90,13 +121,15 @@ def image_files(paths: Iterable[str | Path]) -> list[Path]:
     return out
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """File stems, made unique by _2, _3 and so on."""
-    names: list[str] = []
+def _names(paths: Iterable[Path]) -> Iterator[str]:
+    """File stems, made unique by _2, _3 and so on, also where a file system ignores case."""
+    taken: set[str] = set()
+    last: dict[str, int] = {}  # number of a stem's last name: no number is tried twice
     for path in paths:
-        name, n = path.stem, 1
-        while name in names:
-            n += 1
-            name = f"{path.stem}_{n}"
-        names.append(name)
-    return names
+        name = path.stem
+        key = name.casefold()
+        while name.casefold() in taken:
+            last[key] = last.get(key, 1) + 1
+            name = f"{path.stem}_{last[key]}"
+        taken.add(name.casefold())
+        yield name

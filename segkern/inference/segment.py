@@ -8,7 +8,7 @@ maps, class logits of pixels go through windows, scales and mirror images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import NamedTuple
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..io.images import prepare, read_image, target_size
 from ..models.protocol import SegmentationModel
+from ..ops._checks import expect_integer
 from ..ops.segment_map import check_options
 from ..runtime.cuda_graphs import replayed
-from ..runtime.modes import evaluating
 from ..structures.logits import PixelLogits, QueryLogits
 from ..structures.segmentation import Segmentation
 from ..structures.settings import InputConfig, Options, Views, one_of
@@ -30,9 +30,9 @@ def segment(
     model: SegmentationModel,
     images,
     task: str | None = None,
-    object_mask_threshold: float = 0.8,
-    overlap_threshold: float = 0.8,
-    top_k: int = 100,
+    threshold: float | None = None,
+    overlap_threshold: float | None = None,
+    top_k: int | None = None,
     resize: str = "masks",
     return_scores: bool = False,
     batch_size: int = 4,
@@ -43,6 +43,7 @@ def segment(
     cuda_graphs: bool = True,
     options: Options | None = None,
     views: Views | None = None,
+    max_pixels: int | None = None,
 ) -> Segmentation | list[Segmentation]:
     """Finds the segments of pictures.
 
@@ -51,40 +52,44 @@ def segment(
     images.
 
     Args:
-        model: such as a `Mask2Former`, in whatever mode; the mode stays.
+        model: such as a `Mask2Former`, in whatever mode; the mode stays, and others may use the
+            model meanwhile, or train it.
         images: one image or a list, each a path, a PIL image, an array [H, W] or [H, W, C] or a
             tensor [H, W] or [C, H, W]; uint8, or uint16, or floating in [0, 1]; C is 1 to 4 (grey,
             alpha last; what is transparent shows white).
         task: "panoptic", "instance" or "semantic"; None for the first that the model can do.
-        object_mask_threshold, overlap_threshold, top_k, resize, return_scores: see `Options`.
+        threshold, overlap_threshold, top_k, resize, return_scores: see `Options`.
         batch_size: images of one size that go through the model together.
         window, stride, scales, flip: see `Views`.
         cuda_graphs: on a GPU, run the model from a CUDA graph for sizes that come again and again
             (`cuda_graphs.replayed`); False runs it eagerly and frees the graphs.
         options, views: in place of their settings.
+        max_pixels: width times height that a picture in a file may have; None is Pillow's limit of
+            178,956,970, which keeps a small file from filling the memory.
 
     Returns:
         one `Segmentation` for one image, a list for a list, at the images' own sizes.
 
     Raises:
         TypeError, ValueError: no image, NaN pixels, or an option out of range or not for this
-            model; a list's image is named by its place.
+            task or model; a list's image is named by its place.
     """
-    loose = Options(object_mask_threshold, overlap_threshold, top_k, resize, return_scores)
+    loose = Options(threshold, overlap_threshold, top_k, resize, return_scores)
     options = one_of("segment", options, loose)
     views = one_of("segment", views, Views(window, stride, scales, flip))
-    task, *_ = check("segment", model, None if task is None else (task,), options, views)
+    task = check_one("segment", model, task, options, views)
+    expect_integer("segment: batch_size", batch_size)
     one, names = not isinstance(images, (list, tuple)), model.config.labels.names
     pictures = [
-        read_image(x, "image" if one else f"image {i}")
+        read_image(x, "image" if one else f"image {i}", max_pixels)
         for i, x in enumerate([images] if one else images)
     ]
     inputs = [Input.of(picture, model.config.input, views) for picture in pictures]
     results = [None] * len(inputs)
     stuff = model.config.labels.stuff
-    for i, found in find(model, inputs, (task,), options, views, stuff, batch_size, cuda_graphs):
-        found[task].names = names
-        results[i] = found[task]
+    wanted = {task: options}
+    for i, found in find(model, inputs, wanted, views, stuff, batch_size, cuda_graphs):
+        results[i] = replace(found[task], names=names, image=pictures[i])
     return results[0] if one else results
 
 
@@ -102,7 +107,8 @@ def check(
 
     Raises:
         TypeError: no model by `models.protocol`.
-        ValueError: an option out of range, or a task or views that are not for this model.
+        ValueError: an option out of range or read by no task, or a task, an option or views that
+            are not for this model.
     """
     config, name = getattr(model, "config", None), type(model).__name__
     lacking = [n for n in ("predict", "inputs") if not hasattr(model, n)]
@@ -113,19 +119,33 @@ def check(
             f"{', '.join(lacking)}"
         )
     tasks = tuple(dict.fromkeys(config.tasks if tasks is None else tasks))
-    for task in tasks or ("",):
-        check_options(task, *astuple(options))
+    check_options(tasks, *astuple(options))
+    for task in tasks:
         if task not in config.tasks:
             known = " or ".join(map(repr, config.tasks))
             raise ValueError(f"{caller}: task must be {known} for a {name}, got {task!r}")
     if config.logits is PixelLogits:
         views.of(config.input)
+        if options.resize != "masks":
+            raise ValueError(
+                f"{caller}: resize must be left out for models that give class logits of pixels, "
+                f"got {options.resize!r}"
+            )
     elif views != Views():
         raise ValueError(
             f"{caller}: window, stride, scales and flip are for models that give class logits of "
             f"pixels, a {name} gives masks"
         )
     return tasks
+
+
+def check_one(
+    caller: str, model: SegmentationModel, task: str | None, options: Options, views: Views
+) -> str:
+    """As `check` for one task, which it returns: the model's first where None is given."""
+    task, *_ = check(caller, model, None if task is None else (task,), options, views)
+    check_options((task,), *astuple(options))
+    return task
 
 
 class Input(NamedTuple):
@@ -160,8 +180,7 @@ class Input(NamedTuple):
 def find(
     model: SegmentationModel,
     inputs: Sequence[Input],
-    tasks: Sequence[str],
-    options: Options,
+    wanted: dict[str, Options],
     views: Views,
     stuff: Sequence[int],
     batch_size: int,
@@ -172,7 +191,7 @@ def find(
     Args:
         model: in whatever mode.
         inputs: the images.
-        tasks, options, views: checked.
+        wanted: tasks and the options of each, checked; views: too.
         stuff: labels without instances.
         batch_size: at most so many images at once.
         cuda_graphs: as in `segment`.
@@ -194,9 +213,9 @@ def find(
             places = members[start : start + at_once]
             batch = [inputs[i] for i in places]
             if by_pixels:
-                found = _by_pixels(model, batch, options, views, cuda_graphs)
+                found = _by_pixels(model, batch, wanted["semantic"], views, cuda_graphs)
             else:
-                found = _by_queries(model, batch, tasks, options, stuff, cuda_graphs)
+                found = _by_queries(model, batch, wanted, stuff, cuda_graphs)
             yield from zip(places, found)
 
 
@@ -208,7 +227,7 @@ def _by_pixels(
         torch.stack([one.read(k).to(weight) for one in batch]) for k in range(len(views.scales))
     ]
     sizes = [one.output for one in batch]
-    with evaluating(model), torch.no_grad():
+    with torch.no_grad():
         found = label_maps(model, images, sizes, views, options.return_scores, cuda_graphs)
     for labels, scores in found:
         yield {"semantic": semantic(labels, scores, model.config.labels.names)}
@@ -217,8 +236,7 @@ def _by_pixels(
 def _by_queries(
     model: SegmentationModel,
     batch: list[Input],
-    tasks: Sequence[str],
-    options: Options,
+    wanted: dict[str, Options],
     stuff: Sequence[int],
     cuda_graphs: bool,
 ) -> Iterator[dict[str, Segmentation]]:
@@ -227,16 +245,16 @@ def _by_queries(
     for row, one in zip(pixels, batch):
         (h, w), *_ = one.sizes
         row[:, :h, :w] = one.read(0)
-    extra = {task: model.inputs(task, len(batch)) for task in tasks}
+    extra = {task: model.inputs(task, len(batch)) for task in wanted}
     # no_grad, not inference_mode: constants that the model keeps must serve training too
-    with evaluating(model), torch.no_grad():
+    with torch.no_grad():
         if any(extra.values()):
             runs = {
                 task: replayed(predict, model, pixels, *extra[task], enabled=cuda_graphs)
-                for task in tasks
+                for task in wanted
             }
         else:
-            runs = dict.fromkeys(tasks, replayed(predict, model, pixels, enabled=cuda_graphs))
+            runs = dict.fromkeys(wanted, replayed(predict, model, pixels, enabled=cuda_graphs))
     del pixels, row  # large, and not needed while the caller works on the results
     for b, one in enumerate(batch):
         part = slice(b, b + 1)
@@ -251,6 +269,6 @@ def _by_queries(
                 masks = masks, logits.features[part]
             sizes = padded, [one.sizes[0]], [one.output]
             (results[task],) = postprocess(
-                logits.classes[part], masks, task, *sizes, stuff, options=options
+                logits.classes[part], masks, task, *sizes, stuff, options=wanted[task]
             )
         yield results

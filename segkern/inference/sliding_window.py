@@ -59,7 +59,7 @@ def label_maps(
     """The likeliest class of each pixel of images of one size.
 
     Args:
-        model: in eval mode; its `predict` gives `PixelLogits`.
+        model: in whatever mode; its `predict` gives `PixelLogits`.
         images: the B images at each scale of the views, [B, 3, h, w] floating, normalised.
         output_sizes: (H, W) of each of the B results.
         views: window, stride and mirror images.

@@ -3,38 +3,118 @@
 Letters: C channels, H W size of the picture, h w size in the model.
 """
 
+import struct
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 # what PIL's modes of more than 8 bits count as full brightness, if no pixel is brighter; "F" holds
 # 8-bit values as floats, or floats up to 1
 _FULL = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "I": 65535, "F": 255}
+# files of several frames whose first is the picture and the others its parts: previews, depth and
+# gain maps of a phone's photo, layers
+_PARTS = ("MPO", "PSD")
+_EXTRA_SAMPLES, _SUBFILE_TYPE = 338, 254  # tags of TIFF
+_limit = threading.Lock()
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
     """Reads a picture whole, turned upright as its EXIF tag says.
 
+    Of a file with several pages or frames the first is read, with a warning that names the file
+    and counts the others; previews, masks and smaller copies of it do not count.
+
+    Args:
+        path: of the file.
+        max_pixels: width times height that a picture may have; None takes Pillow's limit
+            (178,956,970, twice `PIL.Image.MAX_IMAGE_PIXELS`), which keeps a small file from
+            filling the memory.
+
     Raises:
-        ValueError: no such file, or not an image that PIL can read; names the file.
+        TypeError: max_pixels is no integer.
+        ValueError: no such file, not an image that PIL can read, or too large; names the file.
     """
+    if max_pixels is not None and (type(max_pixels) is not int or max_pixels < 1):
+        raise TypeError(f"max_pixels must be a positive integer, got {max_pixels!r}")
     try:
-        with Image.open(path) as image:
+        with _unlimited(max_pixels is not None):
+            image = Image.open(path)
+        with image:
+            width, height = image.size
+            if max_pixels is not None and width * height > max_pixels:
+                raise Image.DecompressionBombError(
+                    f"{width} x {height} pixels, more than max_pixels = {max_pixels}"
+                )
+            if others := _other_pages(image):
+                warnings.warn(
+                    f"{path}: the first page alone is read; left out: {others}", stacklevel=2
+                )
             image.load()
-            return ImageOps.exif_transpose(image)
+            mode = _mode(image)
+            image = ImageOps.exif_transpose(image)
+            return image if image.mode == mode else image.convert(mode)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not an image that PIL can read") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{path}: too large ({error}); if you trust it, raise max_pixels (--max-pixels)"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
 
 
-def read_image(image, name: str = "image") -> Tensor:
+@contextmanager
+def _unlimited(lift: bool) -> Iterator[None]:
+    """Lifts Pillow's limit while a file's header is read; it is the whole process's."""
+    if not lift:
+        yield
+        return
+    with _limit:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _other_pages(image: Image.Image) -> int:
+    """How many pages of a file hold another picture than the first; 0 where they are damaged."""
+    if image.format in _PARTS:
+        return 0
+    try:
+        frames = getattr(image, "n_frames", 1)
+        if image.format != "TIFF":
+            return frames - 1
+        others = 0
+        for page in range(1, frames):
+            image.seek(page)
+            others += not image.tag_v2.get(_SUBFILE_TYPE, 0) & 5  # 1: a smaller copy, 4: a mask
+        return others
+    except (OSError, EOFError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return 0  # the first may be whole
+    finally:
+        image.seek(0)
+
+
+def _mode(image: Image.Image) -> str:
+    """PIL's mode; without the alpha that it reads in a TIFF which does not say it has one."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile) or image.mode not in ("RGBA", "LA"):
+        return image.mode
+    says_so = {1, 2} & set(image.tag_v2.get(_EXTRA_SAMPLES, ()))  # alpha, multiplied in or not
+    return image.mode if says_so else image.mode.removesuffix("A")
+
+
+def read_image(image, name: str = "image", max_pixels: int | None = None) -> Tensor:
     """A picture as a tensor.
 
     Args:
@@ -44,6 +124,7 @@ def read_image(image, name: str = "image") -> Tensor:
             in a deep PIL image ("I") and 255 in a floating one ("F"; 1 if no pixel is above 1), or
             the brightest pixel if that is more.
         name: begins the message of an error.
+        max_pixels: of a file, as in `open_image`.
 
     Returns:
         [3, H, W]: uint8 where 8 bits came, else float32 in [0, 1].
@@ -53,7 +134,7 @@ def read_image(image, name: str = "image") -> Tensor:
         ValueError: another shape, empty, NaN, out of range, or a file that is no image.
     """
     if isinstance(image, (str, Path)):
-        image = open_image(image)
+        image = open_image(image, max_pixels)
     if isinstance(image, Image.Image):
         image = _from_pil(image, name)
     if isinstance(image, np.ndarray):
@@ -107,12 +188,19 @@ def read_pixels(image, name: str = "image") -> np.ndarray:
     """
     pixels = read_image(image, name)
     pixels = pixels if not pixels.is_floating_point() else (pixels * 255).round().byte()
-    return np.ascontiguousarray(pixels.movedim(0, 2).numpy())
+    return np.ascontiguousarray(pixels.movedim(0, 2).cpu().numpy())
 
 
 def picture_suffixes() -> set[str]:
     """Suffixes of the files that PIL can read, such as ".png"."""
-    return {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known = Image.registered_extensions()
+    # some it only knows by name: their pixels are left to others
+    named = {k for k, (make, _) in Image.OPEN.items() if _is_stub(make)} | {"MPEG"}
+    return {s for s, kind in known.items() if kind in Image.OPEN and kind not in named}
+
+
+def _is_stub(make) -> bool:
+    return isinstance(make, type) and issubclass(make, ImageFile.StubImageFile)
 
 
 def prepare(image: Tensor, settings) -> Tensor:
@@ -159,6 +247,7 @@ def _from_pil(image: Image.Image, name: str) -> np.ndarray:
         if low < -1e-3 * white:
             raise ValueError(f"{name}: pixels must not be negative, got {low:.4g}")
         return pixels / np.float32(white)
+    image = image.convert(_mode(image))
     if image.has_transparency_data:
         return np.array(image.convert("RGBA"))
     return np.array(image.convert("RGB"))

@@ -11,8 +11,8 @@ import colorsys
 from pathlib import Path
 
 import numpy as np
+import scipy
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import find_objects
 
 from .atomic_files import atomic
 
@@ -134,6 +134,11 @@ def save_label_map(path: str | Path, result) -> None:
         picture.save(temporary, "PNG")
 
 
+def drawable_suffix(suffix: str) -> bool:
+    """Whether PIL writes pictures to files with this suffix, such as ".png"."""
+    return Image.registered_extensions().get(suffix.lower()) in Image.SAVE
+
+
 def save_picture(path: str | Path, picture: Image.Image) -> None:
     """Writes a picture in the format of the path's suffix, whole or not at all."""
     with atomic(path) as temporary:
@@ -158,7 +163,7 @@ def _write_names(picture: Image.Image, result, shades, ids: np.ndarray, label_st
     font = ImageFont.load_default(max(11, round(min(height, width) / 26)))
     taken: list[tuple[float, float, float, float]] = []
     order = sorted(range(len(result.segments)), key=lambda i: -result.segments[i].area)
-    boxes = find_objects(ids + 1)  # of id 0, 1, ...; it takes 0 for nothing
+    boxes = scipy.ndimage.find_objects(ids + 1)  # of id 0, 1, ...; it takes 0 for nothing
     for i in order:
         s = result.segments[i]
         box = boxes[s.id] if s.id < len(boxes) else None  # None: hidden under other instances

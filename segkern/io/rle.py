@@ -1,8 +1,11 @@
 """COCO run-length encoding of label maps, as annotation files and pycocotools write it.
 
-A segment is `{"size": [H, W], "counts": str}`. The work is done by `segkern._host` (C++, every
+A segment is `{"size": [H, W], "counts": str}`; read are counts as bytes and as a list of integers
+(COCO's "uncompressed"), too. The work is done by `segkern._host` (C++, every
 segment in one pass); where it was not built, by NumPy. csrc/host/rle.cpp describes the format.
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -20,13 +23,17 @@ def encode(labels: np.ndarray, ids: list[int]) -> list[dict]:
         ids: the values to encode, each once; one that does not occur gives an empty mask.
 
     Raises:
-        ValueError: labels is not [H, W], or an id comes twice.
+        ValueError: labels is not [H, W] integers that fit int32, or an id comes twice.
     """
     labels = np.asarray(labels)
     if labels.ndim != 2 or labels.dtype.kind not in "iub":
         raise ValueError(
             f"rle.encode: labels must be [H, W] integers, got {labels.shape} {labels.dtype}"
         )
+    for values in (labels, np.asarray(ids)):
+        low, high = values.min(initial=0), values.max(initial=0)
+        if low < -(2**31) or high >= 2**31:
+            raise ValueError(f"rle.encode: labels and ids must fit int32, got {low} to {high}")
     if len(set(ids)) != len(ids):
         raise ValueError(f"rle.encode: ids must be distinct, got {list(ids)}")
     size = list(labels.shape)
@@ -37,11 +44,37 @@ def encode(labels: np.ndarray, ids: list[int]) -> list[dict]:
     return [{"size": size, "counts": c.decode("ascii")} for c in counts]
 
 
+def encode_bits(bits: np.ndarray, width: int) -> list[dict]:
+    """The run-length encoding of packed masks, which may overlap.
+
+    Args:
+        bits: [n, H, ceil(width / 32)] int32, packed as `ops.pack_bits` packs; 0 beyond the width.
+        width: W.
+
+    Raises:
+        ValueError: bits is not of that shape.
+    """
+    if bits.ndim != 3 or bits.dtype != np.int32 or bits.shape[2] != -(-width // 32):
+        raise ValueError(
+            f"rle.encode_bits: bits must be [n, H, {-(-width // 32)}] int32 for width {width}, "
+            f"got {bits.shape} {bits.dtype}"
+        )
+    size = [bits.shape[1], width]
+    if _host is not None:
+        counts = _host.encode_bits(bits, width)
+    else:
+        octets = np.ascontiguousarray(bits).view(np.uint8)
+        masks = (np.unpackbits(x, axis=1, count=width, bitorder="little") for x in octets)
+        counts = [_compress(_runs(mask.astype(bool))) for mask in masks]
+    return [{"size": size, "counts": c.decode("ascii")} for c in counts]
+
+
 def decode(segments: list[dict], ids: list[int], size: tuple[int, int]) -> np.ndarray:
     """The label map of run-length encoded segments; later ones lie over earlier ones, 0 elsewhere.
 
     Args:
-        segments: as `encode` returns them.
+        segments: as `encode` returns them, as pycocotools does (counts are bytes), or uncompressed
+            (counts are a list of integers).
         ids: the value of each segment.
         size: (H, W); every segment must have it.
 
@@ -49,33 +82,56 @@ def decode(segments: list[dict], ids: list[int], size: tuple[int, int]) -> np.nd
         [H, W] int32.
 
     Raises:
+        TypeError: a segment or its counts are of no such kind.
         ValueError: another size, or counts that are damaged or do not fill it.
     """
     H, W = size
     for segment in segments:
+        if not isinstance(segment, Mapping) or not {"size", "counts"} <= segment.keys():
+            raise TypeError(
+                f"rle.decode: segments must be dicts of size and counts, got {segment!r:.80}"
+            )
         if list(segment["size"]) != [H, W]:
             raise ValueError(f"rle.decode: size must be [{H}, {W}], got {segment['size']}")
+    counts = [_counts(segment["counts"]) for segment in segments]
     if len(ids) != len(segments):
         raise ValueError(
             f"rle.decode: as many ids as segments needed, got {len(ids)} for {len(segments)}"
         )
     if _host is not None:
-        return _host.decode([s["counts"] for s in segments], list(ids), H, W)
+        return _host.decode(counts, list(ids), H, W)
     labels = np.zeros((H, W), np.int32)
-    for segment, i in zip(segments, ids):
-        counts = _expand(segment["counts"])
-        if min(counts, default=0) < 0 or sum(counts) > H * W:
+    for runs, i in zip(counts, ids):
+        runs = _expand(runs) if isinstance(runs, str) else runs
+        if min(runs, default=0) < 0 or sum(runs) > H * W:
             raise ValueError("rle: counts exceed the size")
-        if sum(counts) < H * W:
+        if sum(runs) < H * W:
             raise ValueError("rle: counts do not fill the size")
-        inside = np.arange(len(counts)) % 2 == 1
-        labels[np.repeat(inside, np.array(counts, np.int64)).reshape(W, H).T] = i
+        inside = np.arange(len(runs)) % 2 == 1
+        labels[np.repeat(inside, np.array(runs, np.int64)).reshape(W, H).T] = i
     return labels
+
+
+def _counts(counts) -> str | list[int]:
+    """Counts as text, or as a list where they are not compressed."""
+    if isinstance(counts, str):
+        return counts
+    if isinstance(counts, bytes):
+        return counts.decode("latin-1")  # what is no count is found later
+    if isinstance(counts, (list, tuple, np.ndarray)):
+        runs = np.asarray(counts)
+        if runs.ndim == 1 and (runs.dtype.kind in "iu" or runs.size == 0):
+            return runs.tolist()
+    raise TypeError(
+        f"rle.decode: counts must be text, bytes or a list of integers, got {counts!r:.80}"
+    )
 
 
 def _runs(mask: np.ndarray) -> list[int]:
     """Lengths of the runs down the columns of mask [H, W] bool, that of False first."""
     flat = mask.ravel("F")
+    if flat.size == 0:
+        return []
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     first = [0, 0] if flat[:1].any() else [0]
     return np.diff(np.concatenate((first, edges, [flat.size]))).tolist()
@@ -95,7 +151,7 @@ def _compress(counts: list[int]) -> bytes:
 
 def _expand(text: str) -> list[int]:
     counts, x, shift = [], 0, 0
-    for c in text.encode():
+    for c in map(ord, text):
         c -= 48
         if not 0 <= c <= 63:
             raise ValueError("rle: counts hold a foreign character")

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Union
 
-from ..weights.folders import model_type
+from ..weights.folders import find_folder, model_type
+from ..weights.state_dicts import misfits, with_new_head
 from .mask2former import Mask2Former as Mask2Former
 from .mask2former import Mask2FormerConfig as Mask2FormerConfig
 from .mask2former import Mask2FormerOutput as Mask2FormerOutput
@@ -83,23 +84,66 @@ def open_model(name: str | Path) -> SegmentationModel:
 
     Args:
         name: a folder that a model's `save_pretrained`, transformers or a model's original code
-            wrote, or a name on the Hugging Face hub.
+            wrote, or a file in it; the folder of a training run; or a name on the hub.
 
     Raises:
         ValueError: of no kind that segkern has; or see each model's `from_pretrained`.
     """
-    folder = Path(name).parent if Path(name).is_file() else Path(name)
+    folder = find_folder(name)
     kinds = [
         kind
         for kind, row in MODELS.items()
         if row.files and all((folder / file).is_file() for file in row.files)
     ]
-    kind = kinds[0] if kinds else model_type(name)
+    kind = kinds[0] if kinds else model_type(folder)
     if kind not in MODELS:
         raise ValueError(
             f"open_model: {name}: model_type must be one of {', '.join(MODELS)}, got {kind}"
         )
-    return MODELS[kind].model.from_pretrained(name)
+    return MODELS[kind].model.from_pretrained(folder)
+
+
+# settings that change what the weights compute and show in no shape
+_UNSEEN = ("num_heads", "num_attention_heads", "num_points_encoder")
+
+
+def initialize(model: SegmentationModel, source: str | Path) -> str:
+    """Starts a model from the weights of a checkpoint of its kind.
+
+    Where the numbers of labels differ, the class head stays as it is; all else must fit. What the
+    loss counts with (its seed, its class weights) stays the model's.
+
+    Args:
+        model: keeps its mode, device and dtype.
+        source: as `open_model` takes it.
+
+    Returns:
+        a line that says what was taken.
+
+    Raises:
+        ValueError: no such checkpoint, of another kind, or weights that do not fit (names them);
+            nothing is loaded then.
+    """
+    donor = open_model(source)
+    kind, config = model.config.kind, donor.config
+    if config.kind != kind:
+        raise ValueError(f"initialize: {source} is a {config.kind}, the model a {kind}")
+    faults = [
+        f"{name} is {getattr(config, name)} there, {getattr(model.config, name)} here"
+        for name in _UNSEEN
+        if getattr(config, name, None) != getattr(model.config, name, None)
+    ]
+    here, there = model.config.num_labels, config.num_labels
+    own = model.state_dict()
+    kept = [name for name in own if name.startswith("criterion.")]
+    weights = with_new_head(
+        donor.state_dict(), own, kept if here == there else (*kept, *model.class_head)
+    )
+    if faults := faults + misfits(weights, own):
+        raise ValueError(f"initialize: {source} does not fit the model; {'; '.join(faults)}")
+    model.load_state_dict(weights)
+    head = "" if here == there else f", but for the class head ({there} labels there, {here} here)"
+    return f"started from the weights of {source}{head}"
 
 
 def __getattr__(name: str):

@@ -6,7 +6,7 @@ Typing only: nobody inherits from these classes. A model is an nn.Module with th
 Letters: B image, H W image size.
 """
 
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 from torch import Tensor
 
@@ -53,6 +53,7 @@ class SegmentationModel(Protocol):
     """
 
     config: ModelConfig
+    class_head: ClassVar[tuple[str, ...]]  # names of the weights whose shape has K in it
 
     def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
         """What `predict` takes besides pixels for a task; () where all tasks share one run."""

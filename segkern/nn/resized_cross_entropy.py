@@ -2,7 +2,8 @@
 
 Letters: B image, K class, h w size of the logits, H W size of the labels, r rows of a band.
 
-    loss = mean over labelled pixels of logsumexp_k(z) - z[label],   z = resize(logits)
+    loss = sum over labelled pixels of (logsumexp_k(z) - z[label]) / n,   z = resize(logits),
+    n the number of labelled pixels, at least 1, or what is given for it
 
 The resized logits [B, K, H, W] are formed a band at a time and left again: with the loss of a band
 comes its gradient softmax(z) - one_hot(label), which the transposed resize brings back to the
@@ -24,14 +25,15 @@ _VALUES_AT_ONCE = 2**21  # of a band of resized logits: 8 MB in float32
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, size):
+    def forward(ctx, logits, labels, size, normalizer):
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
         maps = logits.detach().to(exact)
         grad, total = torch.zeros_like(maps), maps.new_zeros(())
         counts = labels != VOID
         outside = counts & ((labels < 0) | (labels >= logits.shape[1]))
         # nothing may wait for the device to raise: loss and gradient are NaN, and training stops
-        count = counts.sum().to(exact).where(~outside.any(), float("nan"))
+        count = counts.sum() if normalizer is None else normalizer
+        count = count.to(exact).clamp(min=1).where(~outside.any(), float("nan"))
         for rows in _bands(maps, labels, size):
             first, weights = neighbours(rows, maps.shape[2], size[0], maps.device)
             weights = weights.to(maps)
@@ -60,7 +62,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, slope):
         grad, count = ctx.saved_tensors
-        return (grad * (slope / count)).to(ctx.dtype), None, None
+        return (grad * (slope / count)).to(ctx.dtype), None, None, None
 
 
 def _bands(maps: Tensor, labels: Tensor, size: tuple[int, int]) -> Iterator[range]:
@@ -69,17 +71,21 @@ def _bands(maps: Tensor, labels: Tensor, size: tuple[int, int]) -> Iterator[rang
         yield range(top, min(top + rows, labels.shape[1]))
 
 
-def resized_cross_entropy(logits: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+def resized_cross_entropy(
+    logits: Tensor, labels: Tensor, size: tuple[int, int], normalizer: Tensor | None = None
+) -> Tensor:
     """Mean cross entropy of logits that are resized to the labels, which are never whole.
 
     Args:
         logits: [B, K, h, w] floating.
         labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count.
         size: of the resized logits; its upper left [H, W] belongs to the labels.
+        normalizer: [], number of labelled pixels to divide by, at least 1; None takes those of
+            this batch.
 
     Returns:
-        [] float32 (float64); NaN where no pixel counts, as torch's cross entropy, and where a
-        label is out of range.
+        [] float32 (float64); 0 with a gradient of zeros where no pixel counts (torch's cross
+        entropy gives NaN), NaN where a label is out of range.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        return _CrossEntropy.apply(logits, labels, size)
+        return _CrossEntropy.apply(logits, labels, size, normalizer)

@@ -14,14 +14,17 @@ Differs: normalised embeddings divide by at least 1e-12, so that an embedding of
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..runtime.constants import is_recording
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import Block
 
 
 def blocks(dim: int, heads: int, depth: int, dropout: float, drop_path: float) -> nn.ModuleList:
@@ -31,6 +34,9 @@ def blocks(dim: int, heads: int, depth: int, dropout: float, drop_path: float) -
         dropout: probability in attention weights, projections and feed-forward networks.
         drop_path: rate of dropped residual branches of the last block; grows linearly from 0.
     """
+    # here, because it takes as long to import as torch
+    from timm.models.vision_transformer import Block
+
     return nn.ModuleList(
         Block(
             dim,
@@ -101,7 +107,7 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(initialise)
         self.checkpointing = False  # keep the blocks' inputs alone, compute the rest again
-        self._resized = (None, None)  # size and version, position embeddings
+        self._resized = (None, None, None)  # size and state, stored and resized embeddings
 
     def positions(self, h: int, w: int) -> Tensor:
         """Position embeddings [1, tokens + h w, D] of a grid of h x w patches.
@@ -111,16 +117,23 @@ class ViT(nn.Module):
         """
         if h * w == self.grid[0] * self.grid[1]:
             return self.pos_embed
-        key = (h, w, self.pos_embed._version, self.pos_embed.dtype, self.pos_embed.device)
-        keeps = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_recording())
-        if keeps and self._resized[0] == key:
-            return self._resized[1]
+        stored = self.pos_embed
+        keeps = not (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or is_recording()
+            or stored.is_inference()  # it counts no versions
+        )
+        key = (h, w, stored._version, stored.dtype, stored.data_ptr()) if keeps else None
+        kept, source, found = self._resized  # at once: other threads may write it
+        if keeps and kept == key and source is stored:
+            return found
         tokens, grid = self.pos_embed.split([self.tokens, self.grid[0] * self.grid[1]], 1)
         grid = grid.unflatten(1, self.grid).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, size=(h, w), mode="bilinear")
         found = torch.cat((tokens, grid.flatten(2).mT), 1)
         if keeps:
-            self._resized = (key, found)
+            self._resized = (key, stored, found)
         return found
 
     def forward(self, image: Tensor) -> Tensor:
@@ -188,7 +201,7 @@ def start_locally(encoder: ViT) -> None:
         _widen(block)
 
 
-def _widen(block: Block) -> None:
+def _widen(block: "Block") -> None:
     """Values, projections and feed-forward weights that pass on what comes, at any width."""
     D = block.attn.qkv.in_features
     nn.init.normal_(block.attn.qkv.weight[2 * D :], std=D**-0.5)
@@ -237,7 +250,7 @@ class MaskTransformer(nn.Module):
         encoder_dim: channels of the encoder.
         dim: D.
         labels: K.
-        depth: number of blocks; heads have 64 channels.
+        depth: number of blocks; they have D // 64 heads, as the original has them.
         dropout: probability in the blocks.
         drop_path_rate: of the last block; grows linearly from 0.
     """

@@ -8,6 +8,8 @@ from .feed_forward import feed_forward as feed_forward
 from .group_norm import group_norm as group_norm
 from .linear_assignment import linear_assignment as linear_assignment
 from .mask_bits import mask_bits as mask_bits
+from .mask_bits import pack_bits as pack_bits
+from .mask_bits import unpack_bits as unpack_bits
 from .masked_attn import masked_attn as masked_attn
 from .matching_cost import matching_cost as matching_cost
 from .ms_deform_attn import ms_deform_attn as ms_deform_attn

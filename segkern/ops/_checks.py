@@ -57,6 +57,23 @@ def expect(op: str, name: str, x, shape: str, kind: str, sizes: dict) -> None:
         raise ValueError(f"{op}: {name} must be on {sizes['device']}, got {x.device}")
 
 
+def alike(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in one dtype: under autocast those of several are cast to its dtype, as in
+    PyTorch's own ops; those of one dtype stay.
+
+    Raises:
+        TypeError: another dtype than the first without autocast, or float64 beside another.
+    """
+    (first, like), *others = tensors.items()
+    if all(t.dtype == like.dtype for _, t in others):
+        return tuple(tensors.values())
+    device, dtypes = like.device.type, {t.dtype for t in tensors.values()}
+    if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
+        return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors.values())
+    name, other = next((n, t) for n, t in others if t.dtype != like.dtype)
+    raise TypeError(f"{op}: {name} must be {like.dtype} as {first}, got {other.dtype}")
+
+
 def expect_integer(name: str, value, least: int = 1) -> None:
     """Checks a setting.
 

@@ -5,6 +5,7 @@ only, and Triton's are registered by name and imported at their first launch. Th
 tensors decides which kernel runs; nothing falls back in silence.
 """
 
+import ctypes
 import importlib.util
 import json
 import platform
@@ -27,33 +28,87 @@ def _build_info() -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def _major(version: str) -> int:
+    return int(version.split(".")[0])
+
+
+def driver_cuda() -> str | None:
+    """The newest CUDA that the NVIDIA driver runs, such as "13.0"; None without a driver."""
+    number = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        return None
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
+
+
+def _other_cuda() -> str:
+    """What to do if segkern was built beside a torch of another CUDA, as pip's isolated builds
+    are; empty if it was not, or this torch has no CUDA."""
+    built, here = BUILD.get("cuda", torch.version.cuda), torch.version.cuda
+    if here is None or (built is not None and _major(built) == _major(here)):
+        return ""
+    return (
+        f"built for torch {BUILD['torch']} (CUDA {built or 'none'}), this is torch "
+        f"{torch.__version__} (CUDA {here}): reinstall with "
+        "`pip install --no-build-isolation --no-deps --force-reinstall segkern`"
+    )
+
+
+def _unfit() -> str:
+    """Why the CUDA library could not run here, be it built or not; empty if it can."""
+    here, driver = torch.version.cuda, driver_cuda()
+    if here is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    built = BUILD.get("cuda") or here
+    if driver is not None and _major(driver) < _major(built):
+        return (
+            f"the NVIDIA driver runs CUDA {driver} at most, the kernels are for CUDA "
+            f"{_major(built)}: update the driver, or install torch and segkern for CUDA "
+            f"{_major(driver)}"
+        )
+    return _other_cuda()
+
+
 def _load() -> dict[str, str]:
     """Loads `_C_cpu` and `_C_cuda`. Returns, for each device without kernels, the reason."""
     missing = {}
     for device in ("cpu", "cuda"):
+        if device == "cuda" and ROCM:
+            continue  # see `use_kernel`
         path = PACKAGE / f"_C_{device}.abi3.so"
-        if not path.is_file():
+        unfit = _unfit() if device == "cuda" else ""
+        if unfit:
+            missing[device] = unfit
+        elif not path.is_file():
             why = f"{path.name} was not built (run `make` or `pip install .`)"
             missing[device] = BUILD.get(f"no_{device}", why)
-            continue
-        try:
-            torch.ops.load_library(path)
-        except OSError as error:
-            missing[device] = f"{path.name} does not load: {error}"
+        else:
+            try:
+                torch.ops.load_library(path)
+            except OSError as error:
+                missing[device] = f"{path.name} does not load: {error}"
     return missing
+
+
+def _say(what: str) -> None:
+    warnings.warn(f"segkern: {what}", stacklevel=3)
 
 
 BUILD = _build_info()
 PURE = bool(BUILD.get("pure"))
+ROCM = torch.version.hip is not None
+REMEDY = "to run without kernels, slowly, reinstall segkern with SEGKERN_NO_BUILD=1"
 if PURE:
-    MISSING = dict.fromkeys(("cpu", "cuda"), "pure-Python install (SEGKERN_NO_BUILD=1)")
-    warnings.warn(
-        "segkern: pure-Python install (built with SEGKERN_NO_BUILD=1): the slow reference runs. "
-        "Reinstall without that variable for the kernels.",
-        stacklevel=2,
-    )
+    _why = f"pure-Python install ({BUILD.get('why', 'SEGKERN_NO_BUILD=1')})"
+    MISSING = dict.fromkeys(("cpu", "cuda"), _why)
+    _say(f"{_why}: the slow reference runs")
 else:
     MISSING = _load()
+    if ROCM:
+        _say("on ROCm, ops whose kernels are CUDA C++ run their slow reference (`segkern info`)")
+    elif _other_cuda():
+        _say(f"no CUDA kernels: {_other_cuda()}")
 if importlib.util.find_spec("triton") is None:
     MISSING["triton"] = "triton is not installed (pip install triton)"
 
@@ -92,6 +147,11 @@ def define(
     return getattr(torch.ops.segkern, name).default
 
 
+def _cuda_only() -> set[str]:
+    """The ops whose kernel for GPUs is CUDA C++, which ROCm lacks."""
+    return set(OPS) - TRITON.keys() - CPU_ONLY - COMPOSED
+
+
 def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:
     """True if the kernel is to run, False for the reference.
 
@@ -103,9 +163,9 @@ def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:
         raise ValueError(f"{op}: impl must be 'kernel' or 'reference', got {impl!r}")
     if impl == "reference" or op in COMPOSED:
         return impl == "kernel"
-    if PURE:
-        return False
     device = tensor.device.type
+    if PURE or (ROCM and device == "cuda" and op in _cuda_only()):
+        return False
     library = "triton" if device == "cuda" and op in TRITON else device
     why = MISSING.get(library)
     if device not in ("cpu", "cuda", "meta"):
@@ -114,7 +174,8 @@ def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:
         why = "this version has one for the CPU alone"
     if why is not None:
         raise NotImplementedError(
-            f"{op}: no kernel for device '{device}': {why}; impl='reference' runs plain PyTorch"
+            f"{op}: no kernel for device '{device}': {why}; {REMEDY}, or give this call "
+            "impl='reference'"
         )
     return True
 
@@ -147,11 +208,26 @@ def info() -> dict[str, str]:
         rows[f"{library} kernels"] = (
             f"missing: {MISSING[library]}" if library in MISSING else state
         )
+    if ROCM:
+        rows["cuda kernels"] = f"references on ROCm: {', '.join(sorted(_cuda_only()))}"
     rows["built with"] = ", ".join(
-        f"{k} {BUILD[k]}" for k in ("torch", "python", "compiler") if k in BUILD
+        f"{k} {BUILD[k]}" for k in ("torch", "python", "compiler", "nvcc") if k in BUILD
     )
     rows["SIMD"] = simd_level()
     rows["CUDA architectures"] = ", ".join(BUILD.get("cuda_architectures", [])) or "none"
+    if BUILD.get("left_out"):
+        rows["CUDA architectures"] += f"; left out: {BUILD['left_out']}"
+    driver = driver_cuda()
+    rows["CUDA driver"] = "none" if driver is None else f"runs CUDA {driver}"
     rows["CPU threads"] = str(torch.get_num_threads())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
-    return rows | {"GPU": gpu}
+    return rows | {"GPU": _gpu()}
+
+
+def _gpu() -> str:
+    """Name and compute capability of the current GPU, and what it is too old for."""
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    capability = torch.cuda.get_device_capability()
+    name = f"{torch.cuda.get_device_name()} ({'.'.join(map(str, capability))})"
+    old = torch.version.cuda is not None and capability < (8, 0)
+    return name + ("; Triton's kernels are made for 8.0 and later" if old else "")

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _library
-from ._checks import expect
+from ._checks import alike, expect
 
 # G: [4, 3]
 _FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
@@ -99,8 +99,7 @@ def conv3x3(x: Tensor, weight: Tensor, impl: str = "kernel") -> Tensor:
     expect("conv3x3", "weight", weight, "K C 3 3", "float", sizes)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
-    if not autocast and weight.dtype != x.dtype:
-        raise TypeError(f"conv3x3: weight must be {x.dtype} as x, got {weight.dtype}")
+    x, weight = alike("conv3x3", x=x, weight=weight)
     if (x.is_cuda or autocast or x.dtype.itemsize < 4) and impl == "kernel":
         impl = "reference"
     if not _library.use_kernel("conv3x3", impl, x):

@@ -97,7 +97,7 @@ def group_norm(
     Args:
         x: [B, C, h, w] floating, at least one pixel; copied unless it is channels last in memory.
         groups: G, which divides C.
-        weight: [C] in x's dtype (without autocast).
+        weight: [C] in x's dtype (any under autocast).
         bias: [C]. Gradients flow to all tensors.
         eps: is added to the variance.
         relu: whether what is below 0 becomes 0.
@@ -129,6 +129,9 @@ def group_norm(
     for name, tensor in tensors.items():
         if not autocast and tensor.dtype != x.dtype:
             raise TypeError(f"group_norm: {name} must be {x.dtype} as x, got {tensor.dtype}")
+    if autocast and not weight.dtype == bias.dtype == x.dtype:
+        # which PyTorch takes beside any half precision
+        weight, bias = weight.float(), bias.float()
     if (x.is_cuda or autocast or x.dtype.itemsize < 4) and impl == "kernel":
         impl = "reference"
     if not _library.use_kernel("group_norm", impl, x):

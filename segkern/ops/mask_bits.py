@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _library
-from ._checks import exact_dtype, expect
+from ._checks import alike, exact_dtype, expect, got
 
 
 def pack_bits(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,16 +33,41 @@ def pack_bits(mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         bits [..., ceil(S / 32)] int32 and open [...] int32.
     """
-    words = F.pad(mask, (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 32)).long()
-    word = (words << torch.arange(32, device=mask.device)).sum(-1)
-    signed = torch.where(word >= 2**31, word - 2**32, word)  # int32 holds the same 32 bits
-    return signed.int(), mask.sum(-1, dtype=torch.int32)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim == 0:
+        raise TypeError(f"pack_bits: mask must be [..., S] bool, got {got(mask)}")
+    places = F.pad(mask, (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 8)).byte()
+    octets = (places << _places(mask)).sum(-1, dtype=torch.uint8)
+    return octets.view(torch.int32), mask.sum(-1, dtype=torch.int32)
 
 
 def unpack_bits(bits: Tensor, S: int) -> Tensor:
-    """The mask [..., S] bool of `bits` [..., ceil(S / 32)] int32."""
-    shift = torch.arange(32, device=bits.device)
-    return (bits.long().unsqueeze(-1) >> shift & 1).flatten(-2)[..., :S].bool()
+    """The mask of packed bits.
+
+    Args:
+        bits: [..., ceil(S / 32)] int32.
+        S: length of the mask.
+
+    Returns:
+        [..., S] bool.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape.
+    """
+    if not isinstance(bits, Tensor) or bits.dtype != torch.int32 or bits.ndim == 0:
+        raise TypeError(f"unpack_bits: bits must be [..., ceil(S / 32)] int32, got {got(bits)}")
+    if bits.shape[-1] != -(-S // 32):
+        raise ValueError(
+            f"unpack_bits: bits must be [..., ceil(S / 32)] int32 with S = {S}, got {got(bits)}"
+        )
+    octets = bits.contiguous().view(torch.uint8)[..., : -(-S // 8)]
+    # a byte a bit, and no wider: masks of large pictures come through here
+    mask = (octets.unsqueeze(-1) >> _places(bits)).bitwise_and_(1).flatten(-2).view(torch.bool)
+    return mask if S % 8 == 0 else mask[..., :S].contiguous()
+
+
+def _places(like: Tensor) -> Tensor:
+    """0 to 7: the bits of a byte; those of a word follow one another from the lowest byte on."""
+    return torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
 def mask_bits_reference(
@@ -75,6 +100,7 @@ def mask_bits(
     Args:
         queries: [B, Q, C] floating: mask embeddings.
         features: [B, C, S] in the queries' dtype: mask features at the resolution of the keys.
+            Under autocast the dtypes may differ, and then both are cast to its dtype.
         threshold: a key is open where the product is at least this; 0 is a probability of 1/2.
             Compared with the product in float32 (float64 where the inputs are float64).
         impl: "kernel", or "reference" for plain PyTorch.
@@ -88,11 +114,7 @@ def mask_bits(
     sizes = {}
     expect("mask_bits", "queries", queries, "B Q C", "float", sizes)
     expect("mask_bits", "features", features, "B C S", "float", sizes)
-    if features.dtype != queries.dtype:
-        raise TypeError(
-            f"mask_bits: features must be {queries.dtype} as queries, got {features.dtype}"
-        )
-    queries, features = queries.detach(), features.detach()
+    queries, features = alike("mask_bits", queries=queries.detach(), features=features.detach())
     if _library.use_kernel("mask_bits", impl, queries):
         return _forward(queries, features, threshold)
     return mask_bits_reference(queries, features, threshold)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _library
-from ._checks import exact_dtype, expect
+from ._checks import alike, exact_dtype, expect
 from .mask_bits import unpack_bits
 
 
@@ -91,12 +91,24 @@ class _MaskedAttn(torch.autograd.Function):
         return *_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None
 
 
+def _check_open(open: Tensor, bits: Tensor) -> None:
+    """Raises ValueError for a row that contradicts its bits."""
+    some = (bits != 0).any(-1)
+    wrong = (open > 0) != some
+    if wrong.any():
+        b, q = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"masked_attn: open must count the bits set in each row, got {open[b, q].item()} for "
+            f"row [{b}, {q}], which has {'some' if some[b, q] else 'none'}"
+        )
+
+
 def masked_attn(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bits: Tensor,
-    open: Tensor,
+    open: Tensor | None = None,
     scale: float | None = None,
     impl: str = "kernel",
 ) -> Tensor:
@@ -104,11 +116,15 @@ def masked_attn(
 
     Args:
         q: [B, Q, H, D] floating.
-        k, v: [B, S, H, D] in q's dtype, S at least 1. Slices of a wider projection are read in
-            place: only the last dimension has to be dense.
+        k, v: [B, S, H, D] in q's dtype, S at least 1; under autocast they may differ, and then all
+            three are cast to its dtype. Slices of a wider projection are read in place: only the
+            last dimension has to be dense.
         bits: [B, Q, ceil(S / 32)] int32 of `mask_bits`, for all heads: bit j of word w opens key
-            32 w + j. Gradients flow to q, k and v only.
-        open: [B, Q] int32, the number of bits set in each row; a row with 0 attends to every key.
+            32 w + j; bits beyond S must be 0. Gradients flow to q, k and v only.
+        open: [B, Q] int32, the number of bits set in each row, as `mask_bits` returns it; a row
+            with 0 attends to every key. None finds out. One that contradicts the bits is an error
+            on the CPU in eager mode; elsewhere reading it would wait for the device, and such a
+            row is NaN or ignores its bits.
         scale: multiplies the scores; None is D^-1/2.
         impl: "kernel", or "reference" for plain PyTorch.
 
@@ -116,20 +132,22 @@ def masked_attn(
         [B, Q, H * D] in q's dtype; sums are float32 (float64 where q is float64).
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device.
+        TypeError, ValueError: wrong dtype, shape or device, or a wrong `open`.
     """
     sizes = {}
     expect("masked_attn", "q", q, "B Q H D", "float", sizes)
     expect("masked_attn", "k", k, "B S H D", "float", sizes)
     expect("masked_attn", "v", v, "B S H D", "float", sizes)
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"masked_attn: {name} must be {q.dtype} as q, got {x.dtype}")
+    q, k, v = alike("masked_attn", q=q, k=k, v=v)
     if sizes["S"] == 0:
         raise ValueError("masked_attn: k must have at least one key, got S = 0")
     sizes["ceil(S/32)"] = (sizes["S"] + 31) // 32
     expect("masked_attn", "bits", bits, "B Q ceil(S/32)", "int32", sizes)
+    if open is None:
+        open = (bits != 0).any(-1).int()  # only whether it is 0 counts
     expect("masked_attn", "open", open, "B Q", "int32", sizes)
+    if open.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_open(open, bits)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if _library.use_kernel("masked_attn", impl, q):
         return _MaskedAttn.apply(q, k, v, bits, open, scale)

@@ -20,6 +20,7 @@ level's size and the softmax are not passes of their own; any dtype; no limit on
 """
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -124,25 +125,33 @@ class _MsDeformAttn(torch.autograd.Function):
         return grad_value, None, grad_reference, grad_offsets.to(offsets.dtype), grad_logits, None
 
 
-def _check_shapes(op: str, shapes, L: int, S: int) -> None:
-    pairs = isinstance(shapes, Sequence) and all(
-        isinstance(s, Sequence) and len(s) == 2 and all(isinstance(n, int) and n > 0 for n in s)
-        for s in shapes
-    )
-    if not pairs:
+def _int_pairs(op: str, shapes, L: int, S: int) -> list[tuple[int, int]]:
+    """The levels' sizes in Python's ints, checked."""
+    rows = shapes
+    if isinstance(shapes, Tensor):
+        if shapes.device.type != "cpu":
+            raise ValueError(f"{op}: shapes must be on the CPU, got {shapes.device}")
+        rows = shapes.tolist()
+    try:
+        # a size that is being traced is an int already
+        pairs = [tuple(n if isinstance(n, int) else index(n) for n in row) for row in rows]
+    except TypeError:
+        pairs = [()]
+    if not all(len(pair) == 2 and min(pair) > 0 for pair in pairs):
         came = got(shapes) if isinstance(shapes, Tensor) else repr(shapes)
         raise TypeError(f"{op}: shapes must be (h, w) pairs of positive ints, got {came}")
-    area = sum(h * w for h, w in shapes)
-    if len(shapes) != L or area != S:
+    area = sum(h * w for h, w in pairs)
+    if len(pairs) != L or area != S:
         raise ValueError(
             f"{op}: shapes must be L = {L} pairs (h, w) whose areas sum to S = {S}, "
-            f"got {list(shapes)} with the sum {area}"
+            f"got {pairs} with the sum {area}"
         )
+    return pairs
 
 
 def ms_deform_attn(
     value: Tensor,
-    shapes: Shapes,
+    shapes: Shapes | Tensor,
     reference: Tensor,
     offsets: Tensor,
     logits: Tensor,
@@ -153,7 +162,8 @@ def ms_deform_attn(
 
     Args:
         value: [B, S, H, D] floating; the levels one after the other, row by row.
-        shapes: L pairs (h, w) of Python ints, whose areas sum to S.
+        shapes: L pairs (h, w) of ints, whose areas sum to S: a sequence, an array or a tensor
+            [L, 2] on the CPU (on a GPU reading it would wait; it cannot be compiled).
         reference: [B or 1, Q, L or 1, 2] floating, x then y; 0 and 1 are the outer edges of a
             level.
         offsets: [B, Q, H, L, P, 2] floating, x then y, in pixels of their level.
@@ -175,7 +185,7 @@ def ms_deform_attn(
     expect("ms_deform_attn", "offsets", offsets, "B Q H L P 2", "float", sizes)
     expect("ms_deform_attn", "logits", logits, "B Q H L P", "float", sizes)
     expect("ms_deform_attn", "reference", reference, "B|1 Q L|1 2", "float", sizes)
-    _check_shapes("ms_deform_attn", shapes, sizes["L"], sizes["S"])
+    shapes = _int_pairs("ms_deform_attn", shapes, sizes["L"], sizes["S"])
     if _library.use_kernel("ms_deform_attn", impl, value):
         flat = [n for size in shapes for n in size]
         return _MsDeformAttn.apply(value, flat, reference, offsets, logits, normalized)
@@ -215,7 +225,7 @@ def multi_scale_deformable_attention(
     expect(op, "value", value, "B S H D", "float", sizes)
     expect(op, "sampling_locations", sampling_locations, "B Q H L P 2", "float", sizes)
     expect(op, "attention_weights", attention_weights, "B Q H L P", "float", sizes)
-    _check_shapes(op, shapes, sizes["L"], sizes["S"])
+    shapes = _int_pairs(op, shapes, sizes["L"], sizes["S"])
     locations = sampling_locations.to(exact_dtype(value))
     # per level by numbers: a tensor of sizes would have to be copied to the device
     pixels = [

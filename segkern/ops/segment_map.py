@@ -28,7 +28,7 @@ Differs: a mask logit that is NaN counts as far outside, infinities as far insid
 instances come sorted by score; top_k is clipped to Q K.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,14 @@ from ._checks import expect, got
 from .mask_bits import pack_bits, unpack_bits
 
 TASKS = ("panoptic", "instance", "semantic")
+THRESHOLD = 0.8  # of a panoptic segment, if none is given
+USED = {  # which tasks read an option
+    "threshold": ("panoptic", "instance"),
+    "overlap_threshold": ("panoptic",),
+    "top_k": ("instance",),
+    "resize": ("semantic",),
+    "return_scores": ("semantic",),
+}
 FARTHEST = 1e30  # bound of a mask logit's magnitude
 
 
@@ -282,9 +290,9 @@ def segment_map(
     output_size: tuple[int, int],
     features: Tensor | None = None,
     stuff: Tensor | None = None,
-    object_mask_threshold: float = 0.8,
-    overlap_threshold: float = 0.8,
-    top_k: int = 100,
+    threshold: float | None = None,
+    overlap_threshold: float | None = None,
+    top_k: int | None = None,
     resize: str = "masks",
     return_scores: bool = False,
     impl: str = "kernel",
@@ -303,19 +311,23 @@ def segment_map(
         output_size: of the result.
         features: [B, C, h, w] floating.
         stuff: [K] bool: labels that panoptic merges and instance leaves out; None for none.
-        object_mask_threshold: panoptic: queries must score more than this, in [0, 1].
-        overlap_threshold: panoptic: a query must win this share of its own mask, in [0, 1].
-        top_k: instance: pairs of query and class, at least 1; those that are stuff drop out.
+        threshold: panoptic: queries must score more than this, in [0, 1]; None is 0.8. Instance:
+            pairs must score at least this; None takes all.
+        overlap_threshold: panoptic: a query must win this share of its own mask, in [0, 1]; None
+            is 0.8.
+        top_k: instance: pairs of query and class, at least 1; those that are stuff drop out. None
+            is 100.
         resize: "masks" takes the mask logits to the output's size; "scores", semantic only, takes
             the summed class scores there.
         return_scores: semantic: the class scores of every pixel, too.
         impl: "kernel", or "reference" for plain PyTorch.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, size, name or range.
+        TypeError, ValueError: wrong dtype, shape, device, size, name or range, or an option that
+            the task does not read.
     """
     sizes = _check(class_logits, masks, features, stuff, padded_size, image_size, output_size)
-    check_options(task, object_mask_threshold, overlap_threshold, top_k, resize, return_scores)
+    check_options((task,), threshold, overlap_threshold, top_k, resize, return_scores)
     run = _KERNEL if _library.use_kernel("segment_map", impl, masks) else _REFERENCE
     tensors = [t.detach() for t in (class_logits, masks, features) if t is not None]
     exact = torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
@@ -324,11 +336,13 @@ def segment_map(
     with torch.autocast(masks.device.type, enabled=False):
         probabilities = tensors[0].to(exact).softmax(-1)
         if task == "panoptic":
-            options = stuff, object_mask_threshold, overlap_threshold
-            return _panoptic_rows(run, probabilities, maps, sizes, *options)
+            least = THRESHOLD if threshold is None else threshold
+            overlap = 0.8 if overlap_threshold is None else overlap_threshold
+            return _panoptic_rows(run, probabilities, maps, sizes, stuff, least, overlap)
         probabilities = probabilities[..., :-1]
         if task == "instance":
-            return _instance_rows(run, probabilities, maps, sizes, stuff, top_k)
+            top_k = 100 if top_k is None else top_k
+            return _instance_rows(run, probabilities, maps, sizes, stuff, threshold or 0, top_k)
         scaled = resize == "scores"
         map, areas, scores = run.semantic(probabilities, *maps, sizes, scaled, return_scores)
         labels = torch.arange(areas.shape[1], device=areas.device).expand_as(areas)
@@ -342,31 +356,32 @@ def segment_map_reference(*args, **options) -> SegmentMap:
 
 
 def check_options(
-    task: str,
-    object_mask_threshold: float = 0.8,
-    overlap_threshold: float = 0.8,
-    top_k: int = 100,
+    tasks: Sequence[str],
+    threshold: float | None = None,
+    overlap_threshold: float | None = None,
+    top_k: int | None = None,
     resize: str = "masks",
     return_scores: bool = False,
 ) -> None:
-    """Raises ValueError for an option of `segment_map` that is out of range."""
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    for name, value in (
-        ("object_mask_threshold", object_mask_threshold),
-        ("overlap_threshold", overlap_threshold),
-    ):
-        if not 0 <= value <= 1:
+    """Raises ValueError for an option of `segment_map` that is out of range, or is given and read
+    by none of the tasks."""
+    for task in tasks or ("",):
+        if task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    for name, value in (("threshold", threshold), ("overlap_threshold", overlap_threshold)):
+        if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
-    if top_k < 1:
+    if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if resize not in ("masks", "scores") or (resize == "scores" and task != "semantic"):
-        raise ValueError(
-            'resize must be "masks", or "scores" where task is "semantic", '
-            f"got {resize!r} for {task}"
-        )
-    if return_scores and task != "semantic":
-        raise ValueError(f"return_scores is for semantic, got task {task}")
+    if resize not in ("masks", "scores"):
+        raise ValueError(f'resize must be "masks" or "scores", got {resize!r}')
+    values = threshold, overlap_threshold, top_k, resize, return_scores
+    for (name, readers), value in zip(USED.items(), values):
+        if value not in (None, "masks") and value is not False and not set(readers) & set(tasks):
+            raise ValueError(
+                f"{name} must be left out where task is {' or '.join(map(repr, tasks))}: it is "
+                f"for {' and '.join(readers)}, got {value!r}"
+            )
 
 
 def _check(class_logits, masks, features, stuff, padded, image, output) -> list[int]:
@@ -402,7 +417,7 @@ def _panoptic_rows(run, probabilities, maps, sizes, stuff, least_score, overlap)
     return SegmentMap(map, ids.where(ids > 0, -1), labels, areas, scores)
 
 
-def _instance_rows(run, probabilities, maps, sizes, stuff, top_k) -> SegmentMap:
+def _instance_rows(run, probabilities, maps, sizes, stuff, least_score, top_k) -> SegmentMap:
     B, Q, K = probabilities.shape
     scores, pairs = probabilities.flatten(1).topk(min(top_k, Q * K))
     queries, labels = pairs // K, pairs % K
@@ -418,6 +433,7 @@ def _instance_rows(run, probabilities, maps, sizes, stuff, top_k) -> SegmentMap:
     quality = sums.gather(1, places) / (areas.to(sums.dtype) + 1e-6)
     scores, order = (scores * quality).where(found, -1).sort(dim=1, descending=True, stable=True)
     found, slots, labels, areas = (t.gather(1, order) for t in (found, slots, labels, areas))
+    found = found & (scores >= least_score)
     slots, areas = slots.where(found, -1), areas.where(found, 0)
     map = run.cover(bits, slots, sizes[5])
     ids = torch.arange(1, slots.shape[1] + 1, device=slots.device).where(found, -1).int()

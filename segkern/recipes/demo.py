@@ -13,7 +13,7 @@ from ..inference.segment import segment
 from ..io import plots
 from ..io.atomic_files import write_json
 from ..io.overlay import save_picture
-from ..models import SegmentationModel
+from ..models import SegmentationModel, open_model
 from ..structures.settings import Options
 from ..training import checkpoint
 from ..training.loop import stored_config, train
@@ -51,8 +51,10 @@ def demo(output: str | Path = "demo", steps: int | None = None, scenes: int = 40
     _check_packages()
     _check_folder(folder, config.to_dict())
     run = train(config)
-    easy = _evaluate(run.model, folder, "easy", scenes, ("panoptic", "instance", "semantic"))
-    hard = _evaluate(run.model, folder, "hard", scenes, ("panoptic",))
+    # the best on the val split, which `segkern predict --model FOLDER` opens too
+    model = open_model(folder).to(next(run.model.parameters()).device)
+    easy = _evaluate(model, folder, "easy", scenes, ("panoptic", "instance", "semantic"))
+    hard = _evaluate(model, folder, "hard", scenes, ("panoptic",))
     metrics = {
         **easy["things"],
         "class_accuracy": easy["class_accuracy"],
@@ -98,7 +100,7 @@ def _check_folder(folder: Path, settings: dict) -> None:
 def _evaluate(model: SegmentationModel, folder: Path, level: str, scenes: int, tasks) -> dict:
     """Figures of held-out scenes; draws a few to LEVEL.png, the first to example.png."""
     data = Digits(DigitsConfig(level=level), "test")
-    options = Options(object_mask_threshold=DIGITS_THRESHOLD)
+    options = Options(threshold=DIGITS_THRESHOLD)
     value = evaluate(model, data, tasks, limit=scenes, options=options)
     samples = [data[i] for i in range(6)]
     images = [s["image"] for s in samples]

@@ -44,10 +44,6 @@ def digits_segmenter(
         decoder_layers=1,
         decoder_dropout=0.0,
         local_start=True,
-        window_size=min(size),
-        window_stride=min(size),
-        shortest_edge=min(size),
-        longest_edge=2 * max(size),
         id2label=dict(enumerate(names)),
         image_mean=IMAGENET_MEAN,
         image_std=IMAGENET_STD,
@@ -106,15 +102,12 @@ def segmenter(
         labels = len(names)
     config = SegmenterConfig.preset(model, labels)
     config.id2label = dict(enumerate(names)) if names else None
-    as_ade20k = dataset in ("ade20k", "plain")
-    if as_ade20k:
-        crop = config.image_size[0]  # 640 for L
-    edge = {"pascal_context": 520, "cityscapes": 1024}.get(dataset, crop)
-    config.image_size, config.window_size = (crop, crop), crop
-    config.window_stride = crop if as_ade20k else stride
+    if dataset not in ("ade20k", "plain"):  # the preset's, where L has 640
+        config.image_size, config.window_stride = (crop, crop), stride
+        config.shortest_edge = {"pascal_context": 520, "cityscapes": 1024}[dataset]
+    if dataset == "cityscapes":
+        config.longest_edge = 2048
     config.backbone_pretrained = pretrained
-    config.shortest_edge = edge
-    config.longest_edge = (2 if dataset == "cityscapes" else 4) * edge
     if dataset == "cityscapes" and model.startswith("Seg-L"):
         config.decoder_layers = 1
     config.__post_init__()

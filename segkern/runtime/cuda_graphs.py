@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .constants import recording
+from .modes import evaluated
 
 # by arithmetic, not yet measured: more pixels keep a GPU busy for longer than their launches take
 _PIXELS = 2**21
@@ -156,7 +157,7 @@ class _Inference(Replay):
 
     def __init__(self, function: Callable, model: nn.Module, state: tuple):
         alive = weakref.ref(model)
-        super().__init__(lambda *inputs: function(alive(), *inputs), warmup=2, keep=4)
+        super().__init__(lambda *x: function(evaluated(alive()), *x), warmup=2, keep=4)
         self.state = state
         self._recent: deque[tuple] = deque(maxlen=_RECENT)
         self._fails = False
@@ -186,7 +187,7 @@ _INFERENCES: weakref.WeakKeyDictionary[nn.Module, _Inference] = weakref.WeakKeyD
 
 
 def replayed(function: Callable, model: nn.Module, *inputs: Tensor, enabled: bool = True):
-    """`function(model, *inputs)`, on a GPU from a CUDA graph where that is safe and pays.
+    """`function(model, *inputs)` in eval mode, from a CUDA graph where that is safe and pays.
 
     Captured are inferences of models without hooks, of up to 2**21 pixels, on the default
     stream, at the third call of a size among the last 32 that were not replayed: pictures of ever
@@ -198,16 +199,17 @@ def replayed(function: Callable, model: nn.Module, *inputs: Tensor, enabled: boo
     Args:
         function: of the model and the inputs, such as its class's `predict`; returns a tensor or
             tuple of tensors, and reads no value on the host.
-        model: in eval mode. What its work depends on besides weights and input (settings of a
-            module, say) must not change unless `enabled` is False once.
+        model: in whatever mode, which stays: the function gets it in eval mode (see `modes`). What
+            its work depends on besides weights and input (settings of a module, say) must not
+            change unless `enabled` is False once.
         inputs: the first [B, 3, H, W] floating.
         enabled: False runs the function and frees the model's graphs.
     """
     if not (enabled and inputs[0].is_cuda):
         _INFERENCES.pop(model, None)
-        return function(model, *inputs)
+        return function(evaluated(model), *inputs)
     if not _suits(model, inputs[0]):
-        return function(model, *inputs)
+        return function(evaluated(model), *inputs)
     with _LOCK:
         state, inference = (function, _weights(model)), _INFERENCES.get(model)
         if inference is None or inference.state != state:
@@ -219,7 +221,7 @@ def _suits(model: nn.Module, x: Tensor) -> bool:
     """Whether a graph would pay, and nobody else's code could be left out by it."""
     if x[:, 0].numel() > _PIXELS:
         return False
-    if model.training or torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         return False
     if torch.cuda.current_stream(x.device) != torch.cuda.default_stream(x.device):
         return False

@@ -21,5 +21,6 @@ def usable_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used: {reason}") from error
     if device.type in _library.MISSING and not _library.PURE:
-        raise ValueError(f"device {name!r} has no kernels: {_library.MISSING[device.type]}")
+        why = f"{_library.MISSING[device.type]}; {_library.REMEDY}"
+        raise ValueError(f"device {name!r} has no kernels: {why}")
     return device

@@ -1,18 +1,44 @@
-"""Evaluation mode for a while."""
+"""A model in evaluation mode, without a change to the model, which others may be using."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import MethodType
 
+import torch
 from torch import nn
 
+_SHARED = nn.Module().__dict__.keys() - {"_modules"}  # parameters, buffers, hooks
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every submodule is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+
+def evaluated(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode: itself, where all of it is, or else a view of it.
+
+    A view has module objects of its own, and shares all that they hold: parameters, buffers and
+    hooks, also those that come or change later. So threads may train, and evaluate, one model at
+    the same time. It is made anew for each use, in a few milliseconds, as the modules' settings
+    may have changed.
+
+    Args:
+        model: in whatever mode; what torch.jit compiled stays in its own.
+    """
+    own = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    if not any(m.training for m in own):
+        return model
+    twins = {m: object.__new__(type(m)) for m in own}
+    for module, twin in twins.items():
+        held = module.__dict__
+        turned = {name: _within(held[name], twins) for name in held.keys() - _SHARED}
+        # what torch.compile put in the place of a call runs the module that it was made of
+        twin.__dict__.update(held | turned, training=False, _compiled_call_impl=None)
+    return twins[model]
+
+
+def _within(value, twins: dict[nn.Module, nn.Module]):
+    """A value of a module as its twin holds it: modules and bound methods are the twins'."""
+    if isinstance(value, nn.Module):
+        return twins.get(value, value)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        return MethodType(value.__func__, twins.get(value.__self__, value.__self__))
+    if type(value) in (list, tuple) and any(isinstance(x, nn.Module) for x in value):
+        return type(value)(_within(x, twins) for x in value)
+    if type(value) is dict and any(isinstance(x, nn.Module) for x in value.values()):
+        return {name: _within(x, twins) for name, x in value.items()}
+    return value

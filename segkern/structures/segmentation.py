@@ -1,17 +1,24 @@
-"""Results: the segments found in an image, their map, their masks, and their JSON.
+"""Results: the segments found in an image, their map, masks and boxes, as picture and JSON.
 
 Letters: K class, H W size of the image, n instance, m map of bits.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import scipy
 import torch
-from scipy.ndimage import find_objects
+from PIL import Image
 from torch import Tensor
 
-from ..io.rle import encode
+from ..io.atomic_files import write_json
+from ..io.images import read_pixels
+from ..io.overlay import drawable_suffix, overlay, save_picture
+from ..io.rle import encode, encode_bits
 from ..ops.mask_bits import unpack_bits
 
 
@@ -55,7 +62,24 @@ class Masks:
 
     def dense(self) -> Tensor:
         """[n, H, W] bool."""
-        return unpack_bits(self.bits[self.slots], self.width)
+        out = self.bits.new_empty((len(self), self.bits.shape[1], self.width), dtype=torch.bool)
+        for mask, packed in zip(out, self):  # one by one: no copy of all of them beside the result
+            mask.copy_(packed)
+        return out
+
+    def boxes(self) -> np.ndarray:
+        """[n, 4] int64: `Segmentation.boxes`, from the bits."""
+        bits = self.bits.cpu().numpy()
+        rows = bits.any(2)
+        columns = np.bitwise_or.reduce(bits, 1).view(np.uint8)
+        columns = np.unpackbits(columns, axis=1, count=self.width, bitorder="little")
+        (top, bottom), (left, right) = _ends(rows), _ends(columns)
+        return np.stack((left, top, right, bottom), 1)[self.slots]
+
+    def encoded(self) -> list[dict]:
+        """The masks as COCO RLE; those of one query are encoded once."""
+        codes = encode_bits(self.bits.cpu().numpy(), self.width)
+        return [codes[slot] for slot in self.slots]
 
 
 @dataclass
@@ -71,6 +95,7 @@ class Segmentation:
         masks: n `Masks`, instance only; they may overlap and may be empty.
         labels: [n] int64, instance only.
         scores: instance: [n] float, in descending order; semantic: [K, H, W], where asked for.
+        image: the picture, [3, H, W] uint8 or floating in [0, 1]; `segment` puts it here.
     """
 
     task: str
@@ -80,6 +105,62 @@ class Segmentation:
     masks: Masks | None = None
     labels: Tensor | None = None
     scores: Tensor | None = None
+    image: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def boxes(self) -> Tensor:
+        """[n, 4] int64: left, top, right and bottom edge of each of `segments` in pixels.
+
+        The right and bottom edge lie behind the last pixel: a box is right - left pixels wide. A
+        segment without pixels has zeros.
+        """
+        return torch.from_numpy(self._boxes()).to(self.segmentation.device)
+
+    def plot(self, image=None) -> Image.Image:
+        """The picture with its segments in colour over grey, contours, names and scores.
+
+        Args:
+            image: in place of the result's own: a path, PIL image, array or tensor.
+
+        Returns:
+            an RGB image of the picture's size; of a multiple, where its short side is below 384.
+
+        Raises:
+            ValueError: the result has no image, and none is given; or of another size.
+        """
+        image = self.image if image is None else image
+        if image is None:
+            raise ValueError("plot: image must be given for a result that holds none")
+        return overlay(read_pixels(image), self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes what `to_json` returns for ".json", what `plot` draws for a picture's suffix.
+
+        The file is whole or not there.
+
+        Raises:
+            ValueError: another suffix, or a picture of a result without image.
+            OSError: it cannot be written.
+        """
+        path = Path(path)
+        if path.suffix.lower() == ".json":
+            write_json(path, self.to_json())
+        elif drawable_suffix(path.suffix):
+            save_picture(path, self.plot())
+        else:
+            raise ValueError(
+                f"save: path must end with .json or as a picture does (.png, .jpg), got {path}"
+            )
+
+    def summary(self) -> str:
+        """What was found, in a line: "2 person, 1 sky", or "sky 60 %, road 40 %" for semantic;
+        "" for nothing."""
+        if self.task == "semantic":
+            share = 100 / max(1, self.segmentation.numel())
+            parts = sorted(self.segments, key=lambda s: -s.area)
+            return ", ".join(f"{self.name(s.label_id)} {share * s.area:.0f} %" for s in parts)
+        count = Counter(self.name(s.label_id) for s in self.segments)
+        return ", ".join(f"{n} {name}" for name, n in count.most_common())
 
     def above(self, score: float) -> "Segmentation":
         """The instances with at least this score; panoptic and semantic results as they are."""
@@ -116,14 +197,8 @@ class Segmentation:
         if self.masks is None:
             ids = self.segmentation.cpu().numpy()
             codes = encode(ids, [s.id for s in self.segments])
-            found = find_objects(ids + 1)  # of id 0, 1, ...; it takes 0 for nothing
-            boxes = [_box(found[s.id]) for s in self.segments]
         else:
-            codes, boxes = [], []
-            for mask in self.masks:
-                mask = mask.byte().cpu().numpy()
-                codes += encode(mask, [1])
-                boxes.append(_box(next(iter(find_objects(mask)), None)))
+            codes = self.masks.encoded()
         segments = [
             {
                 "id": s.id,
@@ -132,17 +207,28 @@ class Segmentation:
                 "score": None if s.score is None else round(s.score, 6),
                 "isthing": s.isthing,
                 "area": s.area,
-                "bbox": box,
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "segmentation": code,
             }
-            for s, code, box in zip(self.segments, codes, boxes)
+            for s, code, (x0, y0, x1, y1) in zip(self.segments, codes, self._boxes().tolist())
         ]
         return {"task": self.task, "size": list(self.segmentation.shape), "segments": segments}
 
+    def _boxes(self) -> np.ndarray:
+        if self.masks is not None:
+            return self.masks.boxes()
+        # of id 0, 1, ...; it takes 0 for nothing
+        found = scipy.ndimage.find_objects(self.segmentation.cpu().numpy() + 1)
+        boxes = np.zeros((len(self.segments), 4), np.int64)
+        for box, s in zip(boxes, self.segments):
+            if s.id < len(found) and found[s.id] is not None:
+                rows, columns = found[s.id]
+                box[:] = columns.start, rows.start, columns.stop, rows.stop
+        return boxes
 
-def _box(found: tuple[slice, slice] | None) -> list[int]:
-    """x, y, width and height of a segment's rows and columns; zeros where there are none."""
-    if found is None:
-        return [0, 0, 0, 0]
-    rows, columns = found
-    return [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start]
+
+def _ends(hit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row [n, size]: the first place that is not 0, and 1 + the last; zeros for none."""
+    some = hit.any(1)
+    first, last = hit.argmax(1), hit.shape[1] - hit[:, ::-1].argmax(1)
+    return first * some, last * some

@@ -1,8 +1,9 @@
 """Settings that travel as one object: a model's input, views of an image, options of a result."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from ..ops._checks import expect_integer
+from ..ops.segment_map import USED
 
 
 @dataclass(frozen=True)
@@ -10,13 +11,16 @@ class InputConfig:
     """How a model takes images.
 
     Attributes:
-        mean, std: of the pixels in [0, 1], red, green, blue.
+        mean, std: of the pixels in [0, 1], red, green, blue; std above 0.
         shortest_edge: pixels, to which an image's short side is resized; None keeps its size.
         longest_edge: pixels, the most that the long side may get; None for no limit.
         divisor: sides of a batch are padded to a multiple of it.
         window: side in pixels of the windows that a large image is cut into; None takes it whole.
         stride: pixels from one window to the next.
         crop: (H, W) of random views in training; None where the data set decides.
+
+    Raises:
+        ValueError: mean or std are not three numbers, or std not positive.
     """
 
     mean: tuple[float, float, float]
@@ -27,6 +31,15 @@ class InputConfig:
     window: int | None = None
     stride: int | None = None
     crop: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if len(value) != 3 or (name == "std" and min(value) <= 0):
+                rule = "three numbers" + (" above 0" if name == "std" else "")
+                raise ValueError(
+                    f"image_{name} must be {rule}, of red, green and blue, got {tuple(value)}"
+                )
 
     def at(self, scale: float) -> "InputConfig":
         """The same with edges times `scale`, at least 1."""
@@ -96,22 +109,28 @@ class Views:
 
 @dataclass(frozen=True)
 class Options:
-    """What a result holds, as `ops.segment_map` makes it.
+    """What a result holds, as `ops.segment_map` makes it. What a task does not read is refused.
 
     Attributes:
-        object_mask_threshold: panoptic: queries must score more than this, in [0, 1].
-        overlap_threshold: panoptic: a query must win this share of its own mask, in [0, 1].
-        top_k: instance: pairs of query and class to return.
+        threshold: in [0, 1]. Panoptic: queries must score more than this; None is 0.8. Instance:
+            masks must score at least this; None takes all.
+        overlap_threshold: panoptic: a query must win this share of its own mask, in [0, 1]; None
+            is 0.8.
+        top_k: instance: pairs of query and class to return; None is 100.
         resize: "masks" takes the mask logits to the output size; "scores", semantic only, takes
             the summed class scores there, as the original does where it does semantic alone.
         return_scores: semantic: the class scores of every pixel, too: K H W floats.
     """
 
-    object_mask_threshold: float = 0.8
-    overlap_threshold: float = 0.8
-    top_k: int = 100
+    threshold: float | None = None
+    overlap_threshold: float | None = None
+    top_k: int | None = None
     resize: str = "masks"
     return_scores: bool = False
+
+    def of(self, task: str) -> dict:
+        """Those that the task reads, by name."""
+        return {name: value for name, value in asdict(self).items() if task in USED[name]}
 
 
 def one_of(name: str, whole, loose):

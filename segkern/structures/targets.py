@@ -6,7 +6,9 @@ The number of slots is rounded up to a bucket, so that few shapes occur: kernels
 allocations are reused. Slots from `count` on are padding: label 0, an empty mask, no weight.
 """
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,7 +31,10 @@ class Targets(NamedTuple):
             the samples have none.
         normalizer: [] floating, number of targets that losses of masks are divided by: where
             several processes or batches make one step, the same for all (training.distributed).
-            None takes the number in this batch, at least 1.
+            None takes the number in this batch, at least 1. Targets that find no query, where
+            there are fewer queries, are counted, as in the paper's code and transformers.
+        pixel_normalizer: [] floating, the same for losses of pixels: number of those in `semantic`
+            that count.
     """
 
     labels: Tensor
@@ -38,6 +43,7 @@ class Targets(NamedTuple):
     ids: Tensor
     semantic: Tensor | None = None
     normalizer: Tensor | None = None
+    pixel_normalizer: Tensor | None = None
 
     @classmethod
     def from_lists(
@@ -47,22 +53,26 @@ class Targets(NamedTuple):
         size: tuple[int, int] | None = None,
         num_labels: int | None = None,
         ids: Sequence[int] | Tensor | None = None,
+        num_queries: int | None = None,
     ) -> "Targets":
         """Packs one tensor of masks and one of labels for each image, as Hugging Face passes them.
 
+        Targets whose mask is empty are left out, as the paper's code does, with a warning.
         Values are read, so pack on the CPU (a CUDA tensor is waited for) and move the result.
 
         Args:
-            mask_labels: for each image [n, H, W] float, bool or uint8; inside where not zero.
+            mask_labels: for each image [n, H, W] float, bool or uint8, 1 inside and 0 outside.
             class_labels: for each image [n] integers.
             size: (H, W) of the batch; None takes the first image's.
             num_labels: K; None leaves the upper bound unchecked.
             ids: sample ids, one an image; None counts from 0.
+            num_queries: of the model, which can match no more targets of an image: more give a
+                warning. None leaves their number unchecked.
 
         Raises:
             TypeError: no tensor, or of another dtype.
-            ValueError: another number of masks and labels, a mask of another size, or a label
-                out of range.
+            ValueError: another number of masks and labels, a mask of another size or with other
+                values than 0 and 1, or a label out of range.
         """
         B = len(mask_labels)
         if B == 0 or len(class_labels) != B:
@@ -73,13 +83,19 @@ class Targets(NamedTuple):
         H, W = size or _last_two(mask_labels[0])
         for b, (masks, labels) in enumerate(zip(mask_labels, class_labels)):
             _check(b, masks, labels, (H, W), num_labels)
+        mask_labels, class_labels = _with_pixels(mask_labels, class_labels)
         count = torch.tensor([len(labels) for labels in class_labels])
+        if num_queries is not None and count.max() > num_queries:
+            _warn(
+                f"targets: an image has {count.max()} targets, the model {num_queries} queries: "
+                "some cannot be matched; give the model more queries"
+            )
         T, device = bucket(int(count.max())), mask_labels[0].device
         packed_labels = torch.zeros(B, T, dtype=torch.int64, device=device)
         packed_masks = torch.zeros(B, T, H, W, dtype=torch.uint8, device=device)
         for b, (masks, labels) in enumerate(zip(mask_labels, class_labels)):
             packed_labels[b, : len(labels)] = labels
-            packed_masks[b, : len(labels)] = masks != 0
+            packed_masks[b, : len(labels)] = masks
         ids = torch.as_tensor(range(B) if ids is None else ids, dtype=torch.int64)
         if ids.shape != (B,):
             raise ValueError(
@@ -97,6 +113,24 @@ class Targets(NamedTuple):
 def bucket(n: int) -> int:
     """Slots for at most n targets an image: a few sizes up to 100, then multiples of 64."""
     return next((b for b in BUCKETS if b >= n), -(-n // 64) * 64)
+
+
+def _with_pixels(masks: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[list, list]:
+    """Masks and labels without those of empty masks, which have nothing to be found."""
+    seen = [m.flatten(1).any(1) for m in masks]
+    lost = sum(len(s) - int(s.sum()) for s in seen)
+    if not lost:
+        return list(masks), list(labels)
+    _warn("targets: a mask without a pixel inside is left out with its label")
+    kept = zip(masks, labels, seen)
+    masks, labels = zip(*((m[s], k[s.to(k.device)]) for m, k, s in kept))
+    return list(masks), list(labels)
+
+
+@cache
+def _warn(message: str) -> None:
+    """Says it once in a process: what is wrong with a data set is wrong in many batches."""
+    warnings.warn(message, stacklevel=3)
 
 
 def _last_two(masks) -> tuple[int, int]:
@@ -117,6 +151,12 @@ def _check(b: int, masks, labels, size: tuple[int, int], num_labels: int | None)
         raise ValueError(
             f"targets: masks of image {b} must be [n, {size[0]}, {size[1]}], the size of the "
             f"batch, got {got(masks)}"
+        )
+    if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
+        bad = masks[(masks != 0) & (masks != 1)][0].item()
+        raise ValueError(
+            f"targets: masks of image {b} must be 1 inside and 0 outside, got {bad:g} "
+            "(give masks > 0, or masks == the id of an object)"
         )
     if labels.ndim != 1 or len(labels) != len(masks):
         raise ValueError(

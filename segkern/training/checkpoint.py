@@ -46,7 +46,7 @@ def load(path: str | Path) -> dict:
     try:
         state = unpickling.load(path)
     except ValueError as error:
-        raise ValueError(f"{path}: not a whole checkpoint of segkern train ({error})") from error
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(state, dict) or state.get("format") not in range(1, FORMAT + 1):
         raise ValueError(f"{path}: not a checkpoint of segkern train")
     lacking = [name for name, kind in _PARTS.items() if not isinstance(state.get(name), kind)]

@@ -9,13 +9,24 @@ from ..models import Config, default_config, model_config
 from ..structures.logits import PixelLogits
 from .step import PRECISIONS
 
+# figures of a task that evaluation during training shows, the first the one that matters
+METRICS = {
+    "panoptic": ("pq", "class_accuracy", "dice"),
+    "instance": ("ap", "ap50"),
+    "semantic": ("miou", "pixel_accuracy"),
+}
+
 
 @dataclass
 class TrainConfig:
     """How to train.
 
     Attributes:
-        output: folder of the run: last.pt and model/, both of the last checkpoint, and log.jsonl.
+        output: folder of the run: last.pt and model/, both of the last checkpoint, log.jsonl, and
+            best/ where there are evaluations.
+        init: model to start from, of the same kind: a folder of a run or a model, or a name on the
+            hub. The class head starts anew where the number of labels differs. None starts from
+            the backbone that the model's config asks for.
         overwrite: start anew in a folder that holds a run; its files are removed.
         steps: batches to train on. A resumed run that gets more follows the longer schedule from
             there on.
@@ -42,7 +53,11 @@ class TrainConfig:
         workers: processes that load data; 0 loads in this one.
         log_every: steps between lines of the log.
         checkpoint_every: steps between checkpoints; the last step has one.
-        evaluate_every: steps between evaluations on the val split; 0 for none.
+        evaluate_every: steps between evaluations on the val split, each after a checkpoint; 0 for
+            none.
+        best_metric: of the evaluations, by which best/ holds the best model: pq, class_accuracy or
+            dice; ap or ap50; miou or pixel_accuracy. Its task is the one that is measured. None
+            takes pq, ap or miou, by the task of the data.
         evaluate_scenes: images of each.
         threshold: least score of a segment in evaluation, 0 to 1.
         tensorboard: write curves for it, too, where it is installed.
@@ -51,6 +66,7 @@ class TrainConfig:
     """
 
     output: Path = Path("runs/digits")
+    init: str | None = None
     overwrite: bool = False
     steps: int = 2000
     batch_size: int = 8
@@ -73,6 +89,7 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     evaluate_every: int = 0
+    best_metric: str | None = None
     evaluate_scenes: int = 100
     threshold: float = 0.8
     tensorboard: bool = True
@@ -81,6 +98,7 @@ class TrainConfig:
 
     def __post_init__(self):
         self.output = Path(self.output)
+        self.init = None if self.init is None else str(self.init)
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"TrainConfig: threshold must be in [0, 1], got {self.threshold}")
         for names, least in (
@@ -103,12 +121,26 @@ class TrainConfig:
                     f"TrainConfig: {name} must be one of {', '.join(known)}, "
                     f"got {getattr(self, name)!r}"
                 )
+        known = [name for task in self.model.tasks for name in METRICS[task]]
+        if self.best_metric not in (None, *known):
+            raise ValueError(
+                f"TrainConfig: best_metric must be one of {', '.join(known)}, "
+                f"got {self.best_metric!r}"
+            )
         needs = "semantic" if self.model.logits is PixelLogits else "masks"
         if needs not in self.data.targets:
             raise ValueError(
                 f"TrainConfig: a {self.model.kind} trains on {needs}, which data of kind "
                 f"{self.data.kind} does not have; it has {', '.join(self.data.targets)}"
             )
+
+    @property
+    def task(self) -> str:
+        """What evaluations during training measure."""
+        if self.best_metric is not None:
+            return next(task for task, names in METRICS.items() if self.best_metric in names)
+        tasks = self.model.tasks
+        return self.data.task if self.data.task in tasks else tasks[0]
 
     def to_dict(self) -> dict:
         """Nested plain types, as checkpoints keep it."""

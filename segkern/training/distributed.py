@@ -2,18 +2,25 @@
 
 import torch
 
+from ..structures.labels import VOID
 from ..structures.targets import Targets
 
 
 def normalized(targets: Targets) -> Targets:
-    """Targets whose `normalizer` is the mean number of targets over the processes, at least 1.
+    """Targets whose normalizers are the mean numbers over the processes, of targets and of pixels
+    that count, each at least 1.
 
     To be called by every process of the group, each with its part of the batch, before the step:
     the mean over processes of their gradients is then that of the joined batch. Nothing in a loss
     waits for another process, so one alone may compute a loss at any time.
     """
-    total = targets.count.sum().float()
+    counts = [targets.count.sum()]
+    if targets.semantic is not None:
+        counts.append((targets.semantic != VOID).sum())
+    total = torch.stack(counts).double()  # exact for any number of pixels
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
         total = total / torch.distributed.get_world_size()
-    return targets._replace(normalizer=total.clamp(min=1))
+    total = total.clamp(min=1).float()
+    names = ("normalizer", "pixel_normalizer")
+    return targets._replace(**dict(zip(names, total.unbind())))

@@ -73,6 +73,7 @@ class ProgressBar:
         self.steps, self.start, self.batch_size = steps, start, batch_size
         self.done = self.told = start
         console = Console()
+        self.shown = show
         self.plain = show and not console.is_terminal
         self.bar = Progress(
             BarColumn(bar_width=8),
@@ -108,6 +109,11 @@ class ProgressBar:
             left = (self.steps - self.done) / rate
             print(f"step {self.done}/{self.steps} {text}, {left:.0f} s left", flush=True)
             self.told = self.done
+
+    def show(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self.shown:
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _tensorboard(folder: Path, start: int):

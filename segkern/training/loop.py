@@ -11,10 +11,12 @@ Segmenter (Strudel et al., ICCV 2021): SGD with momentum, a polynomial schedule,
 """
 
 import math
+import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +24,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data import Order, build_dataset, collate
-from ..evaluation.evaluate import evaluate
+from ..data import Folder, Order, build_dataset, collate
+from ..evaluation.evaluate import check_dataset
 from ..io.atomic_files import writable_folder
-from ..models import SegmentationModel, build_model
+from ..models import SegmentationModel, build_model, initialize
 from ..runtime.device import usable_device
 from ..runtime.interrupt import Interrupt, leave_interrupts_to_parent
-from ..structures.settings import Options
 from ..weights.state_dicts import misfits
 from . import checkpoint
 from .config import TrainConfig
@@ -36,11 +37,13 @@ from .distributed import normalized
 from .log import Log, ProgressBar
 from .optimizer import build_optimizer, learning_rate
 from .step import Step
+from .validation import BEST, Validation
 
 # settings that a resumed run may change: none touches a step, except that more steps stretch the
 # schedule: from the resume on, the rate is that of a run of so many
 _FREE = (
-    "output overwrite steps device workers threads log_every checkpoint_every evaluate_every "
+    "output overwrite init steps device workers threads log_every checkpoint_every evaluate_every "
+    "best_metric "
     "evaluate_scenes threshold tensorboard data.root "
     "cuda_graphs gradient_checkpointing"
 )
@@ -68,6 +71,8 @@ def train(
     resume: str | Path | None = None,
     dataset=None,
     progress: bool = True,
+    model: SegmentationModel | None = None,
+    val_dataset=None,
 ) -> Trained:
     """Trains a model and writes checkpoints, weights and a log to `config.output`.
 
@@ -77,54 +82,69 @@ def train(
             longer one's from there on.
         dataset: the training samples, with a length, `classes` and samples as `collate` takes
             them, and a true `passes` if it takes (index, pass) for one; None builds those of
-            `config.data`.
-        progress: show a bar.
+            `config.data`. A run on it needs it again to be resumed.
+        progress: show a bar, and a line for each evaluation.
+        model: to train as it is, in place; its config stands for `config.model`. None builds one.
+        val_dataset: for evaluations, as `evaluate` takes it; None builds the val split of
+            `config.data`, where `dataset` is None, too.
 
     Raises:
-        ValueError: a setting that does not fit the data, the checkpoint or the folder; a bad
-            sample.
+        ValueError: a setting that does not fit the data, the checkpoint or the folder; a map of a
+            folder that is bad, before the first step; a bad sample; several processes.
         OSError: the folder cannot be written to; found before work starts.
         FloatingPointError: the loss or the weights are not finite.
         KeyboardInterrupt: Ctrl-C. The step is finished and a checkpoint written before; a second
             Ctrl-C does not wait.
     """
+    _refuse_processes()
+    if model is not None:
+        if config.init is not None:
+            raise ValueError(f"train: init must be None where model is given, got {config.init!r}")
+        config = replace(config, model=model.config)
     folder = writable_folder(config.output)
     state = None if resume is None else _open(resume, config)
+    if state is not None and state.get("own_data") and dataset is None:
+        raise ValueError(
+            f"train: dataset must be given to go on with {resume}, which trained on one that was "
+            "handed to train() and that its settings do not describe, got None"
+        )
     own = resume is not None and checkpoint.folder_of(resume).resolve() == folder.resolve()
     if not own and (folder / checkpoint.FILE).exists() and not config.overwrite:
         raise ValueError(
             f"{folder} holds a run: go on with --resume {folder}, choose another --output, "
             "or start anew with --overwrite"
         )
-    data = build_dataset(config.data, "train", config.model) if dataset is None else dataset
-    if len(data.classes) != config.model.num_labels:
-        raise ValueError(
-            f"train: model.num_labels must be {len(data.classes)}, the classes of the data, "
-            f"got {config.model.num_labels}"
-        )
-    held_out = build_dataset(config.data, "val") if config.evaluate_every else None
+    data, held_out = _data(config, dataset, val_dataset, progress)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = usable_device(config.device)
     torch.manual_seed(config.seed)
-    model = build_model(config.model, pretrained=state is None).to(device).train()
+    if model is None:
+        fresh = state is None and config.init is None
+        model = build_model(config.model, pretrained=fresh)
+    start, seconds, begun = 0, 0.0, None
+    if state is None and config.init is not None:
+        begun = initialize(model, config.init)
+    model.to(device).train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, config)
     graphs = config.cuda_graphs and config.optimizer != "muon"
     train_step = Step(model, optimizer, config.clip, config.precision, graphs)
-    start, seconds = 0, 0.0
     if state is not None:
         start, seconds = _restore(state, train_step, resume)
     batches = _batches(data, config, start)
     if not own:
         _remove_run(folder)
     log = Log(folder, start, config.tensorboard, keep=own)
+    validation = Validation(held_out, config, folder, start)
     with (
         log,
         ProgressBar(config.steps, start, config.batch_size, progress) as bar,
         Interrupt() as stop,
     ):
+        if begun is not None:
+            bar.show(begun)
         for step in range(start, config.steps):
             began = time.perf_counter()
             batch = next(batches).to(device)
@@ -133,19 +153,23 @@ def train(
             loss, losses = train_step(batch, rate)
             done = step + 1
             stopping = stop.asked and done < config.steps  # read once: it may change any time
-            due = stopping or done == config.steps or done % config.checkpoint_every == 0
+            measure = config.evaluate_every and done % config.evaluate_every == 0
+            due = (
+                measure or stopping or done == config.steps or done % config.checkpoint_every == 0
+            )
             line = None
             if due or done % config.log_every == 0 or done == start + 1:
-                line = _line(done, loss, losses, rate)
+                line = _line(done, loss, losses, rate, config.precision)
             seconds += time.perf_counter() - began
             bar.advance(line)
-            if config.evaluate_every and done % config.evaluate_every == 0:
-                _check_weights(model.state_dict(), done)
-                line = (line or {"step": done}) | {"metrics": _metrics(model, held_out, config)}
+            if due:  # before the evaluation, whose failure shall cost nothing
+                _save(folder, train_step, config, done, seconds, own_data=dataset is not None)
+            if measure:
+                metrics, text = validation(model, done)
+                line |= {"metrics": metrics}
+                bar.show(text)
             if line is not None:
                 log.write(line | {"seconds": round(seconds, 3)})
-            if due:
-                _save(folder, train_step, config, done, seconds)
             if stopping:
                 raise KeyboardInterrupt(
                     f"stopped after step {done} of {config.steps}; "
@@ -158,10 +182,65 @@ def train(
     )
 
 
+def _refuse_processes() -> None:
+    """Raises ValueError where several processes would write one run."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = torch.distributed.get_world_size() if together else count
+    if count > 1:
+        raise ValueError(
+            f"train: the number of processes (WORLD_SIZE) must be 1, got {count}: several would "
+            "each train alone into one folder; start it without torchrun"
+        )
+
+
+def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
+    """The data sets for training and, where there are evaluations, for those.
+
+    Raises:
+        ValueError: their classes are not the model's, one is missing, or a map is bad.
+    """
+    data = build_dataset(config.data, "train", config.model) if dataset is None else dataset
+    held_out = val_dataset if config.evaluate_every else None
+    if config.evaluate_every and held_out is None:
+        if dataset is not None:
+            raise ValueError(
+                "train: val_dataset must be given where dataset is and evaluate_every is not 0, "
+                "got None"
+            )
+        held_out = build_dataset(config.data, "val")
+    if held_out is not None:
+        check_dataset(held_out, config.model, (config.task,))
+    for name, part in (("dataset", data), ("val_dataset", held_out)):
+        if part is None:
+            continue
+        classes = getattr(part, "classes", None)
+        if classes is None:
+            raise ValueError(f"train: {name} must have `classes`, the names of its labels")
+        if len(classes) != config.model.num_labels:
+            raise ValueError(
+                f"train: model.num_labels must be {len(classes)}, the classes of the data, "
+                f"got {config.model.num_labels}"
+            )
+        if isinstance(part, Folder) and (absent := part.check(progress)):
+            split = "training" if part is data else "val"
+            warnings.warn(
+                f"train: {len(absent)} of {len(classes)} classes occur in no map of the {split} "
+                f"split (255 stands for no class): {', '.join(absent[:5])}",
+                stacklevel=3,
+            )
+    return data, held_out
+
+
 def _batches(data, config: TrainConfig, start: int) -> Iterator:
     passes = getattr(data, "passes", False)
     order = Order(len(data), config.batch_size, config.seed, start, config.steps, passes)
-    pack = partial(collate, num_labels=config.model.num_labels, divisor=config.model.input.divisor)
+    pack = partial(
+        collate,
+        num_labels=config.model.num_labels,
+        divisor=config.model.input.divisor,
+        num_queries=getattr(config.model, "num_queries", None),
+    )
     loader = DataLoader(
         data,
         batch_sampler=order,
@@ -173,7 +252,7 @@ def _batches(data, config: TrainConfig, start: int) -> Iterator:
     return iter(loader)
 
 
-def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float) -> dict:
+def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float, precision: str) -> dict:
     """A line of the log: the total, and the parts of the last prediction.
 
     Raises:
@@ -185,30 +264,16 @@ def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float) -> dict
     values = dict(zip(names, parts))
     if not all(math.isfinite(x) for x in (total, *parts)):
         shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+        cause = "lower --lr, raise --warmup or clip harder"
+        if step == 1:  # of the weights that training starts from: no rate has touched them
+            cause = "no rate has touched the weights yet: see those it starts from, and the labels"
+        if precision != "fp32":
+            cause += ", or use --precision fp32"
         raise FloatingPointError(
-            f"the loss is not finite at step {step} (total {total:.4g}; {shown}): lower --lr, "
-            "raise --warmup, clip harder or use --precision fp32; earlier checkpoints are kept"
+            f"the loss is not finite at step {step} (total {total:.4g}; {shown}): {cause}; "
+            "earlier checkpoints are kept"
         )
     return {"step": step, "loss": total, "losses": values, "lr": lr}
-
-
-def _metrics(model: SegmentationModel, data, config: TrainConfig) -> dict[str, float]:
-    task = config.data.task
-    with torch.random.fork_rng():
-        value = evaluate(
-            model,
-            data,
-            (task,),
-            limit=config.evaluate_scenes,
-            options=Options(object_mask_threshold=config.threshold),
-            progress=False,
-            cuda_graphs=False,  # their memory is the next step's
-        )
-    if task == "panoptic":
-        value |= {"pq": value["things"]["pq"]}
-    names = {"panoptic": ("pq", "class_accuracy", "dice"), "instance": ("ap", "ap50")}
-    found = {name: value[name] for name in names.get(task, ("miou", "pixel_accuracy"))}
-    return {name.replace("_", " "): x for name, x in found.items() if x is not None}
 
 
 def _check_weights(weights: dict[str, Tensor], step: int) -> None:
@@ -224,12 +289,14 @@ def _check_weights(weights: dict[str, Tensor], step: int) -> None:
 def _remove_run(folder: Path) -> None:
     """Removes what an earlier run left, or its results would pass for those of the new one."""
     if (folder / checkpoint.FILE).exists():
-        for part in ("model", "tensorboard"):
+        for part in ("model", BEST, "tensorboard"):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / checkpoint.FILE).unlink()
 
 
-def _save(folder, run: Step, config: TrainConfig, step: int, seconds: float) -> None:
+def _save(
+    folder: Path, run: Step, config: TrainConfig, step: int, seconds: float, own_data: bool
+) -> None:
     """Writes a checkpoint and model/, unless the weights are spoilt: those before stay then.
 
     Raises:
@@ -242,6 +309,7 @@ def _save(folder, run: Step, config: TrainConfig, step: int, seconds: float) -> 
         folder,
         {
             "config": config.to_dict(),
+            "own_data": own_data,
             "step": step,
             "seconds": seconds,
             "seed": config.seed,

@@ -5,24 +5,47 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from .hub import downloads
+
+FILES = (  # each of which stands for the folder that it is in
+    *("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+    *("variant.yml", "checkpoint.pth", "last.pt"),
+)
+
 
 def find_folder(name_or_folder: str | Path) -> Path:
-    """A folder as it is, or the files of a model on the hub, which are downloaded.
+    """The folder of a model.
+
+    Args:
+        name_or_folder: a model's folder, or one of its files; the folder of a training run, which
+            has best/, the weights that measured best, or else model/, the newest; or a name on the
+            hub, whose files are downloaded.
 
     Raises:
-        ValueError: no such folder, or the hub does not give it.
+        ValueError: no such folder, another file, or the hub does not give it.
     """
     folder = Path(name_or_folder).expanduser()
     name = str(name_or_folder)
+    if folder.is_file():
+        if folder.name not in FILES:
+            raise ValueError(
+                f"from_pretrained: {name} is a file; give the folder of the model, or of these "
+                f"files in it one: {', '.join(FILES)}"
+            )
+        folder = folder.parent
     if folder.is_dir():
-        return folder
+        if any((folder / file).is_file() for file in ("config.json", "variant.yml")):
+            return folder
+        inside = [folder / part for part in ("best", "model")]
+        return next((part for part in inside if (part / "config.json").is_file()), folder)
     if isinstance(name_or_folder, Path) or name.count("/") > 1 or name[:1] in "./~":
         raise ValueError(f"from_pretrained: no such folder: {name}")
     try:
         files = ["config.json", "preprocessor_config.json", "model*.safetensors*"]
-        folder = Path(snapshot_download(name, allow_patterns=files))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*files, "pytorch_model*"]))
+        with downloads():
+            folder = Path(snapshot_download(name, allow_patterns=files))
+            if not list(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(name, allow_patterns=[*files, "pytorch_model*"]))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"from_pretrained: {name} is no folder here, and the hub does not give it: {error}"
@@ -53,6 +76,4 @@ def model_type(name_or_folder: str | Path) -> str | None:
     Raises:
         ValueError: no such folder or name, or no config.json.
     """
-    folder = Path(name_or_folder)
-    folder = folder.parent if folder.is_file() else find_folder(name_or_folder)
-    return read_json(folder / "config.json").get("model_type")
+    return read_json(find_folder(name_or_folder) / "config.json").get("model_type")

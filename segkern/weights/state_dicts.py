@@ -1,6 +1,27 @@
-"""Compares a state dict with that of a model."""
+"""State dicts: what does not fit a model, and how they are written."""
+
+from collections.abc import Iterable
 
 from torch import Tensor
+
+
+def with_new_head(
+    weights: dict[str, Tensor], own: dict[str, Tensor], head: Iterable[str]
+) -> dict[str, Tensor]:
+    """`weights` with a model's `own` in place of those named in `head`, as far as it has them."""
+    return weights | {name: own[name] for name in head if name in own}
+
+
+def on_disk(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as safetensors writes them: contiguous on the CPU, and of those that share memory,
+    as tied layers do, each with its own copy."""
+    written, places = {}, set()
+    for name, value in weights.items():
+        value = value.detach().cpu().contiguous()
+        place = value.untyped_storage().data_ptr()
+        written[name] = value.clone() if place in places else value
+        places.add(place)
+    return written
 
 
 def misfits(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:

@@ -1,7 +1,11 @@
-"""Checks names of timm's models, and suggests those that are close."""
+"""timm's models: by name, with hints at names that are close, and with their weights."""
 
 import difflib
 from collections.abc import Sequence
+
+from torch import nn
+
+from .hub import downloads
 
 
 def check_timm_name(name: str, rule: str, others: Sequence[str] = ()) -> None:
@@ -21,3 +25,26 @@ def check_timm_name(name: str, rule: str, others: Sequence[str] = ()) -> None:
     close = difflib.get_close_matches(name, known, 3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise ValueError(f"{rule}, got '{name}'{hint}")
+
+
+def pretrained_model(name: str, **options) -> nn.Module:
+    """A model of timm with its weights, which are downloaded if they are not kept here.
+
+    Args:
+        name: with or without the tag of its weights.
+        options: of `timm.create_model`.
+
+    Raises:
+        ValueError: the weights cannot be had; says what to give to start without them.
+    """
+    import timm  # here, because it takes as long to import as torch
+
+    try:
+        with downloads():
+            return timm.create_model(name, pretrained=True, **options)
+    except OSError as error:
+        raise ValueError(
+            f"the pretrained weights of '{name}' cannot be downloaded: connect, or start without "
+            "them by --model.no-backbone-pretrained (backbone_pretrained=False); "
+            f"{str(error).partition(chr(10))[0]}"
+        ) from error

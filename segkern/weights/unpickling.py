@@ -1,18 +1,47 @@
 """Reads pickled checkpoints without executing anything that they hold."""
 
-from pathlib import Path
+import argparse
+import re
+import threading
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
 import torch
+from torch.serialization import get_safe_globals, safe_globals
+
+_SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+_DTYPES = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
+# what people keep beside weights: values that do nothing when they are made; a name is what the
+# pickle calls it, which versions of Python and NumPy spell differently
+_HARMLESS = [
+    argparse.Namespace,
+    np.dtype,
+    np.ndarray,
+    *_DTYPES,
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
+]
+_LOCK = threading.Lock()  # torch keeps one list for all threads
 
 
 def load(path: str | Path):
-    """What torch.save wrote, on the CPU: tensors and plain types only.
+    """What torch.save wrote, on the CPU: tensors, plain types, and NumPy's values, paths and
+    argparse.Namespace, as people keep them beside weights.
 
     Raises:
         ValueError: damaged, cut short, or holds other things; says why in one line.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with _LOCK, safe_globals([x for x in _HARMLESS if x not in get_safe_globals()]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign or cut file makes the unpickler raise anything
-        reason = str(error).splitlines()[0][:120] if str(error) else ""
-        raise ValueError(f"{type(error).__name__}: {reason}".rstrip(": ")) from error
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes for a terminal
+        if found := re.search(r"(?:GLOBAL|class) (\S+) was not an allowed", text):
+            raise ValueError(
+                f"holds a {found[1]}, which is code and not run here: save it anew without"
+            ) from error
+        reason = text.splitlines()[0][:120] if text else ""
+        reason = f"{type(error).__name__}: {reason}".rstrip(": ")
+        raise ValueError(f"not a whole checkpoint ({reason})") from error

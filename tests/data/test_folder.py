@@ -225,7 +225,8 @@ def test_resume_gives_the_same_weights_and_the_folder_may_move(plain, tmp_path):
     assert TrainConfig.from_dict(state["config"]) == cut
     moved = plain.rename(tmp_path / "elsewhere")
     again = replace(cut, workers=1, data=FolderConfig(moved))
-    found = train(again, resume=cut.output, progress=False).model.state_dict()
+    data = build_dataset(again.data, "train", again.model)
+    found = train(again, resume=cut.output, dataset=data, progress=False).model.state_dict()
     assert all(torch.equal(found[name], whole[name]) for name in whole)
     with pytest.raises(ValueError, match=r"data.seed is 0 there, 1 here"):
         train(replace(again, steps=6, data=FolderConfig(moved, seed=1)), resume=cut.output)
@@ -368,7 +369,7 @@ def test_train_evaluate_and_predict_from_the_command_line(plain, tmp_path, capsy
     found = json.loads((out / "scene.0.json").read_text())
     assert found["size"] == [24, 40]
     assert {s["label"] for s in found["segments"]} <= set(NAMES)
-    model = segkern.Segmenter.from_pretrained(run / "model")
+    model = segkern.Segmenter.from_pretrained(run)
     picture = plain / "images/val/part/scene.0.png"
     views = {"window": 16, "stride": 8, "scales": (1, 1.5), "flip": True}
     want = segkern.segment(model, picture, "semantic", **views)

@@ -16,6 +16,7 @@ from segkern.evaluation.evaluate import evaluate
 from segkern.evaluation.report import table, truth
 from segkern.evaluation.semantic import Semantic
 from segkern.inference.postprocess import postprocess
+from segkern.ops.segment_map import TASKS
 from segkern.structures.logits import QueryLogits
 from support.models import model_config
 
@@ -101,7 +102,8 @@ def random_scenes(count, seed=0, void=True):
 
 
 def run(scenes, **options):
-    return evaluate(Painted(), scenes, progress=False, overlap_threshold=0.0, **options)
+    overlap = {"overlap_threshold": 0.0} if "panoptic" in options.get("tasks", TASKS) else {}
+    return evaluate(Painted(), scenes, progress=False, **overlap, **options)
 
 
 def as_panoptic(scenes):
@@ -390,8 +392,8 @@ BAD = {
     "task": ({"tasks": ("panoptic", "cubist")}, "task must be one of .* got 'cubist'"),
     "no task": ({"tasks": ()}, "task must be one of"),
     "threshold": (
-        {"object_mask_threshold": math.nan},
-        r"object_mask_threshold must be in \[0, 1\]",
+        {"threshold": math.nan},
+        r"threshold must be in \[0, 1\]",
     ),
     "limit": ({"limit": 0}, "limit must be at least 1, got 0"),
 }

@@ -49,8 +49,9 @@ def every_map(classes, masks, tasks=TASKS, size=None):
     """All that segment_map gives, task after task."""
     h, w = masks.shape[2:]
     sizes = (4 * h, 4 * w), (4 * h - 3, 4 * w - 2), size or (3 * h + 1, 5 * w)
-    options = {"object_mask_threshold": 0.2, "overlap_threshold": 0.3}
-    found = [t for task in tasks for t in segment_map(classes, masks, task, *sizes, **options)]
+    options = {"panoptic": {"threshold": 0.2, "overlap_threshold": 0.3}}
+    maps = (segment_map(classes, masks, t, *sizes, **options.get(t, {})) for t in tasks)
+    found = [t for one in maps for t in one]
     return tuple(t for t in found if t is not None)
 
 

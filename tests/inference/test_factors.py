@@ -9,6 +9,12 @@ import segkern
 from segkern.models import Mask2Former, Mask2FormerConfig
 from segkern.models.mask2former.model import mask_logits
 
+WIDE = {  # everything is a segment
+    "panoptic": segkern.Options(0.0, 0.0),
+    "instance": segkern.Options(top_k=9),
+    "semantic": segkern.Options(),
+}
+
 
 class Sizes(TorchDispatchMode):
     """Notes the shape of every result."""
@@ -44,7 +50,7 @@ def test_no_map_of_a_query_is_formed(task):
         model(torch.randn(1, 3, 48, 80))
     assert (1, *maps) in whole.seen, "the face of Hugging Face's names forms them"
     with Sizes() as sizes:
-        segkern.segment(model, picture(), task, 0.0, 0.0)
+        segkern.segment(model, picture(), task, options=WIDE[task])
     assert not [s for s in sizes.seen if s[-3:] == maps or s[-2:] == (7, 24 * 40)]
 
 
@@ -58,7 +64,7 @@ def test_results_are_those_of_the_maps(task):
     product = mask_logits(factors.masks, factors.features)
     assert torch.equal(out.masks_queries_logits, product)
     sizes = (48, 80), [(48, 80)], [(96, 160)]
-    options = segkern.Options(0.0, 0.0, top_k=9)
+    options = WIDE[task]
     whole, parts = (
         segkern.postprocess(factors.classes, masks, task, *sizes, (3, 4), options=options)[0]
         for masks in (product, (factors.masks, factors.features))
@@ -74,6 +80,6 @@ def test_options_and_views_come_whole_or_by_their_settings():
     loose = segkern.segment(model, picture(), overlap_threshold=0.5)
     assert torch.equal(whole.segmentation, loose.segmentation)
     with pytest.raises(ValueError, match="segment: give Options or its settings, not both"):
-        segkern.segment(model, picture(), top_k=3, options=options)
+        segkern.segment(model, picture(), threshold=0.3, options=options)
     with pytest.raises(ValueError, match="class logits of pixels, a Mask2Former gives masks"):
         segkern.segment(model, picture(), views=segkern.Views(flip=True))

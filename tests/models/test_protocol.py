@@ -43,6 +43,8 @@ class SkeletonConfig:
 class Skeleton(nn.Module):
     """A pyramid of two strides; all levels to one width, fused at the finest: SegFormer."""
 
+    class_head = ("classify.weight", "classify.bias")
+
     def __init__(self, config):
         super().__init__()
         self.config = config

@@ -32,6 +32,8 @@ def backbone(name, pretrained=False, drop_path_rate=0.0, **options):
             backbone_pretrained=pretrained,
             backbone_options=options,
             drop_path_rate=drop_path_rate,
+            size_divisor=32,
+            longest_edge=1333,
         )
     )
 
@@ -316,8 +318,9 @@ def test_a_resumed_training_asks_for_them_no_more(kind, tmp_path, monkeypatch):
     asked, create = [], timm.create_model
 
     def create_model(name, pretrained, **options):
+        built = create(name, pretrained=False, **options)
         asked.extend([name] * pretrained)
-        return create(name, pretrained=False, **options)
+        return built
 
     monkeypatch.setattr(timm, "create_model", create_model)
     task = "panoptic" if kind == "mask2former" else "semantic"

@@ -102,7 +102,7 @@ def test_every_size_costs_what_scipy_costs(way, dtype):
     assert_optimal(cost, counts, linear_assignment(cost, counts), wanted)
 
 
-@pytest.mark.parametrize("kilobytes", [99, 163])
+@pytest.mark.parametrize("kilobytes", [64, 99, 163])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_size_on_gpus_with_less_shared_memory(way, kilobytes, monkeypatch):
     monkeypatch.setenv("SEGKERN_SHARED_KB", str(kilobytes))  # read by the emulated kernels alone

@@ -29,7 +29,7 @@ CASES = {
     "shapes": ({"h": 40, "w": 60, "kind": "shapes"}, ((160, 240), (150, 240), (230, 257))),
 }
 OPTIONS = {
-    "panoptic": ("panoptic", {"object_mask_threshold": 0.2, "overlap_threshold": 0.3}),
+    "panoptic": ("panoptic", {"threshold": 0.2, "overlap_threshold": 0.3}),
     "instance": ("instance", {"top_k": 20}),
     "semantic": ("semantic", {}),
     "semantic, scores": ("semantic", {"return_scores": True}),
@@ -37,12 +37,13 @@ OPTIONS = {
     "semantic, resized scores, scores": ("semantic", {"resize": "scores", "return_scores": True}),
 }
 EASY = CASES["padded, enlarged"][1]
-# Triton's interpreter takes seconds a trial: there, types other than float32 where it is easy
+# types other than float32 where a trial does not take seconds, as all do in Triton's interpreter
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LONG = CASES if INTERPRETED else ("many", "shapes", "shrunk far below the logits")
 TRIALS = [
     (case, option, dtype)
     for case, option, dtype in itertools.product(CASES, OPTIONS, DTYPES)
-    if not INTERPRETED or dtype == torch.float32 or CASES[case][1] == EASY
+    if case not in LONG or dtype == torch.float32 or CASES[case][1] == EASY
 ]
 
 
@@ -245,15 +246,12 @@ def test_blocks_that_are_decided_at_once(task):
         check([classes, masks], task, ((128, 256), (128, 256), out))
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-3, 100.0, 1e4])
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1e4])
 @pytest.mark.parametrize("task", TASKS)
 def test_faint_and_confident_logits(task, scale):
     classes, masks = segment_map_inputs(dtype=torch.float64)
     check([classes, masks * scale], task, EASY)
     check([classes.float(), masks.float() * scale], task, EASY)
-
-
-# edges
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -286,7 +284,7 @@ def test_empty(task):
 
 def test_no_query_kept_and_no_thing():
     classes, masks = segment_map_inputs()
-    found = segment_map(classes, masks, "panoptic", *EASY, object_mask_threshold=1.0)
+    found = segment_map(classes, masks, "panoptic", *EASY, threshold=1.0)
     assert (found.map == 0).all()
     assert (found.ids == -1).all()
     found = segment_map(classes, masks, "instance", *EASY, stuff=torch.ones(7, dtype=torch.bool))
@@ -436,7 +434,7 @@ BAD = {
     "task": (lambda i: i, {"task": "x"}, ValueError, "task must be one of panoptic, instance"),
     "resize": (lambda i: i, {"resize": "scores"}, ValueError, "resize must be"),
     "top_k": (lambda i: i, {"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
-    "scores": (lambda i: i, {"return_scores": True}, ValueError, "return_scores is for semantic"),
+    "scores": (lambda i: i, {"return_scores": True}, ValueError, "it is for semantic, got True"),
     "impl": (lambda i: i, {"impl": "fast"}, ValueError, "impl must be 'kernel' or 'reference'"),
 }
 

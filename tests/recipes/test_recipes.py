@@ -32,7 +32,7 @@ def test_segmenters_recipes(case):
     assert (config.optimizer, config.momentum, config.weight_decay) == ("sgd", 0.9, 0.0)
     assert (config.schedule, config.min_lr, config.warmup, config.clip) == ("poly", 1e-5, 0, 0.0)
     model = config.model
-    assert (model.image_size, model.window_size, model.window_stride) == (
+    assert (model.image_size, model.input.window, model.input.stride) == (
         (crop,) * 2,
         crop,
         stride,
@@ -47,7 +47,7 @@ def test_a_segmenters_labels_are_those_of_its_folder(tmp_path):
     assert config.model.num_labels == 2
     assert config.model.id2label == {0: "road", 1: "river"}
     assert config.model.image_size == (640, 640)
-    assert config.model.window_stride == 640
+    assert config.model.input.stride == 640
     assert config.data == FolderConfig(tmp_path, "plain")
     assert type(config).from_dict(config.to_dict()) == config
     streets = recipes.segmenter("Seg-T/16", "cityscapes", root=tmp_path)

@@ -102,9 +102,10 @@ def scores(model, image, **options):
     return found.scores
 
 
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_segment_replays_the_third_picture_of_a_size(kind, everywhere):
-    model = MODELS[kind]()
+def test_segment_replays_the_third_picture_of_a_size(kind, mode, everywhere):
+    model = MODELS[kind]().train(mode)
     wanted = [scores(model, picture(i), cuda_graphs=False) for i in range(5)]
     assert not torch.allclose(wanted[0], wanted[4])
     for i, want in enumerate(wanted):
@@ -194,7 +195,6 @@ def test_ever_new_sizes_stay_eager_and_few_are_kept(everywhere):
 
 UNSUITED = {
     "gradients": lambda m, x: graphs.replayed(Segmenter.patch_logits, m, x),
-    "training": lambda m, x: no_grad(m.train(), x),
     "many pixels": lambda m, x: no_grad(m, x.expand(100, 3, 32, 32)),
 }
 

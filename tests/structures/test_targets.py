@@ -1,9 +1,11 @@
 """Targets: packing, buckets, messages."""
 
+import warnings
+
 import pytest
 import torch
 
-from segkern.structures.targets import Targets, bucket
+from segkern.structures.targets import Targets, _warn, bucket
 from support.inputs import random_targets
 
 
@@ -74,6 +76,21 @@ BAD = {
         TypeError,
         "masks of image 0 must be float, bool or uint8, got .* int64",
     ),
+    "uint8 masks of 255": (
+        lambda: ([255 * x.byte() for x in lists()[0]], lists()[1]),
+        ValueError,
+        "masks of image 0 must be 1 inside and 0 outside, got 255",
+    ),
+    "soft masks": (
+        lambda: ([0.3 * x for x in lists()[0]], lists()[1]),
+        ValueError,
+        "masks of image 0 must be 1 inside and 0 outside, got 0.3",
+    ),
+    "NaN": (
+        lambda: ([x / x for x in lists()[0]], lists()[1]),
+        ValueError,
+        "masks of image 0 must be 1 inside and 0 outside, got nan",
+    ),
     "fewer images": (lambda: (lists()[0], lists()[1][:2]), ValueError, "got 3 and 2"),
     "no image": (lambda: ([], []), ValueError, "got 0 and 0"),
     "no tensor": (lambda: ([[1]], [torch.ones(1).long()]), TypeError, "got list"),
@@ -85,6 +102,32 @@ def test_bad_input(case):
     make, error, message = BAD[case]
     with pytest.raises(error, match=message):
         Targets.from_lists(*make(), num_labels=5)
+
+
+@pytest.fixture
+def unsaid():
+    """Warnings that are given once are given again."""
+    _warn.cache_clear()
+
+
+def test_a_target_without_pixels_is_left_out_and_that_is_said_once(unsaid):
+    masks, labels = lists()
+    full = Targets.from_lists(masks, labels)
+    masks[0] = torch.cat((masks[0][:1], torch.zeros(1, 12, 16), masks[0][1:]))
+    labels[0] = torch.cat((labels[0][:1], torch.tensor([4]), labels[0][1:]))
+    with pytest.warns(UserWarning, match="a mask without a pixel inside is left out"):
+        found = Targets.from_lists(masks, labels)
+    for a, b in zip(full[:4], found[:4]):
+        assert torch.equal(a, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Targets.from_lists(masks, labels)
+
+
+def test_more_targets_than_queries_are_said(unsaid):
+    with pytest.warns(UserWarning, match="an image has 3 targets, the model 2 queries"):
+        targets = Targets.from_lists(*lists(), num_queries=2)
+    assert targets.count.tolist() == [3, 0, 1]  # the paper's code counts them, too
 
 
 def test_one_id_for_each_image():

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from test_step import network
 from torch.nn.parallel import DistributedDataParallel
 
+from segkern.models import Segmenter, SegmenterConfig
 from segkern.structures.targets import Targets
 from segkern.training.distributed import normalized
 from segkern.training.step import TrainingLoss
@@ -47,6 +48,33 @@ def test_without_processes_the_batch_counts_alone():
     assert torch.allclose(2 * model.loss(x, twice)[1]["loss_mask"], part)
 
 
+def test_pixels_are_counted_beside_targets():
+    targets = joined()[1]
+    semantic = torch.full((2, 64, 64), 255, dtype=torch.uint8)
+    assert normalized(targets._replace(semantic=semantic)).pixel_normalizer.item() == 1
+    semantic[0, :3, :5] = 1
+    counted = normalized(targets._replace(semantic=semantic))
+    assert (counted.normalizer.item(), counted.pixel_normalizer.item()) == (4, 15)
+
+
+def tiny():
+    sizes = {"image_size": (64, 64), "patch_size": 16, "window_size": 64, "window_stride": 64}
+    depths = {"embed_dim": 64, "depth": 1, "num_heads": 1, "decoder_layers": 1}
+    still = {"drop_path_rate": 0.0, "decoder_dropout": 0.0}
+    return SegmenterConfig(num_labels=3, backbone_pretrained=False, **sizes, **depths, **still)
+
+
+def pixels(ranks):
+    """A Segmenter, and images and maps of ranks, of which the second has fewer labelled pixels."""
+    torch.manual_seed(0)
+    model = Segmenter(tiny()).train()
+    x = torch.cat([image(rank)[0] for rank in ranks])
+    semantic = torch.cat([torch.full((1, 64, 64), rank, dtype=torch.uint8) for rank in ranks])
+    semantic[torch.tensor(ranks) == 1, 9:] = 255
+    targets = Targets.from_lists(*random_targets([0] * len(ranks), 3, 64, 64))
+    return model, x, targets._replace(semantic=semantic)
+
+
 def work(rank, file, results):
     torch.set_num_threads(1)
     wait = datetime.timedelta(seconds=60)
@@ -63,7 +91,13 @@ def work(rank, file, results):
     _, losses = loss(x, normalized(targets))
     (losses["loss_mask"].sum() + losses["loss_dice"].sum()).backward()
     # plain types: a tensor's file would be gone with this process
-    results.put((rank, [None if p.grad is None else p.grad.tolist() for p in model.parameters()]))
+    found = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
+    model, x, targets = pixels([rank])
+    if rank == 0:
+        model.loss(x, targets)
+    loss = DistributedDataParallel(TrainingLoss(model))
+    loss(x, normalized(targets))[0].backward()
+    results.put((rank, found + [p.grad.tolist() for p in model.parameters()]))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -88,7 +122,10 @@ def test_two_processes_make_the_step_of_the_joined_batch(tmp_path):
     _, losses = model.loss(*joined())
     # the mean over processes of each sum over the mean number: the joined sum over the number
     (losses["loss_mask"].sum() + losses["loss_dice"].sum()).backward()
-    for mine, other, p in zip(found[0], found[1], model.parameters(), strict=True):
+    segmenter, x, targets = pixels([0, 1])
+    segmenter.loss(x, normalized(targets))[0].backward()
+    parameters = [*model.parameters(), *segmenter.parameters()]
+    for mine, other, p in zip(found[0], found[1], parameters, strict=True):
         assert mine == other
         if p.grad is not None:
             torch.testing.assert_close(torch.tensor(mine), p.grad, rtol=1e-3, atol=1e-5)

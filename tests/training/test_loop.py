@@ -91,11 +91,15 @@ def test_resume_gives_the_same_weights(whole, tmp_path):
     whole_folder, run = whole
     changed = {"evaluate_every": 3, "evaluate_scenes": 2}
     first = config(tmp_path, checkpoint_every=4, **changed)
-    data = Digits(first.data)
+    data, held_out = Digits(first.data), Digits(first.data, "val")
+    plug = PulledPlug(data, 4 * 2)
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        train(first, dataset=PulledPlug(data, 4 * 2), progress=False)
+        train(first, dataset=plug, val_dataset=held_out, progress=False)
     assert checkpoint.load(tmp_path)["step"] == 4
-    second = train(first, resume=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="dataset must be given to go on with"):
+        train(first, resume=tmp_path, progress=False)
+    given = {"dataset": data, "val_dataset": held_out}
+    second = train(first, resume=tmp_path, **given, progress=False)
     same(run.model.state_dict(), second.model.state_dict())
     a, b = checkpoint.load(whole_folder), checkpoint.load(tmp_path)
     assert a["step"] == b["step"] == 6
@@ -273,7 +277,7 @@ def text(path, data):
 def test_a_spoilt_checkpoint_is_refused(whole, tmp_path, spoil):
     folder, _ = whole
     spoil(tmp_path / "last.pt", (folder / "last.pt").read_bytes())
-    with pytest.raises(ValueError, match=r"last.pt: not a (whole )?checkpoint of segkern train"):
+    with pytest.raises(ValueError, match=r"last.pt: not a (whole )?checkpoint"):
         train(config(tmp_path / "new"), resume=tmp_path, progress=False)
 
 
@@ -407,8 +411,6 @@ def test_the_recipe_learns(tmp_path):
     setting = replace(setting, output=tmp_path, steps=800, evaluate_every=0, threads=2)
     run = train(setting, progress=False)
     data = Digits(DigitsConfig(), "val")
-    value = evaluate(
-        run.model, data, ("panoptic",), 100, object_mask_threshold=0.5, progress=False
-    )
+    value = evaluate(run.model, data, ("panoptic",), 100, threshold=0.5, progress=False)
     assert value["things"]["pq"] > 0.5
     assert value["stuff"]["pq"] > 0.95

@@ -98,7 +98,8 @@ def test_fp16_resumes_with_its_scale(tmp_path):
     first = config(tmp_path / "cut", **settings)
     with pytest.raises(RuntimeError, match="pulled the plug"):
         train(first, dataset=PulledPlug(Digits(first.data), 4 * 2), progress=False)
-    again = train(first, resume=tmp_path / "cut", progress=False)
+    data = Digits(first.data)
+    again = train(first, resume=tmp_path / "cut", dataset=data, progress=False)
     same(whole.model.state_dict(), again.model.state_dict())
 
 

@@ -123,6 +123,7 @@ class Mask2FormerConfig:
                 raise ValueError(
                     f"Mask2FormerConfig: {name} must be in [0, {top}], got {getattr(self, name)}"
                 )
+        _ = self.input  # checks its own
 
     @property
     def labels(self) -> Labels:

@@ -20,6 +20,7 @@ from ...nn.backbones.swin import VARIANTS
 from ...structures.labels import known_stuff
 from ...weights import unpickling
 from ...weights.folders import find_folder, read_json
+from ...weights.state_dicts import on_disk
 from .huggingface_keys import from_huggingface, to_huggingface
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
@@ -136,10 +137,7 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: value.detach().cpu().contiguous()
-        for name, value in to_huggingface(weights, _family(settings)).items()
-    }
+    state = on_disk(to_huggingface(weights, _family(settings)))
     floats = {str(v.dtype).removeprefix("torch.") for v in state.values() if v.is_floating_point()}
     config = write_config(settings) | {"dtype": min(floats, default="float32")}
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
@@ -383,7 +381,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else unpickling.load(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"from_pretrained: {path} is broken or missing: {error}") from error
+        raise ValueError(f"from_pretrained: {path} cannot be read: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"from_pretrained: {path} must hold a dict of tensors")
     return state

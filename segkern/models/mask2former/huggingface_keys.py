@@ -1,9 +1,10 @@
 """Names of the weights: Hugging Face's Mask2Former and ours, both ways.
 
-One table of module names serves both directions; `#` stands for a number. What is left is the
-three spellings of a Swin (hub and transformers 4, files written by transformers 5, transformers 5
-in memory), which are brought to the one on the hub first, and products that one side has fused:
-q, k and v of Swin are one product here, those of the query decoder's cross-attention there.
+One table of module names serves both directions; `#` stands for a number. Backbones of timm keep
+timm's names. What is left is the three spellings of a Swin (hub and transformers 4, files written
+by transformers 5, transformers 5 in memory), which are brought to the one on the hub first, and
+products that one side has fused: q, k and v of Swin are one product here, those of the query
+decoder's cross-attention there.
 """
 
 import re
@@ -14,8 +15,9 @@ from torch import Tensor
 _ENCODER = "model.pixel_level_module.encoder"
 _PIXELS = "model.pixel_level_module.decoder"
 _QUERIES = "model.transformer_module"
+_CROSS = r"query_decoder\.layers\.\d+\.cross_attn\."  # here
 
-_SPELLINGS = [
+_SPELLINGS = [  # of a Swin
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (rf"^({_ENCODER})\.swin\.(encoder|embeddings)\.", r"\1.\2."),
@@ -28,7 +30,7 @@ _SPELLINGS = [
         (r"(\.blocks\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
     )
 ]
-# computed here, or never used by the model that wrote it
+# of a Swin: computed here, or never used by the model that wrote it
 _IGNORED = re.compile(r"\.relative_position_index$|\.encoder\.(swin\.)?layernorm\.(weight|bias)$")
 
 _DECODERS = [
@@ -156,10 +158,11 @@ def from_huggingface(state: dict[str, Tensor], family: str) -> dict[str, Tensor]
     """
     kept = {}
     for name, value in state.items():
-        if _IGNORED.search(name):
-            continue
-        for pattern, replacement in _SPELLINGS:
-            name = pattern.sub(replacement, name)
+        if family == "swin":
+            if _IGNORED.search(name):
+                continue
+            for pattern, replacement in _SPELLINGS:
+                name = pattern.sub(replacement, name)
         kept[name] = value
     names = _rename(list(kept), family, back=False)
     out = {names[name]: value for name, value in kept.items()}
@@ -168,7 +171,7 @@ def from_huggingface(state: dict[str, Tensor], family: str) -> dict[str, Tensor]
             parts = [f"{match[1]}{part}{match[2]}" for part in ("query", "key", "value")]
             if all(part in out for part in parts):
                 out[f"{match[1]}qkv{match[2]}"] = torch.cat([out.pop(part) for part in parts])
-        elif match := re.fullmatch(r"(.*\.cross_attn\.)in_proj(_weight|_bias)", name):
+        elif match := re.fullmatch(rf"({_CROSS})in_proj(_weight|_bias)", name):
             for part, value in zip("qkv", out.pop(name).chunk(3)):
                 out[f"{match[1]}{part}_proj.{match[2][1:]}"] = value
     return out
@@ -186,13 +189,14 @@ def to_huggingface(state: dict[str, Tensor], family: str) -> dict[str, Tensor]:
     """
     split = {}
     for name, value in state.items():
-        if match := re.fullmatch(r"(backbone\..*\.attn\.)qkv(\.weight|\.bias)", name):
+        swin = family == "swin"
+        if swin and (match := re.fullmatch(r"(backbone\..*\.attn\.)qkv(\.weight|\.bias)", name)):
             for part, piece in zip(("query", "key", "value"), value.chunk(3)):
                 split[f"{match[1]}{part}{match[2]}"] = piece
-        elif match := re.fullmatch(r"(.*\.cross_attn\.)q_proj\.(weight|bias)", name):
+        elif match := re.fullmatch(rf"({_CROSS})q_proj\.(weight|bias)", name):
             parts = [state[f"{match[1]}{part}_proj.{match[2]}"] for part in "qkv"]
             split[f"{match[1]}in_proj_{match[2]}"] = torch.cat(parts)
-        elif name != "criterion.seed" and not re.search(r"\.cross_attn\.[kv]_proj\.", name):
+        elif name != "criterion.seed" and not re.match(rf"{_CROSS}[kv]_proj\.", name):
             split[name] = value
     names = _rename(list(split), family, back=True)
     out = {names[name]: value for name, value in split.items()}

@@ -14,7 +14,7 @@ Source: Mask2Former (Cheng et al., CVPR 2022). Names of arguments, results and m
 those of Hugging Face transformers.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -26,41 +26,50 @@ from ...nn.pixel_decoder import PixelDecoder
 from ...nn.query_decoder import QueryDecoder
 from ...ops._checks import expect, got
 from ...structures.logits import QueryLogits
+from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ...weights.state_dicts import misfits
+from ...weights.state_dicts import misfits, with_new_head
 from . import huggingface
 from .config import Mask2FormerConfig
 
 
-@dataclass
+@output
 class Mask2FormerOutput:
     """What `Mask2Former.forward` returns.
 
     Attributes:
+        loss: [], weighted sum of `losses`; None without targets.
         class_queries_logits: [B, Q, K + 1]; the last class is "no object".
         masks_queries_logits: [B, Q, h, w]; None in training with targets, unless
             `auxiliary_logits` was asked for.
-        loss: [], weighted sum of `losses`; None without targets.
-        losses: "loss_cross_entropy", "loss_mask" and "loss_dice" of each prediction, [R] each,
-            unweighted; None without targets.
         auxiliary_logits: class_queries_logits and masks_queries_logits of every prediction but the
             last, if asked for.
+        losses: "loss_cross_entropy", "loss_mask" and "loss_dice" of each prediction, [R] each,
+            unweighted; None without targets.
     """
 
-    class_queries_logits: Tensor
-    masks_queries_logits: Tensor | None
     loss: Tensor | None = None
-    losses: dict[str, Tensor] | None = None
+    class_queries_logits: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
     auxiliary_logits: list[dict[str, Tensor]] | None = None
+    losses: dict[str, Tensor] | None = None
 
 
 class Mask2Former(nn.Module):
     """Backbone, pixel decoder, query decoder and criterion.
 
     Args:
-        config: what to build; weights are random, as the paper initialises them.
+        config: what to build; weights are random, as the paper initialises them. Those of
+            convolutional backbones are channels-last in memory: for FSDP's `fully_shard` first
+            call `model.to(memory_format=torch.contiguous_format)`.
     """
+
+    class_head = (
+        "query_decoder.class_embed.weight",
+        "query_decoder.class_embed.bias",
+        "criterion.empty_weight",
+    )
 
     def __init__(self, config: Mask2FormerConfig):
         super().__init__()
@@ -204,10 +213,14 @@ class Mask2Former(nn.Module):
                     "Mask2Former: give mask_labels and class_labels together, or targets alone"
                 )
             targets = Targets.from_lists(
-                mask_labels, class_labels, pixel_values.shape[2:], self.config.num_labels
+                mask_labels,
+                class_labels,
+                pixel_values.shape[2:],
+                self.config.num_labels,
+                num_queries=self.config.num_queries,
             ).to(pixel_values.device)
         class_logits, embeddings, mask_features = self.all_predictions(pixel_values)
-        out = Mask2FormerOutput(class_logits[:, -1], None)
+        out = Mask2FormerOutput(class_queries_logits=class_logits[:, -1])
         if targets is not None:
             out.loss, out.losses = self.criterion(class_logits, embeddings, mask_features, targets)
         if targets is None or not self.training or auxiliary_logits:
@@ -230,7 +243,7 @@ class Mask2Former(nn.Module):
 
         Args:
             name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
-                `save_pretrained`.
+                `save_pretrained`, or the folder of a training run.
             num_labels: K of the new task; where it differs from the checkpoint's, the class head
                 starts anew. None keeps the checkpoint's.
 
@@ -247,12 +260,11 @@ class Mask2Former(nn.Module):
         config.backbone_pretrained = False
         fresh = num_labels is not None and num_labels != config.num_labels
         if fresh:
-            config.num_labels, config.id2label, config.stuff = num_labels, None, ()
+            config = replace(config, num_labels=num_labels, id2label=None, stuff=())
         model = cls(config)
         own = model.state_dict()
         if fresh:
-            head = ("query_decoder.class_embed.weight", "query_decoder.class_embed.bias")
-            weights = weights | {k: own[k] for k in (*head, "criterion.empty_weight")}
+            weights = with_new_head(weights, own, cls.class_head)
         weights = {"criterion.seed": own["criterion.seed"]} | weights
         if faults := misfits(weights, own):
             raise ValueError(

@@ -36,9 +36,10 @@ class SegmenterConfig:
         image_size: (H, W) of training crops, for which position embeddings are stored; multiples
             of patch_size.
         patch_size: p, in pixels.
-        embed_dim: D of encoder and decoder; with the mask decoder a multiple of 64.
+        embed_dim: D of encoder and decoder; with the mask decoder at least 64, and a multiple of
+            its D // 64 attention heads.
         depth: blocks of the encoder.
-        num_heads: attention heads of the encoder; the decoder's have 64 channels.
+        num_heads: attention heads of the encoder.
         distilled: the encoder is a DeiT with a distillation token.
         dropout: probability in the encoder.
         drop_path_rate: rate of dropped residual branches of the encoder's last block, in [0, 1).
@@ -51,10 +52,12 @@ class SegmenterConfig:
         local_start: without them, start it with positions of waves and attention to the patches
             around each, and the mask decoder with blocks that do nothing and classes at right
             angles (nn.vit.start_locally, start_apart), which learns much sooner.
-        window_size: side in pixels of the windows that large images are cut into.
-        window_stride: pixels from one window to the next.
-        shortest_edge: pixels, to which an image's short side is resized for prediction.
-        longest_edge: pixels, the most that the long side may get.
+        window_size: side in pixels of the windows that large images are cut into; None for the
+            short side of image_size.
+        window_stride: pixels from one window to the next; None for window_size.
+        shortest_edge: pixels, to which an image's short side is resized for prediction; None for
+            the short side of image_size.
+        longest_edge: pixels, the most that the long side may get; None for 4 shortest_edge.
         id2label: name of each label.
         image_mean: of the pixels in [0, 1], red, green, blue.
         image_std: likewise.
@@ -80,19 +83,20 @@ class SegmenterConfig:
     backbone: str | None = None
     backbone_pretrained: bool = False
     local_start: bool = False
-    window_size: int = 512
-    window_stride: int = 512
-    shortest_edge: int = 512
-    longest_edge: int = 2048
+    window_size: int | None = None
+    window_stride: int | None = None
+    shortest_edge: int | None = None
+    longest_edge: int | None = None
     id2label: dict[int, str] | None = None
     image_mean: tuple[float, float, float] = _HALF
     image_std: tuple[float, float, float] = _HALF
 
     def __post_init__(self):
         self.image_size = tuple(self.image_size)
+        followers = ("window_size", "window_stride", "shortest_edge", "longest_edge")
         for name in (
             *("num_labels", "patch_size", "embed_dim", "depth", "num_heads", "decoder_layers"),
-            *("window_size", "window_stride", "shortest_edge", "longest_edge"),
+            *(name for name in followers if getattr(self, name) is not None),
         ):
             expect_integer(f"SegmenterConfig: {name}", getattr(self, name))
         for side in self.image_size:
@@ -111,14 +115,15 @@ class SegmenterConfig:
             raise ValueError(
                 f"SegmenterConfig: decoder must be 'mask' or 'linear', got {self.decoder!r}"
             )
-        if self.decoder == "mask" and self.embed_dim % 64:
+        heads = self.embed_dim // 64
+        if self.decoder == "mask" and (heads == 0 or self.embed_dim % heads):
             raise ValueError(
-                "SegmenterConfig: embed_dim must be a multiple of 64 with the mask decoder, "
-                f"got {self.embed_dim}"
+                "SegmenterConfig: embed_dim must be at least 64 and a multiple of the mask "
+                f"decoder's heads (embed_dim // 64 = {heads}), got {self.embed_dim}"
             )
-        if self.window_stride > self.window_size:
+        if self.input.stride > self.input.window:
             raise ValueError(
-                f"SegmenterConfig: window_stride must be <= window_size ({self.window_size}), "
+                f"SegmenterConfig: window_stride must be <= window_size ({self.input.window}), "
                 f"got {self.window_stride}"
             )
         if self.local_start and self.embed_dim // self.num_heads < 8:
@@ -140,14 +145,17 @@ class SegmenterConfig:
     @property
     def input(self) -> InputConfig:
         """How images are taken: resized between the edges, in windows."""
+        short = min(self.image_size)
+        edge = self.shortest_edge or short
+        window = self.window_size or short
         return InputConfig(
             self.image_mean,
             self.image_std,
-            self.shortest_edge,
-            self.longest_edge,
+            edge,
+            self.longest_edge or 4 * edge,
             self.patch_size,
-            self.window_size,
-            self.window_stride,
+            window,
+            self.window_stride or window,
             self.image_size,
         )
 
@@ -196,10 +204,6 @@ class SegmenterConfig:
             distilled=distilled,
             decoder="mask" if mask else "linear",
             backbone=_BACKBONES.get((size, "†" if distilled else patch)),
-            window_size=crop,
-            window_stride=crop,
-            shortest_edge=crop,
-            longest_edge=4 * crop,
             image_mean=mean,
             image_std=std,
         )

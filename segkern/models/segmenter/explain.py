@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...io import plots
 from ...io.images import prepare, read_image
 from ...nn.vit import MaskTransformer
-from ...runtime.modes import evaluating
+from ...runtime.modes import evaluated
 from .model import Segmenter
 
 
@@ -73,8 +73,8 @@ def attention_maps(
             )
         token = h * w + label
     attentions = [blocks[i].attn for i in layers]
-    with _projections(attentions) as found, evaluating(model), torch.no_grad():
-        model.predict(pixel_values)
+    with _projections(attentions) as found, torch.no_grad():
+        evaluated(model).predict(pixel_values)
     maps = [_weights(found[a.qkv], a.num_heads, token) for a in attentions]
     return torch.stack(maps)[:, first : first + h * w].unflatten(1, (h, w))
 
@@ -101,6 +101,7 @@ def explain(
     at: tuple[float, float] = (0.5, 0.5),
     out: str | Path = "explain.png",
     layers: Sequence[int] | None = None,
+    max_pixels: int | None = None,
 ) -> None:
     """Draws the attention of the patch at a place, in the encoder and the decoder, and the plane
     of the class embeddings.
@@ -111,6 +112,7 @@ def explain(
         at: x and y of the place, in [0, 1] of the image's width and height.
         out: PNG, PDF or SVG to write.
         layers: blocks of the encoder, from 0; None for the first, the middle and the last.
+        max_pixels: of a picture in a file, as in `segment`.
 
     Raises:
         ValueError: a place outside, no such layer, or no image.
@@ -118,7 +120,7 @@ def explain(
     """
     if not all(0 <= v <= 1 for v in at):
         raise ValueError(f"explain: at must be x and y in [0, 1], got {at}")
-    picture = read_image(image)
+    picture = read_image(image, max_pixels=max_pixels)
     device = next(model.parameters()).device
     pixels = prepare(picture, model.config.input)[None].to(device)
     p = model.config.patch_size
@@ -159,7 +161,9 @@ def _projections(attentions: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Te
     """The queries, keys and values [1, N, 3 D] that these attentions form."""
     found: dict[nn.Module, Tensor] = {}
     hooks = [
-        a.qkv.register_forward_hook(lambda module, inputs, output: found.update({module: output}))
+        a.qkv.register_forward_hook(
+            lambda _, inputs, output, qkv=a.qkv: found.update({qkv: output})
+        )
         for a in attentions
     ]
     try:

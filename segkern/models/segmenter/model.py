@@ -10,7 +10,7 @@ Source: Segmenter (Strudel et al., ICCV 2021). Weights have the names of the ori
 Differs: the encoder's unused ImageNet head is not part of the model.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,24 +24,26 @@ from ...ops import resize_argmax
 from ...ops._checks import expect, expect_labels, got
 from ...structures.labels import VOID
 from ...structures.logits import PixelLogits
+from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ...weights.state_dicts import misfits
+from ...weights.folders import find_folder
+from ...weights.state_dicts import misfits, with_new_head
 from . import original
 from .config import SegmenterConfig
 
 
-@dataclass
+@output
 class SegmenterOutput:
     """What `Segmenter.forward` returns.
 
     Attributes:
-        logits: [B, K, H, W]; None where a loss was asked for.
         loss: [], mean cross entropy of the labelled pixels; None without labels.
+        logits: [B, K, H, W]; None where a loss was asked for.
     """
 
-    logits: Tensor | None
     loss: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class Segmenter(nn.Module):
@@ -54,6 +56,11 @@ class Segmenter(nn.Module):
     Raises:
         ValueError: timm has no such backbone or no weights of it, or they do not fit.
     """
+
+    class_head = (
+        *("decoder.head.weight", "decoder.head.bias"),  # of the linear decoder
+        *("decoder.cls_emb", "decoder.mask_norm.weight", "decoder.mask_norm.bias"),
+    )
 
     def __init__(self, config: SegmenterConfig):
         super().__init__()
@@ -142,6 +149,7 @@ class Segmenter(nn.Module):
         self,
         pixel_values: Tensor,  # [B, 3, H, W]
         labels: Tensor | None = None,  # [B, H, W]
+        normalizer: Tensor | None = None,  # []
     ) -> SegmenterOutput:
         """Class logits of every pixel, or the loss if there are labels.
 
@@ -150,6 +158,8 @@ class Segmenter(nn.Module):
             labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count. Out of range is an
                 error on the CPU in eager mode; elsewhere, where reading them would synchronise,
                 loss and gradients are NaN.
+            normalizer: [], number of labelled pixels that the loss is divided by; None takes those
+                of this batch, at least 1.
 
         Returns:
             A `SegmenterOutput`.
@@ -163,10 +173,10 @@ class Segmenter(nn.Module):
         H, W = pixel_values.shape[2:]
         if labels is None:
             logits = F.interpolate(patches, size=(p * h, p * w), mode="bilinear")
-            return SegmenterOutput(logits[:, :, :H, :W])
+            return SegmenterOutput(logits=logits[:, :, :H, :W])
         expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
         expect_labels("Segmenter", labels, self.config.num_labels, VOID)
-        return SegmenterOutput(None, resized_cross_entropy(patches, labels, (p * h, p * w)))
+        return SegmenterOutput(resized_cross_entropy(patches, labels, (p * h, p * w), normalizer))
 
     def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
         """Nothing besides pixels."""
@@ -220,37 +230,56 @@ class Segmenter(nn.Module):
                 checked as `forward` says.
 
         Returns:
-            mean cross entropy of the labelled pixels, [], and the same as "loss_cross_entropy",
-            [1].
+            cross entropy of the labelled pixels over `targets.pixel_normalizer`, [], and the same
+            as "loss_cross_entropy", [1].
 
         Raises:
             ValueError: targets without a map of labels, or a label out of range.
         """
         if targets.semantic is None:
             raise ValueError("Segmenter: targets must have a semantic map, got None")
-        loss = self(pixel_values, targets.semantic.long()).loss
+        loss = self(pixel_values, targets.semantic.long(), targets.pixel_normalizer).loss
         return loss, {"loss_cross_entropy": loss[None]}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Segmenter":
+    def from_pretrained(
+        cls, name_or_folder: str | Path, num_labels: int | None = None
+    ) -> "Segmenter":
         """Opens a checkpoint: `checkpoint.pth` and `variant.yml` of the original code, or
         `config.json` and `model.safetensors` of `save_pretrained`.
+
+        Args:
+            name_or_folder: a folder, one of those files, the folder of a training run, or a name
+                on the hub.
+            num_labels: K of the new task; where it differs from the checkpoint's, the class head
+                starts anew. None keeps the checkpoint's.
+
+        Returns:
+            The model in eval mode.
 
         Raises:
             ValueError: a file is missing or is not what it should be, or the weights are not those
                 of the model that is described (names the keys).
         """
+        folder = find_folder(name_or_folder)
         settings, weights = original.read_folder(folder)
         unknown = sorted(settings.keys() - {f.name for f in fields(SegmenterConfig)})
         if unknown:
             raise ValueError(f"Segmenter: {folder} has unknown settings: {', '.join(unknown)}")
         settings["backbone_pretrained"] = False  # its weights are in the checkpoint
-        model = cls(SegmenterConfig(**settings))
-        found, K = original.labels_of(weights), model.config.num_labels
-        if found not in (None, K):
+        config = SegmenterConfig(**settings)
+        found = original.labels_of(weights)
+        if found not in (None, config.num_labels):
             raise ValueError(
-                f"Segmenter: {folder} has weights for {found} labels, its settings say {K}"
+                f"Segmenter: {folder} has weights for {found} labels, its settings say "
+                f"{config.num_labels}"
             )
+        fresh = num_labels is not None and num_labels != config.num_labels
+        if fresh:
+            config = replace(config, num_labels=num_labels, id2label=None)
+        model = cls(config)
+        if fresh:
+            weights = with_new_head(weights, model.state_dict(), cls.class_head)
         if faults := misfits(weights, model.state_dict()):
             raise ValueError(f"Segmenter: {folder} does not fit the model; {'; '.join(faults)}")
         model.load_state_dict(weights)
@@ -264,4 +293,8 @@ class Segmenter(nn.Module):
             format: "segkern" (config.json, model.safetensors) or "original" (variant.yml,
                 checkpoint.pth).
         """
-        original.write_folder(folder, asdict(self.config), self.state_dict(), format)
+        settings, takes = asdict(self.config), self.config.input
+        if format == "original":  # which has no setting that follows another
+            settings |= {"window_size": takes.window, "window_stride": takes.stride}
+            settings |= {"shortest_edge": takes.shortest_edge}
+        original.write_folder(folder, settings, self.state_dict(), format)

@@ -1,13 +1,14 @@
 """Segmenter's checkpoints: those of the original code, and our own; encoders of timm.
 
 Original: checkpoint.pth, {"model": weights, ...}, and variant.yml beside it. Nothing in either is
-executed: weights are read as such, and of YAML's Python tags only the tuple is known.
+executed: weights are read as such, and of YAML's Python tags only the tuple is known; what stands
+under another is not read.
 Ours: model.safetensors and config.json. The names of the weights are the same in both; only the
 original's unused ImageNet heads have no place in the model.
 """
 
 import json
-from contextlib import nullcontext
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from ...io.atomic_files import atomic, write_json
 from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD
 from ...weights import unpickling
-from ...weights.state_dicts import misfits
-from ...weights.timm_names import check_timm_name
+from ...weights.state_dicts import misfits, on_disk
+from ...weights.timm_names import check_timm_name, pretrained_model
 
 FORMATS = ("segkern", "original")
 _MODEL_TYPE = "segmenter"
@@ -57,6 +58,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor(
     "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node))
 )
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -72,14 +74,12 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """Settings under the names of `SegmenterConfig`, and weights.
 
     Args:
-        folder: of either format, or the checkpoint.pth in it.
+        folder: of either format.
 
     Raises:
         ValueError: a file is missing, damaged, or is not of a Segmenter.
     """
     folder = Path(folder)
-    if folder.is_file():
-        folder = folder.parent
     if (folder / "config.json").is_file():
         return _read_own(folder)
     for name in ("checkpoint.pth", "variant.yml"):
@@ -98,7 +98,7 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         checkpoint = unpickling.load(path)
     except ValueError as error:
-        raise ValueError(f"Segmenter: {path} is not a whole checkpoint ({error})") from error
+        raise ValueError(f"Segmenter: {path}: {error}") from error
     weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(
@@ -110,38 +110,46 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
 def from_variant(variant: dict, name: str) -> dict:
     """Settings under the names of `SegmenterConfig` from what variant.yml holds.
 
+    A warning names what is unknown among the settings of the network: whether it shaped the
+    weights, a strict load of them tells. What is about training alone is not read.
+
     Args:
         variant: the file's content.
         name: of the file, for messages.
 
     Raises:
-        ValueError: a setting is missing or unknown.
+        ValueError: a setting is missing, or names what is not here.
     """
 
     def section(holder, key, known):
         found = holder.get(key) if isinstance(holder, dict) else None
         if not isinstance(found, dict):
             raise ValueError(f"Segmenter: {name} has no section {key}")
-        if unknown := sorted(set(found) - set(known)):
-            raise ValueError(
-                f"Segmenter: {name}: unknown in {key}: {', '.join(map(str, unknown))}"
+        if unknown := [str(k) for k in found if k not in known]:
+            warnings.warn(
+                f"Segmenter: {name}: not known and not used, in {key}: {', '.join(unknown)}",
+                stacklevel=4,
             )
         return found
 
     net = section(variant, "net_kwargs", {*_NET, "decoder", "backbone", "normalization"})
-    decoder = section(net, "decoder", {*_DECODER, "name"})
-    window = section(variant, "inference_kwargs", {"im_size", "window_size", "window_stride"})
+    decoder = section(net, "decoder", {*_DECODER, "name", "n_cls"})
+    known = {"im_size", "window_size", "window_stride"}
+    given = "inference_kwargs" in variant  # or else they follow the size of the crops
+    window = section(variant, "inference_kwargs", known) if given else {}
     missing = [
         k for k in ("n_cls", "patch_size", "d_model", "n_layers", "n_heads") if k not in net
     ]
     if missing:
         raise ValueError(f"Segmenter: {name} has no {', '.join(missing)} in net_kwargs")
-    for value, known in (
-        (decoder.get("name"), _DECODERS),
-        (net.get("normalization", "vit"), _NORMALIZATION),
+    for what, value, known in (
+        ("decoder.name", decoder.get("name"), _DECODERS),
+        ("normalization", net.get("normalization", "vit"), _NORMALIZATION),
     ):
         if value not in known:
-            raise ValueError(f"Segmenter: {name} must name one of {', '.join(known)}, got {value}")
+            raise ValueError(
+                f"Segmenter: {name}: {what} must be one of {', '.join(known)}, got {value}"
+            )
     settings = {ours: net[theirs] for theirs, ours in _NET.items() if theirs in net}
     if isinstance(settings.get("image_size"), int):
         settings["image_size"] = (settings["image_size"],) * 2
@@ -174,13 +182,14 @@ def to_variant(settings: dict) -> dict:
     net["backbone"] = f"{kind}_{size}_patch{net['patch_size']}_384"
     net["normalization"] = names[0]
     net["decoder"] = {"name": {v: k for k, v in _DECODERS.items()}[settings["decoder"]]}
+    net["decoder"]["n_cls"] = net["n_cls"]
     if settings["decoder"] == "mask":
         net["decoder"] |= {theirs: settings[ours] for theirs, ours in _DECODER.items()}
     window = {k: settings[k] for k in ("window_size", "window_stride")}
     return {
         "net_kwargs": net,
         "inference_kwargs": {"im_size": settings["shortest_edge"], **window},
-        "dataset_kwargs": {},
+        "dataset_kwargs": {"normalization": names[0]},  # which the original's inference reads
     }
 
 
@@ -202,7 +211,7 @@ def write_folder(
     if format not in FORMATS:
         raise ValueError(f"Segmenter: format must be one of {', '.join(FORMATS)}, got {format!r}")
     folder = Path(folder)
-    state = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    state = on_disk(weights)
     if format == "segkern":
         with atomic(folder / "model.safetensors") as temporary:
             save_file(state, temporary, metadata={"format": "pt"})
@@ -257,8 +266,10 @@ def timm_model(name: str, pretrained: bool) -> nn.Module:
 
     check_timm_name(name, "Segmenter: backbone must be a ViT of timm")
     try:
-        with nullcontext() if pretrained else torch.device("meta"):
-            return timm.create_model(name, pretrained=pretrained)
+        if pretrained:
+            return pretrained_model(name)
+        with torch.device("meta"):
+            return timm.create_model(name, pretrained=False)
     except RuntimeError as error:
         raise ValueError(f"Segmenter: timm cannot give backbone '{name}': {error}") from error
 

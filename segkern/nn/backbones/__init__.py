@@ -1,7 +1,9 @@
 """Backbones: four maps of an image, each at twice the stride of the one before.
 
 Our own Swin; a small ResNet for small images; any other that timm has with such maps. All have
-`channels` and `strides`, and give a list of maps [B, C_i, h_i, w_i], finest first.
+`channels` and `strides`, and give a list of maps [B, C_i, h_i, w_i], finest first. Convolutions
+keep their weights channels-last in memory, as they read maps; FSDP's `fully_shard` takes a model
+after `model.to(memory_format=torch.contiguous_format)`, which changes no result.
 
 Letters: B image, C channels, h w map size.
 """
@@ -20,7 +22,7 @@ def build_backbone(config) -> nn.Module:
         config: has `backbone` ("swin_tiny", "swin_small", "swin_base", "swin_large",
             "resnet_digits" or the name of a timm model), `backbone_pretrained` (timm's weights),
             `backbone_options` (arguments of `Swin`, `ResNetDigits` or `timm.create_model`, and
-            "freeze_norm" for the last) and `drop_path_rate`.
+            "freeze_norm" for the last), `drop_path_rate`, `size_divisor` and `longest_edge`.
 
     Returns:
         A module from [B, 3, H, W] to four maps, with `channels` and `strides`.
@@ -34,7 +36,8 @@ def build_backbone(config) -> nn.Module:
         options["drop_path_rate"] = config.drop_path_rate
     if name not in VARIANTS and name != OWN_SMALL:
         freeze_norm = options.pop("freeze_norm", False)
-        return TimmBackbone(name, config.backbone_pretrained, freeze_norm, options)
+        sizes = config.size_divisor, config.longest_edge
+        return TimmBackbone(name, config.backbone_pretrained, freeze_norm, options, *sizes)
     if config.backbone_pretrained:
         raise ValueError(
             f"build_backbone: backbone_pretrained must be False for '{name}', whose weights come "

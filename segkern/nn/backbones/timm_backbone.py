@@ -1,12 +1,17 @@
 """Any model of timm with four maps at doubling strides, as a backbone."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from ...weights.timm_names import check_timm_name
+from ...runtime.modes import evaluated
+from ...weights.timm_names import check_timm_name, pretrained_model
 from .swin import VARIANTS
 
 OWN_SMALL = "resnet_digits"
+# of timm's models, where they cannot be built or do not take a size
+_FAULTS = (AssertionError, AttributeError, IndexError, RuntimeError)
 
 
 class TimmBackbone(nn.Module):
@@ -18,9 +23,12 @@ class TimmBackbone(nn.Module):
         freeze_norm: keep the statistics, scales and shifts of batch norms as they are in training,
             as the paper does for its ResNets.
         options: further arguments of `timm.create_model`.
+        divisor: sides of images are multiples of it.
+        longest: no side is longer before it is padded to such a multiple.
 
     Raises:
-        ValueError: no such model, or without four maps at doubling strides.
+        ValueError: no such model, without four maps at doubling strides, or one that takes images
+            of fewer sizes.
     """
 
     def __init__(
@@ -29,22 +37,16 @@ class TimmBackbone(nn.Module):
         pretrained: bool = False,
         freeze_norm: bool = False,
         options: dict | None = None,
+        divisor: int = 32,
+        longest: int = 1333,
     ):
         super().__init__()
-        import timm  # here, because it takes as long to import as torch
-
         own = (*VARIANTS, OWN_SMALL)
         rule = f"build_backbone: backbone must be {', '.join(own)} or a timm model"
         check_timm_name(name, rule, own)
         try:
-            self.body = timm.create_model(
-                name,
-                pretrained=pretrained,
-                features_only=True,
-                out_indices=(-4, -3, -2, -1),
-                **(options or {}),
-            )
-        except (AssertionError, AttributeError, IndexError, RuntimeError) as error:
+            self.body = _created(name, pretrained, options or {})
+        except _FAULTS as error:
             raise ValueError(
                 f"build_backbone: timm cannot give four maps of '{name}': {error}"
             ) from error
@@ -61,6 +63,37 @@ class TimmBackbone(nn.Module):
             for norm in self._norms():
                 norm.requires_grad_(False)
         self.to(memory_format=torch.channels_last)
+        self._check_sizes(name, divisor, longest)
+
+    def _check_sizes(self, name: str, divisor: int, longest: int) -> None:
+        """Raises ValueError where images whose sides are multiples of the divisor do not go
+        through, or their maps do not lie at the strides."""
+        most = -(-longest // divisor)  # multiples
+        h, w = divisor * min(2, most), divisor * min(3, most)
+        fault = self._fault(h, w)
+        if fault is None:
+            return
+        advice = "choose another backbone"
+        side = next((n for n in (64, 128, 192, 224, 256, 384) if self._fault(n, n) is None), None)
+        if side is not None:
+            advice = f"size_divisor, shortest_edge and longest_edge must all be {side}"
+            if self._fault(side, 2 * side) is None:
+                advice = f"size_divisor must be {side}, got {divisor}"
+        raise ValueError(
+            f"build_backbone: backbone '{name}' does not take images of {h} x {w} ({fault}): "
+            f"{advice}"
+        )
+
+    @torch.no_grad()
+    def _fault(self, *size: int) -> str | None:
+        try:
+            maps = evaluated(self)(next(self.parameters()).new_zeros(1, 3, *size))
+        except (*_FAULTS, ValueError) as error:
+            return str(error).partition("\n")[0] or type(error).__name__
+        for found, stride in zip(maps, self.strides):
+            if any(abs(n - side / stride) >= 1 for n, side in zip(found.shape[2:], size)):
+                return f"a map of {tuple(found.shape[2:])} does not have stride {stride}"
+        return None
 
     def _norms(self) -> list[nn.Module]:
         return [m for m in self.body.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -83,3 +116,17 @@ class TimmBackbone(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:  # [B, 3, H, W]
         maps = self.body(x.contiguous(memory_format=torch.channels_last))
         return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else list(maps)
+
+
+def _created(name: str, pretrained: bool, options: dict) -> nn.Module:
+    """timm's model of a name, for images of any size where it has that option."""
+    import timm  # here, because it takes as long to import as torch
+
+    create = pretrained_model if pretrained else partial(timm.create_model, pretrained=False)
+    places = {"features_only": True, "out_indices": (-4, -3, -2, -1)}
+    try:
+        return create(name, **places, **({"strict_img_size": False} | options))
+    except TypeError as error:
+        if "strict_img_size" not in str(error):
+            raise
+    return create(name, **places, **options)

@@ -29,6 +29,8 @@ CASES = {
     "patch 8": {"patch_size": 8},
     "distilled": {"distilled": True},
     "wide image": {"image_size": (32, 96)},
+    "one decoder head of 96 channels": {"embed_dim": 96},
+    "two decoder heads of 80 channels": {"embed_dim": 160},
 }
 SIZES = [(64, 64), (50, 70), (96, 32), (17, 130), (128, 32)]
 
@@ -222,9 +224,14 @@ def test_loss_of_patches_as_small_as_pixels():
     torch.testing.assert_close(*(torch.autograd.grad(x, logits) for x in (loss, want)))
 
 
-def test_no_labelled_pixel_gives_nan():
-    labels = torch.full((1, 64, 64), 255)
-    assert built(double=False)(torch.randn(1, 3, 64, 64), labels).loss.isnan()
+def test_no_labelled_pixel_gives_zero_and_gradients_of_zeros():
+    labels, model = torch.full((1, 64, 64), 255), built(double=False)
+    loss = model(torch.randn(1, 3, 64, 64), labels).loss
+    loss.backward()
+    assert loss == 0
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads
+    assert not any(g.any() for g in grads)
 
 
 BAD = {
@@ -261,7 +268,8 @@ def test_bad_input(case):
         ({"image_size": (60, 64)}, r"image_size must be .* multiples of patch_size \(16\)"),
         ({"num_heads": 5}, r"embed_dim must be a multiple of num_heads \(5\), got 64"),
         ({"decoder": "fpn"}, "decoder must be 'mask' or 'linear', got 'fpn'"),
-        ({"embed_dim": 96}, "multiple of 64 with the mask decoder, got 96"),
+        ({"embed_dim": 48}, r"embed_dim must be at least 64 and .* // 64 = 0\), got 48"),
+        ({"embed_dim": 200}, r"a multiple of the mask decoder's heads .* // 64 = 3\), got 200"),
         ({"window_size": -1}, "window_size must be >= 1, got -1"),
         ({"window_stride": 0}, "window_stride must be >= 1, got 0"),
         ({"window_stride": 65}, r"window_stride must be <= window_size \(64\), got 65"),
@@ -272,7 +280,7 @@ def test_bad_settings(change, message):
         replace(SMALL, **change)
 
 
-@pytest.mark.parametrize("value", ["64", 64.0, True, None], ids=str)
+@pytest.mark.parametrize("value", ["64", 64.0, True, b"64"], ids=str)
 @pytest.mark.parametrize("name", ["window_size", "window_stride", "patch_size", "num_labels"])
 def test_settings_of_another_type(name, value):
     with pytest.raises(
@@ -306,7 +314,7 @@ def test_loss_and_gradient_of_a_label_out_of_range_are_nan(label):
 EXPECTED = json.loads((Path(__file__).parents[2] / "expected" / "segmenter.json").read_text())
 VARIANTS = {
     "mask": {},
-    "linear": {"decoder": {"name": "linear"}},
+    "linear": {"decoder": {"name": "linear", "n_cls": 5}},
     "distilled": {"distilled": True},
     "wide": {"d_model": 128, "n_heads": 4, "image_size": (32, 96), "patch_size": 8},
 }
@@ -331,11 +339,26 @@ def original_folder(folder, **changes):
             "n_layers": 2,
             "drop_path_rate": 0.0,
             "dropout": 0.1,
+            "n_cls": 5,
         },
         **changes,
     }
     inference = {"im_size": 64, "window_size": 64, "window_stride": 48}
-    variant = {"net_kwargs": net, "inference_kwargs": inference, "dataset_kwargs": {"x": 1}}
+    schedule = {"lr": 0.001, "epochs": 64, "min_lr": 1e-05, "poly_power": 0.9, "poly_step_size": 1}
+    optimizer = {"opt": "sgd", "weight_decay": 0.0, "momentum": 0.9, "clip_grad": None}
+    loading = {"dataset": "ade20k", "image_size": 64, "crop_size": 64, "batch_size": 8}
+    variant = {
+        "world_batch_size": 8,
+        "version": "normal",
+        "resume": True,
+        "dataset_kwargs": loading | {"normalization": "vit", "split": "train", "num_workers": 10},
+        "algorithm_kwargs": {"batch_size": 8, "start_epoch": 0, "num_epochs": 64, "eval_freq": 2},
+        "optimizer_kwargs": optimizer | schedule | {"iter_max": 161664, "iter_warmup": 0.0},
+        "net_kwargs": net,
+        "amp": False,
+        "log_dir": "seg_tiny_mask",
+        "inference_kwargs": inference,
+    }
     (folder / "variant.yml").write_text(yaml.dump(variant))
     settings = weights.from_variant(variant, "variant.yml")
     state = Segmenter(SegmenterConfig(**settings)).state_dict()
@@ -344,7 +367,8 @@ def original_folder(folder, **changes):
         scale = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         state[name] = (0.05 * wave.cos() + scale).view(p.shape).float()
     state["encoder.head.weight"] = torch.zeros(1000, net["d_model"])
-    torch.save({"model": state, "n_cls": 5, "epoch": 3}, folder / "checkpoint.pth")
+    rest = {"optimizer": {"state": {}}, "n_cls": 5, "lr_scheduler": {"last_epoch": 3}, "epoch": 3}
+    torch.save({"model": state, **rest}, folder / "checkpoint.pth")
     return folder
 
 

@@ -1,8 +1,11 @@
 """A Segmenter's folders: the original's format and ours, both ways, and what damages them."""
 
+import argparse
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -25,8 +28,11 @@ def test_folders_open_as_they_were_random_model(case, format, tmp_path):
     model.save_pretrained(tmp_path, format=format)
     again = Segmenter.from_pretrained(tmp_path)
     wanted = asdict(model.config)
+    assert again.config.input == model.config.input
     if format == "original" and model.config.decoder == "linear":
         wanted |= {k: getattr(SegmenterConfig(), k) for k in ("decoder_layers", "decoder_dropout")}
+    if format == "original":
+        wanted |= {k: getattr(model.config.input, k) for k in ("shortest_edge", "longest_edge")}
     assert asdict(again.config) == wanted
     assert not again.training
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
@@ -48,12 +54,13 @@ def test_the_original_format_has_the_originals_names(tmp_path):
 DAMAGED = {
     "no variant.yml": ("variant.yml", None, "it has no variant.yml"),
     "no checkpoint.pth": ("checkpoint.pth", None, "it has no checkpoint.pth"),
+    "yaml cut short": ("variant.yml", b"a: [1, ", "variant.yml cannot be read: while parsing"),
     "cut checkpoint": ("checkpoint.pth", b"PK\x03\x04 cut", "not a whole checkpoint"),
     "foreign yaml": ("variant.yml", b"a: 1\n", "has no section net_kwargs"),
     "code in yaml": (
         "variant.yml",
         b"net_kwargs: !!python/object/apply:os.system ['true']\n",
-        "cannot be read: could not determine a constructor",
+        "has no section net_kwargs",
     ),
 }
 
@@ -70,12 +77,78 @@ def test_damaged_folders_are_named(case, tmp_path):
         Segmenter.from_pretrained(tmp_path)
 
 
+def ran(*_):
+    raise AssertionError("a checkpoint ran code")
+
+
+class Code:
+    """What runs something where it is unpickled."""
+
+    def __reduce__(self):
+        return ran, ()
+
+
+HARMLESS = {
+    "NumPy's scalar": np.float64(0.5),
+    "NumPy's integer": np.int64(7),
+    "NumPy's array": np.arange(3.0),
+    "argparse.Namespace": argparse.Namespace(lr=1e-3, output_dir=Path("runs"), best=np.float32(1)),
+}
+
+
+@pytest.mark.parametrize("value", HARMLESS.values(), ids=HARMLESS)
+def test_what_people_keep_beside_weights_does_not_matter(value, tmp_path):
+    allowed = torch.serialization.get_safe_globals()
+    model = random_model()
+    model.save_pretrained(tmp_path, format="original")
+    path = tmp_path / "checkpoint.pth"
+    torch.save(torch.load(path) | {"args": value}, path)
+    again = Segmenter.from_pretrained(tmp_path)
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+    assert torch.serialization.get_safe_globals() == allowed
+
+
+def test_code_is_named_and_does_not_run(tmp_path):
+    random_model().save_pretrained(tmp_path, format="original")
+    path = tmp_path / "checkpoint.pth"
+    torch.save(torch.load(path) | {"args": Code()}, path)
+    with pytest.raises(
+        ValueError, match=r"checkpoint.pth: holds a \S+\.ran, which is code"
+    ) as found:
+        Segmenter.from_pretrained(tmp_path)
+    assert str(found.value).isprintable()
+    text = (tmp_path / "variant.yml").read_text()
+    tag = "log_dir: !!python/object/apply:pathlib.PosixPath [runs]\n"
+    (tmp_path / "variant.yml").write_text(tag + text)
+    random_model().save_pretrained(tmp_path / "whole", format="original")
+    (tmp_path / "whole/checkpoint.pth").rename(path)
+    Segmenter.from_pretrained(tmp_path)
+
+
+NAMED = {
+    "decoder": ("name: mask_transformer", "name: deeplab_dec", "decoder.name must be one of mask"),
+    "normalization": ("ion: vit", "ion: clip", "normalization must be one of vit, deit, got clip"),
+    "no depth": ("  n_layers: 2\n  normal", "  normal", "has no n_layers in net_kwargs"),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_what_cannot_be_obeyed_is_named(case, tmp_path):
+    old, new, message = NAMED[case]
+    random_model().save_pretrained(tmp_path, format="original")
+    path = tmp_path / "variant.yml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        Segmenter.from_pretrained(tmp_path)
+
+
 def test_unknown_settings_and_other_shapes_are_named(tmp_path):
     random_model().save_pretrained(tmp_path, format="original")
     path = tmp_path / "variant.yml"
     text = path.read_text()
     path.write_text(text.replace("  distilled: false", "  distilled: false\n  colour: blue"))
-    with pytest.raises(ValueError, match="unknown in net_kwargs: colour"):
+    with pytest.warns(UserWarning, match="not known and not used, in net_kwargs: colour"):
         Segmenter.from_pretrained(tmp_path)
     path.write_text(text.replace("n_layers: 2", "n_layers: 3"))
     with pytest.raises(ValueError, match=r"does not fit the model; missing: encoder\.blocks\.2"):
@@ -126,3 +199,30 @@ def test_settings_that_are_missing_have_their_defaults(tmp_path):
         del settings[name]
     path.write_text(json.dumps(settings))
     assert Segmenter.from_pretrained(tmp_path).config == model.config
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, (128, 128, 128, 512)),
+        ({"image_size": (64, 96)}, (64, 64, 64, 256)),
+        ({"window_size": 32}, (32, 32, 128, 512)),
+        ({"window_stride": 100}, (128, 100, 128, 512)),
+        ({"shortest_edge": 200}, (128, 128, 200, 800)),
+        ({"longest_edge": 300}, (128, 128, 128, 300)),
+    ],
+    ids=str,
+)
+def test_sizes_that_are_not_given_follow_the_crops(changes, sizes):
+    preset = SegmenterConfig.preset("Seg-T/16", 5)
+    takes = replace(preset, **{"image_size": (128, 128)} | changes).input
+    assert (takes.window, takes.stride, takes.shortest_edge, takes.longest_edge) == sizes
+
+
+def test_a_variant_without_inference_has_the_sizes_of_its_crops(tmp_path):
+    random_model().save_pretrained(tmp_path, format="original")
+    path = tmp_path / "variant.yml"
+    variant = yaml.load(path.read_text(), yaml.FullLoader)
+    del variant["inference_kwargs"]
+    path.write_text(yaml.dump(variant))
+    assert Segmenter.from_pretrained(tmp_path).config.input.window == 64

@@ -1,0 +1,96 @@
+"""Evaluation during training: figures of held-out images, and the best model by one of them."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..evaluation.evaluate import evaluate
+from ..io.atomic_files import write_json
+from ..models import SegmentationModel
+from ..structures.settings import Options
+from .config import METRICS, TrainConfig
+
+BEST = "best"
+_FIGURES = "metrics.json"  # in BEST: step, metric and what was measured
+
+
+class Validation:
+    """Evaluates a model in training, and keeps the best in `folder`/best.
+
+    Args:
+        data: held-out samples as `evaluate` takes them; None where there are no evaluations.
+        config: of the run.
+        folder: of the run; what it holds as best counts, unless it is from later steps.
+        start: steps done before.
+
+    Raises:
+        ValueError: `folder`/best is not what training writes.
+    """
+
+    def __init__(self, data, config: TrainConfig, folder: Path, start: int):
+        self.data, self.config, self.folder = data, config, folder / BEST
+        self.metric = config.best_metric or METRICS[config.task][0]
+        self.best = _stored(self.folder / _FIGURES, self.metric, start)
+
+    def __call__(self, model: SegmentationModel, step: int) -> tuple[dict[str, float], str]:
+        """Measures, and keeps the model if it is the best so far.
+
+        Returns:
+            figures by name, without those that are undefined, and a line that tells them.
+        """
+        config = self.config
+        with torch.random.fork_rng():
+            value = evaluate(
+                model,
+                self.data,
+                (config.task,),
+                limit=config.evaluate_scenes,
+                options=Options(config.threshold if config.task == "panoptic" else None),
+                progress=False,
+                cuda_graphs=False,  # their memory is the next step's
+            )
+        if config.task == "panoptic" and value["things"]["pq"] is not None:
+            value["pq"] = value["things"]["pq"]
+        found = {name: value[name] for name in METRICS[config.task] if value[name] is not None}
+        text = f"step {step}: " + ", ".join(f"{k} {x:.3f}" for k, x in found.items())
+        x = found.get(self.metric)
+        if x is not None and (self.best is None or x > self.best):
+            self.best = x
+            self._keep(model, {"step": step, "metric": self.metric, **found})
+            text += f", the best {self.metric} so far"
+        return {name.replace("_", " "): x for name, x in found.items()}, text
+
+    def _keep(self, model: SegmentationModel, figures: dict) -> None:
+        """Puts the model in place of the best before, whole or not at all."""
+        with tempfile.TemporaryDirectory(prefix=".best-", dir=self.folder.parent) as name:
+            new, old = Path(name, "new"), Path(name, "old")
+            model.save_pretrained(new)
+            write_json(new / _FIGURES, figures)
+            if self.folder.exists():
+                os.replace(self.folder, old)
+            os.replace(new, self.folder)
+
+
+def _stored(path: Path, metric: str, start: int) -> float | None:
+    """The figure of the best model there, which a run from `start` must surpass.
+
+    One of later steps is removed: this run has not come so far. By another metric it stays until
+    the next evaluation.
+    """
+    if not path.parent.is_dir():
+        return None
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        step, value = int(figures["step"]), figures.get(metric)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: not what training writes there; remove {path.parent}"
+        ) from error
+    if step > start:
+        shutil.rmtree(path.parent)
+        return None
+    return value if figures.get("metric") == metric else None

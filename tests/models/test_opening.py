@@ -1,0 +1,152 @@
+"""What a checkpoint may be named by, and models that start from one."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+
+import segkern
+from segkern.models import initialize
+from segkern.models.mask2former import Mask2Former, Mask2FormerConfig
+from segkern.models.segmenter import Segmenter, SegmenterConfig
+
+
+def queries(num_labels=3, **changes):
+    """A small Mask2Former."""
+    sizes = dict.fromkeys(("hidden_dim", "feature_size", "mask_feature_size"), 32)
+    sizes |= {"backbone": "resnet_digits", "backbone_options": {"channels": (8, 8, 8, 8)}}
+    sizes |= {"num_queries": 4, "encoder_layers": 1, "decoder_layers": 1, "dim_feedforward": 16}
+    return Mask2Former(Mask2FormerConfig(num_labels, **(sizes | changes)))
+
+
+def pixels(num_labels=3, **changes):
+    """A small Segmenter."""
+    sizes = {"image_size": (32, 32), "embed_dim": 64, "depth": 1, "num_heads": 1}
+    return Segmenter(SegmenterConfig(num_labels, **(sizes | changes)))
+
+
+MODELS = {
+    "Mask2Former": queries,
+    "Segmenter, mask": pixels,
+    "Segmenter, linear": lambda *a, **changes: pixels(*a, decoder="linear", **changes),
+}
+models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+
+
+def equal(one, other, but=()):
+    """Names of weights in which two models differ."""
+    there = other.state_dict()
+    return [
+        k for k, v in one.state_dict().items() if k not in but and not torch.equal(v, there[k])
+    ]
+
+
+@models
+def test_a_run_opens_by_its_folder_its_parts_and_their_files(build, tmp_path):
+    newest, best = build().eval(), build().eval()
+    newest.save_pretrained(tmp_path / "model")
+    (tmp_path / "last.pt").write_bytes(b"of the training loop")
+    parts = ("", "last.pt", "model", "model/config.json", "model/model.safetensors")
+    for name in parts:
+        assert equal(segkern.open_model(tmp_path / name), newest) == []
+        assert equal(type(newest).from_pretrained(str(tmp_path / name)), newest) == []
+    best.save_pretrained(tmp_path / "best")
+    assert equal(segkern.open_model(tmp_path), best) == []
+    assert equal(segkern.open_model(tmp_path / "model"), newest) == []
+
+
+@models
+def test_another_file_is_called_a_file(build, tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
+    for way in (type(model).from_pretrained, segkern.open_model):
+        with pytest.raises(ValueError, match=r"other.safetensors is a file; give the folder"):
+            way(tmp_path / "other.safetensors")
+
+
+@models
+@pytest.mark.parametrize("labels", [3, 7], ids=["same labels", "other labels"])
+def test_a_model_starts_from_a_run(build, labels, tmp_path):
+    build().save_pretrained(tmp_path / "model")
+    donor, model = segkern.open_model(tmp_path), build(labels).double().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    line = initialize(model, tmp_path)
+    head = () if labels == 3 else model.class_head
+    assert model.training
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    assert equal(model, donor.double(), (*head, "criterion.empty_weight")) == []
+    for name in before.keys() & set(head):
+        assert torch.equal(model.state_dict()[name], before[name]), name
+    assert ("class head (3 labels there, 7 here)" in line) == (labels == 7)
+    again = type(model).from_pretrained(tmp_path, num_labels=labels)
+    assert again.config.num_labels == labels
+    assert equal(again.double(), model, head) == []
+
+
+@models
+def test_layers_that_share_a_tensor_are_saved(build, tmp_path):
+    model = build().eval()
+    biased = [m for m in model.modules() if getattr(m, "bias", None) is not None]
+    pairs = itertools.combinations(biased, 2)
+    one, other = next((a, b) for a, b in pairs if a.bias.shape == b.bias.shape)
+    other.bias = one.bias
+    model.save_pretrained(tmp_path)
+    assert equal(type(model).from_pretrained(tmp_path), model) == []
+
+
+BAD = [
+    ({"num_labels": 0}, "num_labels must be >= 1, got 0"),
+    ({"num_labels": -1}, "num_labels must be >= 1, got -1"),
+    ({"image_mean": (0.5,) * 4}, "image_mean must be three numbers, of red, .* 0.5, 0.5, 0.5\\)"),
+    ({"image_std": (0.5, 0.5)}, "image_std must be three numbers above 0"),
+    ({"image_std": (0.5, 0.5, 0.0)}, "image_std must be three numbers above 0"),
+]
+
+
+@models
+@pytest.mark.parametrize(("settings", "message"), BAD, ids=str)
+def test_settings_that_no_model_has(build, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
+    if "num_labels" in settings:
+        model = build()
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            type(model).from_pretrained(tmp_path, **settings)
+
+
+UNFIT = {
+    "another kind": (queries, pixels, "is a mask2former, the model a segmenter"),
+    "another shape": (
+        pixels,
+        lambda: pixels(image_size=(64, 32)),
+        r"encoder.pos_embed \[1, 5, 64\] instead of \[1, 9, 64\]",
+    ),
+    "another depth": (pixels, lambda: pixels(depth=2), "missing: encoder.blocks.1"),
+    "other heads": (pixels, lambda: pixels(num_heads=2), "num_heads is 1 there, 2 here"),
+    "other points": (
+        queries,
+        lambda: queries(num_attention_heads=4, num_points_encoder=8),
+        "num_attention_heads is 8 there, 4 here; num_points_encoder is 4 there, 8 here",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_does_not_fit_is_named_and_not_loaded(case, tmp_path):
+    donor, build, message = UNFIT[case]
+    donor().save_pretrained(tmp_path)
+    model = build()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        initialize(model, tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_losss_own_numbers_stay_the_configs(tmp_path):
+    queries(no_object_weight=0.5).save_pretrained(tmp_path)
+    model = queries()
+    initialize(model, tmp_path)
+    assert model.criterion.empty_weight[-1] == pytest.approx(0.1)

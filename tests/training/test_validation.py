@@ -1,0 +1,174 @@
+"""What training checks before the first step, its evaluations and the best model, its start."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_loop import Custom, config, same
+
+from segkern.cli import main
+from segkern.data import Digits, Folder, FolderConfig
+from segkern.data import folder as folder_format
+from segkern.evaluation.evaluate import evaluate
+from segkern.models import Segmenter, SegmenterConfig, open_model
+from segkern.training import checkpoint
+from segkern.training.loop import _line, train
+from segkern.training.validation import Validation
+
+
+@pytest.fixture
+def maps(tmp_path):
+    """Two images of training and one of validation, two classes."""
+    root = tmp_path / "own"
+    for split, count in (("train", 2), ("val", 1)):
+        for i in range(count):
+            values = np.random.default_rng(i).integers(0, 2, (16, 16), np.uint8)
+            for kind, pixels in (("images", np.stack([60 * values] * 3, 2)), ("labels", values)):
+                path = root / kind / split / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    (root / "classes.txt").write_text("black\nwhite\n")
+    return root
+
+
+def of_maps(root, output, **changes):
+    sizes = {"image_size": (16, 16), "patch_size": 8, "window_size": 16, "window_stride": 16}
+    sizes |= {"embed_dim": 64, "depth": 1, "num_heads": 1, "decoder_layers": 1}
+    model = SegmenterConfig(
+        num_labels=changes.pop("num_labels", 2),
+        shortest_edge=16,
+        backbone_pretrained=False,
+        **sizes,
+    )
+    settings = {"data": FolderConfig(root), "model": model, "steps": 2} | changes
+    return config(output, **settings)
+
+
+def test_a_bad_map_of_any_split_is_found_before_the_first_step(maps, tmp_path):
+    Image.fromarray(np.full((16, 16), 9, np.uint8)).save(maps / "labels/val/0.png")
+    with pytest.raises(ValueError, match=r"labels/val/0.png: values must be those of .* got 9"):
+        train(of_maps(maps, tmp_path / "run", evaluate_every=1), progress=False)
+    assert not list((tmp_path / "run").iterdir())
+    for i in (0, 1):
+        Image.fromarray(np.zeros((8, 16), np.uint8)).save(maps / f"labels/train/{i}.png")
+    with pytest.raises(ValueError, match=r"0.png: the map must have the size .*2 of 2 maps"):
+        train(of_maps(maps, tmp_path / "run"), progress=False)
+
+
+def test_maps_are_read_once_while_they_stay(maps, monkeypatch):
+    data, read = Folder(FolderConfig(maps)), []
+    real = folder_format.Folder._labels
+    monkeypatch.setattr(Folder, "_labels", lambda s, p: read.append(p.name) or real(s, p))
+    assert data.check(False) == []
+    assert sorted(read) == ["0.png", "1.png"]
+    assert data.check(False) == []
+    assert len(read) == 2
+    Image.fromarray(np.full((16, 16), 255, np.uint8)).save(maps / "labels/train/1.png")
+    assert data.check(False) == []
+    assert read[2:] == ["1.png"]
+    (maps / "classes.txt").write_text("black\nwhite\ngrey\n")  # more labels: all are read again
+    assert Folder(FolderConfig(maps)).check(False) == ["grey"]
+    assert len(read) == 5
+
+
+def test_absent_classes_are_said_in_training_and_evaluation(maps, tmp_path):
+    for path in (maps / "labels").rglob("*.png"):
+        Image.fromarray(255 * np.asarray(Image.open(path))).save(path)  # black and white
+    with pytest.warns(
+        UserWarning, match="1 of 2 classes occur in no map of the training .* white"
+    ):
+        run = train(of_maps(maps, tmp_path / "run"), progress=False)
+    with pytest.warns(UserWarning, match="1 of 2 classes occur nowhere in the data: white"):
+        evaluate(run.model, Folder(FolderConfig(maps), "val"), progress=False)
+
+
+def test_a_run_of_one_class_is_measured_and_evaluate_knows_its_data(maps, tmp_path, capsys):
+    (maps / "classes.txt").write_text("black\n")
+    for path in (maps / "labels").rglob("*.png"):
+        Image.fromarray(np.zeros((16, 16), np.uint8)).save(path)
+    output = tmp_path / "run"
+    train(of_maps(maps, output, num_labels=1, evaluate_every=1))
+    shown = capsys.readouterr().out
+    assert "step 1: miou 1.000, pixel_accuracy 1.000, the best miou so far" in shown
+    assert "step 2: miou 1.000, pixel_accuracy 1.000\n" in shown
+    figures = json.loads((output / "best/metrics.json").read_text())
+    assert (figures["step"], figures["metric"], figures["miou"]) == (1, "miou", 1.0)
+    assert sorted(p.name for p in output.iterdir()) == ["best", "last.pt", "log.jsonl", "model"]
+    same(open_model(output).state_dict(), Segmenter.from_pretrained(output / "best").state_dict())
+    assert main(["evaluate", str(output)]) == 0
+    assert "black" in capsys.readouterr().out
+    assert main(["evaluate", str(output), "--level", "hard"]) == 2
+    assert "--level is for scenes of digits" in capsys.readouterr().err
+
+
+def test_the_best_of_later_steps_goes_and_that_of_earlier_ones_counts(maps, tmp_path):
+    setting = of_maps(maps, tmp_path)
+    path = tmp_path / "best/metrics.json"
+    path.parent.mkdir()
+    path.write_text('{"step": 3, "metric": "miou", "miou": 0.5}')
+    assert Validation(None, setting, tmp_path, 4).best == 0.5
+    assert (
+        Validation(None, replace(setting, best_metric="pixel_accuracy"), tmp_path, 4).best is None
+    )
+    assert Validation(None, setting, tmp_path, 2).best is None
+    assert not path.parent.exists()
+
+
+def test_the_checkpoint_is_there_when_an_evaluation_fails(tmp_path):
+    class Bad(Digits):
+        def __getitem__(self, index):
+            raise OSError("the disk is gone")
+
+    setting = config(tmp_path, evaluate_every=1)
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(setting, dataset=Custom(), val_dataset=Bad(setting.data), progress=False)
+    assert checkpoint.load(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize(("step", "cause"), [(1, "no rate has touched"), (2, "lower --lr")])
+def test_why_a_loss_is_not_finite(step, cause):
+    bad = torch.tensor(float("nan"))
+    for precision, said in (("fp32", False), ("fp16", True)):
+        with pytest.raises(FloatingPointError, match=f"at step {step} .*{cause}") as error:
+            _line(step, bad, {"loss_mask": bad[None]}, 0.1, precision)
+        assert ("--precision fp32" in str(error.value)) == said
+
+
+def test_data_of_ones_own(tmp_path, monkeypatch):
+    setting = config(tmp_path, evaluate_every=1, steps=1)
+    setting.model.stuff = ()
+    with pytest.raises(ValueError, match="val_dataset must be given where dataset is"):
+        train(setting, dataset=Custom(), progress=False)
+    with pytest.raises(ValueError, match="dataset must have `stuff`, the labels without inst"):
+        train(setting, dataset=Custom(), val_dataset=Custom(), progress=False)
+    run = train(replace(setting, evaluate_every=0), dataset=Custom(), progress=False)
+    assert main(["evaluate", str(tmp_path)]) == 2  # and no scenes of digits in its place
+    again = replace(setting, output=tmp_path / "more", evaluate_every=0, lr=0.0, weight_decay=0.0)
+    more = train(again, dataset=Custom(), model=run.model, progress=False)
+    assert more.model is run.model
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"processes \(WORLD_SIZE\) must be 1, got 2"):
+        train(setting, progress=False)
+
+
+@pytest.mark.parametrize("labels", [2, 3], ids=["same labels", "another head"])
+def test_init_starts_from_the_weights_of_the_source(labels, maps, tmp_path):
+    source = Segmenter(of_maps(maps, tmp_path).model)
+    source.save_pretrained(tmp_path / "source")
+    names = ("black", "white", "grey")[:labels]
+    (maps / "classes.txt").write_text("\n".join(names))
+    still = {"lr": 0.0, "steps": 1, "optimizer": "sgd", "num_labels": labels}
+    setting = of_maps(maps, tmp_path / "run", init=tmp_path / "source", **still)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = train(setting, progress=False).model
+    there, here = source.state_dict(), found.state_dict()
+    head = () if labels == 2 else found.class_head
+    for name in there.keys() - {*head}:
+        assert torch.equal(there[name], here[name]), name
+    with pytest.raises(ValueError, match="init must be None where model is given"):
+        train(replace(setting, overwrite=True), model=found, progress=False)
