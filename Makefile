@@ -33,8 +33,12 @@ $(KERNELS): $(SOURCES) | $(VENV)/installed
 demo: setup
 	$(BIN)/segkern demo
 
+# a process a core, for tests that no second thread would help
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(MAX_JOBS)
+
 test: setup
-	$(BIN)/pytest tests -m "not slow and not gpu"
+	$(PARALLEL) tests/ops -m "not slow and not gpu"
+	$(BIN)/pytest tests --ignore tests/ops -m "not slow and not gpu"
 
 # every stage, also after one that failed, and at the end what became of each
 STAGES = lint sdist slow interpret avx2 seeds sanitize emulate racecheck oldest gate
@@ -57,9 +61,6 @@ sdist: setup
 	SEGKERN_NO_CUDA=1 $(FRESH) -m pip $(INSTALL) --no-build-isolation --no-deps --ignore-installed \
 	  build/sdist/*.tar.gz
 	cd build/sdist && venv/bin/python ../../tools/smoke.py && venv/bin/segkern info
-
-# a process a core, for tests that no second thread would help
-PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(MAX_JOBS)
 
 slow: setup
 	$(PARALLEL) tests/kernels/test_triton.py -m "slow and not gpu"

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from .data.folder import Layout
 from .evaluation.evaluate import evaluate as run_evaluate
 from .evaluation.report import table
 from .inference.predict_files import Predicted, image_files, predict_files
-from .models import SegmentationModel, Segmenter, open_model
+from .models import Segmenter, open_model
 from .models.segmenter.explain import explain as run_explain
 from .ops import _library
 from .ops.segment_map import TASKS
@@ -30,6 +31,7 @@ from .training import checkpoint
 from .training.config import TrainConfig
 from .training.loop import stored_config
 from .training.loop import train as run_train
+from .training.validation import BEST, best_of
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 _Task = Literal[TASKS]
@@ -44,14 +46,15 @@ _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error
 def evaluate(
     model: Annotated[_Model, tyro.conf.Positional],
     level: Literal["easy", "hard", "mixed"] | None = None,
-    split: Literal["val", "test"] = "test",
+    split: Literal["val", "test"] | None = None,
     size: tuple[int, int] | None = None,
     seed: int | None = None,
     scenes: int | None = None,
     tasks: tuple[_Task, ...] = TASKS,
     threshold: float | None = None,
     data: Path | None = None,
-    layout: Layout = "plain",
+    layout: Layout | None = None,
+    max_pixels: int | None = None,
     window: int | None = None,
     stride: int | None = None,
     scales: tuple[float, ...] = (1.0,),
@@ -67,7 +70,7 @@ def evaluate(
     Args:
         model: what to measure.
         level: of the scenes; not given, the run's, or easy.
-        split: of the digit images.
+        split: of the digit images; not given, test.
         size: height and width of a scene; not given, the run's, or 64 64.
         seed: other seeds give other scenes; not given, the run's, or 0.
         scenes: how many, or how many images; not given, 400 scenes, or all images.
@@ -76,7 +79,8 @@ def evaluate(
             panoptic.
         data: folder of images and maps of their classes, whose val split is measured on, in place
             of scenes.
-        layout: of that folder.
+        layout: of that folder; not given, plain.
+        max_pixels: width times height that an image in a folder may have; not given, 178,956,970.
         window: side in pixels of a Segmenter's windows; not given, the model's.
         stride: pixels from one window to the next; not given, the model's.
         scales: of a Segmenter: sizes of the images to average over; 1 is the model's.
@@ -87,26 +91,32 @@ def evaluate(
     """
     if out is not None and out.is_dir():
         raise ValueError(f"evaluate: --out must be a file, {out} is a folder")
-    opened = _open(model).to(usable_device(device))
+    opened = open_model(model).to(usable_device(device))
     given = {"size": size, "level": level, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
+    if layout is not None and data is None:
+        raise ValueError(f"evaluate: --layout is for the folder of --data, got {layout} alone")
     if data is not None:
-        settings = FolderConfig(data, layout)
+        settings = FolderConfig(data, layout or "plain")
     else:
         settings = _data_of_run(model, bool(given))
     if isinstance(settings, FolderConfig):
-        if given:
+        if given or split is not None:
             raise ValueError(
-                f"evaluate: --{next(iter(given))} is for scenes of digits, and the data is the "
-                f"folder {settings.root}"
+                f"evaluate: --{next(iter(given), 'split')} is for scenes of digits, and the data "
+                f"is the folder {settings.root}"
             )
+        if max_pixels is not None:
+            settings = replace(settings, max_pixels=max_pixels)
         source, title = Folder(settings, "val"), str(settings.root)
         source.check()
     else:
+        if max_pixels is not None:
+            raise ValueError("evaluate: --max-pixels is for images in folders, not for digits")
         task = "panoptic" if opened.config.num_labels == 11 else "instance"
         settings = settings or DigitsConfig(size=(64, 64), level="easy", task=task)
         settings = replace(settings, **given)
-        source, title = Digits(settings, split), f"{settings.level} scenes"
+        source, title = Digits(settings, split or "test"), f"{settings.level} scenes"
         scenes = 400 if scenes is None else scenes
     if tasks == TASKS:
         tasks = ("semantic",) if isinstance(source, Folder) else opened.config.tasks
@@ -163,7 +173,7 @@ def predict(
     image_files(images)  # before a model is opened, maybe from the network
     if model == "demo" and not Path(model).is_dir():
         raise ValueError("no folder demo: run `segkern demo` first or give --model")
-    opened = _open(model).to(usable_device(device))
+    opened = open_model(model).to(usable_device(device))
     options, views = Options(threshold), Views(window, stride, scales, flip)
     settings = task, options, views, cuda_graphs, _tell, max_pixels
     _, failed = predict_files(opened, images, out, *settings)
@@ -209,7 +219,7 @@ def explain(
         out: figure to write: PNG, PDF or SVG.
         max_pixels: as of `segkern predict`.
     """
-    opened = _open(model)
+    opened = open_model(model)
     if not isinstance(opened, Segmenter):
         raise ValueError(f"explain: model must be a Segmenter, {model} is none")
     run_explain(opened, image, at, out, max_pixels=max_pixels)
@@ -265,6 +275,8 @@ def _train_command(arguments: list[str]) -> Callable:
             raise ValueError("train: --preset is for a new run with --recipe segmenter")
         run = run_train(config, resume)
         print(f"trained {run.steps} steps in {run.seconds:.0f} s: {config.output / 'model'}")
+        if best := best_of(config.output):
+            print("best: step {}, {} {:.3f}: {}".format(*best, config.output / BEST))
 
     return train
 
@@ -273,16 +285,20 @@ def _data_of_run(name: str, digits: bool) -> DataConfig | None:
     """The data set that a run was trained on; None where the name is not that of a run.
 
     Args:
-        name: of a model.
+        name: of a model: a run's folder, model/ or best/ in it, or a file in one of these.
         digits: whether options say that it is to be measured on scenes of digits.
 
     Raises:
-        ValueError: the run trained on a data set that its settings do not describe.
+        ValueError: the run trained on a data set that its settings do not describe, or that is
+            not here.
     """
-    if not (Path(name) / checkpoint.FILE).is_file():
+    folder = Path(name).parent if Path(name).is_file() else Path(name)
+    if folder.name in ("model", BEST) and not (folder / checkpoint.FILE).is_file():
+        folder = folder.parent
+    if not (folder / checkpoint.FILE).is_file():
         return None
-    state = checkpoint.load(name)
-    config = stored_config(name, state)
+    state = checkpoint.load(folder)
+    config = stored_config(folder, state)
     if state.get("own_data"):
         if digits:
             return None
@@ -290,12 +306,11 @@ def _data_of_run(name: str, digits: bool) -> DataConfig | None:
             f"evaluate: {name} was trained on a data set that its settings do not describe; name "
             "one with --data, or call segkern.evaluate(model, dataset)"
         )
+    if isinstance(config.data, FolderConfig) and not config.data.root.is_dir():
+        raise ValueError(
+            f"evaluate: {config.data.root}, the data of {name}, is no folder here: give --data"
+        )
     return config.data
-
-
-def _open(name: str) -> SegmentationModel:
-    """The model of a run's folder, a model's folder or a name on the hub."""
-    return open_model(name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -310,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    lines, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         app = tyro.extras.SubcommandApp()
         for command in (_train_command(arguments), evaluate, predict, explain, demo, info):
@@ -327,3 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"segkern: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, _USER_ERRORS) else 1
+    finally:
+        warnings.formatwarning = lines
+
+
+def _warning(message, *_, **__) -> str:
+    """A warning in a line, without the line of code that gave it."""
+    return f"segkern: warning: {' '.join(str(message).split())}\n"

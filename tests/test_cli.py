@@ -167,7 +167,7 @@ def wrong_device(folder):
 
 ERRORS = [
     (spoilt_model, "model.safetensors"),
-    (other_model, "the model has 7 labels, the data set 10 classes"),
+    (other_model, "as many classes as the model has labels, 7, got 10"),
     (no_image, "note.png: not an image that PIL can read"),
     (empty_folder, "empty holds no image"),
     (closed_folder, "cannot write into folder"),

@@ -3,7 +3,8 @@
 // products, row sums. Partial sums of the tasks are added in a fixed order, so that the result
 // does not depend on the number of threads.
 // Letters: B image, R prediction, Q query, K class, C channel, h w feature map, T target, H W
-// mask, P point, n targets of an image that count.
+// mask, P point, n targets of an image that count. What does not count of a prediction's points
+// lies behind those that do.
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -193,11 +194,13 @@ template <class T>
 Tensor matching_cost_of(const Tensor& class_logits, const Tensor& mask_embed,
                         const Tensor& features, const Tensor& labels, const Tensor& masks,
                         const Tensor& points, const std::optional<Tensor>& n_targets,
-                        double class_weight, double mask_weight, double dice_weight) {
+                        double class_weight, double mask_weight, double dice_weight,
+                        const std::optional<Tensor>& n_points) {
   const Tensor logits = dense<T>(class_logits), embed = dense<T>(mask_embed);
   const Tensor label = dense<int64_t>(labels), pts = dense<T>(points);
   const Tensor mask = torch::stable::contiguous(masks);
   const Tensor counts = n_targets ? dense<int64_t>(*n_targets) : Tensor();
+  const Tensor numbers = n_points ? dense<int64_t>(*n_points) : Tensor();
   const int64_t B = embed.size(0), R = embed.size(1), Q = embed.size(2), K1 = logits.size(3);
   const int64_t N = label.size(1), P = pts.size(2), H = mask.size(2), W = mask.size(3);
   Tensor out = zeros<T>(embed, {B, R, Q, N});
@@ -205,6 +208,9 @@ Tensor matching_cost_of(const Tensor& class_logits, const Tensor& mask_embed,
   const uint8_t* data_of_masks = static_cast<const uint8_t*>(mask.const_data_ptr());
   const int64_t ranges = (P + kRange - 1) / kRange;
   const int64_t range = ((P + ranges - 1) / ranges + 15) / 16 * 16;
+  const auto points_of = [&](int64_t problem) {
+    return n_points ? std::clamp<int64_t>(data<int64_t>(numbers)[problem], 0, P) : P;
+  };
   for (int64_t b = 0; b < B; ++b) {
     const int64_t n = n_targets ? std::clamp<int64_t>(data<int64_t>(counts)[b], 0, N) : N;
     if (n == 0) continue;
@@ -219,16 +225,18 @@ Tensor matching_cost_of(const Tensor& class_logits, const Tensor& mask_embed,
     std::vector<Sums> sums(R * ranges, Sums(Q, n));
     parallel_for(0, R * ranges, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t r = task / ranges, first = std::min(P, task % ranges * range);
+        const int64_t r = task / ranges, number = points_of(b * R + r);
+        const int64_t first = std::min(number, task % ranges * range);
         const Tensor e = torch::stable::select(torch::stable::select(embed, 0, b), 0, r);
         add_range(image, e, data<T>(pts) + ((b * R + r) * P + first) * 2,
-                  std::min(range, P - first), sums[task]);
+                  std::min(range, number - first), sums[task]);
       }
     });
     for (int64_t r = 0; r < R; ++r) {
       T* cost = mutable_data<T>(out) + (b * R + r) * Q * N;
       class_cost(data<T>(logits) + (b * R + r) * Q * K1, data<int64_t>(label) + b * N,
                  class_weight, Q, K1, n, N, cost);
+      const double number = static_cast<double>(std::max<int64_t>(points_of(b * R + r), 1));
       Sums& total = sums[r * ranges];
       for (int64_t k = 1; k < ranges; ++k)
         add(sums[r * ranges + k].values.data(), static_cast<int64_t>(total.values.size()),
@@ -237,7 +245,7 @@ Tensor matching_cost_of(const Tensor& class_logits, const Tensor& mask_embed,
         for (int64_t t = 0; t < n; ++t) {
           const double xt = total.logit_target()[q * n + t];
           const double st = total.sigmoid_target()[q * n + t];
-          const double bce = (total.softplus()[q] - xt) / static_cast<double>(P);
+          const double bce = (total.softplus()[q] - xt) / number;
           const double area = total.sigmoid()[q] + total.target()[t];
           const double dice = 1.0 - (2.0 * st + 1.0) / (area + 1.0);
           const double sum = cost[q * N + t] + mask_weight * bce + dice_weight * dice;
@@ -252,16 +260,19 @@ Tensor matching_cost_of(const Tensor& class_logits, const Tensor& mask_embed,
 
 Tensor matching_cost(Tensor class_logits, Tensor mask_embed, Tensor features, Tensor labels,
                      Tensor masks, Tensor points, std::optional<Tensor> n_targets,
-                     double class_weight, double mask_weight, double dice_weight) {
+                     double class_weight, double mask_weight, double dice_weight,
+                     std::optional<Tensor> n_points) {
   STD_TORCH_CHECK(features.size(2) * features.size(3) <= INT32_MAX &&
                       masks.size(2) * masks.size(3) <= INT32_MAX,
                   "matching_cost: map too large");
+  STD_TORCH_CHECK(!n_points || n_points->numel() == points.size(0) * points.size(1),
+                  "matching_cost: wrong number of n_points");
   Tensor out;
   // the points come in the dtype of the sums
   dispatch_accumulate(points, "matching_cost", [&](auto zero) {
-    out =
-        matching_cost_of<decltype(zero)>(class_logits, mask_embed, features, labels, masks, points,
-                                         n_targets, class_weight, mask_weight, dice_weight);
+    out = matching_cost_of<decltype(zero)>(class_logits, mask_embed, features, labels, masks,
+                                           points, n_targets, class_weight, mask_weight,
+                                           dice_weight, n_points);
   });
   return out;
 }

@@ -1,15 +1,17 @@
 // point_mask_loss on the CPU. A slot is one (image, prediction, target) with its own logit map;
 // slots run in parallel, their points in blocks that stay in the first cache. Letters: B image,
-// R prediction, T target, h w logit map, H W mask, n candidates, k important, P all points.
+// R prediction, T target, h w logit map, H W mask, n candidates, k important, P all points. Points
+// in a cell of the mask that has a void pixel do not count: last of the candidates, then left out.
 //
 // forward:  draw the n candidates, sample |logit| at them, mark the k smallest, draw these and the
-//           P - k random ones, sample logits and mask, sum. Kept for backward: marks and two sums.
+//           P - k random ones, sample logits and mask, sum. Kept: marks, two sums, a number.
 // backward: draw and sample the P points again, put each point's derivative on its four corners.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <bit>
+#include <optional>
 
 #include "../philox.h"
 #include "bilinear.h"
@@ -23,7 +25,7 @@ using c10::Half;
 
 constexpr int64_t kBlock = 512;  // points drawn and sampled at a time
 constexpr int64_t kBins = 2048;  // of the histogram of |logit|: exponent, and 3 bits of a float
-constexpr int64_t kSums = 2;     // kept for backward: sum p t, sum p + sum t
+constexpr int64_t kSums = 3;     // kept for backward: sum p t, sum p + sum t, points that count
 
 template <class T>
 using Key = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
@@ -31,6 +33,20 @@ using Key = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 struct Stream {  // the points of a slot
   uint64_t seed;
   uint32_t target, prediction, sample;
+};
+
+// Which cells of a mask have a void pixel, a bit each; null where none has
+struct Cells {
+  const uint32_t* bits;  // [H + 1, ceil((W + 1) / 32)]; cell (y, x) is bit x + 1 of row y + 1
+  int64_t H, W;
+
+  template <class T>
+  SEGKERN_INLINE uint32_t is_void(T px, T py) const {  // 0 or 1, of a point in [0, 1)
+    const int32_t x = static_cast<int32_t>(std::floor(px * static_cast<T>(W) - T(0.5))) + 1;
+    const int32_t y = static_cast<int32_t>(std::floor(py * static_cast<T>(H) - T(0.5))) + 1;
+    const int32_t words = static_cast<int32_t>((W + 32) / 32);
+    return bits[y * words + x / 32] >> x % 32 & 1;
+  }
 };
 
 struct Counts {
@@ -49,6 +65,31 @@ SEGKERN_CLONES void draw_points(const Stream& stream, const uint32_t* index /*[n
     points[2 * i] = static_cast<T>(p.x);
     points[2 * i + 1] = static_cast<T>(p.y);
   }
+}
+
+// The points that count, moved to the front; gives their number
+template <class T>
+SEGKERN_CLONES int64_t keep_counted(const Cells& cells, T* points /*[n, 2]*/, int64_t n) {
+  if (cells.bits == nullptr) return n;
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T x = points[2 * i], y = points[2 * i + 1];
+    points[2 * kept] = x;
+    points[2 * kept + 1] = y;
+    kept += 1 - cells.is_void(x, y);
+  }
+  return kept;
+}
+
+// Keys of points that do not count come after NaN
+template <class T>
+SEGKERN_CLONES void put_last(const Cells& cells, const T* points /*[n, 2]*/, int64_t n,
+                             Key<T>* keys /*[n]*/) {
+  if (cells.bits == nullptr) return;
+  const Cells c = cells;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    keys[i] = c.is_void(points[2 * i], points[2 * i + 1]) ? ~Key<T>(0) >> 1 : keys[i];
 }
 
 // The order of |x| as integers; NaN comes last
@@ -100,7 +141,7 @@ SEGKERN_CLONES void add_points(const T* x /*[n]*/, const T* t /*[n]*/, int64_t n
   total.bce += bce, total.pt += pt, total.p += sum_p, total.t += sum_t;
 }
 
-// d loss / d logit at each point, over x. bce gives (p - t) / P; dice, with a = sum p t and
+// d loss / d logit at each point, over x. bce gives (p - t) / n; dice, with a = sum p t and
 // c = sum p + sum t, gives ((2 a + 1) - 2 t (c + 1)) / (c + 1)^2 p (1 - p)
 template <class T>
 SEGKERN_CLONES void differentiate(T* x /*[n]*/, const T* t /*[n]*/, int64_t n, T grad_bce,
@@ -131,7 +172,8 @@ struct Worker {
         t(kBlock) {}
 
   // Sets the bits of the k candidates with the smallest |logit|; of equal ones the first drawn
-  void mark(const Stream& stream, const T* map, int64_t h, int64_t w, uint32_t* marks) {
+  void mark(const Stream& stream, const Cells& cells, const T* map, int64_t h, int64_t w,
+            uint32_t* marks) {
     std::fill(keys.get(), keys.get() + 32 * n.words(), ~Key<T>(0));  // behind n: never marked
     for (int64_t begin = 0; begin < n.candidates; begin += kBlock) {
       const int64_t m = std::min(kBlock, n.candidates - begin);
@@ -141,6 +183,7 @@ struct Worker {
       find_corners(points.get(), h, w, on_map);
       gather(map, on_map.offset.get(), on_map.weight.get(), m, x.get());
       magnitudes(x.get(), m, keys.get() + begin);
+      put_last(cells, points.get(), m, keys.get() + begin);
     }
     // the bin that holds the k-th key splits the rest; only its own keys must be ordered
     constexpr int shift = 8 * sizeof(T) - 12;
@@ -160,25 +203,30 @@ struct Worker {
   }
 
   // Samples logits and mask at the marked candidates, then at the random points, and calls
-  // f(points in the block) for each block; the values are in x and t, the corners in on_map
+  // f(points in the block) for each block; the values are in x and t, the corners in on_map. Only
+  // points that count; gives their number.
   template <class F>
-  void each_block(const Stream& stream, const uint32_t* marks, const T* map, int64_t h, int64_t w,
-                  const uint8_t* mask, int64_t H, int64_t W, const F& f) {
+  int64_t each_block(const Stream& stream, const Cells& cells, const uint32_t* marks, const T* map,
+                     int64_t h, int64_t w, const uint8_t* mask, const F& f) {
+    int64_t counted = 0;
     int64_t at = 0;
     for (int64_t w = 0; w < n.words(); ++w)
       for (uint32_t m = marks[w]; m && at < n.important; m &= m - 1)
         index[at++] = 32 * w + std::countr_zero(m);
     for (int64_t i = 0; i < n.random; ++i) index[n.important + i] = n.candidates + i;
     for (int64_t begin = 0; begin < n.points(); begin += kBlock) {
-      const int64_t m = std::min(kBlock, n.points() - begin);
-      draw_points(stream, index.get() + begin, m, points.get());
+      const int64_t drawn = std::min(kBlock, n.points() - begin);
+      draw_points(stream, index.get() + begin, drawn, points.get());
+      const int64_t m = keep_counted(cells, points.get(), drawn);
+      counted += m;
       on_map.n = on_mask.n = m;
       find_corners(points.get(), h, w, on_map);
-      find_corners(points.get(), H, W, on_mask);
+      find_corners(points.get(), cells.H, cells.W, on_mask);
       gather(map, on_map.offset.get(), on_map.weight.get(), m, x.get());
       gather(mask, on_mask.offset.get(), on_mask.weight.get(), m, t.get());
       f(m);
     }
+    return counted;
   }
 
   Counts n;
@@ -195,11 +243,14 @@ struct Worker {
 template <class S, class T>
 struct Problem {
   Problem(const Tensor& mask_logits, const Tensor& masks, const Tensor& active,
-          const Tensor& sample_ids, const Tensor& seed, const Counts& n)
+          const Tensor& sample_ids, const Tensor& seed, const Counts& n,
+          const std::optional<Tensor>& cells)
       : logits(torch::stable::contiguous(mask_logits)),
         masks(torch::stable::contiguous(masks)),
         active(torch::stable::contiguous(active)),
         ids(torch::stable::contiguous(sample_ids)),
+        cells(cells ? torch::stable::contiguous(*cells) : Tensor()),
+        voids(cells.has_value()),
         seed(static_cast<uint64_t>(*data<int64_t>(seed))),
         n(n),
         B(logits.size(0)),
@@ -212,7 +263,15 @@ struct Problem {
 
   bool is_active(int64_t i) const { return data<uint8_t>(active)[i] != 0; }
 
-  // Calls f(slot index, worker, stream, logit map, mask) for the active slots, in parallel
+  Cells cells_of(int64_t b) const {
+    if (!voids) return {nullptr, H, W};
+    const int64_t each = (H + 1) * ((W + 32) / 32);
+    const uint32_t* bits = data<uint32_t>(cells) + b * each;
+    const bool some = std::any_of(bits, bits + each, [](uint32_t word) { return word != 0; });
+    return {some ? bits : nullptr, H, W};
+  }
+
+  // Calls f(slot index, worker, stream, cells, logit map, mask) for the active slots, in parallel
   template <class F>
   void each_slot(const F& f) const {
     parallel_for(0, B * R * slots, 1, [&](int64_t begin, int64_t end) {
@@ -229,12 +288,13 @@ struct Problem {
           map = stored;
         else
           convert(stored, h * w, converted.get());
-        f(i, worker, stream, map, data<uint8_t>(masks) + (b * slots + t) * H * W);
+        f(i, worker, stream, cells_of(b), map, data<uint8_t>(masks) + (b * slots + t) * H * W);
       }
     });
   }
 
-  Tensor logits, masks, active, ids;
+  Tensor logits, masks, active, ids, cells;
+  bool voids;
   uint64_t seed;
   Counts n;
   int64_t B, R, slots, h, w, H, W;
@@ -248,18 +308,20 @@ Results forward(const Problem<S, T>& p) {
   Tensor bce = zeros<T>(p.logits, shape), dice = zeros<T>(p.logits, shape);
   Tensor sums = zeros<T>(p.logits, {p.B, p.R, p.slots, kSums});
   Tensor marks = zeros<int32_t>(p.logits, {p.B, p.R, p.slots, p.n.words()});
-  p.each_slot(
-      [&](int64_t i, Worker<T>& worker, const Stream& stream, const T* map, const uint8_t* mask) {
-        uint32_t* bits = mutable_data<uint32_t>(marks) + i * p.n.words();
-        worker.mark(stream, map, p.h, p.w, bits);
-        Sums<T> s;
-        worker.each_block(stream, bits, map, p.h, p.w, mask, p.H, p.W,
-                          [&](int64_t m) { add_points(worker.x.get(), worker.t.get(), m, s); });
-        mutable_data<T>(bce)[i] = s.bce / T(p.n.points());
-        mutable_data<T>(dice)[i] = T(1) - (T(2) * s.pt + T(1)) / (s.p + s.t + T(1));
-        mutable_data<T>(sums)[i * kSums] = s.pt;
-        mutable_data<T>(sums)[i * kSums + 1] = s.p + s.t;
-      });
+  p.each_slot([&](int64_t i, Worker<T>& worker, const Stream& stream, const Cells& cells,
+                  const T* map, const uint8_t* mask) {
+    uint32_t* bits = mutable_data<uint32_t>(marks) + i * p.n.words();
+    worker.mark(stream, cells, map, p.h, p.w, bits);
+    Sums<T> s;
+    const auto add = [&](int64_t m) { add_points(worker.x.get(), worker.t.get(), m, s); };
+    const int64_t counted = worker.each_block(stream, cells, bits, map, p.h, p.w, mask, add);
+    const T number = T(std::max<int64_t>(counted, 1));
+    mutable_data<T>(bce)[i] = s.bce / number;
+    mutable_data<T>(dice)[i] = T(1) - (T(2) * s.pt + T(1)) / (s.p + s.t + T(1));
+    mutable_data<T>(sums)[i * kSums] = s.pt;
+    mutable_data<T>(sums)[i * kSums + 1] = s.p + s.t;
+    mutable_data<T>(sums)[i * kSums + 2] = number;
+  });
   return {bce, dice, sums, marks};
 }
 
@@ -270,30 +332,30 @@ Tensor backward(const Problem<S, T>& p, const Tensor& grad_bce, const Tensor& gr
   const Tensor chosen = torch::stable::contiguous(marks);
   const int64_t area = p.h * p.w;
   Tensor out = torch::stable::new_zeros(p.logits, {p.B, p.R, p.slots, p.h, p.w});
-  p.each_slot(
-      [&](int64_t i, Worker<T>& worker, const Stream& stream, const T* map, const uint8_t* mask) {
-        const uint32_t* bits = data<uint32_t>(chosen) + i * p.n.words();
-        const T* sum = data<T>(kept) + i * kSums;
-        S* stored = mutable_data<S>(out) + i * area;
-        Scratch<T> wide(std::is_same_v<S, T> ? 0 : area);
-        T* grad = wide.get();
-        if constexpr (std::is_same_v<S, T>)
-          grad = stored;
-        else
-          std::fill(grad, grad + area, T(0));
-        worker.each_block(stream, bits, map, p.h, p.w, mask, p.H, p.W, [&](int64_t m) {
-          differentiate(worker.x.get(), worker.t.get(), m, data<T>(gb)[i] / T(p.n.points()),
-                        data<T>(gd)[i], sum[0], sum[1]);
-          scatter(worker.x.get(), worker.on_map, grad);
-        });
-        if constexpr (!std::is_same_v<S, T>) convert(grad, area, stored);
-      });
+  p.each_slot([&](int64_t i, Worker<T>& worker, const Stream& stream, const Cells& cells,
+                  const T* map, const uint8_t* mask) {
+    const uint32_t* bits = data<uint32_t>(chosen) + i * p.n.words();
+    const T* sum = data<T>(kept) + i * kSums;
+    S* stored = mutable_data<S>(out) + i * area;
+    Scratch<T> wide(std::is_same_v<S, T> ? 0 : area);
+    T* grad = wide.get();
+    if constexpr (std::is_same_v<S, T>)
+      grad = stored;
+    else
+      std::fill(grad, grad + area, T(0));
+    worker.each_block(stream, cells, bits, map, p.h, p.w, mask, [&](int64_t m) {
+      differentiate(worker.x.get(), worker.t.get(), m, data<T>(gb)[i] / sum[2], data<T>(gd)[i],
+                    sum[0], sum[1]);
+      scatter(worker.x.get(), worker.on_map, grad);
+    });
+    if constexpr (!std::is_same_v<S, T>) convert(grad, area, stored);
+  });
   return out;
 }
 
 // What lies outside would be read or written outside the tensors
 void check(const Tensor& logits, const Tensor& masks, const Tensor& active, const Tensor& ids,
-           const Tensor& seed, const Counts& n) {
+           const Tensor& seed, const Counts& n, const std::optional<Tensor>& cells) {
   const char* op = "point_mask_loss: ";
   STD_TORCH_CHECK(logits.dim() == 5 && masks.dim() == 4 && active.dim() == 3 && ids.dim() == 1, op,
                   "wrong number of dimensions");
@@ -304,6 +366,11 @@ void check(const Tensor& logits, const Tensor& masks, const Tensor& active, cons
   STD_TORCH_CHECK(ids.element_size() == 8 && seed.element_size() == 8, op, "wrong dtype");
   STD_TORCH_CHECK(logits.size(3) * logits.size(4) <= INT32_MAX, op, "logit map too large");
   STD_TORCH_CHECK(masks.size(2) * masks.size(3) <= INT32_MAX, op, "mask too large");
+  STD_TORCH_CHECK(
+      !cells || (cells->element_size() == 4 &&
+                 cells->numel() == B * (masks.size(2) + 1) * ((masks.size(3) + 32) / 32)),
+      op, "wrong cells");
+  STD_TORCH_CHECK(!cells || cells->numel() <= INT32_MAX, op, "void too large");
   STD_TORCH_CHECK(0 <= n.important && n.important <= n.candidates && 0 <= n.random, op,
                   "more important points than candidates");
   STD_TORCH_CHECK(n.candidates + n.random <= UINT32_MAX, op, "too many points");
@@ -326,22 +393,23 @@ void dispatch_stored(const Tensor& logits, const F& f) {
 }
 
 Results point_mask_loss(Tensor mask_logits, Tensor masks, Tensor active, Tensor sample_ids,
-                        Tensor seed, int64_t candidates, int64_t important, int64_t random) {
+                        Tensor seed, int64_t candidates, int64_t important, int64_t random,
+                        std::optional<Tensor> cells) {
   const Counts n = {candidates, important, random};
-  check(mask_logits, masks, active, sample_ids, seed, n);
+  check(mask_logits, masks, active, sample_ids, seed, n, cells);
   Results out;
   dispatch_stored(mask_logits, [&]<class S, class T>(S, T) {
-    out = forward(Problem<S, T>(mask_logits, masks, active, sample_ids, seed, n));
+    out = forward(Problem<S, T>(mask_logits, masks, active, sample_ids, seed, n, cells));
   });
   return out;
 }
 
 Tensor point_mask_loss_backward(Tensor grad_bce, Tensor grad_dice, Tensor sums, Tensor marks,
                                 Tensor mask_logits, Tensor masks, Tensor active, Tensor sample_ids,
-                                Tensor seed, int64_t candidates, int64_t important,
-                                int64_t random) {
+                                Tensor seed, int64_t candidates, int64_t important, int64_t random,
+                                std::optional<Tensor> cells) {
   const Counts n = {candidates, important, random};
-  check(mask_logits, masks, active, sample_ids, seed, n);
+  check(mask_logits, masks, active, sample_ids, seed, n, cells);
   const int64_t slots = active.numel();
   STD_TORCH_CHECK(grad_bce.numel() == slots && grad_dice.numel() == slots &&
                       sums.numel() == slots * kSums && marks.numel() == slots * n.words() &&
@@ -349,7 +417,7 @@ Tensor point_mask_loss_backward(Tensor grad_bce, Tensor grad_dice, Tensor sums, 
                   "point_mask_loss_backward: wrong sizes");
   Tensor out;
   dispatch_stored(mask_logits, [&]<class S, class T>(S, T) {
-    const Problem<S, T> p(mask_logits, masks, active, sample_ids, seed, n);
+    const Problem<S, T> p(mask_logits, masks, active, sample_ids, seed, n, cells);
     out = backward(p, grad_bce, grad_dice, sums, marks);
   });
   return out;

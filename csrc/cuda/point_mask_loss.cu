@@ -16,6 +16,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <optional>
+
 #include "point_mask_loss_backward.h"
 #include "point_mask_loss_forward.h"
 
@@ -27,7 +29,8 @@ using c10::Half;
 
 // What lies outside would be read or written outside the tensors
 void check(const Tensor& logits, const Tensor& masks, const Tensor& active, const Tensor& ids,
-           const Tensor& seed, int64_t candidates, int64_t important, int64_t random) {
+           const Tensor& seed, int64_t candidates, int64_t important, int64_t random,
+           const std::optional<Tensor>& cells) {
   const char* op = "point_mask_loss: ";
   STD_TORCH_CHECK(logits.dim() == 5 && masks.dim() == 4 && active.dim() == 3 && ids.dim() == 1, op,
                   "wrong number of dimensions");
@@ -46,18 +49,25 @@ void check(const Tensor& logits, const Tensor& masks, const Tensor& active, cons
     STD_TORCH_CHECK(
         t->is_cuda() == logits.is_cuda() && t->get_device_index() == logits.get_device_index(), op,
         "tensors on different devices");
+  if (!cells) return;
+  STD_TORCH_CHECK(cells->element_size() == 4 && cells->numel() <= UINT32_MAX &&
+                      cells->numel() == B * (masks.size(2) + 1) * ((masks.size(3) + 32) / 32) &&
+                      cells->is_cuda() == logits.is_cuda() &&
+                      cells->get_device_index() == logits.get_device_index(),
+                  op, "wrong cells");
 }
 
 // The arguments of both directions, dense
 struct Arguments {
   Arguments(const Tensor& mask_logits, const Tensor& masks, const Tensor& active,
             const Tensor& sample_ids, const Tensor& seed, int64_t candidates, int64_t important,
-            int64_t random)
+            int64_t random, const std::optional<Tensor>& cells)
       : logits(torch::stable::contiguous(mask_logits)),
         masks(torch::stable::contiguous(masks)),
         active(torch::stable::contiguous(active)),
         ids(torch::stable::contiguous(sample_ids)),
         seed(seed),
+        cells(cells ? torch::stable::contiguous(*cells) : Tensor()),
         slots(active.numel()),
         area(logits.size(3) * logits.size(4)),
         limit(static_cast<int64_t>(shared_limit(logits))) {
@@ -66,6 +76,7 @@ struct Arguments {
                data<uint8_t>(this->active),
                data<int64_t>(ids),
                data<int64_t>(seed),
+               cells ? data<uint32_t>(this->cells) : nullptr,
                static_cast<uint32_t>(logits.size(1)),
                static_cast<uint32_t>(logits.size(2)),
                small(logits.size(3)),
@@ -82,7 +93,7 @@ struct Arguments {
     return sizes;
   }
 
-  Tensor logits, masks, active, ids, seed;
+  Tensor logits, masks, active, ids, seed, cells;
   int64_t slots, area, limit;  // limit: bytes of shared memory that a block may have
   Problem problem;
 };
@@ -95,7 +106,7 @@ template <class S, class T>
 Results forward(const Arguments& in) {
   const Problem& p = in.problem;
   Tensor bce = empty<T>(in.logits, in.shape()), dice = empty<T>(in.logits, in.shape());
-  Tensor sums = empty<T>(in.logits, in.shape({2}));
+  Tensor sums = empty<T>(in.logits, in.shape({3}));
   Tensor marks = empty<int32_t>(in.logits, in.shape({p.words()}));
   // the list is no longer than the halves; without these, as many points at a time as it can hold
   const int64_t fixed = sizeof(Shared), halves = 64 * int64_t(p.words());
@@ -176,10 +187,12 @@ void dispatch_stored(const Tensor& logits, const F& f) {
 }
 
 Results point_mask_loss(Tensor mask_logits, Tensor masks, Tensor active, Tensor sample_ids,
-                        Tensor seed, int64_t candidates, int64_t important, int64_t random) {
-  check(mask_logits, masks, active, sample_ids, seed, candidates, important, random);
+                        Tensor seed, int64_t candidates, int64_t important, int64_t random,
+                        std::optional<Tensor> cells) {
+  check(mask_logits, masks, active, sample_ids, seed, candidates, important, random, cells);
   const DeviceScope scope(mask_logits);
-  const Arguments in(mask_logits, masks, active, sample_ids, seed, candidates, important, random);
+  const Arguments in(mask_logits, masks, active, sample_ids, seed, candidates, important, random,
+                     cells);
   Results out;
   dispatch_stored(mask_logits, [&]<class S, class T>(S, T) { out = forward<S, T>(in); });
   return out;
@@ -187,13 +200,14 @@ Results point_mask_loss(Tensor mask_logits, Tensor masks, Tensor active, Tensor 
 
 Tensor point_mask_loss_backward(Tensor grad_bce, Tensor grad_dice, Tensor sums, Tensor marks,
                                 Tensor mask_logits, Tensor masks, Tensor active, Tensor sample_ids,
-                                Tensor seed, int64_t candidates, int64_t important,
-                                int64_t random) {
-  check(mask_logits, masks, active, sample_ids, seed, candidates, important, random);
+                                Tensor seed, int64_t candidates, int64_t important, int64_t random,
+                                std::optional<Tensor> cells) {
+  check(mask_logits, masks, active, sample_ids, seed, candidates, important, random, cells);
   const DeviceScope scope(mask_logits);
-  const Arguments in(mask_logits, masks, active, sample_ids, seed, candidates, important, random);
+  const Arguments in(mask_logits, masks, active, sample_ids, seed, candidates, important, random,
+                     cells);
   STD_TORCH_CHECK(grad_bce.numel() == in.slots && grad_dice.numel() == in.slots &&
-                      sums.numel() == 2 * in.slots &&
+                      sums.numel() == 3 * in.slots &&
                       marks.numel() == in.slots * in.problem.words() && marks.element_size() == 4,
                   "point_mask_loss_backward: wrong sizes");
   Tensor out;

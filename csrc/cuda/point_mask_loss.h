@@ -1,6 +1,7 @@
 // What both directions of point_mask_loss do in a block of threads: draw, sample, choose and list
 // points, add up. Letters: B image, R prediction, T target, h w logit map, H W mask, n candidates,
-// k important, P all points.
+// k important, P all points. Points in a cell of the mask that has a void pixel do not count: last
+// of the candidates, then passed over.
 #pragma once
 
 #include <math.h>
@@ -23,12 +24,14 @@ struct Problem {
   const uint8_t* active;  // [B, R, T]
   const int64_t* ids;     // [B]
   const int64_t* seed;    // [1]
+  const uint32_t* cells;  // [B, H + 1, cell_words]: void in one of its pixels; null: none is
   uint32_t R, T;
   int32_t h, w, H, W;
   uint32_t candidates, important, random;
 
   SEGKERN_DEVICE uint32_t points() const { return important + random; }
   SEGKERN_DEVICE uint32_t words() const { return (candidates + 31) / 32; }
+  SEGKERN_DEVICE uint32_t cell_words() const { return (static_cast<uint32_t>(W) + 32) / 32; }
 };
 
 // Working memory of a block, ahead of the rest of its shared memory
@@ -40,8 +43,9 @@ struct alignas(16) Shared {
 };
 
 struct Slot {
-  uint64_t index;       // in [B, R, T]
+  uint32_t index;       // in [B, R, T]
   const uint8_t* mask;  // [H, W]
+  uint32_t cells;       // place of its [H + 1, cell_words]; cell (y, x) is bit x + 1 of row y + 1
   uint64_t seed;
   uint32_t target, prediction, sample;
 
@@ -54,8 +58,9 @@ struct Slot {
 __device__ __forceinline__ Slot find_slot(const Problem& p) {
   const uint32_t r = blockIdx.x % p.R, t = blockIdx.x / p.R % p.T, b = blockIdx.x / p.R / p.T;
   const uint64_t target = static_cast<uint64_t>(b) * p.T + t;
-  return {(static_cast<uint64_t>(b) * p.R + r) * p.T + t,
+  return {(b * p.R + r) * p.T + t,
           p.masks + target * p.H * p.W,
+          b * (static_cast<uint32_t>(p.H) + 1) * p.cell_words(),
           static_cast<uint64_t>(*p.seed),
           t,
           r,
@@ -82,6 +87,14 @@ __device__ __forceinline__ Cell<T> locate(Point p, int32_t h, int32_t w) {
           ix < w - 1 ? fx : T(0),
           0 <= iy && iy < h ? T(1) - fy : T(0),
           iy < h - 1 ? fy : T(0)};
+}
+
+template <class T>
+__device__ __forceinline__ bool counts(const Problem& p, const Slot& slot, Point at) {
+  if (p.cells == nullptr) return true;
+  const Cell<T> cell = locate<T>(at, p.H, p.W);
+  const uint32_t x = cell.x + 1, y = cell.y + 1;
+  return (p.cells[slot.cells + y * p.cell_words() + x / 32] >> x % 32 & 1) == 0;
 }
 
 // f(offset, weight) of each corner; an offset is inside where the weight is not 0

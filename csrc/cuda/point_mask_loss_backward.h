@@ -110,7 +110,7 @@ template <class S, class T>
 __global__ void __launch_bounds__(kThreads<T>, 1)
     point_mask_loss_backward_kernel(Problem p, Cut cut, const T* grad_bce /*[B, R, T]*/,
                                     const T* grad_dice /*[B, R, T]*/,
-                                    const T* sums /*[B, R, T, 2]*/,
+                                    const T* sums /*[B, R, T, 3]*/,
                                     const uint32_t* marks /*[B, R, T, words]*/,
                                     const S* logits /*[B, R, T, h, w]*/,
                                     S* grad /*[B, R, T, h, w]*/) {
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kThreads<T>, 1)
   uint16_t* list = reinterpret_cast<uint16_t*>(weights);
   const Slot slot = find_slot(p);
   const uint32_t area = static_cast<uint32_t>(p.h) * p.w, N = p.candidates + p.random;
-  const S* map = logits + slot.index * area;
-  S* out = grad + slot.index * area;
+  const S* map = logits + uint64_t(slot.index) * area;
+  S* out = grad + uint64_t(slot.index) * area;
   if (!p.active[slot.index]) {
     for (uint32_t i = threadIdx.x; i < area; i += kThreads<T>) out[i] = static_cast<S>(T(0));
     return;
@@ -135,12 +135,13 @@ __global__ void __launch_bounds__(kThreads<T>, 1)
   for (uint32_t i = threadIdx.x; i < 2 * band.kSums * cut.sums; i += kThreads<T>)
     band.words[i] = 0;
 
-  // d loss / d logit at a point: bce gives (p - t) / P; dice, with a = sum p t and
+  // d loss / d logit at a point: bce gives (p - t) / n; dice, with a = sum p t and
   // c = sum p + sum t, gives ((2 a + 1) - 2 t (c + 1)) / (c + 1)^2 p (1 - p)
-  const T a = sums[2 * slot.index], c = sums[2 * slot.index + 1];
-  const T scale_bce = grad_bce[slot.index] / static_cast<T>(p.points());
+  const T a = sums[3ull * slot.index], c = sums[3ull * slot.index + 1];
+  const T scale_bce = grad_bce[slot.index] / sums[3ull * slot.index + 2];
   const T scale_dice = grad_dice[slot.index] / ((c + T(1)) * (c + T(1)));
   const auto differentiate = [&](Point at) {
+    if (!counts<T>(p, slot, at)) return T(0);
     const T x = sample<T>(at, map, p.h, p.w), t = sample<T>(at, slot.mask, p.H, p.W);
     const T e = exp(x < T(0) ? x : -x), s = T(1) / (T(1) + e), prob = x < T(0) ? e * s : s;
     const T dice = (T(2) * a + T(1)) - T(2) * t * (c + T(1));
@@ -159,8 +160,8 @@ __global__ void __launch_bounds__(kThreads<T>, 1)
     for (uint32_t base = 0, taken = 0; base < N; base += cut.chunk) {
       if (step == 0 || !one_chunk) {
         __syncthreads();
-        const Points points = list_points<T>(p, marks + slot.index * p.words(), base, cut.chunk,
-                                             p.important - taken, list, shared);
+        const Points points = list_points<T>(p, marks + uint64_t(slot.index) * p.words(), base,
+                                             cut.chunk, p.important - taken, list, shared);
         taken += points.listed;
         sort_by_row<T>(p, cut, slot, points, list, list + cut.room, sorted, shared);
         for (uint32_t q = threadIdx.x; q < points.total; q += kThreads<T>) {

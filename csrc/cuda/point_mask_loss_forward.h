@@ -9,7 +9,7 @@ namespace {
 template <class T>
 using Key = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 
-// The order of |x| as integers; NaN are equal and come last
+// The order of |x| as integers; NaN are equal and come last, but for points that do not count
 __device__ __forceinline__ uint32_t magnitude(float x) {
   return min(__float_as_uint(x) & 0x7FFFFFFFu, 0x7F800001u);
 }
@@ -150,23 +150,23 @@ template <class S, class T, bool kStaged>
 __global__ void __launch_bounds__(kThreads<T>, 1)
     point_mask_loss_kernel(Problem p, const S* logits /*[B, R, T, h, w]*/, bool halved,
                            uint32_t list_bytes, uint32_t chunk, T* bce /*[B, R, T]*/,
-                           T* dice /*[B, R, T]*/, T* sums /*[B, R, T, 2]*/,
+                           T* dice /*[B, R, T]*/, T* sums /*[B, R, T, 3]*/,
                            uint32_t* marks /*[B, R, T, words]*/) {
   SEGKERN_SHARED(unsigned char, memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   uint16_t* list = reinterpret_cast<uint16_t*>(memory + sizeof(Shared));
   const Slot slot = find_slot(p);
-  uint32_t* words = marks + slot.index * p.words();
+  uint32_t* words = marks + uint64_t(slot.index) * p.words();
   if (!p.active[slot.index]) {
     for (uint32_t i = threadIdx.x; i < p.words(); i += kThreads<T>) words[i] = 0;
     if (threadIdx.x == 0) {
       bce[slot.index] = dice[slot.index] = T(0);
-      sums[2 * slot.index] = sums[2 * slot.index + 1] = T(0);
+      for (int j = 0; j < 3; ++j) sums[3ull * slot.index + j] = T(0);
     }
     return;
   }
   const uint32_t area = static_cast<uint32_t>(p.h) * p.w;
-  const S* map = logits + slot.index * area;
+  const S* map = logits + uint64_t(slot.index) * area;
   if constexpr (kStaged) {
     S* staged = reinterpret_cast<S*>(memory + sizeof(Shared) + list_bytes);
     copy<S, kThreads<T>>(map, area, staged);
@@ -177,7 +177,10 @@ __global__ void __launch_bounds__(kThreads<T>, 1)
 
   const uint32_t n = p.candidates, k = p.important;
   const bool some = 0 < k && k < n;
-  const auto exact = [&](uint32_t i) { return magnitude(sample<T>(slot.draw(i), map, p.h, p.w)); };
+  const auto exact = [&](uint32_t i) {
+    const Point at = slot.draw(i);
+    return counts<T>(p, slot, at) ? magnitude(sample<T>(at, map, p.h, p.w)) : ~Key<T>(0) >> 1;
+  };
   Border<T> border;
   if (some) {
     for (uint32_t i = threadIdx.x; halved && i < n; i += kThreads<T>) {
@@ -203,12 +206,17 @@ __global__ void __launch_bounds__(kThreads<T>, 1)
   }
   __syncthreads();
 
-  T total[4] = {};  // bce, p t, p, t
+  if (threadIdx.x == 0) shared.count = 0;  // of points that do not count
+  T total[4] = {};                         // bce, p t, p, t
   for (uint32_t base = 0, taken = 0; base < n + p.random; base += chunk) {
     const Points points = list_points<T>(p, words, base, chunk, k - taken, list, shared);
     taken += points.listed;
     for (uint32_t q = threadIdx.x; q < points.total; q += kThreads<T>) {
       const Point at = slot.draw(base + points.offset(q, list));
+      if (!counts<T>(p, slot, at)) {
+        atomic_add(&shared.count, 1u);
+        continue;
+      }
       const T x = sample<T>(at, map, p.h, p.w), t = sample<T>(at, slot.mask, p.H, p.W);
       const T e = exp(x < T(0) ? x : -x);
       const T s = T(1) / (T(1) + e), prob = x < T(0) ? e * s : s;
@@ -221,11 +229,12 @@ __global__ void __launch_bounds__(kThreads<T>, 1)
   }
   join(total, shared, [](T a, T b) { return a + b; });
   if (threadIdx.x == 0) {
-    const T both = total[2] + total[3];
-    bce[slot.index] = total[0] / static_cast<T>(p.points());
+    const T both = total[2] + total[3], n = static_cast<T>(max(p.points() - shared.count, 1u));
+    bce[slot.index] = total[0] / n;
     dice[slot.index] = T(1) - (T(2) * total[1] + T(1)) / (both + T(1));
-    sums[2 * slot.index] = total[1];
-    sums[2 * slot.index + 1] = both;
+    sums[3ull * slot.index] = total[1];
+    sums[3ull * slot.index + 1] = both;
+    sums[3ull * slot.index + 2] = n;
   }
 }
 

@@ -1,7 +1,7 @@
 // COCO run-length encoding of every segment of a label map in one pass, of packed masks, and back.
-// Knows NumPy arrays, no tensor. COCO counts runs down the columns, zeros first, and writes each count as its
-// difference to the one two before, five bits a character, lowest first, bit 5 = more to come,
-// offset 48 (pycocotools' compressed form).
+// Knows NumPy arrays, no tensor. COCO counts runs down the columns, zeros first, and writes each
+// count as its difference to the one two before, five bits a character, lowest first, bit 5 = more
+// to come, offset 48 (pycocotools' compressed form).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -145,7 +145,8 @@ std::vector<py::bytes> encode_bits(const Bits& bits, int64_t W) {
 // earlier ones
 py::array_t<int32_t> decode(const std::vector<Counts>& segments, const std::vector<int32_t>& ids,
                             int64_t H, int64_t W) {
-  if (segments.size() != ids.size()) throw std::invalid_argument("rle: as many ids as counts needed");
+  if (segments.size() != ids.size())
+    throw std::invalid_argument("rle: as many ids as counts needed");
   py::array_t<int32_t> labels({H, W});
   int32_t* map = labels.mutable_data();
   py::gil_scoped_release unlocked;

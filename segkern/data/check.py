@@ -26,6 +26,7 @@ def check_maps(
     labels_of: Callable[[Path], np.ndarray],
     rule: str,
     progress: bool = True,
+    max_pixels: int | None = None,
 ) -> set[int]:
     """Reads maps in parallel and compares their sizes with those of their images.
 
@@ -34,6 +35,7 @@ def check_maps(
         labels_of: a map's labels [H, W] uint8; a ValueError says what is wrong with it.
         rule: what `labels_of` depends on besides the file.
         progress: show a bar while maps are read.
+        max_pixels: of an image, as in `open_image`.
 
     Returns:
         the labels that occur.
@@ -52,7 +54,7 @@ def check_maps(
 
     def read(pair):
         try:
-            return _labels(*pair, labels_of), None
+            return _labels(*pair, labels_of, max_pixels), None
         except ValueError as error:
             return None, str(error)
 
@@ -88,21 +90,26 @@ def match_sizes(image: Path, size: tuple[int, int], of_map: Path, labels: np.nda
         )
 
 
-def _labels(image: Path, of_map: Path, labels_of: Callable[[Path], np.ndarray]) -> list[int]:
+def _labels(
+    image: Path,
+    of_map: Path,
+    labels_of: Callable[[Path], np.ndarray],
+    max_pixels: int | None,
+) -> list[int]:
     """The labels that occur in a map."""
     labels = labels_of(of_map)
-    match_sizes(image, _size(image), of_map, labels)
+    match_sizes(image, _size(image, max_pixels), of_map, labels)
     counts = np.bincount(labels.ravel(), minlength=VOID + 1)
     return counts[:VOID].nonzero()[0].tolist()
 
 
-def _size(path: Path) -> tuple[int, int]:
-    """(H, W) of an upright picture, from its head alone."""
+def _size(path: Path, max_pixels: int | None) -> tuple[int, int]:
+    """(H, W) of an upright picture, from its head alone where that is within Pillow's limit."""
     try:
         with Image.open(path) as image:
             size, turned = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return open_image(path).size[::-1]  # says what is wrong
+        return open_image(path, max_pixels).size[::-1]  # or says what is wrong
     return size if turned in (5, 6, 7, 8) else size[::-1]
 
 
@@ -113,7 +120,7 @@ def _stamp(path: Path) -> list[int]:
 
 def _memory(pairs: Sequence[tuple[Path, Path]]) -> Path:
     """Where what was read of such a split is remembered."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     name = hashlib.sha256(str(pairs[0][1].resolve().parent).encode()).hexdigest()[:16]
     return cache / "segkern" / "maps" / f"{name}.json"
 

@@ -5,7 +5,9 @@ Letters: B image, H W size of the batch, h w size of a sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,6 +42,7 @@ def collate(
     num_labels: int | None = None,
     divisor: int = 32,
     num_queries: int | None = None,
+    void: Literal["background", "ignore"] = "background",
 ) -> Batch:
     """Packs samples into a batch.
 
@@ -49,14 +52,19 @@ def collate(
         num_labels: K; None leaves the labels' upper bound unchecked.
         divisor: H and W are multiples of it.
         num_queries: of the model; more targets in a sample give a warning.
+        void: what pixels are whose label is 255 in `semantic`, or that belong to a segment marked
+            in `crowd` [n] bool: "background" as in the papers' code, which no mask should cover;
+            or "ignore": they have no weight in matching and in losses of masks.
 
     Returns:
         a `Batch` on the CPU.
 
     Raises:
         ValueError: pixels that are not finite, a label out of range, or masks of another size or
-            number than the image or labels; the message names the sample.
+            number than the image or labels; the message names the sample. No such `void`.
     """
+    if void not in ("background", "ignore"):
+        raise ValueError(f"collate: void must be background or ignore, got {void!r}")
     ids = [int(s["id"]) for s in samples]
     images = [torch.as_tensor(s["pixel_values"]) for s in samples]
     masks = [torch.as_tensor(s["masks"]) for s in samples]
@@ -74,7 +82,13 @@ def collate(
     labels = [torch.as_tensor(s["labels"]) for s in samples]
     try:
         targets = Targets.from_lists(
-            [_pad(x, size) for x in masks], labels, size, num_labels, ids, num_queries
+            [_pad(x, size) for x in masks],
+            labels,
+            size,
+            num_labels,
+            ids,
+            num_queries,
+            None if void == "background" else [_pad(_void(s)[None], size)[0] for s in samples],
         )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (images 0 to {len(ids) - 1} are samples {ids})") from error
@@ -82,6 +96,17 @@ def collate(
         maps = [torch.as_tensor(s["semantic"])[None] for s in samples]
         targets = targets._replace(semantic=torch.cat([_pad(x, size, VOID) for x in maps]))
     return Batch(pixels, targets)
+
+
+def _void(sample: dict) -> Tensor:
+    """[h, w] bool: nobody knows whose these pixels are."""
+    masks = np.asarray(sample["masks"])
+    void = np.zeros(masks.shape[1:], bool)
+    if "semantic" in sample:
+        void |= np.asarray(sample["semantic"]) == VOID
+    if "crowd" in sample:
+        void |= masks[np.asarray(sample["crowd"], bool)].any(0)
+    return torch.from_numpy(void)
 
 
 def _pad(x: Tensor, size: tuple[int, int], value: int = 0) -> Tensor:

@@ -72,6 +72,8 @@ class FolderConfig:
             images/{train,val} and labels/{train,val} with the same names, and classes.txt with a
             name a line.
         seed: other seeds give other views of the training images.
+        max_pixels: width times height that an image or map may have; None is Pillow's limit of
+            178,956,970, which keeps a small file from filling the memory.
     """
 
     kind: ClassVar[str] = "folder"
@@ -81,9 +83,10 @@ class FolderConfig:
     root: Path = Path(".")
     layout: Layout = "plain"
     seed: int = 0
+    max_pixels: int | None = None
 
     def __post_init__(self):
-        self.root = Path(self.root)
+        self.root = Path(self.root).absolute()  # a run is also gone on with from other folders
         if self.layout not in _LAYOUTS:
             raise ValueError(
                 f"FolderConfig: layout must be one of {', '.join(_LAYOUTS)}, got {self.layout!r}"
@@ -134,7 +137,7 @@ class Folder:
         if not 0 <= index < len(self):
             raise IndexError(f"Folder: index must be in [0, {len(self)}), got {index}")
         of_image, of_map = self.pairs[index]
-        image = read_pixels(of_image, str(of_image))
+        image = read_pixels(of_image, str(of_image), self.config.max_pixels)
         labels = self._labels(of_map)
         match_sizes(of_image, image.shape[:2], of_map, labels)
         if self.views is None:
@@ -158,7 +161,7 @@ class Folder:
             ValueError: a map is bad; names the first, and how many there are.
         """
         rule = f"{self.config.layout}, {len(self.classes)} classes"
-        found = check_maps(self.pairs, self._labels, rule, progress)
+        found = check_maps(self.pairs, self._labels, rule, progress, self.config.max_pixels)
         return [name for k, name in enumerate(self.classes) if k not in found]
 
     def _labels(self, path: Path) -> np.ndarray:
@@ -167,7 +170,7 @@ class Folder:
         Raises:
             ValueError: no map of one channel, or a value that stands for no class; names the file.
         """
-        picture = open_image(path)
+        picture = open_image(path, self.config.max_pixels)
         if len(picture.getbands()) != 1:
             raise ValueError(f"{path}: a map must have one channel, got mode {picture.mode}")
         values, K = np.asarray(picture), len(self.classes)

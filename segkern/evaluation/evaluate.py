@@ -134,7 +134,7 @@ def evaluate(
     if absent and (limit is None or limit >= len(source)):
         warnings.warn(
             f"evaluate: {len(absent)} of {len(classes)} classes occur nowhere in the data: "
-            f"{', '.join(absent[:5])}; the means are those of the others",
+            f"{some_of(absent)}; the means are those of the others",
             stacklevel=2,
         )
     if out is not None:
@@ -142,8 +142,18 @@ def evaluate(
     return value
 
 
-def check_dataset(dataset, config: ModelConfig, tasks: Sequence[str]) -> tuple[list, tuple]:
+def some_of(names: Sequence[str]) -> str:
+    """The first five, and that there are more."""
+    return ", ".join([*names[:5], *["..."] * (len(names) > 5)])
+
+
+def check_dataset(
+    dataset, config: ModelConfig, tasks: Sequence[str], name: str = "evaluate: dataset"
+) -> tuple[list, tuple]:
     """Names of the classes, and labels without instances, of a data set to evaluate on.
+
+    Args:
+        name: of the argument, which begins the messages.
 
     Raises:
         ValueError: it lacks them, or its classes are not as many as the model's labels.
@@ -151,18 +161,18 @@ def check_dataset(dataset, config: ModelConfig, tasks: Sequence[str]) -> tuple[l
     classes, stuff = getattr(dataset, "classes", None), getattr(dataset, "stuff", None)
     if classes is None:
         raise ValueError(
-            "evaluate: dataset must have `classes`, the names of its labels, "
+            f"{name} must have `classes`, the names of its labels, "
             f"got a {type(dataset).__name__} without"
         )
     if len(classes) != config.num_labels:
         raise ValueError(
-            f"evaluate: the model has {config.num_labels} labels, "
-            f"the data set {len(classes)} classes"
+            f"{name} must have as many classes as the model has labels, {config.num_labels}, "
+            f"got {len(classes)}"
         )
     stuff = config.labels.stuff or None if stuff is None else stuff
     if stuff is None and tuple(tasks) != ("semantic",):
         raise ValueError(
-            "evaluate: dataset must have `stuff`, the labels without instances (an empty tuple "
+            f"{name} must have `stuff`, the labels without instances (an empty tuple "
             f"where all have them), got a {type(dataset).__name__} without"
         )
     return list(classes), tuple(stuff or ())

@@ -118,6 +118,8 @@ def check(
             f"{caller}: model must have what segkern/models/protocol.py says; a {name} has no "
             f"{', '.join(lacking)}"
         )
+    if isinstance(tasks, str):
+        tasks = (tasks,)
     tasks = tuple(dict.fromkeys(config.tasks if tasks is None else tasks))
     check_options(tasks, *astuple(options))
     for task in tasks:

@@ -67,7 +67,8 @@ def open_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
         raise ValueError(f"{path}: not an image that PIL can read") from error
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{path}: too large ({error}); if you trust it, raise max_pixels (--max-pixels)"
+            f"{path}: too large ({error}); if you trust it, raise max_pixels (--max-pixels; "
+            "--data.max-pixels in training)"
         ) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
@@ -174,11 +175,11 @@ def read_image(image, name: str = "image", max_pixels: int | None = None) -> Ten
     return x.expand(3, -1, -1)
 
 
-def read_pixels(image, name: str = "image") -> np.ndarray:
+def read_pixels(image, name: str = "image", max_pixels: int | None = None) -> np.ndarray:
     """A picture in 8 bits.
 
     Args:
-        image, name: as `read_image` takes them.
+        image, name, max_pixels: as `read_image` takes them.
 
     Returns:
         [H, W, 3] uint8.
@@ -186,7 +187,7 @@ def read_pixels(image, name: str = "image") -> np.ndarray:
     Raises:
         TypeError, ValueError: as `read_image`.
     """
-    pixels = read_image(image, name)
+    pixels = read_image(image, name, max_pixels)
     pixels = pixels if not pixels.is_floating_point() else (pixels * 255).round().byte()
     return np.ascontiguousarray(pixels.movedim(0, 2).cpu().numpy())
 

@@ -30,10 +30,10 @@ def encode(labels: np.ndarray, ids: list[int]) -> list[dict]:
         raise ValueError(
             f"rle.encode: labels must be [H, W] integers, got {labels.shape} {labels.dtype}"
         )
-    for values in (labels, np.asarray(ids)):
-        low, high = values.min(initial=0), values.max(initial=0)
-        if low < -(2**31) or high >= 2**31:
-            raise ValueError(f"rle.encode: labels and ids must fit int32, got {low} to {high}")
+    low, high = labels.min(initial=0), labels.max(initial=0)
+    if low < -(2**31) or high >= 2**31:
+        raise ValueError(f"rle.encode: labels must fit int32, got values of {low} to {high}")
+    ids = _integers("rle.encode: ids", ids)
     if len(set(ids)) != len(ids):
         raise ValueError(f"rle.encode: ids must be distinct, got {list(ids)}")
     size = list(labels.shape)
@@ -91,15 +91,16 @@ def decode(segments: list[dict], ids: list[int], size: tuple[int, int]) -> np.nd
             raise TypeError(
                 f"rle.decode: segments must be dicts of size and counts, got {segment!r:.80}"
             )
-        if list(segment["size"]) != [H, W]:
+        if np.shape(segment["size"]) != (2,) or list(segment["size"]) != [H, W]:
             raise ValueError(f"rle.decode: size must be [{H}, {W}], got {segment['size']}")
     counts = [_counts(segment["counts"]) for segment in segments]
+    ids = _integers("rle.decode: ids", ids)
     if len(ids) != len(segments):
         raise ValueError(
             f"rle.decode: as many ids as segments needed, got {len(ids)} for {len(segments)}"
         )
     if _host is not None:
-        return _host.decode(counts, list(ids), H, W)
+        return _host.decode(counts, ids, H, W)
     labels = np.zeros((H, W), np.int32)
     for runs, i in zip(counts, ids):
         runs = _expand(runs) if isinstance(runs, str) else runs
@@ -116,15 +117,35 @@ def _counts(counts) -> str | list[int]:
     """Counts as text, or as a list where they are not compressed."""
     if isinstance(counts, str):
         return counts
-    if isinstance(counts, bytes):
+    if isinstance(counts, (bytes, bytearray)):
         return counts.decode("latin-1")  # what is no count is found later
     if isinstance(counts, (list, tuple, np.ndarray)):
-        runs = np.asarray(counts)
-        if runs.ndim == 1 and (runs.dtype.kind in "iu" or runs.size == 0):
-            return runs.tolist()
+        return _integers("rle.decode: counts", counts, 63)
     raise TypeError(
         f"rle.decode: counts must be text, bytes or a list of integers, got {counts!r:.80}"
     )
+
+
+def _integers(name: str, values, bits: int = 31) -> list[int]:
+    """Integers as a list.
+
+    Raises:
+        TypeError: they are none.
+        ValueError: they do not fit into so many bits and a sign.
+    """
+    try:
+        found = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        found = np.empty((0, 0))
+    whole = found.dtype.kind in "iu" or all(isinstance(v, int) for v in found.ravel().tolist())
+    if found.ndim != 1 or (found.size and not whole):
+        raise TypeError(f"{name} must be a list of integers, got {values!r:.80}")
+    found = [int(v) for v in found.tolist()]
+    if found and not -(2**bits) <= min(found) <= max(found) < 2**bits:
+        raise ValueError(
+            f"{name} must fit int{bits + 1}, got values of {min(found)} to {max(found)}"
+        )
+    return found
 
 
 def _runs(mask: np.ndarray) -> list[int]:

@@ -10,7 +10,7 @@ h w pixels, T target, H W mask, P point, G ranges of points.
 3. `half_sums` (matching_half.py) or `plain_sums` (matching_plain.py): a program takes a range of
    points of one problem, up to 128 queries and 32 targets, and leaves the sums over its points; x,
    sigmoid(x) and the targets at the points exist for a tile of points at a time. Targets that do
-   not count cost nothing.
+   not count cost nothing, nor do points, which lie behind those that count.
 4. `costs` (matching_total.py): adds the ranges, always in the same order, in float64, and the
    class cost.
 """
@@ -69,6 +69,7 @@ def matching_cost(
     class_weight: float,
     mask_weight: float,
     dice_weight: float,
+    n_points: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernels; arguments and result as the raw op's."""
     (B, R, Q, C), T, P = mask_embed.shape, labels.shape[1], points.shape[2]
@@ -82,7 +83,7 @@ def matching_cost(
     class_logits, mask_embed, labels, points = (
         t.contiguous() for t in (class_logits, mask_embed, labels, points)
     )
-    n_targets = None if n_targets is None else n_targets.contiguous()
+    n_targets, n_points = (n if n is None else n.contiguous() for n in (n_targets, n_points))
     masks = masks.view(torch.uint8)
     half = mask_embed.dtype == features.dtype and features.element_size() == 2 and 0 < C <= 256
     path = "double" if points.dtype == torch.float64 else "half" if half else "single"
@@ -109,7 +110,8 @@ def matching_cost(
         )
         sizes = (R, Q, T, P, h * w, H, W, *masks.stride(), ranges, range_tiles)
         programs = N * ranges * triton.cdiv(Q, block_q) * triton.cdiv(T, block_t)
-        arguments = (mask_embed, rows, masks, points, pixels, weights, n_targets, *sums, *sizes)
+        counts = n_targets, n_points
+        arguments = (mask_embed, rows, masks, points, pixels, weights, *counts, *sums, *sizes)
         blocks = {
             "C": C,
             "BLOCK_Q": block_q,
@@ -127,7 +129,7 @@ def matching_cost(
             )
         sizes = (R, Q, T, P, class_logits.shape[3], ranges)
         costs[(N * triton.cdiv(Q, 16) * triton.cdiv(T, 32),)](
-            *(class_logits, labels, n_targets),
+            *(class_logits, labels, *counts),
             *sums,
             cost,
             *sizes,

@@ -14,7 +14,7 @@ import triton.language as tl
 from .matching_parts import (
     SIZES,
     column_order,
-    count_targets,
+    count_of,
     part_of,
     sum_over_points,
     targets_at,
@@ -32,6 +32,7 @@ def half_sums(
     pixels,  # [N, G * range_tiles, 4, BLOCK_P]
     weights,  # [N, G * range_tiles, 4, BLOCK_P]
     n_targets,  # [B] or None
+    n_points,  # [N] or None
     pair_sums,  # [N, G, 2, Q, T]: sum x t, sum s t
     query_sums,  # [N, G, 2, Q]: sum softplus(x), sum s
     target_sums,  # [N, G, T]: sum t
@@ -57,7 +58,7 @@ def half_sums(
 ):
     exact: tl.constexpr = points.dtype.element_ty
     tile_t, tile_q, part, n, b = part_of(R, Q, T, ranges, BLOCK_Q, BLOCK_T)
-    count = count_targets(n_targets, b, T)
+    count = count_of(n_targets, b, T)
     if tile_t * BLOCK_T >= count:
         return
 
@@ -70,6 +71,7 @@ def half_sums(
     embed += n * Q * C
     features += b * S * C
     points += n * P * 2
+    P = count_of(n_points, n, P)
     pixels += part * range_tiles * (4 * BLOCK_P)
     weights += part * range_tiles * (4 * BLOCK_P)
     mask = masks + b * image_stride + t.to(tl.int64) * target_stride

@@ -45,11 +45,13 @@ def targets_at(
 
 
 @triton.jit
-def count_targets(n_targets, b, T):
-    """Targets of image b that count."""
-    if n_targets is None:
-        return T
-    return tl.minimum(tl.maximum(tl.load(n_targets + b), 0), T).to(tl.int32)
+def count_of(numbers, i, most):
+    """How many of problem or image i count, of targets or points: the first ones; all if None."""
+    if numbers is None:
+        count = most
+    else:  # a return above would not end a compiled function
+        count = tl.minimum(tl.maximum(tl.load(numbers + i), 0), most).to(tl.int32)
+    return count
 
 
 @triton.jit

@@ -6,7 +6,7 @@ Letters as in matching_cost.py.
 import triton
 import triton.language as tl
 
-from .matching_parts import SIZES, count_targets
+from .matching_parts import SIZES, count_of
 from .sigmoid import exp_negative, reciprocal
 
 BOUND = tl.constexpr(1e8)  # ops.matching_cost.BOUND: stands for a cost that is not finite
@@ -17,6 +17,7 @@ def costs(
     class_logits,  # [N, Q, K1]
     labels,  # [B, T]
     n_targets,  # [B] or None
+    n_points,  # [N] or None
     pair_sums,  # [N, G, 2, Q, T]
     query_sums,  # [N, G, 2, Q]
     target_sums,  # [N, G, T]
@@ -42,7 +43,7 @@ def costs(
     b = n // R
     q = (pid // tiles_t % tiles_q).to(tl.int32) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     t = (pid % tiles_t).to(tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)
-    counts = t < count_targets(n_targets, b, T)
+    counts = t < count_of(n_targets, b, T)
     there = (q < Q)[:, None] & counts[None, :]
 
     # the highest logit first: a run of -inf must not spoil the sum
@@ -77,7 +78,7 @@ def costs(
         softplus += tl.load(query_sums + part * 2 * Q + q, q < Q, 0.0)
         sigmoid += tl.load(query_sums + part * 2 * Q + Q + q, q < Q, 0.0)
         target += tl.load(target_sums + part * T + t, counts, 0.0)
-    bce = (softplus[:, None] - logit_target) / P
+    bce = (softplus[:, None] - logit_target) / tl.maximum(count_of(n_points, n, P), 1)
     dice = 1 - (2 * sigmoid_target + 1) / (sigmoid[:, None] + target[None, :] + 1)
     total_cost = mask_weight * bce + dice_weight * dice - class_weight * score
     finite = tl.abs(total_cost) < float("inf")

@@ -12,7 +12,8 @@ M channels and h w size of the mask features.
 
 Two things keep it small: matching samples the mask features and multiplies then, and the loss
 builds the logits of assigned queries only. Nothing is read back by the host and no shape depends
-on a value, so a step can be captured in a CUDA graph. Padded slots weigh zero.
+on a value, so a step can be captured in a CUDA graph. Padded slots weigh zero, and so do points
+by a void pixel (`Targets.void`).
 Source: Mask2Former (Cheng et al., CVPR 2022), section 3.3; DETR (Carion et al., ECCV 2020).
 """
 
@@ -118,6 +119,7 @@ class Criterion(nn.Module):
             targets.ids,
             self.seed,
             *self.points,
+            void=targets.void,
             impl=self.impl,
         )
         total = targets.normalizer
@@ -157,6 +159,7 @@ class Criterion(nn.Module):
             points,
             targets.count,
             *self.weights,
+            void=targets.void,
             impl=self.impl,
         )
         n_targets = targets.count[:, None].expand(B, R)

@@ -3,11 +3,14 @@ r"""Costs of matching every query with every target, for all predictions of a ba
     x[q, p] = mask_embed[q] . bilinear(features, point p)       s = sigmoid(x)
     t[j, p] = bilinear(masks[j], point p)
     cost[q, j] = - class_weight * softmax(class_logits[q])[labels[j]]
-                 + mask_weight * (sum_p softplus(x) - sum_p x t) / P
+                 + mask_weight * (sum_p softplus(x) - sum_p x t) / n
                  + dice_weight * (1 - (2 sum_p s t + 1) / (sum_p s + sum_p t + 1))
 
 Letters: B image, R prediction, Q query, K class, C channel, h w feature map, T target, H W mask,
-P point.
+P point, n of them that count, at least 1.
+
+Points by a void pixel do not count (_void.py): the sums go over the others. They are cut out
+before a kernel runs, which takes a number of points for each prediction.
 
 1. Features at the points (each image's map laid out channel-last once, points in rows of the map);
    bilinear sampling commutes with the product, so no mask logits of whole maps are ever made.
@@ -30,6 +33,7 @@ from torch import Tensor
 
 from . import _library
 from ._checks import expect, got
+from ._void import counted, cut_void, expect_void
 from .point_sample import point_sample_reference
 
 BOUND = 1e8  # of a cost's magnitude; NaN and both infinities become +BOUND
@@ -46,18 +50,21 @@ def matching_cost_reference(
     class_weight: float = 2.0,
     mask_weight: float = 5.0,
     dice_weight: float = 5.0,
+    void: Tensor | None = None,
 ) -> Tensor:
     """The specification, in plain PyTorch; arguments as `matching_cost`."""
     exact = _cost_dtype(class_logits, mask_embed, features)
     R, P, T = mask_embed.shape[1], points.shape[2], labels.shape[1]
+    counts = counted(points.to(exact), void, *masks.shape[2:])[..., None]  # [B, R, P, 1]
     # [B, R * P, 2]; a point that is NaN is nowhere, like one outside
     places = points.to(exact).flatten(1, 2).nan_to_num(nan=-1.0)
     sampled = point_sample_reference(features.to(exact), places).unflatten(2, (R, P))
     x = mask_embed.to(exact) @ sampled.transpose(1, 2)  # [B, R, Q, P]
+    x = x.where(counts.mT, 0)
     t = point_sample_reference(masks.to(exact), places).unflatten(2, (R, P))
-    t = t.permute(0, 2, 3, 1)  # [B, R, P, T]
-    s = x.sigmoid()
-    bce = (F.softplus(x).sum(-1, keepdim=True) - x @ t) / P
+    t = t.permute(0, 2, 3, 1).where(counts, 0)  # [B, R, P, T]
+    s, softplus = (v.where(counts.mT, 0) for v in (x.sigmoid(), F.softplus(x)))
+    bce = (softplus.sum(-1, keepdim=True) - x @ t) / counts.sum(2, keepdim=True).clamp(min=1)
     dice = 1 - (2 * s @ t + 1) / (s.sum(-1, keepdim=True) + t.sum(2).unsqueeze(2) + 1)
     chosen = labels.clamp(0, class_logits.shape[3] - 1)[:, None, None, :]
     scores = class_logits.to(exact).softmax(-1)
@@ -85,6 +92,7 @@ def _fake(
     class_weight,
     mask_weight,
     dice_weight,
+    n_points=None,
 ) -> Tensor:
     return points.new_empty((*mask_embed.shape[:3], labels.shape[1]))
 
@@ -92,7 +100,7 @@ def _fake(
 _forward = _library.define(
     "matching_cost(Tensor class_logits, Tensor mask_embed, Tensor features, Tensor labels, "
     "Tensor masks, Tensor points, Tensor? n_targets, float class_weight, float mask_weight, "
-    "float dice_weight) -> Tensor",
+    "float dice_weight, Tensor? n_points=None) -> Tensor",
     _fake,
     triton="matching_cost",
 )
@@ -109,6 +117,7 @@ def matching_cost(
     class_weight: float = 2.0,
     mask_weight: float = 5.0,
     dice_weight: float = 5.0,
+    void: Tensor | None = None,
     impl: str = "kernel",
 ) -> Tensor:
     """Class, cross entropy and dice cost of every query against every target.
@@ -126,6 +135,8 @@ def matching_cost(
         points: [B, R, P, 2] floating, x then y; 0 and 1 are the outer edges of map and mask.
         n_targets: [B] int64; slots t >= n_targets are padded. None: all T count.
         class_weight, mask_weight, dice_weight: factors of the three costs.
+        void: [B, H, ceil(W / 32)] int32, the pixels that do not count, packed as `pack_bits` does;
+            what the masks hold there changes nothing. None: all count.
         impl: "kernel", or "reference" for plain PyTorch.
 
     Returns:
@@ -144,6 +155,8 @@ def matching_cost(
     expect(op, "points", points, "B R P 2", "float", sizes)
     if n_targets is not None:
         expect(op, "n_targets", n_targets, "B", "int64", sizes)
+    if void is not None:
+        expect_void(op, void, sizes)
     for name, tensor, letters in (
         ("class_logits", class_logits, ("K+1",)),
         ("features", features, ("h", "w")),
@@ -157,17 +170,12 @@ def matching_cost(
     class_logits, mask_embed, features = (t.detach() for t in (class_logits, mask_embed, features))
     points = points.detach().to(_cost_dtype(class_logits, mask_embed, features))
     kernel = _library.use_kernel(op, impl, mask_embed)
-    compute = _forward if kernel else matching_cost_reference
+    weights = class_weight, mask_weight, dice_weight
     with torch.autocast(mask_embed.device.type, enabled=False):
-        return compute(
-            class_logits,
-            mask_embed,
-            features,
-            labels,
-            masks,
-            points,
-            n_targets,
-            class_weight,
-            mask_weight,
-            dice_weight,
-        )
+        tensors = class_logits, mask_embed, features, labels, masks
+        if not kernel:
+            return matching_cost_reference(*tensors, points, n_targets, *weights, void)
+        n_points = None
+        if void is not None:
+            points, n_points = cut_void(points, void, *masks.shape[2:])
+        return _forward(*tensors, points, n_targets, *weights, n_points)

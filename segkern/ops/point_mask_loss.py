@@ -1,16 +1,19 @@
 r"""Cross-entropy and dice loss of matched masks at uncertain points.
 
     x_p = point_sample(logits, point p),  t_p = point_sample(mask, point p),  s = sigmoid(x)
-    bce  = 1/P sum_p softplus(x_p) - x_p t_p
+    bce  = 1/n sum_p softplus(x_p) - x_p t_p
     dice = 1 - (2 sum_p s_p t_p + 1) / (sum_p s_p + sum_p t_p + 1)
 
-Letters: B image, R prediction, T target slot, h w logit map, H W mask, P point.
+Letters: B image, R prediction, T target slot, h w logit map, H W mask, P point, n of them that
+count, at least 1.
 
 The points of a slot (PointRend's): of `int(P * oversample_ratio)` random candidates the
 k = `int(importance_sample_ratio * P)` with the smallest |logit|, and P - k random ones more; of
-equal |logit| the one drawn first. Loss and gradient are sums over points, so no order is needed:
-the kernel marks the k candidates, one bit each, keeps marks and two sums, and draws the P points
-again for the gradient (`random_points`). No point, sample or float mask is ever stored.
+equal |logit| the one drawn first. Points by a void pixel do not count (_void.py): among the
+candidates they come last, and those that are taken all the same are cut out.
+Loss and gradient are sums over points, so no order is needed: the kernel marks the k candidates,
+one bit each, keeps marks, two sums and n, and draws the P points again for the gradient
+(`random_points`). No point, sample or float mask is ever stored.
 Bytes: one logit map and about 40 P random reads a slot; FLOPs: about 500 P.
 Source: PointRend (Kirillov et al., CVPR 2020); Mask2Former (Cheng et al., CVPR 2022), section 3.3.
 Differs: points depend on sample, prediction and target alone, not on the place in the batch.
@@ -23,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _library
 from ._checks import exact_dtype, expect
+from ._void import counted, expect_void, void_cells
 from .point_sample import point_sample_reference, random_points
 
 
@@ -40,6 +44,7 @@ def point_mask_loss_reference(
     num_points: int = 12544,
     oversample_ratio: float = 3.0,
     importance_sample_ratio: float = 0.75,
+    void: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification, in plain PyTorch; arguments as `point_mask_loss`."""
     candidates, important, rest = _counts(num_points, oversample_ratio, importance_sample_ratio)
@@ -48,28 +53,33 @@ def point_mask_loss_reference(
     slots = (torch.arange(n).to(sample_ids) for n in (R, T))
     index = torch.meshgrid(sample_ids, *slots, indexing="ij")
     points = random_points(seed, torch.stack(index, -1), candidates + rest)
+    counts = counted(points.to(exact), void, *masks.shape[2:]).flatten(0, 2)
     points = points.flatten(0, 2).to(exact)  # [N, candidates + rest, 2], N = B R T
     logits = mask_logits.to(exact).where(active[..., None, None], 0).flatten(0, 2)[:, None]
     with torch.no_grad():
         certain = point_sample_reference(logits, points[:, :candidates])[:, 0].abs()
-        order = certain.sort(stable=True).indices[:, :important]
-    chosen = points.gather(1, order[..., None].expand(-1, -1, 2))
-    points = torch.cat((chosen, points[:, candidates:]), 1)  # [N, P, 2]
-    x = point_sample_reference(logits, points)[:, 0]
+        # those by a void pixel as NaN: they come last
+        certain = certain.where(counts[:, :candidates], torch.nan)
+        chosen = certain.sort(stable=True).indices[:, :important]
+    after = torch.arange(candidates, candidates + rest).to(chosen).expand(len(chosen), -1)
+    chosen = torch.cat((chosen, after), 1)  # [N, P]
+    points = points.gather(1, chosen[..., None].expand(-1, -1, 2))
+    counts = counts.gather(1, chosen)
+    x = point_sample_reference(logits, points)[:, 0].where(counts, 0)
     truth = masks[:, None].expand(-1, R, -1, -1, -1).flatten(0, 2)[:, None]
-    t = point_sample_reference(truth.to(exact), points)[:, 0]
-    s = x.sigmoid()
-    bce = (F.softplus(x) - x * t).mean(1)
+    t = point_sample_reference(truth.to(exact), points)[:, 0].where(counts, 0)
+    s, softplus = (v.where(counts, 0) for v in (x.sigmoid(), F.softplus(x)))
+    bce = (softplus - x * t).sum(1) / counts.sum(1).clamp(min=1)
     dice = 1 - (2 * (s * t).sum(1) + 1) / (s.sum(1) + t.sum(1) + 1)
     return tuple(loss.view(B, R, T).where(active, 0) for loss in (bce, dice))
 
 
-def _fake(mask_logits, masks, active, sample_ids, seed, candidates, important, random):
+def _fake(mask_logits, masks, active, sample_ids, seed, candidates, important, random, cells=None):
     def slot(*more):
         return mask_logits.new_empty((*active.shape, *more), dtype=exact_dtype(mask_logits))
 
     marks = mask_logits.new_empty((*active.shape, (candidates + 31) // 32), dtype=torch.int32)
-    return slot(), slot(), slot(2), marks
+    return slot(), slot(), slot(3), marks
 
 
 def _fake_backward(grad_bce, grad_dice, sums, marks, mask_logits, *rest):
@@ -78,7 +88,7 @@ def _fake_backward(grad_bce, grad_dice, sums, marks, mask_logits, *rest):
 
 _ARGUMENTS = (
     "Tensor mask_logits, Tensor masks, Tensor active, Tensor sample_ids, Tensor seed, "
-    "int candidates, int important, int random"
+    "int candidates, int important, int random, Tensor? cells=None"
 )
 _forward = _library.define(
     f"point_mask_loss({_ARGUMENTS}) -> (Tensor bce, Tensor dice, Tensor sums, Tensor marks)", _fake
@@ -92,19 +102,20 @@ _backward = _library.define(
 
 class _PointMaskLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mask_logits, masks, active, sample_ids, seed, counts):
+    def forward(ctx, mask_logits, masks, active, sample_ids, seed, counts, cells):
         # the caller may advance the seed in place before the gradient is asked for
         arguments = (mask_logits, masks, active, sample_ids, seed.clone())
-        bce, dice, sums, marks = _forward(*arguments, *counts)
-        ctx.save_for_backward(sums, marks, *arguments)
+        bce, dice, sums, marks = _forward(*arguments, *counts, cells)
+        ctx.save_for_backward(cells, sums, marks, *arguments)
         ctx.counts = counts
         return bce, dice
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_bce, grad_dice):
-        grad = _backward(grad_bce, grad_dice, *ctx.saved_tensors, *ctx.counts)
-        return grad, None, None, None, None, None
+        cells, *kept = ctx.saved_tensors
+        grad = _backward(grad_bce, grad_dice, *kept, *ctx.counts, cells)
+        return grad, None, None, None, None, None, None
 
 
 def point_mask_loss(
@@ -116,6 +127,7 @@ def point_mask_loss(
     num_points: int = 12544,
     oversample_ratio: float = 3.0,
     importance_sample_ratio: float = 0.75,
+    void: Tensor | None = None,
     impl: str = "kernel",
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and dice loss of logit maps that are already matched to their targets.
@@ -129,6 +141,8 @@ def point_mask_loss(
         num_points: P, at least 1.
         oversample_ratio: candidates for each point, at least 1.
         importance_sample_ratio: share of the points taken from the candidates, in [0, 1].
+        void: [B, H, ceil(W / 32)] int32, the pixels that do not count, packed as `pack_bits` does;
+            what the masks hold there changes nothing. None: all count.
         impl: "kernel", or "reference" for plain PyTorch.
 
     Returns:
@@ -144,6 +158,8 @@ def point_mask_loss(
     expect(op, "active", active, "B R T", "bool", sizes)
     expect(op, "sample_ids", sample_ids, "B", "int64", sizes)
     expect(op, "seed", seed, "1", "int64", sizes)
+    if void is not None:
+        expect_void(op, void, sizes)
     if num_points < 1:
         raise ValueError(f"{op}: num_points must be >= 1, got {num_points}")
     if not oversample_ratio >= 1:
@@ -155,5 +171,6 @@ def point_mask_loss(
     arguments = (mask_logits, masks, active, sample_ids, seed)
     settings = (num_points, oversample_ratio, importance_sample_ratio)
     if _library.use_kernel(op, impl, mask_logits):
-        return _PointMaskLoss.apply(*arguments, _counts(*settings))
-    return point_mask_loss_reference(*arguments, *settings)
+        cells = None if void is None else void_cells(void, masks.shape[3])
+        return _PointMaskLoss.apply(*arguments, _counts(*settings), cells)
+    return point_mask_loss_reference(*arguments, *settings, void)

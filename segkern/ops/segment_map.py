@@ -29,6 +29,7 @@ instances come sorted by score; top_k is clipped to Q K.
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -363,14 +364,18 @@ def check_options(
     resize: str = "masks",
     return_scores: bool = False,
 ) -> None:
-    """Raises ValueError for an option of `segment_map` that is out of range, or is given and read
-    by none of the tasks."""
+    """Raises TypeError or ValueError for an option of `segment_map` that is no number or out of
+    range, or is given and read by none of the tasks."""
     for task in tasks or ("",):
         if task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     for name, value in (("threshold", threshold), ("overlap_threshold", overlap_threshold)):
+        if value is not None and not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
+    if top_k is not None and not isinstance(top_k, Integral):
+        raise TypeError(f"top_k must be an integer, got {top_k!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if resize not in ("masks", "scores"):

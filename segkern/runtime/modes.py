@@ -17,26 +17,42 @@ def evaluated(model: nn.Module) -> nn.Module:
     may have changed.
 
     Args:
-        model: in whatever mode; what torch.jit compiled stays in its own.
+        model: in whatever mode. What torch.compile made of a module runs as that module.
+
+    Raises:
+        ValueError: a part that torch.jit compiled, of which there is no view, is in training mode.
     """
-    own = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    own = list(model.modules())
     if not any(m.training for m in own):
         return model
-    twins = {m: object.__new__(type(m)) for m in own}
+    scripted = [m for m in own if isinstance(m, torch.jit.ScriptModule)]
+    if any(m.training for m in scripted):
+        raise ValueError(
+            "the model holds modules that torch.jit compiled, which show no other mode than their "
+            "own: call model.eval() first"
+        )
+    twins = {m: object.__new__(type(m)) for m in own if m not in scripted and m is _made_of(m)}
     for module, twin in twins.items():
         held = module.__dict__
         turned = {name: _within(held[name], twins) for name in held.keys() - _SHARED}
         # what torch.compile put in the place of a call runs the module that it was made of
         twin.__dict__.update(held | turned, training=False, _compiled_call_impl=None)
-    return twins[model]
+    return twins[_made_of(model)]
+
+
+def _made_of(module: nn.Module) -> nn.Module:
+    """The module itself, or that which `torch.compile(module)` was given."""
+    while type(module).__name__ == "OptimizedModule":  # whose package takes long to import
+        module = module._orig_mod
+    return module
 
 
 def _within(value, twins: dict[nn.Module, nn.Module]):
     """A value of a module as its twin holds it: modules and bound methods are the twins'."""
     if isinstance(value, nn.Module):
-        return twins.get(value, value)
+        return twins.get(_made_of(value), value)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-        return MethodType(value.__func__, twins.get(value.__self__, value.__self__))
+        return MethodType(value.__func__, _within(value.__self__, twins))
     if type(value) in (list, tuple) and any(isinstance(x, nn.Module) for x in value):
         return type(value)(_within(x, twins) for x in value)
     if type(value) is dict and any(isinstance(x, nn.Module) for x in value.values()):

@@ -9,12 +9,18 @@ from torch.utils import _pytree as pytree
 def output(cls: type) -> type:
     """A dataclass whose values that are not None are also found by name and by place.
 
-    `out.loss`, `out["loss"]` and `out[0]` are one; `loss, logits = out` takes all of them. What
-    wraps a model sees its tensors: as one opaque value DDP would not average their gradients.
+    `out.loss`, `out["loss"]` and `out[0]` are one; `loss, logits = out` takes all of them, as
+    `out.to_tuple()`; `keys`, `values` and `items` are those of a dict. What wraps a model sees its
+    tensors: as one opaque value DDP would not average their gradients.
     """
     cls = dataclass(cls)
     cls.__getitem__ = _getitem
     cls.__contains__ = lambda out, name: name in _given(out)
+    cls.__len__ = lambda out: len(_given(out))
+    cls.keys = lambda out: _given(out).keys()
+    cls.values = lambda out: _given(out).values()
+    cls.items = lambda out: _given(out).items()
+    cls.to_tuple = lambda out: tuple(_given(out).values())
     pytree.register_dataclass(cls)
     return cls
 

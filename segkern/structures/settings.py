@@ -1,6 +1,7 @@
 """Settings that travel as one object: a model's input, views of an image, options of a result."""
 
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 
 from ..ops._checks import expect_integer
 from ..ops.segment_map import USED
@@ -35,7 +36,8 @@ class InputConfig:
     def __post_init__(self):
         for name in ("mean", "std"):
             value = getattr(self, name)
-            if len(value) != 3 or (name == "std" and min(value) <= 0):
+            numbers = len(value) == 3 and all(isinstance(x, Real) for x in value)
+            if not numbers or (name == "std" and min(value) <= 0):
                 rule = "three numbers" + (" above 0" if name == "std" else "")
                 raise ValueError(
                     f"image_{name} must be {rule}, of red, green and blue, got {tuple(value)}"

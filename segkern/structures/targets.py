@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._checks import got
+from ..ops import pack_bits
+from ..ops._checks import expect, got
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 100)  # then multiples of 64
 
@@ -29,6 +30,8 @@ class Targets(NamedTuple):
         ids: [B] int64, sample ids: random points depend on them and not on the place in the batch.
         semantic: [B, H, W] uint8, the label of each pixel, 255 where it does not count; None where
             the samples have none.
+        void: [B, H, ceil(W / 32)] int32, the pixels that have no weight in matching and in losses
+            of masks, packed as `ops.pack_bits` does; None where all have it.
         normalizer: [] floating, number of targets that losses of masks are divided by: where
             several processes or batches make one step, the same for all (training.distributed).
             None takes the number in this batch, at least 1. Targets that find no query, where
@@ -42,6 +45,7 @@ class Targets(NamedTuple):
     count: Tensor
     ids: Tensor
     semantic: Tensor | None = None
+    void: Tensor | None = None
     normalizer: Tensor | None = None
     pixel_normalizer: Tensor | None = None
 
@@ -54,6 +58,7 @@ class Targets(NamedTuple):
         num_labels: int | None = None,
         ids: Sequence[int] | Tensor | None = None,
         num_queries: int | None = None,
+        void: Sequence[Tensor] | None = None,
     ) -> "Targets":
         """Packs one tensor of masks and one of labels for each image, as Hugging Face passes them.
 
@@ -68,11 +73,12 @@ class Targets(NamedTuple):
             ids: sample ids, one an image; None counts from 0.
             num_queries: of the model, which can match no more targets of an image: more give a
                 warning. None leaves their number unchecked.
+            void: for each image [H, W] bool, the pixels that have no weight. None: all have it.
 
         Raises:
             TypeError: no tensor, or of another dtype.
-            ValueError: another number of masks and labels, a mask of another size or with other
-                values than 0 and 1, or a label out of range.
+            ValueError: another number of masks, labels or void maps, a mask of another size or
+                with other values than 0 and 1, or a label out of range.
         """
         B = len(mask_labels)
         if B == 0 or len(class_labels) != B:
@@ -101,7 +107,8 @@ class Targets(NamedTuple):
             raise ValueError(
                 f"targets: ids must be one integer for each of {B} images, got {got(ids)}"
             )
-        return cls(packed_labels, packed_masks, count.to(device), ids.to(device))
+        packed_void = None if void is None else _packed(void, (B, H, W)).to(device)
+        return cls(packed_labels, packed_masks, count.to(device), ids.to(device), void=packed_void)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
         """The same targets on another device."""
@@ -131,6 +138,18 @@ def _with_pixels(masks: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[lis
 def _warn(message: str) -> None:
     """Says it once in a process: what is wrong with a data set is wrong in many batches."""
     warnings.warn(message, stacklevel=3)
+
+
+def _packed(void: Sequence[Tensor], sizes: tuple[int, int, int]) -> Tensor:
+    """[B, H, ceil(W / 32)] int32 of B maps [H, W] bool."""
+    B, H, W = sizes
+    if len(void) != B:
+        raise ValueError(
+            f"targets: void must have one map for each of {B} images, got {len(void)}"
+        )
+    for b, x in enumerate(void):
+        expect("targets", f"void of image {b}", x, f"{H} {W}", "bool", {})
+    return pack_bits(torch.stack(list(void)))[0]
 
 
 def _last_two(masks) -> tuple[int, int]:

@@ -60,6 +60,8 @@ class TrainConfig:
             takes pq, ap or miou, by the task of the data.
         evaluate_scenes: images of each.
         threshold: least score of a segment in evaluation, 0 to 1.
+        void: what pixels without a label and crowds are to a model that finds masks: "background",
+            as in the paper's code, or "ignore", without weight in matching and loss.
         tensorboard: write curves for it, too, where it is installed.
         data: the data set.
         model: the model.
@@ -92,6 +94,7 @@ class TrainConfig:
     best_metric: str | None = None
     evaluate_scenes: int = 100
     threshold: float = 0.8
+    void: Literal["background", "ignore"] = "background"
     tensorboard: bool = True
     data: DataConfig = field(default_factory=DigitsConfig)
     model: Config = field(default_factory=default_config)
@@ -115,6 +118,7 @@ class TrainConfig:
             ("schedule", ("cosine", "poly", "steps")),
             ("precision", tuple(PRECISIONS)),
             ("optimizer", ("adamw", "sgd", "muon")),
+            ("void", ("background", "ignore")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(

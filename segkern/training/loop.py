@@ -10,6 +10,7 @@ position tables, a smaller rate for the backbone, the whole model's gradient cli
 Segmenter (Strudel et al., ICCV 2021): SGD with momentum, a polynomial schedule, nothing clipped.
 """
 
+import itertools
 import math
 import os
 import shutil
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data import Folder, Order, build_dataset, collate
-from ..evaluation.evaluate import check_dataset
+from ..evaluation.evaluate import check_dataset, some_of
 from ..io.atomic_files import writable_folder
 from ..models import SegmentationModel, build_model, initialize
 from ..runtime.device import usable_device
@@ -43,8 +44,7 @@ from .validation import BEST, Validation
 # schedule: from the resume on, the rate is that of a run of so many
 _FREE = (
     "output overwrite init steps device workers threads log_every checkpoint_every evaluate_every "
-    "best_metric "
-    "evaluate_scenes threshold tensorboard data.root "
+    "best_metric evaluate_scenes threshold tensorboard data.root data.max_pixels "
     "cuda_graphs gradient_checkpointing"
 )
 
@@ -86,7 +86,7 @@ def train(
         progress: show a bar, and a line for each evaluation.
         model: to train as it is, in place; its config stands for `config.model`. None builds one.
         val_dataset: for evaluations, as `evaluate` takes it; None builds the val split of
-            `config.data`, where `dataset` is None, too.
+            `config.data`, where `dataset` is None, too. A run on it needs it again to be resumed.
 
     Raises:
         ValueError: a setting that does not fit the data, the checkpoint or the folder; a map of a
@@ -98,20 +98,24 @@ def train(
     """
     _refuse_processes()
     if model is not None:
+        if not hasattr(model, "config"):
+            raise TypeError(
+                f"train: model must be a segmentation model (segkern.models), got a "
+                f"{type(model).__name__}, which lacks config"
+            )
         if config.init is not None:
             raise ValueError(f"train: init must be None where model is given, got {config.init!r}")
         config = replace(config, model=model.config)
     folder = writable_folder(config.output)
     state = None if resume is None else _open(resume, config)
-    if state is not None and state.get("own_data") and dataset is None:
-        raise ValueError(
-            f"train: dataset must be given to go on with {resume}, which trained on one that was "
-            "handed to train() and that its settings do not describe, got None"
-        )
+    if state is not None:
+        _check_resumed(state, config, resume, dataset, val_dataset)
     own = resume is not None and checkpoint.folder_of(resume).resolve() == folder.resolve()
-    if not own and (folder / checkpoint.FILE).exists() and not config.overwrite:
+    held = [name for name in (checkpoint.FILE, BEST, "model") if (folder / name).exists()]
+    if held and not own and not config.overwrite:
+        go_on = f"go on with --resume {folder}, " if checkpoint.FILE in held else ""
         raise ValueError(
-            f"{folder} holds a run: go on with --resume {folder}, choose another --output, "
+            f"{folder} holds a run ({', '.join(held)}): {go_on}choose another --output, "
             "or start anew with --overwrite"
         )
     data, held_out = _data(config, dataset, val_dataset, progress)
@@ -134,10 +138,13 @@ def train(
     if state is not None:
         start, seconds = _restore(state, train_step, resume)
     batches = _batches(data, config, start)
+    first = next(batches)  # before an earlier run is removed, for what is wrong with the files
+    validation = None
+    if held_out is not None:
+        validation = Validation(held_out, config, folder, start if own else None)
     if not own:
         _remove_run(folder)
     log = Log(folder, start, config.tensorboard, keep=own)
-    validation = Validation(held_out, config, folder, start)
     with (
         log,
         ProgressBar(config.steps, start, config.batch_size, progress) as bar,
@@ -145,6 +152,9 @@ def train(
     ):
         if begun is not None:
             bar.show(begun)
+        batches = itertools.chain([first], batches)
+        own_val = val_dataset is not None or bool(state and state.get("own_val"))
+        given = {"own_data": dataset is not None, "own_val": own_val}
         for step in range(start, config.steps):
             began = time.perf_counter()
             batch = next(batches).to(device)
@@ -163,7 +173,7 @@ def train(
             seconds += time.perf_counter() - began
             bar.advance(line)
             if due:  # before the evaluation, whose failure shall cost nothing
-                _save(folder, train_step, config, done, seconds, own_data=dataset is not None)
+                _save(folder, train_step, config, done, seconds, given)
             if measure:
                 metrics, text = validation(model, done)
                 line |= {"metrics": metrics}
@@ -185,12 +195,31 @@ def train(
 def _refuse_processes() -> None:
     """Raises ValueError where several processes would write one run."""
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = int(os.environ.get("WORLD_SIZE") or 1)
     count = torch.distributed.get_world_size() if together else count
     if count > 1:
         raise ValueError(
             f"train: the number of processes (WORLD_SIZE) must be 1, got {count}: several would "
             "each train alone into one folder; start it without torchrun"
+        )
+
+
+def _check_resumed(state: dict, config: TrainConfig, name, dataset, val_dataset) -> None:
+    """Raises ValueError where a run cannot have again what was handed to it, or shall begin with
+    other weights than its own."""
+    val_needed = config.evaluate_every and state.get("own_val")
+    for argument, given, needed in (
+        ("dataset", dataset, state.get("own_data")),
+        ("val_dataset", val_dataset, val_needed),
+    ):
+        if needed and given is None:
+            raise ValueError(
+                f"train: {argument} must be given to go on with {name}, which was handed one that "
+                "its settings do not describe, got None"
+            )
+    if config.init not in (None, state["config"].get("init")):
+        raise ValueError(
+            f"train: init (--init) must be left out where a run goes on, got {config.init}"
         )
 
 
@@ -201,7 +230,9 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
         ValueError: their classes are not the model's, one is missing, or a map is bad.
     """
     data = build_dataset(config.data, "train", config.model) if dataset is None else dataset
-    held_out = val_dataset if config.evaluate_every else None
+    held_out = val_dataset
+    if val_dataset is not None and not config.evaluate_every:
+        raise ValueError("train: evaluate_every must be at least 1 where val_dataset is given")
     if config.evaluate_every and held_out is None:
         if dataset is not None:
             raise ValueError(
@@ -209,24 +240,24 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
                 "got None"
             )
         held_out = build_dataset(config.data, "val")
-    if held_out is not None:
-        check_dataset(held_out, config.model, (config.task,))
     for name, part in (("dataset", data), ("val_dataset", held_out)):
         if part is None:
             continue
-        classes = getattr(part, "classes", None)
-        if classes is None:
-            raise ValueError(f"train: {name} must have `classes`, the names of its labels")
-        if len(classes) != config.model.num_labels:
+        if name == "val_dataset":
+            part = part.dataset if isinstance(part, DataLoader) else part
+            check_dataset(part, config.model, (config.task,), "train: val_dataset")
+        elif (classes := getattr(part, "classes", None)) is None:
+            raise ValueError("train: dataset must have `classes`, the names of its labels")
+        elif len(classes) != config.model.num_labels:
             raise ValueError(
                 f"train: model.num_labels must be {len(classes)}, the classes of the data, "
                 f"got {config.model.num_labels}"
             )
         if isinstance(part, Folder) and (absent := part.check(progress)):
-            split = "training" if part is data else "val"
+            split = "training" if name == "dataset" else "val"
             warnings.warn(
-                f"train: {len(absent)} of {len(classes)} classes occur in no map of the {split} "
-                f"split (255 stands for no class): {', '.join(absent[:5])}",
+                f"train: {len(absent)} of {len(part.classes)} classes occur in no map of the "
+                f"{split} split (255 stands for no class): {some_of(absent)}",
                 stacklevel=3,
             )
     return data, held_out
@@ -240,6 +271,7 @@ def _batches(data, config: TrainConfig, start: int) -> Iterator:
         num_labels=config.model.num_labels,
         divisor=config.model.input.divisor,
         num_queries=getattr(config.model, "num_queries", None),
+        void=config.void,
     )
     loader = DataLoader(
         data,
@@ -288,14 +320,14 @@ def _check_weights(weights: dict[str, Tensor], step: int) -> None:
 
 def _remove_run(folder: Path) -> None:
     """Removes what an earlier run left, or its results would pass for those of the new one."""
-    if (folder / checkpoint.FILE).exists():
+    if any((folder / name).exists() for name in (checkpoint.FILE, BEST)):
         for part in ("model", BEST, "tensorboard"):
             shutil.rmtree(folder / part, ignore_errors=True)
-        (folder / checkpoint.FILE).unlink()
+        (folder / checkpoint.FILE).unlink(missing_ok=True)
 
 
 def _save(
-    folder: Path, run: Step, config: TrainConfig, step: int, seconds: float, own_data: bool
+    folder: Path, run: Step, config: TrainConfig, step: int, seconds: float, given: dict
 ) -> None:
     """Writes a checkpoint and model/, unless the weights are spoilt: those before stay then.
 
@@ -309,7 +341,7 @@ def _save(
         folder,
         {
             "config": config.to_dict(),
-            "own_data": own_data,
+            **given,
             "step": step,
             "seconds": seconds,
             "seed": config.seed,

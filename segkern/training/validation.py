@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -24,17 +23,18 @@ class Validation:
     Args:
         data: held-out samples as `evaluate` takes them; None where there are no evaluations.
         config: of the run.
-        folder: of the run; what it holds as best counts, unless it is from later steps.
-        start: steps done before.
+        folder: of the run.
+        start: steps done before; what `folder` holds as best counts, unless it is from later ones.
+            None for a run that begins: nothing counts.
 
     Raises:
         ValueError: `folder`/best is not what training writes.
     """
 
-    def __init__(self, data, config: TrainConfig, folder: Path, start: int):
+    def __init__(self, data, config: TrainConfig, folder: Path, start: int | None):
         self.data, self.config, self.folder = data, config, folder / BEST
         self.metric = config.best_metric or METRICS[config.task][0]
-        self.best = _stored(self.folder / _FIGURES, self.metric, start)
+        self.best = _to_surpass(folder, self.metric, start)
 
     def __call__(self, model: SegmentationModel, step: int) -> tuple[dict[str, float], str]:
         """Measures, and keeps the model if it is the best so far.
@@ -56,7 +56,8 @@ class Validation:
         if config.task == "panoptic" and value["things"]["pq"] is not None:
             value["pq"] = value["things"]["pq"]
         found = {name: value[name] for name in METRICS[config.task] if value[name] is not None}
-        text = f"step {step}: " + ", ".join(f"{k} {x:.3f}" for k, x in found.items())
+        figures = ", ".join(f"{k} {x:.3f}" for k, x in found.items())
+        text = f"step {step}: {figures or 'the held-out images have nothing to measure'}"
         x = found.get(self.metric)
         if x is not None and (self.best is None or x > self.best):
             self.best = x
@@ -75,22 +76,33 @@ class Validation:
             os.replace(new, self.folder)
 
 
-def _stored(path: Path, metric: str, start: int) -> float | None:
-    """The figure of the best model there, which a run from `start` must surpass.
+def best_of(run: Path) -> tuple[int, str, float] | None:
+    """Step, metric and figure of the best model of a run; None where it has none.
 
-    One of later steps is removed: this run has not come so far. By another metric it stays until
-    the next evaluation.
+    Raises:
+        ValueError: `run`/best is not what training writes.
     """
+    path = run / BEST / _FIGURES
     if not path.parent.is_dir():
         return None
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))
-        step, value = int(figures["step"]), figures.get(metric)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        metric = figures["metric"]
+        return int(figures["step"]), metric, float(figures[metric])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: not what training writes there; remove {path.parent}"
         ) from error
-    if step > start:
-        shutil.rmtree(path.parent)
+
+
+def _to_surpass(run: Path, metric: str, start: int | None) -> float | None:
+    """The figure of the best model of a run that goes on from `start`.
+
+    One of later steps, to which it has not come, or by another metric stays until the next
+    evaluation.
+    """
+    best = None if start is None else best_of(run)
+    if best is None:
         return None
-    return value if figures.get("metric") == metric else None
+    step, by, figure = best
+    return figure if by == metric and step <= start else None

@@ -12,12 +12,21 @@ _LOCK = threading.Lock()  # the library has one setting for all threads
 @contextmanager
 def downloads() -> Iterator[None]:
     """Inside, the hub's library takes what it has kept and fails at once for the rest, if the hub
-    does not answer in five seconds; by itself it would try again for most of a minute."""
+    does not answer in five seconds; by itself it would try again for most of a minute.
+
+    Raises:
+        OSError: the library failed, where the hub does not answer.
+    """
     with _LOCK:
         before = constants.HF_HUB_OFFLINE
-        constants.HF_HUB_OFFLINE = before or not _answers()
+        silent = not (before or _answers())
+        constants.HF_HUB_OFFLINE = before or silent
         try:
             yield
+        except (OSError, ValueError) as error:
+            if not silent:
+                raise
+            raise OSError(f"{constants.ENDPOINT} does not answer") from error
         finally:
             constants.HF_HUB_OFFLINE = before
 

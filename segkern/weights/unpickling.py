@@ -15,6 +15,7 @@ _DTYPES = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
 # pickle calls it, which versions of Python and NumPy spell differently
 _HARMLESS = [
     argparse.Namespace,
+    frozenset,
     np.dtype,
     np.ndarray,
     *_DTYPES,
@@ -38,7 +39,7 @@ def load(path: str | Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign or cut file makes the unpickler raise anything
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes for a terminal
-        if found := re.search(r"(?:GLOBAL|class) (\S+) was not an allowed", text):
+        if found := re.search(r"(?:GLOBAL|class) (\S+) (?:was not an allowed|whose module)", text):
             raise ValueError(
                 f"holds a {found[1]}, which is code and not run here: save it anew without"
             ) from error

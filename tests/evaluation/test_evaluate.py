@@ -406,7 +406,7 @@ def test_bad_options_are_named(options, message):
 
 
 def test_wrong_model_and_empty_set(tmp_path):
-    with pytest.raises(ValueError, match="the model has 7 labels, the data set 5 classes"):
+    with pytest.raises(ValueError, match="as many classes as the model has labels, 7, got 5"):
         evaluate(Painted(labels=7), random_scenes(1), progress=False)
     with pytest.raises(ValueError, match="the data set is empty"):
         evaluate(Painted(), Scenes([]), progress=False)

@@ -123,6 +123,19 @@ def unsure():
 
 
 @pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"threshold": "a"}, "threshold must be a number, got 'a'"),
+        ({"overlap_threshold": "a"}, "overlap_threshold must be a number, got 'a'"),
+        ({"top_k": 2.5}, "top_k must be an integer, got 2.5"),
+    ],
+)
+def test_options_of_no_kind(option, message):
+    with pytest.raises(TypeError, match=message):
+        segkern.segment(Squares(), half_bright(), **option)
+
+
+@pytest.mark.parametrize(
     ("task", "threshold", "found"),
     [
         ("panoptic", None, ["ground"]),

@@ -212,7 +212,7 @@ def test_large_pictures_are_read_where_max_pixels_says_so(tmp_path, low_limit):
     path = tmp_path / "a.png"
     Image.fromarray(half_bright(100, 150)).save(path)
     for read in (open_image, read_image, lambda x: segment(Squares(), x)):
-        with pytest.raises(ValueError, match=r"a\.png: too large .* max_pixels \(--max-pixels\)"):
+        with pytest.raises(ValueError, match=r"a\.png: too large .* max_pixels \(--max-pixels"):
             read(path)
     assert open_image(path, 15_000).size == (150, 100)
     assert read_image(path, max_pixels=10**9).shape == (3, 100, 150)

@@ -104,6 +104,18 @@ BAD = {
     "foreign": (lambda: rle.decode([{"size": [2, 2], "counts": "!"}], [1], (2, 2)), "foreign"),
     "negative": (lambda: rle.decode([{"size": [2, 2], "counts": "O5"}], [1], (2, 2)), "exceed"),
     "cut off": (lambda: rle.decode([{"size": [2, 2], "counts": "P"}], [1], (2, 2)), "cut off"),
+    "counts beyond 64 bits": (
+        lambda: rle.decode([{"size": [2, 2], "counts": [2**63]}], [1], (2, 2)),
+        "counts must fit int64, got values of 9223372036854775808",
+    ),
+    "ids beyond 32 bits": (
+        lambda: rle.decode([{"size": [2, 2], "counts": "4"}], [2**40], (2, 2)),
+        "ids must fit int32, got values of 1099511627776",
+    ),
+    "size of nothing": (
+        lambda: rle.decode([{"size": None, "counts": "4"}], [1], (2, 2)),
+        r"size must be \[2, 2\], got None",
+    ),
     "ids missing": (
         lambda: rle.decode([{"size": [2, 2], "counts": "4"}], [], (2, 2)),
         "as many ids",
@@ -118,9 +130,9 @@ def test_bad_input(case, way):
         call()
 
 
-@pytest.mark.parametrize("counts", [None, 4, 4.0, [4.0], [[4]], ["4"], {"4"}], ids=repr)
+@pytest.mark.parametrize("counts", [None, 4, 4.0, [4.0], [[4]], [[4], 1], ["4"], {"4"}], ids=repr)
 def test_counts_of_no_kind(counts, way):
-    message = "rle.decode: counts must be text, bytes or a list of integers, got"
+    message = "rle.decode: counts must be (text, bytes or )?a list of integers, got"
     with pytest.raises(TypeError, match=message):
         rle.decode([{"size": [2, 2], "counts": counts}], [1], (2, 2))
 

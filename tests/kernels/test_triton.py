@@ -92,19 +92,17 @@ def point_sample(dtype, B=2, C=256, h=64, w=96, P=12544):
 
 
 def matching_cost(dtype, B=2, R=10, Q=100, K=133, C=256, h=64, w=96, T=20, H=256, W=384, P=12544):
-    launch(
-        "matching_cost",
+    """With a number of targets that count and without, without one of points and with."""
+    values = (
         meta(dtype, B, R, Q, K + 1),
         meta(dtype, B, R, Q, C),
         meta(dtype, B, C, h, w),
         meta(torch.int64, B, T),
         meta(torch.uint8, B, T, H, W),
         meta(exact_dtype(meta(dtype)), B, R, P, 2),
-        meta(torch.int64, B),
-        2.0,
-        5.0,
-        5.0,
     )
+    launch("matching_cost", *values, meta(torch.int64, B), 2.0, 5.0, 5.0)
+    launch("matching_cost", *values, None, 2.0, 5.0, 5.0, meta(torch.int64, B, R))
 
 
 def segment_map(dtype, B=2, Q=100, K=133, h=128, w=192, out=(480, 640), C=256, n=100):

@@ -1,11 +1,8 @@
 """What a model returns: Hugging Face's manners, and gradients that DDP averages."""
 
-import datetime
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from test_opening import pixels, queries
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,6 +12,7 @@ from torch.utils import _pytree as pytree
 from segkern.models import Mask2FormerOutput, SegmenterOutput
 from segkern.structures.targets import Targets
 from support.inputs import random_targets
+from support.processes import in_two_processes
 
 
 def asked(kind, rank=0):
@@ -43,6 +41,8 @@ def test_an_output_is_read_by_attribute_name_and_place(kind):
     name = "logits" if kind == "Segmenter" else "class_queries_logits"
     assert plain[0] is getattr(plain, name) is plain[name]
     assert [v.shape for v in plain] == [v.shape for v in plain[:]]
+    assert dict(**plain).keys() == plain.keys()
+    assert len(plain) == len(plain.to_tuple()) == len(plain.values()) == len(plain.items())
     for key in ("loss", 9):
         with pytest.raises(LookupError):
             plain[key]
@@ -62,10 +62,7 @@ WRAPPED = {
 }
 
 
-def work(rank, file, results):
-    torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{file}", timeout=wait, rank=rank, world_size=2)
+def work(rank):
     found = {}
     for kind in ("Mask2Former", "Segmenter"):
         for name, options in WRAPPED.items():
@@ -77,29 +74,14 @@ def work(rank, file, results):
                     model.zero_grad()
                     wrapped(**arguments).loss.backward()
                     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-                    found.setdefault(f"{kind}, {name}, checkpointing {checkpointing}", []).append(
-                        torch.cat(
-                            grads
-                        ).tolist()  # a tensor's file would be gone with this process
-                    )
-    results.put((rank, found))
-    dist.barrier()
-    dist.destroy_process_group()
+                    case = f"{kind}, {name}, checkpointing {checkpointing}"
+                    found.setdefault(case, []).append(torch.cat(grads).tolist())
+    return found
 
 
 @pytest.mark.slow
 def test_processes_average_the_gradients(tmp_path):
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    workers = [
-        context.Process(target=work, args=(rank, tmp_path / "store", results)) for rank in (0, 1)
-    ]
-    for worker in workers:
-        worker.start()
-    found = dict(results.get(timeout=150) for _ in workers)
-    for worker in workers:
-        worker.join(30)
-        assert worker.exitcode == 0
+    found = in_two_processes(work, tmp_path)
     assert len(found[0]) == 8
     for case, steps in found[0].items():
         for step, mine, other in zip((1, 2), steps, found[1][case], strict=True):

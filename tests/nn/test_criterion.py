@@ -6,11 +6,12 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as peer
 
 from segkern.nn.criterion import Criterion
-from segkern.ops import random_points
+from segkern.ops import random_points, unpack_bits
 from segkern.ops.point_sample import MATCHING
 from segkern.structures.targets import Targets
 from support.comparison import promote
 from support.inputs import random_targets
+from support.void import random_void
 
 B, R, Q, K, M, P = 2, 3, 6, 4, 8, 40
 
@@ -109,6 +110,31 @@ def test_kernels_equal_references(counts):
         results.append([loss, *losses.values(), *(v.grad for v in inputs)])
     for got, want in zip(*results):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_void_in_matching_and_losses():
+    """Kernels as references; what masks hold there changes nothing, and without it they differ."""
+    *values, targets = setting()
+    void = random_void(B, 36, 48)
+    pixels = unpack_bits(void, 48)[:, None]
+    other = targets.masks.where(~pixels, 1 - targets.masks)
+    results = []
+    for impl, masks in (("kernel", targets.masks), ("kernel", other), ("reference", other)):
+        leaves = [v.clone().requires_grad_() for v in values]
+        loss, losses = criterion(impl=impl)(*leaves, targets._replace(masks=masks, void=void))
+        loss.backward()
+        results.append([loss, *losses.values(), *(v.grad for v in leaves)])
+    for one, two, reference in zip(*results):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, reference, rtol=1e-10, atol=1e-12)
+    assert criterion()(*values, targets)[0] != results[0][0]
+
+
+def test_a_target_within_void_costs_its_class_alone():
+    *values, targets = setting((1, 1))
+    void = random_void(B, 36, 48, share=1.0)
+    _, losses = criterion()(*values, targets._replace(void=void))
+    assert losses["loss_mask"].tolist() == losses["loss_dice"].tolist() == [0.0] * R
 
 
 def test_padding_does_not_matter():

@@ -6,10 +6,11 @@ from unittest import mock
 import pytest
 import torch
 
-from segkern.ops import linear_assignment, matching_cost
+from segkern.ops import linear_assignment, matching_cost, unpack_bits
 from segkern.ops.matching_cost import BOUND, matching_cost_reference
 from support.comparison import DTYPES, compare
 from support.inputs import matching_cost_inputs
+from support.void import counts_by_hand, random_void
 
 INF, NAN = float("inf"), float("nan")
 CASES = {
@@ -83,6 +84,54 @@ def test_points_outside_read_zero():
     inputs[5] = inputs[5] * 1.6 - 0.3
     inputs[5][:, :, 0] = NAN
     compare(matching_cost, matching_cost_reference, inputs)
+
+
+WEIGHTS = (2.0, 5.0, 5.0)
+VOID = {  # sizes, share of the pixels
+    "some": ({}, 0.3),
+    "nearly all": ({}, 0.95),
+    "all": ({}, 1.0),
+    "several ranges of points": ({"B": 1, "R": 2, "P": 4200, "Q": 3}, 0.6),
+    "whole words": ({"W": 64}, 0.3),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", VOID)
+def test_void(case, dtype):
+    sizes, share = VOID[case]
+    inputs = matching_cost_inputs(**sizes, dtype=dtype)
+    inputs[5] = inputs[5] * 1.2 - 0.1  # points outside count
+    B, _, H, W = inputs[4].shape
+    void = random_void(B, H, W, share)
+    compare(matching_cost, matching_cost_reference, [*inputs, *WEIGHTS, void])
+
+
+def test_void_cuts_points_out():
+    inputs, void = matching_cost_inputs(B=1, R=1, dtype=torch.float64), random_void(1, 33, 41)
+    keep = counts_by_hand(inputs[5][:, 0], void, 41)[0]
+    assert 0 < keep.sum() < 60
+    cut = [*inputs[:5], inputs[5][:, :, keep], *inputs[6:]]
+    for impl in ("kernel", "reference"):
+        got = matching_cost(*inputs, void=void, impl=impl)
+        torch.testing.assert_close(got, matching_cost_reference(*cut), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["kernel", "reference"])
+def test_void_pixels_do_not_count(impl):
+    """Nothing that masks or features, here of the same size, hold there is seen, even NaN."""
+    inputs, void = matching_cost_inputs(h=33, w=41), random_void(2, 33, 41)
+    pixels = unpack_bits(void, 41)[:, None]
+    want = matching_cost(*inputs, void=void, impl=impl)
+    inputs[2] = inputs[2].masked_fill(pixels, NAN)
+    inputs[4] = inputs[4].where(~pixels, 1 - inputs[4])
+    assert torch.equal(matching_cost(*inputs, void=void, impl=impl), want)
+
+
+def test_void_of_no_pixel_changes_no_bit():
+    inputs = matching_cost_inputs()
+    got = matching_cost(*inputs, void=random_void(2, 33, 41, share=0.0))
+    assert torch.equal(got, matching_cost(*inputs))
 
 
 def test_agrees_with_the_formula_of_transformers():
@@ -196,15 +245,14 @@ def test_no_gradient_and_no_autocast():
 
 
 def test_opcheck():
-    weights = (2.0, 5.0, 5.0)
-    inputs = matching_cost_inputs()
+    inputs, counts = matching_cost_inputs(), torch.tensor([[60, 7, 0], [1, 2, 3]])
     op = torch.ops.segkern.matching_cost
-    torch.library.opcheck(op, (*inputs, *weights))
-    torch.library.opcheck(op, (*matching_cost_inputs(dtype=torch.bfloat16)[:6], None, *weights))
+    torch.library.opcheck(op, (*inputs, *WEIGHTS, counts))
+    torch.library.opcheck(op, (*matching_cost_inputs(dtype=torch.bfloat16)[:6], None, *WEIGHTS))
 
 
 def test_compile():
-    inputs = matching_cost_inputs()
+    inputs = [*matching_cost_inputs(), *WEIGHTS, random_void(2, 33, 41)]
     compiled = torch.compile(matching_cost, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs), matching_cost(*inputs))
 
@@ -243,6 +291,16 @@ BAD = {
     ),
     "no point": (replaced(5, lambda t: t[:, :, :0]), ValueError, "points must have P >= 1, got"),
     "counts int32": (replaced(6, lambda t: t.int()), TypeError, "n_targets must be .* int64"),
+    "void of words of 64 bits": (
+        lambda i: [*i, *WEIGHTS, random_void(2, 33, 41).long()],
+        TypeError,
+        r"void must be \[B, H, ceil\(W/32\)\] int32, got \[2, 33, 2\] int64",
+    ),
+    "void of no batch": (
+        lambda i: [*i, *WEIGHTS, random_void(2, 33, 41)[0]],
+        ValueError,
+        r"void must be .* with B = 2, H = 33, ceil\(W/32\) = 2, got \[33, 2\]",
+    ),
     "counts elsewhere": (
         replaced(6, lambda t: t.to("meta")),
         ValueError,

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from segkern.ops import point_mask_loss, point_sample, random_points
+from segkern.ops import point_mask_loss, point_sample, random_points, unpack_bits
+from segkern.ops._void import void_cells
 from segkern.ops.point_mask_loss import point_mask_loss_reference
 from support.comparison import DTYPES, compare
 from support.inputs import point_mask_loss_inputs
+from support.void import counts_by_hand, random_void
 
 FEW = (40, 3.0, 0.75)  # points, oversample ratio, importance ratio
 CASES = {
@@ -28,6 +30,75 @@ def test_losses_and_gradients(case, dtype):
     inputs = [*point_mask_loss_inputs(**sizes, dtype=dtype), *settings]
     inputs[2][0, 0, 0] = True
     compare(point_mask_loss, point_mask_loss_reference, inputs, [0])
+
+
+VOID = {  # share of the pixels, settings
+    "some": (0.3, FEW),
+    "nearly all": (0.95, FEW),  # fewer candidates that count than are to be taken
+    "all": (1.0, FEW),
+    "some, all important": (0.3, (33, 1.0, 1.0)),
+    "some, all random": (0.3, (33, 2.0, 0.0)),
+    "some, more candidates": (0.6, (500, 3.0, 0.75)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", VOID)
+def test_void_losses_and_gradients(case, dtype):
+    share, settings = VOID[case]
+    inputs = [*point_mask_loss_inputs(dtype=dtype), *settings, random_void(share=share)]
+    inputs[2][0, 0, 0] = True
+    compare(point_mask_loss, point_mask_loss_reference, inputs, [0])
+
+
+def test_void_cuts_points_out():
+    """The loss by hand: of the candidates that count the k most uncertain, and the random rest."""
+    logits, masks, active, ids, seed = point_mask_loss_inputs(B=1, R=1, T=1, dtype=torch.float64)
+    void, active = random_void(B=1), torch.ones_like(active)
+    points = random_points(seed, torch.stack((ids, ids * 0, ids * 0), -1), 130)
+    counts = counts_by_hand(points, void, 45)[0]
+    points = points.double()
+    candidates, rest = points[:, :120][:, counts[:120]], points[:, 120:][:, counts[120:]]
+    order = point_sample(logits[0], candidates)[0, 0].abs().argsort()
+    chosen = torch.cat((candidates[:, order[:30]], rest), 1)
+    assert 30 < chosen.shape[1] < 40
+    x, t = point_sample(logits[0], chosen), point_sample(masks.double(), chosen)
+    want = torch.nn.functional.binary_cross_entropy_with_logits(x, t)
+    for impl in ("kernel", "reference"):
+        bce, dice = point_mask_loss(logits, masks, active, ids, seed, *FEW, void=void, impl=impl)
+        torch.testing.assert_close(bce.squeeze(), want, rtol=1e-12, atol=0)
+        s = x.sigmoid()
+        want_dice = 1 - (2 * (s * t).sum() + 1) / (s.sum() + t.sum() + 1)
+        torch.testing.assert_close(dice.squeeze(), want_dice, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", ["kernel", "reference"])
+def test_void_pixels_do_not_count(impl, dtype):
+    """Nothing that masks or logits hold there, even NaN, is seen; their gradient is exactly 0."""
+    logits, masks, *rest = point_mask_loss_inputs(h=31, w=45, dtype=dtype)
+    void = random_void()
+    pixels = unpack_bits(void, 45)[:, None]  # [B, 1, H, W]
+    other = masks.where(~pixels, 1 - masks)
+    results = []
+    for x, m in ((logits, masks), (logits.masked_fill(pixels[:, None], float("nan")), other)):
+        x = x.requires_grad_()
+        loss = point_mask_loss(x, m, *rest, 400, 3.0, 0.75, void, impl)
+        results.append((*loss, *torch.autograd.grad(loss[0].sum() + loss[1].sum(), x)))
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+    grad = results[0][2]
+    assert (grad.masked_select(pixels[:, None]) == 0).all()
+    assert (grad != 0).any()
+
+
+def test_void_of_no_pixel_changes_no_bit():
+    inputs, results = point_mask_loss_inputs(), []
+    inputs[0].requires_grad_()
+    for void in (None, random_void(share=0.0)):
+        loss = point_mask_loss(*inputs, *FEW, void)
+        results.append((*loss, *torch.autograd.grad(loss[0].sum() + loss[1].sum(), inputs[0])))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_as_many_points_as_in_the_paper():
@@ -90,14 +161,18 @@ def test_opcheck():
     grads = torch.randn(2, 2, 3, 4).unbind()
     arguments = (*grads, *kept, *inputs, 120, 30, 10)
     torch.library.opcheck(torch.ops.segkern.point_mask_loss_backward, arguments)
+    cells = void_cells(random_void(), 45)
+    torch.library.opcheck(torch.ops.segkern.point_mask_loss, (*inputs, 120, 30, 10, cells))
+    arguments = (*arguments, cells)
+    torch.library.opcheck(torch.ops.segkern.point_mask_loss_backward, arguments)
 
 
 def test_compile():
-    logits, *rest = point_mask_loss_inputs()
+    (logits, *rest), void = point_mask_loss_inputs(), random_void()
     logits.requires_grad_()
 
     def loss(x):
-        return sum(v.sum() for v in point_mask_loss(x, *rest, *FEW))
+        return sum(v.sum() for v in point_mask_loss(x, *rest, *FEW, void))
 
     out = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits)
     torch.testing.assert_close(out, loss(logits))
@@ -139,6 +214,16 @@ BAD = {
         lambda i: i.extend([10, 0.5]),
         ValueError,
         "oversample_ratio must be >= 1, got 0.5",
+    ),
+    "void bool": (
+        lambda i: i.extend([*FEW, torch.zeros(2, 31, 2, dtype=torch.bool)]),
+        TypeError,
+        r"void must be \[B, H, ceil\(W/32\)\] int32, got \[2, 31, 2\] bool",
+    ),
+    "void of other W": (
+        lambda i: i.extend([*FEW, random_void(W=65)]),
+        ValueError,
+        r"void must be .* with B = 2, H = 31, ceil\(W/32\) = 2, got \[2, 31, 3\]",
     ),
     "importance": (lambda i: i.extend([10, 3, 1.5]), ValueError, r"must be in \[0, 1\], got 1.5"),
 }
@@ -255,6 +340,7 @@ RAW = {
     "masks of another batch": (1, lambda m: m[:1], "wrong sizes"),
     "active of other T": (2, lambda a: a[:, :, 1:], "wrong sizes"),
     "masks int64": (1, lambda m: m.long(), "wrong dtype"),
+    "cells of other H": (8, lambda c: c[:, 1:], "wrong cells"),
     "more important than drawn": (6, lambda k: 200, "more important points than candidates"),
 }
 
@@ -262,7 +348,7 @@ RAW = {
 @pytest.mark.parametrize("case", RAW)
 def test_raw_op_does_not_leave_its_tensors(case):
     place, change, message = RAW[case]
-    arguments = [*point_mask_loss_inputs(), 120, 30, 10]
+    arguments = [*point_mask_loss_inputs(), 120, 30, 10, void_cells(random_void(), 45)]
     arguments[place] = change(arguments[place])
     with pytest.raises(RuntimeError, match=message):
         torch.ops.segkern.point_mask_loss(*arguments)

@@ -119,3 +119,22 @@ def test_positions_are_kept_for_these_weights_alone():
         torch.testing.assert_close(model.positions(3, 3), 2 * kept)
         model.pos_embed.data = model.pos_embed / 4
         torch.testing.assert_close(model.positions(3, 3), kept / 2)
+
+
+def test_what_torch_compile_made_runs_as_the_module_it_was_made_of():
+    torch.manual_seed(1)
+    model = MODELS["timm's ResNet"]().eval()
+    wanted = scores(model, 0)
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    before = {name: value.clone() for name, value in model.train().state_dict().items()}
+    assert torch.equal(scores(model, 0), wanted)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert evaluated(torch.compile(model, backend="eager")).backbone.training is False
+
+
+def test_what_torch_jit_compiled_is_refused_in_training_mode():
+    model = nn.Sequential(torch.jit.script(nn.Dropout()), nn.ReLU())
+    with pytest.raises(ValueError, match=r"torch.jit compiled.*: call model.eval\(\) first"):
+        evaluated(model.train())
+    assert evaluated(model.eval()) is model

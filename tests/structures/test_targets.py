@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from segkern.ops import unpack_bits
 from segkern.structures.targets import Targets, _warn, bucket
 from support.inputs import random_targets
 
@@ -135,3 +136,24 @@ def test_one_id_for_each_image():
         ValueError, match=r"ids must be one integer for each of 3 images, got \[2\]"
     ):
         Targets.from_lists(*lists(), ids=[1, 2])
+
+
+def test_void_is_packed():
+    void = torch.rand(3, 12, 16) > 0.5
+    targets = Targets.from_lists(*lists(), void=list(void))
+    assert torch.equal(unpack_bits(targets.void, 16), void)
+    assert Targets.from_lists(*lists()).void is None
+
+
+@pytest.mark.parametrize(
+    ("void", "message"),
+    [
+        ([torch.zeros(12, 16).bool()], "void must have one map for each of 3 images, got 1"),
+        ([torch.zeros(12, 16)] * 3, r"void of image 0 must be \[12, 16\] bool, got .* float32"),
+        ([torch.zeros(12, 15).bool()] * 3, r"must be \[12, 16\] bool, got \[12, 15\] bool"),
+    ],
+    ids=["fewer", "dtype", "size"],
+)
+def test_bad_void(void, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Targets.from_lists(*lists(), void=void)

@@ -1,12 +1,8 @@
 """Two processes on one machine: each may compute a loss alone, and a step is that of the joined
 batch."""
 
-import datetime
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from test_step import network
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,6 +11,7 @@ from segkern.structures.targets import Targets
 from segkern.training.distributed import normalized
 from segkern.training.step import TrainingLoss
 from support.inputs import random_targets
+from support.processes import in_two_processes
 
 
 def image(rank, counts=(3, 1)):
@@ -75,10 +72,7 @@ def pixels(ranks):
     return model, x, targets._replace(semantic=semantic)
 
 
-def work(rank, file, results):
-    torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{file}", timeout=wait, rank=rank, world_size=2)
+def work(rank):
     model = network()
     for norm in model.modules():  # statistics of a part of the batch would differ
         if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
@@ -90,31 +84,18 @@ def work(rank, file, results):
     loss = DistributedDataParallel(TrainingLoss(model), find_unused_parameters=True)
     _, losses = loss(x, normalized(targets))
     (losses["loss_mask"].sum() + losses["loss_dice"].sum()).backward()
-    # plain types: a tensor's file would be gone with this process
     found = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
     model, x, targets = pixels([rank])
     if rank == 0:
         model.loss(x, targets)
     loss = DistributedDataParallel(TrainingLoss(model))
     loss(x, normalized(targets))[0].backward()
-    results.put((rank, found + [p.grad.tolist() for p in model.parameters()]))
-    dist.barrier()
-    dist.destroy_process_group()
+    return found + [p.grad.tolist() for p in model.parameters()]
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_step_of_the_joined_batch(tmp_path):
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    workers = [
-        context.Process(target=work, args=(rank, tmp_path / "store", results)) for rank in (0, 1)
-    ]
-    for worker in workers:
-        worker.start()
-    found = dict(results.get(timeout=150) for _ in workers)
-    for worker in workers:
-        worker.join(30)
-        assert worker.exitcode == 0
+    found = in_two_processes(work, tmp_path)
     model = network()
     for norm in model.modules():
         if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):

@@ -17,7 +17,7 @@ import torch
 from segkern.data import Digits, DigitsConfig
 from segkern.models import Mask2Former, Mask2FormerConfig
 from segkern.recipes.mask2former import digits
-from segkern.training import checkpoint
+from segkern.training import checkpoint, loop
 from segkern.training.config import TrainConfig
 from segkern.training.loop import train
 
@@ -69,11 +69,11 @@ class Custom:
 
 
 class Interrupting(Custom):
-    """Asks the training to stop in the first step."""
+    """Asks the training to stop in the second step; the first batch is read before it."""
 
     def __getitem__(self, index):
         handler = signal.getsignal(signal.SIGINT)
-        if not handler.__self__.asked:
+        if not getattr(handler.__self__, "asked", True):
             signal.raise_signal(signal.SIGINT)
         return super().__getitem__(index)
 
@@ -287,7 +287,7 @@ def test_another_run_is_not_gone_over(whole, tmp_path):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     (tmp_path / "tensorboard").mkdir()
     longer = config(tmp_path, steps=7)
-    with pytest.raises(ValueError, match=r"holds a run: .*--overwrite"):
+    with pytest.raises(ValueError, match=r"holds a run \(last.pt, model\): .*--overwrite"):
         train(longer, resume=folder, progress=False)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     train(replace(longer, overwrite=True), resume=folder, progress=False)
@@ -304,9 +304,11 @@ def test_model_is_that_of_the_last_checkpoint(tmp_path):
     stored = checkpoint.load(tmp_path)["model"]
     same(dict(opened.named_parameters()), {k: stored[k] for k, _ in opened.named_parameters()})
     fresh = replace(setting, overwrite=True)
-    with pytest.raises(RuntimeError, match="pulled the plug"):
-        train(fresh, dataset=PulledPlug(Digits(setting.data), 1), progress=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl"]
+    for batches, left in ((0, ["last.pt", "log.jsonl", "model"]), (1, ["log.jsonl"])):
+        broken = PulledPlug(Digits(setting.data), 2 * batches + 1)  # of the first: nothing is lost
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            train(fresh, dataset=broken, progress=False)
+        assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
 def test_a_device_without_kernels_is_refused(tmp_path, monkeypatch):
@@ -323,9 +325,9 @@ def test_spoilt_weights_are_found_before_the_evaluation(tmp_path):
 
 
 def test_ctrl_c_in_the_last_step_is_not_lost(tmp_path):
-    with pytest.raises(KeyboardInterrupt, match="stopped after all 1 steps"):
-        train(config(tmp_path, steps=1), dataset=Interrupting(), progress=False)
-    assert checkpoint.load(tmp_path)["step"] == 1
+    with pytest.raises(KeyboardInterrupt, match="stopped after all 2 steps"):
+        train(config(tmp_path, steps=2), dataset=Interrupting(), progress=False)
+    assert checkpoint.load(tmp_path)["step"] == 2
     Mask2Former.from_pretrained(tmp_path / "model")
 
 
@@ -334,8 +336,11 @@ def test_refuses_before_work_starts(whole, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write into folder .*file/run"):
         train(config(tmp_path / "file" / "run"), progress=False)
-    with pytest.raises(ValueError, match=r"holds a run: go on with --resume .*--overwrite"):
+    with pytest.raises(ValueError, match=r"holds a run .*: go on with --resume .*--overwrite"):
         train(config(folder), progress=False)
+    (tmp_path / "kept/best").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"kept holds a run \(best\): choose another --output"):
+        train(config(tmp_path / "kept"), progress=False)
     with pytest.raises(ValueError, match="no such checkpoint"):
         train(config(tmp_path), resume=tmp_path / "nothing", progress=False)
     wrong = config(tmp_path, model=Mask2FormerConfig.tiny(10))
@@ -352,6 +357,7 @@ def test_refuses_before_work_starts(whole, tmp_path):
         ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
         ({"lr": float("nan")}, "lr must be >= 0, got nan"),
         ({"schedule": "random"}, "schedule must be one of cosine, poly, steps, got 'random'"),
+        ({"void": "skip"}, "void must be one of background, ignore, got 'skip'"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\], got 1.5"),
     ],
@@ -414,3 +420,10 @@ def test_the_recipe_learns(tmp_path):
     value = evaluate(run.model, data, ("panoptic",), 100, threshold=0.5, progress=False)
     assert value["things"]["pq"] > 0.5
     assert value["stuff"]["pq"] > 0.95
+
+
+@pytest.mark.parametrize("void", ["background", "ignore"])
+def test_void_reaches_the_batches(void, tmp_path):
+    settings = config(tmp_path, void=void)
+    batch = next(loop._batches(Digits(settings.data), settings, 0))
+    assert (batch.targets.void is None) == (void == "background")

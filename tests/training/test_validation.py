@@ -1,6 +1,7 @@
 """What training checks before the first step, its evaluations and the best model, its start."""
 
 import json
+import re
 import warnings
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from test_loop import Custom, config, same
+from torch.utils.data import DataLoader
 
 from segkern.cli import main
 from segkern.data import Digits, Folder, FolderConfig
@@ -105,7 +107,7 @@ def test_a_run_of_one_class_is_measured_and_evaluate_knows_its_data(maps, tmp_pa
     assert "--level is for scenes of digits" in capsys.readouterr().err
 
 
-def test_the_best_of_later_steps_goes_and_that_of_earlier_ones_counts(maps, tmp_path):
+def test_the_best_of_earlier_steps_counts_and_no_other(maps, tmp_path):
     setting = of_maps(maps, tmp_path)
     path = tmp_path / "best/metrics.json"
     path.parent.mkdir()
@@ -115,7 +117,8 @@ def test_the_best_of_later_steps_goes_and_that_of_earlier_ones_counts(maps, tmp_
         Validation(None, replace(setting, best_metric="pixel_accuracy"), tmp_path, 4).best is None
     )
     assert Validation(None, setting, tmp_path, 2).best is None
-    assert not path.parent.exists()
+    assert Validation(None, setting, tmp_path, None).best is None
+    assert path.is_file()
 
 
 def test_the_checkpoint_is_there_when_an_evaluation_fails(tmp_path):
@@ -150,9 +153,51 @@ def test_data_of_ones_own(tmp_path, monkeypatch):
     again = replace(setting, output=tmp_path / "more", evaluate_every=0, lr=0.0, weight_decay=0.0)
     more = train(again, dataset=Custom(), model=run.model, progress=False)
     assert more.model is run.model
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with pytest.raises(TypeError, match=r"model must be a segmentation model.* got a Linear"):
+        train(setting, model=torch.nn.Linear(1, 1), progress=False)
+    with pytest.raises(ValueError, match="evaluate_every must be at least 1 where val_dataset"):
+        train(replace(again, overwrite=True), val_dataset=Custom(), progress=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"processes \(WORLD_SIZE\) must be 1, got 2"):
         train(setting, progress=False)
+
+
+def test_a_run_is_gone_on_with_and_measured_from_another_folder(maps, tmp_path, monkeypatch):
+    monkeypatch.chdir(maps.parent)
+    train(of_maps(maps.name, tmp_path / "run", steps=1), progress=False)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert main(["train", "--resume", "../run", "--steps", "2"]) == 0
+    assert main(["evaluate", "../run"]) == 0
+
+
+def test_what_was_handed_over_is_asked_for_again(maps, tmp_path, capsys):
+    setting = of_maps(maps, tmp_path / "run", evaluate_every=1, steps=1)
+    held_out = DataLoader(Folder(setting.data, "val"), collate_fn=list)
+    train(setting, val_dataset=held_out, progress=False)
+    longer = replace(setting, steps=2)
+    with pytest.raises(ValueError, match="val_dataset must be given to go on with"):
+        train(longer, resume=tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match=r"init \(--init\) must be left out where a run goes on"):
+        train(replace(longer, init="x"), resume=tmp_path / "run", val_dataset=held_out)
+    train(replace(longer, evaluate_every=0), resume=tmp_path / "run", progress=False)
+    longer = replace(setting, steps=3)
+    with pytest.raises(ValueError, match="val_dataset must be given to go on with"):
+        train(longer, resume=tmp_path / "run", progress=False)
+    train(longer, resume=tmp_path / "run", val_dataset=held_out, progress=False)
+    for part in ("model", "best", "last.pt"):
+        assert main(["evaluate", str(tmp_path / "run" / part)]) == 0
+    assert "black" in capsys.readouterr().out
+    maps.rename(tmp_path / "moved")
+    for options, message in {
+        (): "own, the data of .* is no folder here: give --data",
+        ("--layout", "plain"): "--layout is for the folder of --data",
+        ("--data", str(tmp_path / "moved"), "--split", "test"): "--split is for scenes of digits",
+        ("--data", str(tmp_path / "moved"), "--max-pixels", "9"): "too large .*--data.max-pixels",
+    }.items():
+        assert main(["evaluate", str(tmp_path / "run"), *options]) == 2
+        assert re.search(message, capsys.readouterr().err), options
 
 
 @pytest.mark.parametrize("labels", [2, 3], ids=["same labels", "another head"])
