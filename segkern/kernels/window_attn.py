@@ -16,42 +16,54 @@ import torch
 import triton
 from torch import Tensor
 
-from ._launch import FUSED, device, on
+from ._launch import FUSED, KINDS, device, on
 from .window_backward import backward
 from .window_forward import forward
 
-# (bytes of a value, places of a block of keys): queries of a block, warps; forward, then backward.
-# Chosen by arithmetic, not yet measured: the largest that spill nothing.
-TABLE = {
-    (2, 64): ((64, 4), (64, 8)),
-    (2, 256): ((64, 8), (16, 8)),
-    (4, 64): ((64, 8), (64, 8)),
-    (4, 256): ((16, 8), (16, 8)),
-    (8, 64): ((16, 8), (16, 8)),
-    (8, 256): ((16, 8), (16, 8)),
+# (kind of device, bytes of a value), then places of a window up to: queries and keys of a block,
+# warps, programs a multiprocessor holds. Chosen by arithmetic, not yet measured: the most programs
+# that spill nothing. In 16 bits 4 warps have 16 queries each: more would do the same twice, which
+# backward of one block does where its registers would not do otherwise.
+SMALL, LARGE = 8 * 8, 16 * 16
+FORWARD = {
+    ("99 KB", 2): {SMALL: (64, 64, 4, 3), LARGE: (64, 32, 4, 3)},
+    ("163 KB", 2): {SMALL: (64, 64, 4, 3), LARGE: (64, 32, 4, 3)},
+    ("227 KB", 2): {SMALL: (64, 64, 4, 2), LARGE: (64, 32, 4, 3)},
+    ("227 KB, 10.x", 2): {SMALL: (64, 64, 4, 2), LARGE: (64, 32, 4, 3)},
 }
-RESIDENT = 4  # programs of a multiprocessor, so that a run is no longer than need be
+BACKWARD = {
+    ("99 KB", 2): {SMALL: (64, 64, 8, 1), LARGE: (64, 32, 4, 2)},
+    ("163 KB", 2): {SMALL: (64, 64, 4, 2), LARGE: (64, 32, 4, 2)},
+    ("227 KB", 2): {SMALL: (64, 64, 4, 2), LARGE: (64, 32, 4, 2)},
+    ("227 KB, 10.x", 2): {SMALL: (64, 64, 8, 1), LARGE: (64, 32, 4, 2)},
+}
+FLOAT32 = {SMALL: (64, 64, 8, 1), LARGE: (32, 32, 8, 1)}
+FLOAT64 = {LARGE: (16, 16, 4, 1)}
+for table in (FORWARD, BACKWARD):
+    table |= {(kind, 4): FLOAT32 for kind in KINDS} | {(kind, 8): FLOAT64 for kind in KINDS}
 
 
-def _sizes(qkv: Tensor, window: int, backwards: bool):
-    """Grid, sizes, constants of a launch, and the number of runs."""
+def _prepare(table: dict, qkv: Tensor, window: int):
+    """Grid, sizes from `rows` on, constants of a launch, and the number of runs."""
     B, h, w, _, H, D = qkv.shape
+    kind, multiprocessors = device(qkv)
+    S, tuned = window * window, table[kind, qkv.element_size()]
+    BLOCK_I, BLOCK_J, warps, held = tuned[min(s for s in tuned if s >= S)]
+    block = max(16, triton.next_power_of_2(S))
+    BLOCK_I, BLOCK_J = min(BLOCK_I, block), min(BLOCK_J, block)
     rows, columns = triton.cdiv(h, window), triton.cdiv(w, window)
     N = B * rows * columns
-    most = RESIDENT * device(qkv).multiprocessors
-    run = triton.cdiv(N, max(1, min(N, most // H)))
+    run = triton.cdiv(N, max(1, min(N, held * multiprocessors // H)))
     runs = triton.cdiv(N, run)
-    block = max(16, triton.next_power_of_2(window * window))
-    BLOCK_I, warps = TABLE[qkv.element_size(), 64 if block <= 64 else 256][backwards]
     constants = {
         "W": window,
         "D": D,
         "CHANNELS": max(16, triton.next_power_of_2(D)),
-        "BLOCK_I": min(BLOCK_I, block),
-        "BLOCK_S": block,
+        "BLOCK_I": BLOCK_I,
+        "BLOCK_J": BLOCK_J,
         "num_warps": warps,
         "num_stages": 1,
-        "maxnreg": 255,
+        "maxnreg": min(255, 2048 // (warps * held) // 8 * 8),
         **FUSED,
     }
     return (runs * H,), (rows, columns, N, run), constants, runs
@@ -65,7 +77,7 @@ def window_attn(
     out = torch.empty((B, h, w, H * D), dtype=qkv.dtype, device=qkv.device)
     if out.numel() == 0:
         return out
-    grid, sizes, constants, _ = _sizes(qkv, window, False)
+    grid, sizes, constants, _ = _prepare(FORWARD, qkv, window)
     with on(qkv):
         forward[grid](
             *(qkv.contiguous(), qkv_bias.contiguous(), bias.contiguous(), out),
@@ -88,19 +100,23 @@ def window_attn_backward(
     _, h, w, _, H, D = qkv.shape
     if qkv.numel() == 0:
         return torch.empty_like(qkv), torch.zeros_like(qkv_bias), torch.zeros_like(bias)
-    grid, sizes, constants, runs = _sizes(qkv, window, True)
-    qkv = qkv.contiguous()
+    grid, sizes, constants, runs = _prepare(BACKWARD, qkv, window)
+    qkv, grad = qkv.contiguous(), grad.contiguous()
     grad_qkv = torch.empty_like(qkv)
-    exact = {"dtype": bias.dtype, "device": qkv.device}
-    qkv_parts = torch.empty((runs, 3, H, D), **exact)
-    several = constants["BLOCK_I"] < window * window
-    make = torch.zeros if several else torch.empty
-    parts = make((runs, *bias.shape), **exact)
+    S, exact = window * window, {"dtype": bias.dtype, "device": qkv.device}
+    several = [S > constants[block] for block in ("BLOCK_I", "BLOCK_J")]
+    q_parts = torch.empty((runs, H, D), **exact)
+    parts = (torch.zeros if any(several) else torch.empty)((runs, H, S, S), **exact)
+    rests = torch.empty((runs * several[0], H, 2, S, D), **exact)
     with on(qkv):
         backward[grid](
-            *(grad.contiguous(), qkv, qkv_bias.contiguous(), bias.contiguous()),
-            *(grad_qkv, qkv_parts, parts),
+            *(grad, qkv, qkv_bias.contiguous(), bias.contiguous()),
+            *(grad_qkv, q_parts, parts, rests),
             *(scale, h, w, H, shift, *sizes),
             **constants,
         )
-    return grad_qkv, qkv_parts.sum(0), parts.sum(0)
+    # A value's bias moves every result by itself, as weights add up to 1; a key's moves all scores
+    # of a query alike, and so no weight.
+    grad_v = grad.sum((0, 1, 2), dtype=bias.dtype).view(H, D)
+    grad_qkv_bias = torch.stack((q_parts.sum(0), torch.zeros_like(grad_v), grad_v))
+    return grad_qkv, grad_qkv_bias, parts.sum(0)

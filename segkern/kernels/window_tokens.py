@@ -8,17 +8,16 @@ import math
 import triton
 import triton.language as tl
 
-from .sigmoid import reciprocal
-
 LOG2E = tl.constexpr(math.log2(math.e))
 BLOCKED = tl.constexpr(-100.0)  # ops.window_attn.BLOCKED: where two tokens are no neighbours
+LOWEST = tl.constexpr(-3.0e38)  # a maximum of nothing; finite, so that it minus itself is 0
 # arguments that are never specialised
 SIZES = ["h", "w", "H", "shift", "rows", "columns", "N", "run"]
 
 
 @triton.jit
-def places(window, h, w, shift, rows, columns, first, W: tl.constexpr, BLOCK: tl.constexpr):
-    """Places `first` to `first` + BLOCK of a window.
+def places(window, h, w, shift, rows, columns, s, W: tl.constexpr):
+    """What lies at places s [BLOCK] of a window.
 
     Args:
         window: its number; in image, row and column of windows.
@@ -30,25 +29,39 @@ def places(window, h, w, shift, rows, columns, first, W: tl.constexpr, BLOCK: tl
         it is a token of the map and not padding, and its region: 1 and 2 for what the roll brought
         from the left and from the top.
     """
-    s = first + tl.arange(0, BLOCK)
     at = window % (rows * columns)
-    y = at // columns * W + s // W
-    x = at % columns * W + s % W
-    region = tl.where(y >= rows * W - shift, 2, 0) + tl.where(x >= columns * W - shift, 1, 0)
-    y, x = y + shift, x + shift  # below twice the padded map
+    top, left = at // columns, at % columns
+    y, x = s // W, s % W
+    # in bits, each of few registers: what the roll would bring, and whether the window is a last one
+    brought = tl.where(y >= W - shift, 2, 0) + tl.where(x >= W - shift, 1, 0)
+    last = tl.where(top == rows - 1, 2, 0) + tl.where(left == columns - 1, 1, 0)
+    y, x = y + top * W + shift, x + left * W + shift  # below twice the padded map
     y, x = tl.where(y >= rows * W, y - rows * W, y), tl.where(x >= columns * W, x - columns * W, x)
     there = s < W * W
-    return y * w + x, there, there & (y < h) & (x < w), region
+    return y * w + x, there, there & (y < h) & (x < w), brought & last
+
+
+@triton.jit
+def _rows(token, real, stride, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """Offsets of the rows of tokens, [BLOCK, CHANNELS], and which of their values exist."""
+    d = tl.arange(0, CHANNELS)
+    mask = real[:, None]
+    if D < CHANNELS:
+        mask = mask & (d < D)[None, :]
+    return (token.to(tl.int64) * stride)[:, None] + d[None, :], mask
 
 
 @triton.jit
 def load(x, token, real, stride, D: tl.constexpr, CHANNELS: tl.constexpr):
     """Rows of D channels, [BLOCK, CHANNELS]; zeros where there is nothing."""
-    d = tl.arange(0, CHANNELS)
-    mask = real[:, None]
-    if D < CHANNELS:
-        mask = mask & (d < D)[None, :]
-    return tl.load(x + token[:, None] * stride + d[None, :], mask=mask, other=0.0)
+    place, mask = _rows(token, real, stride, D, CHANNELS)
+    return tl.load(x + place, mask=mask, other=0.0)
+
+
+@triton.jit
+def store(to, token, real, stride, x, D: tl.constexpr, CHANNELS: tl.constexpr):
+    place, mask = _rows(token, real, stride, D, CHANNELS)
+    tl.store(to + place, x, mask=mask)
 
 
 @triton.jit
@@ -61,19 +74,23 @@ def load_projected(x, x_bias, token, there, real, stride, D: tl.constexpr, CHANN
 
 
 @triton.jit
-def load_bias(bias, first, S: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_S: tl.constexpr):
-    """The bias of queries from `first` on, [BLOCK_I, BLOCK_S]; -inf where there is no key."""
-    i, j = first + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_S)
-    mask = (i < S)[:, None] & (j < S)[None, :]
-    x = tl.load(bias + i[:, None] * S + j[None, :], mask=mask, other=0.0)
+def load_bias(bias, i, j, S: tl.constexpr):
+    """The bias of queries at places i and keys at places j; -inf where there is no key."""
+    inside = (i < S)[:, None] & (j < S)[None, :]
+    x = tl.load(bias + i[:, None] * S + j[None, :], mask=inside, other=0.0)
     return tl.where((j < S)[None, :], x, float("-inf"))
 
 
 @triton.jit
-def weights_of(q, k, bias, region_q, region_k, scale, exact: tl.constexpr):
-    """Weights of keys [BLOCK_I, BLOCK_S], not divided by their sum, and 1 / sum [BLOCK_I]."""
+def scores(q, k, bias, region_q, region_k, scale):
+    """What the softmax is taken of, [queries, keys], in the bias's precision."""
+    exact: tl.constexpr = bias.dtype
     x = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=exact)
     x = x * tl.full((), scale, exact) + bias
-    x += tl.where(region_q[:, None] != region_k[None, :], BLOCKED, 0.0)
-    p = tl.exp2((x - tl.max(x, 1)[:, None]) * LOG2E)
-    return p, reciprocal(tl.sum(p, 1))
+    return x + tl.where(region_q[:, None] != region_k[None, :], BLOCKED, 0.0)
+
+
+@triton.jit
+def weights(x, most):
+    """Of scores the weights, not yet divided by their sum."""
+    return tl.exp2((x - most) * LOG2E)
