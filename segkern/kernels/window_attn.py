@@ -3,13 +3,13 @@
 Letters: B image, h w map, H head, D channels a head, C = H D, W window's side, S = W W places of a
 window, N windows of all images.
 
-A program keeps the bias of its head in registers, reads the tokens of one window after the other
-where they lie, adds the projection's bias to them, and writes results to where the tokens lie:
-nothing is padded, rolled, cut or masked in memory. Which tokens are no neighbours is known from
-their places. All keys of a window are one block; queries come in blocks of BLOCK_I. Backward forms
-the weights anew, keeps the gradient of the bias in registers (or, where a window has several
-blocks of queries, in memory of the program's own) and leaves sums over its run, which are added up
-in the order of runs: the same bits each run.
+A program reads the tokens of one window after the other where they lie, adds the projection's bias
+to them, and writes results to where the tokens lie: nothing is padded, rolled, cut or masked in
+memory. Which tokens are no neighbours is known from their places. Where a window is one block of
+queries and keys, up to 8 x 8, the bias of the head and its gradient stay in registers; else the
+softmax is online over blocks of keys, and the gradient is added up in memory of the program's own.
+Backward forms the weights anew and leaves sums over its run, which are added up in the order of
+runs: the same bits each run.
 """
 
 import torch
@@ -32,13 +32,13 @@ FORWARD = {
     ("227 KB, 10.x", 2): {SMALL: (64, 64, 4, 2), LARGE: (64, 32, 4, 3)},
 }
 BACKWARD = {
-    ("99 KB", 2): {SMALL: (64, 64, 8, 1), LARGE: (64, 32, 4, 2)},
+    ("99 KB", 2): {SMALL: (64, 32, 4, 2), LARGE: (64, 32, 4, 2)},
     ("163 KB", 2): {SMALL: (64, 64, 4, 2), LARGE: (64, 32, 4, 2)},
     ("227 KB", 2): {SMALL: (64, 64, 4, 2), LARGE: (64, 32, 4, 2)},
     ("227 KB, 10.x", 2): {SMALL: (64, 64, 8, 1), LARGE: (64, 32, 4, 2)},
 }
 FLOAT32 = {SMALL: (64, 64, 8, 1), LARGE: (32, 32, 8, 1)}
-FLOAT64 = {LARGE: (16, 16, 4, 1)}
+FLOAT64 = {SMALL: (64, 64, 8, 1), LARGE: (32, 32, 8, 1)}
 for table in (FORWARD, BACKWARD):
     table |= {(kind, 4): FLOAT32 for kind in KINDS} | {(kind, 8): FLOAT64 for kind in KINDS}
 

@@ -25,14 +25,14 @@ def places(window, h, w, shift, rows, columns, s, W: tl.constexpr):
         rows, columns: of windows.
 
     Returns:
-        token [BLOCK] (where it lies in [h, w] of its image), whether there is such a place, whether
-        it is a token of the map and not padding, and its region: 1 and 2 for what the roll brought
-        from the left and from the top.
+        token [BLOCK] (where it lies in [h, w] of its image), whether there is such a place,
+        whether it is a token of the map and not padding, and its region: 1 and 2 for what the roll
+        brought from the left and from the top.
     """
     at = window % (rows * columns)
     top, left = at // columns, at % columns
     y, x = s // W, s % W
-    # in bits, each of few registers: what the roll would bring, and whether the window is a last one
+    # bits, few registers: what the roll brings if the window is a last one, and whether it is
     brought = tl.where(y >= W - shift, 2, 0) + tl.where(x >= W - shift, 1, 0)
     last = tl.where(top == rows - 1, 2, 0) + tl.where(left == columns - 1, 1, 0)
     y, x = y + top * W + shift, x + left * W + shift  # below twice the padded map

@@ -14,7 +14,7 @@ import torch
 from segkern.ops import _library
 from segkern.ops._checks import exact_dtype
 from support.comparison import DTYPES
-from support.cubin import SHARED_LIMIT, usage
+from support.cubin import REGISTERS, SHARED_LIMIT, usage
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -143,20 +143,18 @@ SIZES = {
         for h in (128, 125)
         for q, k in ((100, 133), (1, 1), (300, 19))
     ],
+    window_attn: [
+        {"h": h, "H": heads, "shift": shift, "B": b}
+        for h, shift in ((100, 3), (64, 0), (7, 3))
+        for heads, b in ((3, 1), (6, 2), (24, 16))
+    ],
 }
-SIZES[window_attn] = [
-    {"h": h, "H": heads, "shift": shift, "B": b}
-    for h in (100, 64, 7)
-    for heads in (3, 6, 24)
-    for shift in (0, 3)
-    for b in (1, 2, 16)
-]
 SLOW = [pytest.mark.slow]
 # what is made for sm_89 differs from sm_86 in nothing but the name; kernels without tuning tables
 # are alike on all GPUs of some generations
 ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS)]
 ARCHITECTURES += [
-    (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost)
+    (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost, window_attn)
 ]
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
 VARIANTS += [(op, 89, torch.bfloat16) for op in (masked_attn, mask_bits)]
@@ -177,6 +175,10 @@ def assert_fits(compiled, arch, folder, spills=False):
         path.write_bytes(kernel.asm["cubin"])
         (used,) = usage(path)
         assert kernel.metadata.shared <= SHARED_LIMIT[arch], (kernel.metadata, used)
+        assert used["registers"] * 32 * kernel.metadata.num_warps <= REGISTERS, (
+            kernel.metadata,
+            used,
+        )
         assert used["local"] == 0 or spills, (kernel.metadata, used)
 
 
@@ -198,6 +200,17 @@ def test_other_heads(D, arch, tmp_path):
     assert_fits(compiled, arch, tmp_path)
 
 
+WIDE = [(dtype, arch) for dtype in DTYPES[::2] for arch in (80, 86, 90, 100, 120)]
+WIDE = [pytest.param(*w, marks=SLOW) for w in WIDE]  # float32, bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "arch"), WIDE)
+def test_wide_windows(dtype, arch, tmp_path):
+    with compiling(arch) as compiled:
+        window_attn(dtype, window=12, shift=6)
+    assert_fits(compiled, arch, tmp_path)
+
+
 GPUS = {  # bytes of shared memory that a block may ask for, major capability: kind
     "A100": (166912, 8, "163 KB"),
     "Orin": (166912, 8, "163 KB"),
@@ -211,12 +224,19 @@ GPUS = {  # bytes of shared memory that a block may ask for, major capability: k
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_gpu_has_its_tables(gpu):
-    from segkern.kernels import _launch, mask_bits, masked_attn_backward, matching_cost
+    from segkern.kernels import (
+        _launch,
+        mask_bits,
+        masked_attn_backward,
+        matching_cost,
+        window_attn,
+    )
     from segkern.kernels.masked_attn import FORWARD
 
     *has, kind = GPUS[gpu]
     assert _launch.kind_of(*has) == kind
-    for table in (mask_bits.TABLE, FORWARD, masked_attn_backward.BACKWARD):
+    windows = window_attn.FORWARD, window_attn.BACKWARD
+    for table in (mask_bits.TABLE, FORWARD, masked_attn_backward.BACKWARD, *windows):
         assert {(kind, 2), (kind, 4), (kind, 8)} <= table.keys()
     assert {(kind, "half"), (kind, "single")} <= matching_cost.TABLE.keys()
 

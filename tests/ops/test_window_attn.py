@@ -19,7 +19,7 @@ CASES = {
     "wide windows": {"B": 1, "h": 17, "w": 12, "H": 2, "window": 12, "shift": 6, "D": 32},
     "map below a window": {"h": 2, "w": 3, "window": 7, "shift": 3},
     "one token": {"B": 8, "h": 1, "w": 1, "window": 3, "shift": 2},
-    "one token a window": {"window": 1},
+    "one token a window": {"B": 1, "h": 3, "w": 5, "window": 1},
     "two tokens a window and axis": {"h": 8, "window": 2, "shift": 1},
     "odd channels": {"D": 7, "shift": 2},
     "one channel, one head": {"D": 1, "H": 1, "shift": 2},
