@@ -2,8 +2,8 @@
 
 Letters as in window_attn.py. A block of queries goes over the keys twice: for the maximum of its
 scores, the sum of its weights and the mean of p dp; then for the gradients. Where all keys are one
-block, the compiler finds that both do the same, and does it once. The gradients of the keys wait in
-memory of the program's own for the next block of queries, if there is one.
+block, the compiler finds that both do the same, and does it once. The gradients of the keys wait
+in memory of the program's own for the next block of queries, if there is one.
 """
 
 import triton
@@ -32,7 +32,7 @@ def backward(
     grad_qkv,  # [B, h, w, 3, H, D], contiguous
     q_parts,  # [runs, H, D], contiguous: of the gradient of the bias of q
     parts,  # [runs, H, S, S], contiguous, zeros if a window has several blocks
-    rests,  # [runs, H, 2, S, D], contiguous, if there are several blocks of queries: sums of the gradients of keys and values
+    rests,  # [runs, H, 2, S, D], contiguous, if queries are several blocks: of values, of keys
     scale: tl.float64,
     h,
     w,
