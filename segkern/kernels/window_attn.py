@@ -22,9 +22,9 @@ from .window_forward import forward
 
 # (kind of device, bytes of a value), then places of a window up to: queries and keys of a block,
 # warps, programs a multiprocessor holds. Chosen by arithmetic, not yet measured: the most programs
-# that spill nothing. In 16 bits 4 warps have 16 queries each: more would do the same twice, which
-# backward of one block does where its registers would not do otherwise.
-SMALL, LARGE = 8 * 8, 16 * 16
+# that spill nothing. In 16 bits a warp takes 16 queries: 8 warps form 64 rows twice, which they do
+# only where 4 would spill.
+SMALL, LARGE = 8 * 8, 16 * 16  # LARGE: ops.window_attn.LARGEST
 FORWARD = {
     ("99 KB", 2): {SMALL: (64, 64, 4, 3), LARGE: (64, 32, 4, 3)},
     ("163 KB", 2): {SMALL: (64, 64, 4, 3), LARGE: (64, 32, 4, 3)},
@@ -104,7 +104,7 @@ def window_attn_backward(
     qkv, grad = qkv.contiguous(), grad.contiguous()
     grad_qkv = torch.empty_like(qkv)
     S, exact = window * window, {"dtype": bias.dtype, "device": qkv.device}
-    several = [S > constants[block] for block in ("BLOCK_I", "BLOCK_J")]
+    several = [constants[block] < S for block in ("BLOCK_I", "BLOCK_J")]
     q_parts = torch.empty((runs, H, D), **exact)
     parts = (torch.zeros if any(several) else torch.empty)((runs, H, S, S), **exact)
     rests = torch.empty((runs * several[0], H, 2, S, D), **exact)

@@ -171,7 +171,6 @@ def test_bad_input(case):
         window_attn(*change(*window_attn_inputs()[:3]))
 
 
-@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "sizes",
     [{"B": 0}, {"h": 0}, {"w": 0}, {"H": 0}],
@@ -186,7 +185,6 @@ def test_empty(sizes):
         assert torch.equal(grad, torch.zeros_like(leaf))
 
 
-@pytest.mark.cpu_only  # where sums have an order
 def test_non_contiguous():
     qkv, qkv_bias, bias, window, _ = window_attn_inputs()
     want = window_attn(qkv, qkv_bias, bias, window, 1)
