@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from . import _library
 from ._checks import exact_dtype, expect
 
+LARGEST = 16  # side of a window that the kernel on a GPU takes
 BLOCKED = -100.0  # added where two tokens of a window are no neighbours on the map
 
 
@@ -100,13 +101,13 @@ _forward = _library.define(
     "window_attn(Tensor qkv, Tensor qkv_bias, Tensor bias, int window, int shift, float scale)"
     " -> Tensor",
     _fake,
-    cpu_only=True,
+    triton="window_attn",
 )
 _backward = _library.define(
     "window_attn_backward(Tensor grad, Tensor qkv, Tensor qkv_bias, Tensor bias, int window,"
     " int shift, float scale) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
-    cpu_only=True,
+    triton="window_attn",
 )
 
 
@@ -145,9 +146,8 @@ def window_attn(
         window: W, at least 1.
         shift: how far the map is rolled up and left before it is cut, in [0, W).
         scale: multiplies the scores; None is D^-1/2.
-        impl: "kernel", or "reference" for plain PyTorch; CUDA tensors, for which there is no
-            kernel yet, take the reference in any case, where products and biases are in qkv's
-            dtype.
+        impl: "kernel", or "reference" for plain PyTorch, where products and biases are in qkv's
+            dtype; CUDA tensors take the reference for windows of more than 16 x 16.
 
     Returns:
         [B, h, w, H * D] in qkv's dtype; sums are float32 (float64 where qkv is float64).
@@ -164,7 +164,7 @@ def window_attn(
     expect("window_attn", "qkv_bias", qkv_bias, "3 H D", "float", sizes)
     expect("window_attn", "bias", bias, "H S S", "float", sizes)
     scale = qkv.shape[5] ** -0.5 if scale is None else float(scale)
-    if qkv.is_cuda and impl == "kernel":
+    if qkv.is_cuda and window > LARGEST and impl == "kernel":
         impl = "reference"
     if not _library.use_kernel("window_attn", impl, qkv):
         return window_attn_reference(qkv, qkv_bias, bias, window, shift, scale)

@@ -14,7 +14,7 @@ import torch
 from segkern.ops import _library
 from segkern.ops._checks import exact_dtype
 from support.comparison import DTYPES
-from support.cubin import SHARED_LIMIT, usage
+from support.cubin import REGISTERS, SHARED_LIMIT, usage
 from support.inputs import query_layer_inputs
 
 pytest.importorskip("triton", reason="no Triton on this platform")
@@ -152,16 +152,16 @@ def query_layer(dtype, B=1, Q=100, C=256, H=8, F=2048, M=256):
         launch("query_layer", x, attended, position, layer, tensors, H, 1e-5)
 
 
-OPS = (
-    masked_attn,
-    mask_bits,
-    point_sample,
-    matching_cost,
-    segment_map,
-    group_norm,
-    norm_relu,
-    query_layer,
-)
+def window_attn(dtype, B=2, h=100, w=168, H=6, D=32, window=7, shift=3):
+    exact, S = exact_dtype(meta(dtype)), window * window
+    qkv, biases = meta(dtype, B, h, w, 3, H, D), (meta(exact, 3, H, D), meta(exact, H, S, S))
+    options = window, shift, D**-0.5
+    grad = launch("window_attn", qkv, *biases, *options)
+    launch("window_attn_backward", grad, qkv, *biases, *options)
+
+
+OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map, group_norm, norm_relu)
+OPS += (query_layer, window_attn)
 # sizes of one call after another, none of which may compile anew after the first two
 SIZES = {
     masked_attn: [{"S": s, "Q": q} for s in (1024, 1330, 4096, 16801) for q in (100, 77, 200)],
@@ -177,13 +177,18 @@ SIZES = {
     ],
     group_norm: [{"B": b, "h": h, "H": 2 * h - 1} for b in (2, 1, 16) for h in (128, 17, 1)],
     norm_relu: [{"B": b, "h": h} for b in (2, 1) for h in (128, 17)],
+    window_attn: [
+        {"h": h, "H": heads, "shift": shift, "B": b}
+        for h, shift in ((100, 3), (64, 0), (7, 3))
+        for heads, b in ((3, 1), (6, 2), (24, 16))
+    ],
 }
 SLOW = [pytest.mark.slow]
 # what is made for sm_89 differs from sm_86 in nothing but the name; kernels without tuning tables
 # are alike on all GPUs of some generations
 ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS)]
 ARCHITECTURES += [
-    (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost)
+    (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost, window_attn)
 ]
 ARCHITECTURES.append((query_layer, 86))
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
@@ -207,6 +212,10 @@ def assert_fits(compiled, arch, folder, spills=False):
         path.write_bytes(kernel.asm["cubin"])
         (used,) = usage(path)
         assert kernel.metadata.shared <= SHARED_LIMIT[arch], (kernel.metadata, used)
+        assert used["registers"] * 32 * kernel.metadata.num_warps <= REGISTERS, (
+            kernel.metadata,
+            used,
+        )
         assert used["local"] == 0 or spills, (kernel.metadata, used)
 
 
@@ -230,6 +239,17 @@ def test_other_heads(D, Q, arch, tmp_path):
     assert_fits(compiled, arch, tmp_path)
 
 
+WIDE = [(dtype, arch) for dtype in DTYPES[::2] for arch in (80, 86, 90, 100, 120)]
+WIDE = [pytest.param(*w, marks=SLOW) for w in WIDE]  # float32, bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "arch"), WIDE)
+def test_wide_windows(dtype, arch, tmp_path):
+    with compiling(arch) as compiled:
+        window_attn(dtype, window=12, shift=6)
+    assert_fits(compiled, arch, tmp_path)
+
+
 GPUS = {  # bytes of shared memory that a block may ask for, major capability: kind
     "A100": (166912, 8, "163 KB"),
     "Orin": (166912, 8, "163 KB"),
@@ -243,12 +263,19 @@ GPUS = {  # bytes of shared memory that a block may ask for, major capability: k
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_gpu_has_its_tables(gpu):
-    from segkern.kernels import _launch, mask_bits, masked_attn_backward, matching_cost
+    from segkern.kernels import (
+        _launch,
+        mask_bits,
+        masked_attn_backward,
+        matching_cost,
+        window_attn,
+    )
     from segkern.kernels.masked_attn import FORWARD
 
     *has, kind = GPUS[gpu]
     assert _launch.kind_of(*has) == kind
-    for table in (mask_bits.TABLE, FORWARD, masked_attn_backward.BACKWARD):
+    windows = window_attn.FORWARD, window_attn.BACKWARD
+    for table in (mask_bits.TABLE, FORWARD, masked_attn_backward.BACKWARD, *windows):
         assert {(kind, 2), (kind, 4), (kind, 8)} <= table.keys()
     assert {(kind, "half"), (kind, "single")} <= matching_cost.TABLE.keys()
 

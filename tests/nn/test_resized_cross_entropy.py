@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from segkern.nn import bilinear
-from segkern.nn.resized_cross_entropy import resized_cross_entropy
+from segkern.nn.resized_cross_entropy import _bands, resized_cross_entropy
 
 
 class _Copies(TorchDispatchMode):
@@ -36,6 +36,15 @@ def test_the_loss_copies_nothing_to_a_gpu():
         loss = resized_cross_entropy(logits, labels, (24, 28))  # makes the gradient too
     assert loss.is_cuda
     assert not copies.seen
+
+
+def test_a_gpu_takes_many_rows_at_once():
+    """A batch of ADE20K's size, where each band costs a dozen launches."""
+    with torch.device("meta"):
+        maps, labels = torch.empty(32, 150, 32, 32), torch.empty(32, 512, 512)
+    bands = [*_bands(maps, labels, (512, 512))]
+    assert len(bands) == 10
+    assert [y for band in bands for y in band] == [*range(512)]
 
 
 @pytest.mark.parametrize("sizes", [(6, 24), (7, 5), (1, 9), (9, 1), (512, 37)], ids=str)

@@ -55,7 +55,8 @@ def test_is_interpolate_and_argmax():
 def test_reference_by_bands(monkeypatch):
     inputs = resize_argmax_inputs(dtype=torch.float64)
     whole = resize_argmax_reference(*inputs)
-    monkeypatch.setitem(resize_argmax_reference.__globals__, "_VALUES_AT_ONCE", 3 * 2 * 7 * 50)
+    values = dict.fromkeys(("cpu", "cuda"), 3 * 2 * 7 * 50)
+    monkeypatch.setitem(resize_argmax_reference.__globals__, "_VALUES_AT_ONCE", values)
     assert torch.equal(resize_argmax_reference(*inputs), whole)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 # bytes a block may have: A100; RTX 30 and A10; RTX 40 and L4; H100 and H200; B200; RTX 50
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED_LIMIT = {arch: 1024 * kilobytes for arch, kilobytes in SHARED_LIMIT.items()}
+REGISTERS = 65536  # of a multiprocessor, on all of these: what a block may take
 RESERVED = 1024  # bytes of a block that sm_90 and later keep for the system, and report as static
 
 

@@ -200,7 +200,7 @@ def test_no_such_preset(name):
 @pytest.mark.parametrize("values", [2**21, 3000], ids=["one band", "bands"])
 @pytest.mark.parametrize("size", [(40, 64), (64, 50), (37, 33)], ids=str)
 def test_loss_is_torchs_of_the_resized_logits(size, values, monkeypatch):
-    monkeypatch.setattr(resized_cross_entropy, "_VALUES_AT_ONCE", values)
+    monkeypatch.setattr(resized_cross_entropy, "_VALUES_AT_ONCE", {"cpu": values, "cuda": values})
     model = built()
     labels = torch.randint(0, 5, (2, *size))
     labels[:, :10], labels[0, -3:] = 255, 255
