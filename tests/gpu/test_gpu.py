@@ -5,129 +5,41 @@ Whole models are in test_gpu_models.py; `make gpu` runs both, and the op tests w
 """
 
 import contextlib
-import gc
 
 import pytest
 import torch
 
 from segkern.ops import (
-    linear_assignment,
-    mask_bits,
-    masked_attn,
-    matching_cost,
     ms_deform_attn,
-    point_mask_loss,
     point_sample,
     random_points,
-    segment_map,
 )
-from segkern.ops.mask_bits import pack_bits
 from segkern.ops.segment_map import TASKS
+from support.gpu import (
+    DEVICE,
+    OPS,
+    assert_equal,
+    every_map,
+    everything,
+    inputs,
+    random_points_inputs,
+    tensors,
+)
 from support.inputs import (
-    linear_assignment_inputs,
     mask_bits_inputs,
     masked_attn_inputs,
     matching_cost_inputs,
     moved,
     ms_deform_attn_inputs,
-    point_mask_loss_inputs,
     point_sample_inputs,
     segment_map_inputs,
 )
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cuda"
 
 
-def random_points_inputs(N=40, n=101, dtype=None, seed=0, device="cpu"):
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 2**33, (N, 3), generator=g)
-    return [*moved([torch.randint(-(2**63), 2**63 - 1, (1,), generator=g), ids], device), n]
-
-
-def every_map(classes, masks, tasks=TASKS, size=None):
-    """All that segment_map gives, task after task."""
-    h, w = masks.shape[2:]
-    sizes = (4 * h, 4 * w), (4 * h - 3, 4 * w - 2), size or (3 * h + 1, 5 * w)
-    options = {"panoptic": {"threshold": 0.2, "overlap_threshold": 0.3}}
-    maps = (segment_map(classes, masks, t, *sizes, **options.get(t, {})) for t in tasks)
-    found = [t for one in maps for t in one]
-    return tuple(t for t in found if t is not None)
-
-
-OPS = {  # op, inputs, sizes as in a model but small, places of the inputs that get a gradient
-    "ms_deform_attn": (
-        ms_deform_attn,
-        ms_deform_attn_inputs,
-        {"H": 8, "D": 32, "P": 4, "Q": None, "shapes": ((5, 7), (10, 14), (19, 27))},
-        (0, 2, 3, 4),
-    ),
-    "mask_bits": (mask_bits, mask_bits_inputs, {"Q": 100, "C": 256, "S": 700}, ()),
-    "masked_attn": (
-        masked_attn,
-        masked_attn_inputs,
-        {"Q": 100, "H": 8, "D": 32, "S": 700},
-        (0, 1, 2),
-    ),
-    "point_sample": (point_sample, point_sample_inputs, {"C": 64, "h": 40, "P": 999}, (0,)),
-    "random_points": (random_points, random_points_inputs, {"N": 60, "n": 1000}, ()),
-    "matching_cost": (
-        matching_cost,
-        matching_cost_inputs,
-        {"Q": 100, "K": 133, "C": 256, "T": 20, "P": 700},
-        (),
-    ),
-    "point_mask_loss": (
-        point_mask_loss,
-        point_mask_loss_inputs,
-        {"h": 40, "w": 56, "H": 160, "W": 224},
-        (0,),
-    ),
-    "linear_assignment": (
-        linear_assignment,
-        linear_assignment_inputs,
-        {"N": 40, "Q": 100, "T": 20},
-        (),
-    ),
-    "segment_map": (
-        every_map,
-        segment_map_inputs,
-        {"Q": 100, "K": 133, "h": 24, "w": 32, "kind": "shapes"},
-        (),
-    ),
-}
 every_op = pytest.mark.parametrize("op", OPS)
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def inputs(op, large=True, dtype=torch.float32, seed=0, device=DEVICE):
-    _, make, sizes, grads = OPS[op]
-    values = make(**sizes if large else {}, dtype=dtype, seed=seed, device=device)
-    return [v.requires_grad_() if i in grads else v for i, v in enumerate(values)]
-
-
-def everything(op, values):
-    """All results of an op and the gradients of its inputs, from the same start for each image."""
-    function, _, _, grads = OPS[op]
-    out = function(*values)
-    out = list(out) if isinstance(out, tuple) else [out]
-    if not grads:
-        return out
-    starts = [
-        torch.linspace(-1, 1, o[0].numel(), device=o.device).to(o.dtype).view_as(o[0]).expand_as(o)
-        for o in out
-    ]
-    return out + list(torch.autograd.grad(out, [values[i] for i in grads], starts))
-
-
-def tensors(values):
-    return [v for v in values if isinstance(v, torch.Tensor)]
-
-
-def assert_equal(got, want):
-    assert len(got) == len(want)
-    for i, (a, b) in enumerate(zip(got, want)):
-        assert torch.equal(a, b), f"result {i}: {(a != b).sum().item()} of {a.numel()} differ"
 
 
 @contextlib.contextmanager
@@ -144,13 +56,6 @@ def no_synchronisation():
 def deterministic(request):
     torch.use_deterministic_algorithms(request.param)
     yield request.param
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def same_bits():
-    torch.use_deterministic_algorithms(True)
-    yield
     torch.use_deterministic_algorithms(False)
 
 
@@ -273,93 +178,6 @@ def test_the_second_device(op, same_bits):
     got = everything(op, inputs(op, device="cuda:1"))  # while the first is current
     assert all(t.device.index == 1 for t in got)
     assert_equal([t.to(want[0].device) for t in got], want)
-
-
-SIDE = 2060  # 2 images x 256 channels x SIDE^2 pixels are more than 2^31 elements
-
-
-def of_large(*shape):
-    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
-
-
-def near_the_end(*shape):
-    return 1 - 0.01 * torch.rand(*shape, device=DEVICE)
-
-
-def large_ms_deform_attn():
-    places = near_the_end(2, 64, 1, 2), torch.randn(2, 64, 8, 1, 4, 2, device=DEVICE)
-    return [of_large(2, SIDE**2, 8, 32), ((SIDE, SIDE),), *places, of_large(2, 64, 8, 1, 4)]
-
-
-def large_mask_bits():
-    return [of_large(2, 5, 256), of_large(2, 256, SIDE**2)]
-
-
-def large_masked_attn():
-    opened = torch.rand(2, 5, SIDE**2, device=DEVICE) < 0.5
-    keys = [of_large(2, SIDE**2, 8, 32) for _ in range(2)]
-    return [of_large(2, 5, 8, 32), *keys, *pack_bits(opened)]
-
-
-def large_point_sample():
-    return [of_large(2, 256, SIDE, SIDE), near_the_end(2, 300, 2)]
-
-
-def large_matching_cost():
-    values = matching_cost_inputs(R=1, C=256, P=100, T=2, dtype=torch.bfloat16, device=DEVICE)
-    values[2], values[5] = of_large(2, 256, SIDE, SIDE), near_the_end(2, 1, 100, 2)
-    return values
-
-
-def large_point_mask_loss():
-    values = point_mask_loss_inputs(R=8, T=32, h=1, w=1, device=DEVICE)
-    values[0] = of_large(2, 8, 32, SIDE, SIDE)
-    return [*values, 500]
-
-
-def large_linear_assignment():
-    cost = torch.rand(2, 110_000, 100, 100, device=DEVICE, dtype=torch.float16)
-    counts = torch.zeros(2, 110_000, dtype=torch.int64, device=DEVICE)
-    counts[:, -10:] = 100
-    return [cost, counts]
-
-
-def large_segment_map():
-    return [of_large(2, 256, 20), of_large(2, 256, SIDE, SIDE)]
-
-
-LARGE = {
-    "ms_deform_attn": large_ms_deform_attn,
-    "mask_bits": large_mask_bits,
-    "masked_attn": large_masked_attn,
-    "point_sample": large_point_sample,
-    "matching_cost": large_matching_cost,
-    "point_mask_loss": large_point_mask_loss,
-    "linear_assignment": large_linear_assignment,
-    "segment_map": large_segment_map,
-}
-
-
-@pytest.mark.parametrize("op", LARGE)
-def test_more_than_2_to_31_elements(op, same_bits):
-    """The second image gives alone what it gives behind the first."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
-        pytest.skip("needs 60 GB of free memory")
-    values = LARGE[op]()
-    assert max(t.numel() for t in tensors(values)) > 2**31
-    for i in OPS[op][3]:
-        values[i].requires_grad_()
-    got = everything(op, values)
-    second = [
-        v[1:].detach().requires_grad_(v.requires_grad)
-        if isinstance(v, torch.Tensor) and v.shape[0] == 2
-        else v
-        for v in values
-    ]
-    want = everything(op, second)
-    assert_equal([t[1:] for t in got], want)
 
 
 @pytest.mark.parametrize("task", TASKS)
