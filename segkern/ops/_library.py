@@ -18,7 +18,7 @@ import torch
 PACKAGE = Path(__file__).parent.parent
 OPS: list[str] = []  # every op that is declared
 CPU_ONLY: set[str] = set()  # of them, those that have no kernel for CUDA yet
-COMPOSED: set[str] = set()  # those whose kernel is made of PyTorch's ops, for every device
+COMPOSED: set[str] = set()  # those whose kernel is made of PyTorch's ops, but for CUDA's in TRITON
 TRITON: dict[str, str] = {}  # op to the module of segkern.kernels that holds its launcher
 _definitions = torch.library.Library("segkern", "DEF")
 
@@ -126,7 +126,7 @@ def define(
         triton: the module of `segkern.kernels` whose function of the op's name runs on CUDA; None
             where `_C_cuda` brings the kernel.
         cpu_only: there is no kernel for CUDA yet.
-        composed: the kernel for all devices, of PyTorch's own ops.
+        composed: the kernel of PyTorch's own ops, for all devices that `triton` leaves.
     """
     name = schema.split("(", 1)[0]
     _definitions.define(schema)
@@ -161,9 +161,10 @@ def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:
     """
     if impl not in ("kernel", "reference"):
         raise ValueError(f"{op}: impl must be 'kernel' or 'reference', got {impl!r}")
-    if impl == "reference" or op in COMPOSED:
-        return impl == "kernel"
     device = tensor.device.type
+    composed = op in COMPOSED and not (device == "cuda" and op in TRITON)
+    if impl == "reference" or composed:
+        return impl == "kernel"
     if PURE or (ROCM and device == "cuda" and op in _cuda_only()):
         return False
     library = "triton" if device == "cuda" and op in TRITON else device
