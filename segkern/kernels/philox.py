@@ -1,5 +1,6 @@
-"""Philox4x32-10 (Salmon et al., SC 2011) for Triton, and `random_points` drawn with it in one launch:
-the same bits as csrc/philox.h and as `random_points_reference`.
+"""Philox4x32-10 (Salmon et al., SC 2011) for Triton, and `random_points` drawn with it.
+
+The same bits as csrc/philox.h and as `random_points_reference`.
 """
 
 import torch
