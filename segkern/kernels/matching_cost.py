@@ -9,8 +9,10 @@ h w pixels, T target, H W mask, P point, G ranges of points.
    tiles.
 3. `half_sums` (matching_half.py) or `plain_sums` (matching_plain.py): a program takes a range of
    points of one problem, up to 128 queries and 32 targets, and leaves the sums over its points; x,
-   sigmoid(x) and the targets at the points exist for a tile of points at a time. Targets that do
-   not count cost nothing, nor do points, which lie behind those that count.
+   sigmoid(x) and the targets at the points exist for a tile of points at a time. Each tile of
+   targets forms x anew: images of more than 32 targets are left to a second launch, of 64 queries
+   and 64 targets a program. Targets that do not count cost nothing, nor do points, which lie
+   behind those that count.
 4. `costs` (matching_total.py): adds the ranges, always in the same order, in float64, and the
    class cost.
 """
@@ -27,22 +29,25 @@ from .matching_total import costs
 
 RANGE = 1024  # points of a program, at most; the order of the sums must not depend on the batch
 
-# (kind of device, path): queries of a program at most, points of a tile, warps, stages.
+# Queries and targets of a program, and how many targets an image has: more than, at most.
+NARROW = (128, 32, 0, 32)  # as many sums a thread as registers hold
+WIDE = (64, 64, 32, 2**31 - 1)
+# (kind of device, path): points of a tile, warps, stages.
 # Chosen by arithmetic, not yet measured. half: embeddings of 128 queries (64 KB at 256 channels)
 # and three tiles of 4 x 16 rows of features (32 KB each) in shared memory, a program a
 # multiprocessor; 4 x 8 rows where the registers of 16 points spill. single: 8 logits a thread, for
 # the same reason.
 TABLE = {
-    ("99 KB", "half"): (128, 8, 8, 3),
-    ("99 KB", "single"): (128, 16, 8, 2),
-    ("163 KB", "half"): (128, 8, 8, 3),
-    ("163 KB", "single"): (128, 16, 8, 2),
-    ("227 KB", "half"): (128, 16, 8, 3),
-    ("227 KB", "single"): (128, 16, 8, 2),
-    ("227 KB, 10.x", "half"): (128, 8, 8, 3),
-    ("227 KB, 10.x", "single"): (128, 16, 8, 2),
+    ("99 KB", "half"): (8, 8, 3),
+    ("99 KB", "single"): (16, 8, 2),
+    ("163 KB", "half"): (8, 8, 3),
+    ("163 KB", "single"): (16, 8, 2),
+    ("227 KB", "half"): (16, 8, 3),
+    ("227 KB", "single"): (16, 8, 2),
+    ("227 KB, 10.x", "half"): (8, 8, 3),
+    ("227 KB, 10.x", "single"): (16, 8, 2),
 }
-DOUBLE = (16, 16, 4, 1)  # by plain sums, for checks
+DOUBLE = (16, 4, 1)  # by plain sums of 16 queries and targets, for checks
 
 
 def _rows(features: Tensor) -> Tensor:
@@ -88,9 +93,8 @@ def matching_cost(
     half = mask_embed.dtype == features.dtype and features.element_size() == 2 and 0 < C <= 256
     path = "double" if points.dtype == torch.float64 else "half" if half else "single"
     tuned = DOUBLE if path == "double" else TABLE[device(points).kind, path]
-    block_q, block_p, warps, stages = tuned
-    block_q = min(block_q, 64 if Q <= 64 else 128)
-    block_t = 16 if path == "double" else 32
+    block_p, warps, stages = tuned
+    shapes = [(16, 16, 0, WIDE[3])] if path == "double" else [NARROW, WIDE]
     block_c = max(16, triton.next_power_of_2(C)) if path == "half" else 16
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     ranges = triton.cdiv(P, RANGE)
@@ -109,23 +113,27 @@ def matching_cost(
             points, pixels, weights, P, tiles, h, w, block_p, group, **FUSED
         )
         sizes = (R, Q, T, P, h * w, H, W, *masks.stride(), ranges, range_tiles)
-        programs = N * ranges * triton.cdiv(Q, block_q) * triton.cdiv(T, block_t)
         counts = n_targets, n_points
-        arguments = (mask_embed, rows, masks, points, pixels, weights, *counts, *sums, *sizes)
-        blocks = {
-            "C": C,
-            "BLOCK_Q": block_q,
-            "BLOCK_T": block_t,
-            "BLOCK_P": block_p,
-            "BLOCK_C": block_c,
-            "STAGES": stages,
-        }
-        if path == "half":
-            half_sums[(programs,)](*arguments, **blocks, num_warps=warps, **FUSED)
-        else:
-            precision = "tf32" if tf32 and path == "single" else "ieee"
-            plain_sums[(programs,)](
-                *arguments, PRECISION=precision, **blocks, num_warps=warps, **FUSED
+        tensors = (mask_embed, rows, masks, points, pixels, weights, *counts, *sums)
+        kernel, precision = half_sums, {}
+        if path != "half":
+            kernel = plain_sums
+            precision = {"PRECISION": "tf32" if tf32 and path == "single" else "ieee"}
+        for block_q, block_t, above, most in shapes:
+            block_q = min(block_q, 64 if Q <= 64 else 128)
+            programs = N * ranges * triton.cdiv(Q, block_q) * triton.cdiv(min(T, most), block_t)
+            # a grid of none compiles all the same: more targets that come later compile nothing
+            kernel[(programs if above < T else 0,)](
+                *(*tensors, *sizes, above, most),
+                C=C,
+                BLOCK_Q=block_q,
+                BLOCK_T=block_t,
+                BLOCK_P=block_p,
+                BLOCK_C=block_c,
+                STAGES=stages,
+                num_warps=warps,
+                **precision,
+                **FUSED,
             )
         sizes = (R, Q, T, P, class_logits.shape[3], ranges)
         costs[(N * triton.cdiv(Q, 16) * triton.cdiv(T, 32),)](

@@ -49,6 +49,8 @@ def half_sums(
     x_stride,
     ranges,
     range_tiles,
+    above,  # of images with more targets, and at most so many
+    most,
     C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -59,7 +61,7 @@ def half_sums(
     exact: tl.constexpr = points.dtype.element_ty
     tile_t, tile_q, part, n, b = part_of(R, Q, T, ranges, BLOCK_Q, BLOCK_T)
     count = count_of(n_targets, b, T)
-    if tile_t * BLOCK_T >= count:
+    if (count <= above) | (count > most) | (tile_t * BLOCK_T >= count):
         return
 
     q = tile_q * BLOCK_Q + tl.arange(0, BLOCK_Q)

@@ -19,6 +19,7 @@ LOG2 = tl.constexpr(math.log(2))
 # arguments that are never specialised
 SIZES = ["R", "Q", "T", "P", "K1", "S", "h", "w", "H", "W", "tiles", "ranges", "range_tiles"]
 SIZES += ["image_stride", "channel_stride", "target_stride", "y_stride", "x_stride"]
+SIZES += ["above", "most"]
 
 
 @triton.jit

@@ -46,6 +46,8 @@ def plain_sums(
     x_stride,
     ranges,
     range_tiles,
+    above,  # of images with more targets, and at most so many
+    most,
     C: tl.constexpr,
     PRECISION: tl.constexpr,  # of the product of float32 features and embeddings
     BLOCK_Q: tl.constexpr,
@@ -57,7 +59,7 @@ def plain_sums(
     exact: tl.constexpr = points.dtype.element_ty
     tile_t, tile_q, part, n, b = part_of(R, Q, T, ranges, BLOCK_Q, BLOCK_T)
     count = count_of(n_targets, b, T)
-    if tile_t * BLOCK_T >= count:
+    if (count <= above) | (count > most) | (tile_t * BLOCK_T >= count):
         return
 
     q = tile_q * BLOCK_Q + tl.arange(0, BLOCK_Q)

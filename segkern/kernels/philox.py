@@ -1,9 +1,16 @@
-"""Philox4x32-10 (Salmon et al., SC 2011) for Triton: the same bits as csrc/philox.h and as
-`random_points` in Python, so that a kernel draws its points anew instead of reading them.
+"""Philox4x32-10 (Salmon et al., SC 2011) for Triton, and `random_points` drawn with it.
+
+The same bits as csrc/philox.h and as `random_points_reference`.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ._launch import FUSED, on
+
+BLOCK = 512  # points of a program: four a thread
 
 
 @triton.jit
@@ -31,3 +38,33 @@ def random_point(seed, point, target, prediction, sample):
         k1 += step1
     # 24 bits are exact in float32
     return (c0 >> 8).to(tl.float32) * 2.0**-24, (c1 >> 8).to(tl.float32) * 2.0**-24
+
+
+@triton.jit(do_not_specialize=["n", "tiles"])
+def draw(
+    seed,  # [1] int64
+    ids,  # [N, 3] int64: sample, prediction, target
+    out,  # [N, n, 2]
+    n,
+    tiles,  # of the points of an id
+    BLOCK: tl.constexpr,
+):
+    i = (tl.program_id(0) // tiles).to(tl.int64)
+    point = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    ids += 3 * i
+    sample, prediction, target = tl.load(ids), tl.load(ids + 1), tl.load(ids + 2)
+    x, y = random_point(tl.load(seed), point, target, prediction, sample)
+    place = out + (i * n + point) * 2
+    pair = place[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(pair, tl.join(x, y), (point < n)[:, None])
+
+
+def random_points(seed: Tensor, ids: Tensor, n: int) -> Tensor:
+    """As `segkern::random_points`."""
+    out = torch.empty((*ids.shape[:-1], n, 2), dtype=torch.float32, device=ids.device)
+    if out.numel():
+        tiles = triton.cdiv(n, BLOCK)
+        programs = out.numel() // (2 * n) * tiles
+        with on(ids):
+            draw[(programs,)](seed, ids.contiguous(), out, n, tiles, BLOCK, num_warps=4, **FUSED)
+    return out

@@ -149,7 +149,7 @@ class Criterion(nn.Module):
             (targets.ids[:, None].expand(B, R), prediction, torch.full_like(prediction, MATCHING)),
             -1,
         )
-        points = random_points(self.seed, ids, self.points[0])  # [B, R, P, 2]
+        points = random_points(self.seed, ids, self.points[0], self.impl)  # [B, R, P, 2]
         cost = matching_cost(
             class_logits,
             mask_embed,

@@ -18,7 +18,7 @@ import torch
 PACKAGE = Path(__file__).parent.parent
 OPS: list[str] = []  # every op that is declared
 CPU_ONLY: set[str] = set()  # of them, those that have no kernel for CUDA yet
-COMPOSED: dict[str, Callable] = {}  # op to its kernel of PyTorch's ops, for every device
+COMPOSED: dict[str, Callable] = {}  # op to its kernel of PyTorch's ops, where TRITON has none
 TRITON: dict[str, str] = {}  # op to the module of segkern.kernels that holds its launcher
 _definitions = torch.library.Library("segkern", "DEF")
 
@@ -162,7 +162,8 @@ def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:
     if impl not in ("kernel", "reference"):
         raise ValueError(f"{op}: impl must be 'kernel' or 'reference', got {impl!r}")
     device = tensor.device.type
-    if impl == "reference" or (op in COMPOSED and not (device == "cuda" and op in TRITON)):
+    composed = op in COMPOSED and not (device == "cuda" and op in TRITON)
+    if impl == "reference" or composed:
         return impl == "kernel"
     if PURE or (ROCM and device == "cuda" and op in _cuda_only()):
         return False

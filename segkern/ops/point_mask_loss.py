@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from . import _library
 from ._checks import exact_dtype, expect
 from ._void import counted, expect_void, void_cells
-from .point_sample import point_sample_reference, random_points
+from .point_sample import point_sample_reference, random_points_reference
 
 
 def _counts(num_points: int, oversample_ratio: float, importance_sample_ratio: float):
@@ -52,7 +52,7 @@ def point_mask_loss_reference(
     exact = exact_dtype(mask_logits)
     slots = (torch.arange(n).to(sample_ids) for n in (R, T))
     index = torch.meshgrid(sample_ids, *slots, indexing="ij")
-    points = random_points(seed, torch.stack(index, -1), candidates + rest)
+    points = random_points_reference(seed, torch.stack(index, -1), candidates + rest)
     counts = counted(points.to(exact), void, *masks.shape[2:]).flatten(0, 2)
     points = points.flatten(0, 2).to(exact)  # [N, candidates + rest, 2], N = B R T
     logits = mask_logits.to(exact).where(active[..., None, None], 0).flatten(0, 2)[:, None]

@@ -13,7 +13,8 @@ Source: PointRend (Kirillov et al., CVPR 2020), section 3.
 Differs: bool and uint8 maps are read in place and give float32.
 
 Random points come from Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator: the same
-bits in Python, C++, Triton and CUDA, whatever the batch, tile or rank.
+bits in Python, C++, Triton and CUDA, whatever the batch, tile or rank. On a GPU one launch writes
+8 bytes a point; on the CPU the kernel is the reference.
 """
 
 import torch
@@ -27,29 +28,8 @@ from ._checks import exact_dtype, expect, got
 MATCHING = 0xFFFFFFFF  # in place of a target: the points at which a prediction is matched
 
 
-def random_points(seed: Tensor, ids: Tensor, n: int) -> Tensor:
-    """Uniform points that depend on nothing but seed and counter.
-
-    Args:
-        seed: [1] int64; its low and high 32 bits are the key.
-        ids: [..., 3] int64: sample id, prediction, target; taken modulo 2^32.
-        n: number of points of each id; the counter's first word runs from 0 to n - 1.
-
-    Returns:
-        [..., n, 2] float32, x then y, in [0, 1), multiples of 2^-24.
-
-    Raises:
-        TypeError: no tensor, or not int64.
-        ValueError: another shape, or a negative n.
-    """
-    expect("random_points", "seed", seed, "1", "int64", {})  # on whatever device
-    message = f"random_points: ids must be [..., 3] int64, got {got(ids)}"
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-        raise TypeError(message)
-    if ids.ndim < 1 or ids.shape[-1] != 3:
-        raise ValueError(message)
-    if n < 0:
-        raise ValueError(f"random_points: n must be at least 0, got {n}")
+def random_points_reference(seed: Tensor, ids: Tensor, n: int) -> Tensor:
+    """The specification, in plain PyTorch; arguments as `random_points`."""
     word = 0xFFFFFFFF
     shape = (*ids.shape[:-1], n)
     point = torch.arange(n, device=ids.device).expand(shape)
@@ -67,6 +47,47 @@ def random_points(seed: Tensor, ids: Tensor, n: int) -> Tensor:
         ]
         k = [(k[0] + 0x9E3779B9) & word, (k[1] + 0xBB67AE85) & word]
     return torch.stack((c[0] >> 8, c[1] >> 8), -1).float() * 2.0**-24
+
+
+def _fake_points(seed: Tensor, ids: Tensor, n: int) -> Tensor:
+    return ids.new_empty((*ids.shape[:-1], n, 2), dtype=torch.float32)
+
+
+_draw = _library.define(
+    "random_points(Tensor seed, Tensor ids, SymInt n) -> Tensor",
+    _fake_points,
+    triton="philox",
+    composed=random_points_reference,
+)
+
+
+def random_points(seed: Tensor, ids: Tensor, n: int, impl: str = "kernel") -> Tensor:
+    """Uniform points that depend on nothing but seed and counter.
+
+    Args:
+        seed: [1] int64; its low and high 32 bits are the key.
+        ids: [..., 3] int64: sample id, prediction, target; taken modulo 2^32.
+        n: number of points of each id; the counter's first word runs from 0 to n - 1.
+        impl: "kernel", or "reference" for plain PyTorch: the same bits.
+
+    Returns:
+        [..., n, 2] float32, x then y, in [0, 1), multiples of 2^-24.
+
+    Raises:
+        TypeError: no tensor, or not int64.
+        ValueError: another shape, or a negative n.
+    """
+    expect("random_points", "seed", seed, "1", "int64", {})  # on whatever device
+    message = f"random_points: ids must be [..., 3] int64, got {got(ids)}"
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise TypeError(message)
+    if ids.ndim < 1 or ids.shape[-1] != 3:
+        raise ValueError(message)
+    if n < 0:
+        raise ValueError(f"random_points: n must be at least 0, got {n}")
+    if _library.use_kernel("random_points", impl, ids):
+        return _draw(seed.to(ids.device), ids, n)
+    return random_points_reference(seed, ids, n)
 
 
 def point_sample_reference(features: Tensor, points: Tensor) -> Tensor:

@@ -95,6 +95,10 @@ def point_sample(dtype, B=2, C=256, h=64, w=96, P=12544):
         launch("point_sample_backward", meta(dtype, B, C, P), points, h, w, deterministic)
 
 
+def random_points(dtype, N=20, n=12544):
+    launch("random_points", meta(torch.int64, 1), meta(torch.int64, N, 3), n)
+
+
 def matching_cost(dtype, B=2, R=10, Q=100, K=133, C=256, h=64, w=96, T=20, H=256, W=384, P=12544):
     """With a number of targets that count and without, without one of points and with."""
     values = (
@@ -161,13 +165,14 @@ def window_attn(dtype, B=2, h=100, w=168, H=6, D=32, window=7, shift=3):
 
 
 OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map, group_norm, norm_relu)
-OPS += (query_layer, window_attn)
+OPS += (query_layer, window_attn, random_points)
 # sizes of one call after another, none of which may compile anew after the first two
 SIZES = {
     masked_attn: [{"S": s, "Q": q} for s in (1024, 1330, 4096, 16801) for q in (100, 77, 200)],
     mask_bits: [{"S": s, "B": b} for s in (1024, 1330, 4096, 16801) for b in (2, 3, 16)],
     point_sample: [{"P": p, "h": h} for p in (12544, 101, 37632) for h in (64, 51, 200)],
     query_layer: [{"Q": q, "B": b} for q in (100, 77, 16, 1) for b in (1, 2, 5)],
+    random_points: [{"N": i, "n": n} for i in (20, 16, 1) for n in (12544, 7, 1)],
     matching_cost: [{"T": t, "B": b} for t in (16, 20, 24, 100, 33) for b in (2, 3, 16)],
     segment_map: [
         {"h": h, "out": out, "Q": q, "K": k}
@@ -186,7 +191,7 @@ SIZES = {
 SLOW = [pytest.mark.slow]
 # what is made for sm_89 differs from sm_86 in nothing but the name; kernels without tuning tables
 # are alike on all GPUs of some generations
-ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS)]
+ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS if op != random_points)]
 ARCHITECTURES += [
     (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost, window_attn)
 ]
@@ -194,6 +199,7 @@ ARCHITECTURES.append((query_layer, 86))
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
 # in other precisions the reference runs; float16 differs in the name of an instruction
 VARIANTS = [v for v in VARIANTS if v[0] != query_layer or v[2] == torch.bfloat16]
+VARIANTS += [(random_points, 90, torch.bfloat16)]  # it knows no dtype and no tuning
 VARIANTS += [(op, 89, torch.bfloat16) for op in (masked_attn, mask_bits)]
 
 

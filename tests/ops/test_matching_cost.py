@@ -35,6 +35,13 @@ def test_forward(case, dtype):
     compare(matching_cost, matching_cost_reference, [*inputs[:6], None, 0.5, 3.0, 0.0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_images_of_few_and_of_many_targets(dtype):
+    inputs = matching_cost_inputs(B=4, R=1, Q=70, T=70, P=40, dtype=dtype)
+    inputs[6] = torch.tensor([70, 32, 33, 0])
+    compare(matching_cost, matching_cost_reference, inputs)
+
+
 def test_bool_masks_and_larger_numbers():
     inputs = matching_cost_inputs()
     want = matching_cost(*inputs)

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from segkern.ops import point_sample, random_points
-from segkern.ops.point_sample import point_sample_reference
+from segkern.ops.point_sample import point_sample_reference, random_points_reference
 from support.comparison import DTYPES, compare
 from support.inputs import point_sample_inputs
 
@@ -249,7 +249,7 @@ def test_random_points_known_answers(counter, key, want, monkeypatch):
             )
         ]
     )
-    got = random_points(seed, torch.tensor([sample, prediction, target]), 1)
+    got = random_points_reference(seed, torch.tensor([sample, prediction, target]), 1)
     assert torch.equal(got, torch.tensor([[(w >> 8) * 2.0**-24 for w in want]]))
 
 
@@ -287,3 +287,13 @@ def test_random_points_bad_input(case):
 
 def test_random_points_may_be_none():
     assert random_points(ONE, IDS, 0).shape == (0, 2)
+
+
+def test_random_points_opcheck_and_compile():
+    seed, ids = torch.tensor([42]), torch.randint(0, 1000, (5, 7, 3))
+    torch.library.opcheck(torch.ops.segkern.random_points, (seed, ids, 9))
+    compiled = torch.compile(random_points, fullgraph=True, backend="aot_eager")
+    for n in (33, 12):
+        want = random_points(seed, ids, n, impl="reference")
+        assert torch.equal(compiled(seed, ids, n), want)
+        assert torch.equal(random_points(seed, ids, n), want)
