@@ -25,6 +25,7 @@ from .window_forward import forward
 # that spill nothing. In 16 bits a warp takes 16 queries: 8 warps form 64 rows twice, which they do
 # only where 4 would spill.
 SMALL, LARGE = 8 * 8, 16 * 16  # LARGE: ops.window_attn.LARGEST
+HEAD = 32  # channels of Swin's heads, for which the tables are made
 FORWARD = {
     ("99 KB", 2): {SMALL: (64, 64, 4, 3), LARGE: (64, 32, 4, 3)},
     ("163 KB", 2): {SMALL: (64, 64, 4, 3), LARGE: (64, 32, 4, 3)},
@@ -38,7 +39,7 @@ BACKWARD = {
     ("227 KB, 10.x", 2): {SMALL: (64, 64, 8, 1), LARGE: (64, 32, 4, 2)},
 }
 FLOAT32 = {SMALL: (64, 64, 8, 1), LARGE: (32, 32, 8, 1)}
-FLOAT64 = {SMALL: (64, 64, 8, 1), LARGE: (32, 32, 8, 1)}
+FLOAT64 = {SMALL: (64, 64, 8, 1), LARGE: (16, 16, 4, 1)}
 for table in (FORWARD, BACKWARD):
     table |= {(kind, 4): FLOAT32 for kind in KINDS} | {(kind, 8): FLOAT64 for kind in KINDS}
 
@@ -48,7 +49,8 @@ def _prepare(table: dict, qkv: Tensor, window: int):
     B, h, w, _, H, D = qkv.shape
     kind, multiprocessors = device(qkv)
     S, tuned = window * window, table[kind, qkv.element_size()]
-    BLOCK_I, BLOCK_J, warps, held = tuned[min(s for s in tuned if s >= S)]
+    many = LARGE if D > HEAD else S  # small blocks also for wide heads, so that they start
+    BLOCK_I, BLOCK_J, warps, held = tuned[min(s for s in tuned if s >= many)]
     block = max(16, triton.next_power_of_2(S))
     BLOCK_I, BLOCK_J = min(BLOCK_I, block), min(BLOCK_J, block)
     rows, columns = triton.cdiv(h, window), triton.cdiv(w, window)
