@@ -46,7 +46,9 @@ def _fake(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 _forward = _library.define(
-    "resize_argmax(Tensor maps, Tensor rows, Tensor columns) -> Tensor", _fake, cpu_only=True
+    "resize_argmax(Tensor maps, Tensor rows, Tensor columns) -> Tensor",
+    _fake,
+    triton="resize_argmax",
 )
 
 
@@ -57,8 +59,7 @@ def resize_argmax(maps: Tensor, rows: Tensor, columns: Tensor, impl: str = "kern
         maps: [B, K, h, w] floating: class logits, K at least 1.
         rows: [H, h] floating: how much of each row of the maps an output row takes.
         columns: [W, w] floating: likewise. Both are taken in float32 (float64 where maps is).
-        impl: "kernel", or "reference" for plain PyTorch; CUDA tensors, for which there is no
-            kernel yet, take the reference in any case, which holds a band of rows at a time.
+        impl: "kernel", or "reference" for plain PyTorch, which holds a band of rows at a time.
 
     Returns:
         [B, H, W] int32 in [0, K), without gradient; sums are float32 (float64 where maps is).
@@ -74,8 +75,6 @@ def resize_argmax(maps: Tensor, rows: Tensor, columns: Tensor, impl: str = "kern
         raise ValueError("resize_argmax: maps must have at least one class, got K = 0")
     exact = exact_dtype(maps)
     maps, rows, columns = maps.detach(), rows.detach().to(exact), columns.detach().to(exact)
-    if maps.is_cuda and impl == "kernel":
-        impl = "reference"
     if _library.use_kernel("resize_argmax", impl, maps):
         return _forward(maps, rows, columns)
     return resize_argmax_reference(maps, rows, columns)

@@ -164,8 +164,13 @@ def window_attn(dtype, B=2, h=100, w=168, H=6, D=32, window=7, shift=3):
     launch("window_attn_backward", grad, qkv, *biases, *options)
 
 
+def resize_argmax(dtype, B=2, K=150, h=32, w=40, H=512, W=640):
+    exact = exact_dtype(meta(dtype))
+    launch("resize_argmax", meta(dtype, B, K, h, w), meta(exact, H, h), meta(exact, W, w))
+
+
 OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map, group_norm, norm_relu)
-OPS += (query_layer, window_attn, random_points)
+OPS += (query_layer, window_attn, random_points, resize_argmax)
 # sizes of one call after another, none of which may compile anew after the first two
 SIZES = {
     masked_attn: [{"S": s, "Q": q} for s in (1024, 1330, 4096, 16801) for q in (100, 77, 200)],
@@ -182,6 +187,9 @@ SIZES = {
     ],
     group_norm: [{"B": b, "h": h, "H": 2 * h - 1} for b in (2, 1, 16) for h in (128, 17, 1)],
     norm_relu: [{"B": b, "h": h} for b in (2, 1) for h in (128, 17)],
+    resize_argmax: [
+        {"K": k, "h": h, "W": w} for k in (150, 16, 1) for h, w in ((32, 640), (9, 1))
+    ],
     window_attn: [
         {"h": h, "H": heads, "shift": shift, "B": b}
         for h, shift in ((100, 3), (64, 0), (7, 3))
@@ -191,7 +199,8 @@ SIZES = {
 SLOW = [pytest.mark.slow]
 # what is made for sm_89 differs from sm_86 in nothing but the name; kernels without tuning tables
 # are alike on all GPUs of some generations
-ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS if op != random_points)]
+ALIKE = (random_points, resize_argmax)  # one kernel for all
+ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS if op not in ALIKE)]
 ARCHITECTURES += [
     (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost, window_attn)
 ]
@@ -199,7 +208,8 @@ ARCHITECTURES.append((query_layer, 86))
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
 # in other precisions the reference runs; float16 differs in the name of an instruction
 VARIANTS = [v for v in VARIANTS if v[0] != query_layer or v[2] == torch.bfloat16]
-VARIANTS += [(random_points, 90, torch.bfloat16)]  # it knows no dtype and no tuning
+VARIANTS += [(op, 90, torch.bfloat16) for op in ALIKE]
+VARIANTS += [(resize_argmax, 86, dtype) for dtype in (torch.float32, torch.float64)]
 VARIANTS += [(op, 89, torch.bfloat16) for op in (masked_attn, mask_bits)]
 
 

@@ -16,7 +16,7 @@ CASES = {
     "a tile and one": {"W": 17, "H": 3},
     "smaller": {"h": 40, "w": 50, "H": 7, "W": 9},
     "two windows": {"w": 12, "W": 90, "windows": 2},
-    "many classes": {"B": 1, "K": 150, "h": 16, "w": 16, "H": 130, "W": 256},
+    "many classes": {"B": 1, "K": 150, "h": 4, "w": 9, "H": 10, "W": 140},
     "nothing": {"B": 0},
 }
 
@@ -85,7 +85,7 @@ def test_strides_and_gradients():
 
 
 def test_autocast_changes_nothing():
-    inputs = resize_argmax_inputs(K=150)
+    inputs = resize_argmax_inputs(K=40, H=9)
     for impl in ("kernel", "reference"):
         with torch.autocast(inputs[0].device.type, torch.bfloat16):
             under = resize_argmax(*inputs, impl=impl)
