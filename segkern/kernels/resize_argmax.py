@@ -22,8 +22,8 @@ OPTIONS = {"num_warps": 4, **FUSED}
 
 @triton.jit
 def _span(weights, first, count, n, PIXELS: tl.constexpr, CHUNK: tl.constexpr):
-    """Of weights [count, n] from line `first` on, the first place in n that is not 0, and the place
-    behind the last."""
+    """Of weights [count, n] from line `first` on, the first place in n that is not 0, and the one
+    behind the last such."""
     x = first + tl.arange(0, PIXELS)
     low, high = n, n * 0
     for start in range(0, n, CHUNK):
