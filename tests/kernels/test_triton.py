@@ -199,17 +199,19 @@ SIZES = {
 SLOW = [pytest.mark.slow]
 # what is made for sm_89 differs from sm_86 in nothing but the name; kernels without tuning tables
 # are alike on all GPUs of some generations
-ALIKE = (random_points, resize_argmax)  # one kernel for all
+ALIKE = (random_points, resize_argmax, group_norm, norm_relu)  # no tuning: one kernel for all
 ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS if op not in ALIKE)]
 ARCHITECTURES += [
     (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost, window_attn)
 ]
 ARCHITECTURES.append((query_layer, 86))
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
-# in other precisions the reference runs; float16 differs in the name of an instruction
+# in other precisions query_layer's reference runs; float16 differs in the name of an instruction
 VARIANTS = [v for v in VARIANTS if v[0] != query_layer or v[2] == torch.bfloat16]
+VARIANTS = [v for v in VARIANTS if v[0] != window_attn or v[2] != torch.float16]
 VARIANTS += [(op, 90, torch.bfloat16) for op in ALIKE]
-VARIANTS += [(resize_argmax, 86, dtype) for dtype in (torch.float32, torch.float64)]
+VARIANTS += [(op, 86, torch.float32) for op in ALIKE if op != random_points]
+VARIANTS += [(op, 100, torch.float64) for op in ALIKE if op != random_points]
 VARIANTS += [(op, 89, torch.bfloat16) for op in (masked_attn, mask_bits)]
 
 

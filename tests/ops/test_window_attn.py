@@ -27,17 +27,25 @@ CASES = {
     "many heads": {"B": 1, "H": 10, "h": 6, "window": 3, "shift": 1},
     "many windows": {"B": 1, "h": 30, "w": 41, "H": 1, "D": 8, "window": 3, "shift": 1},
 }
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# the interpreter takes seconds for each: all in one precision, some in the others
+SOME = ("padded, shifted", "one token", "odd channels")
+PAIRS = [
+    (case, dtype)
+    for case in CASES
+    for dtype in DTYPES
+    if not INTERPRETED or dtype == torch.float32 or case in SOME
+]
 
 
 def check(inputs):
     # the GPU's kernel multiplies with what it has in the dtype of qkv: rows and weights
-    triton = inputs[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    triton = inputs[0].is_cuda or INTERPRETED
     stored = inputs[0].dtype if triton else None
     compare(window_attn, window_attn_reference, inputs, [0, 1, 2], stored)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtype"), PAIRS, ids=str)
 def test_forward_and_gradients(case, dtype):
     inputs = window_attn_inputs(**CASES[case], dtype=dtype)
     check(inputs)
