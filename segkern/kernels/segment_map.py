@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._launch import FUSED, on
+from ._launch import FUSED, device, on
 from .segment_instance import cover, instance
 from .segment_merge import merge, relabel
 from .segment_panoptic import panoptic
@@ -26,8 +26,11 @@ from .segment_tables import Frame
 # Chosen by arithmetic, not yet measured, for all architectures: two programs of 8 warps and 128
 # registers a thread on a multiprocessor, without spills.
 TILE = (16, 32)  # rows, columns: two pixels a thread, up to 32 loads in flight
-PRODUCT = (4, 16)  # of a semantic tile: four logits a thread for each 16 queries
-CLASSES = 32  # of a product: 8 sums a thread; more would wait idle where few classes may win
+PRODUCT = (4, 32)  # of a semantic tile
+AT_ONCE = 4  # queries whose sigmoids are made together, two a thread
+CLASSES = 32  # of a product: 16 sums a thread; more would wait idle where few classes may win
+RESIDENT = 2  # programs of a semantic call on a multiprocessor: each keeps 56 KB for 100 queries
+STAGES = 2  # 16 queries are on their way while 16 are multiplied; three spill on a B200
 PROGRAMS = 2048  # of an image at most: eight rounds of an H200
 WORDS = 32  # of 32 pixels, where masks cover a map: four pixels a thread
 RUN = 32  # queries whose bounds are found together
@@ -92,19 +95,26 @@ def segment_map_semantic(
         areas[:, :1] = H * W  # the first class everywhere
         return map, areas, scores.zero_()
     with on(weights):
-        f = Frame(masks, features, sizes, weights.dtype, PRODUCT, PROGRAMS, resize_scores)
+        programs = min(PROGRAMS, triton.cdiv(RESIDENT * device(weights).multiprocessors, B))
+        f = Frame(masks, features, sizes, weights.dtype, PRODUCT, programs, resize_scores)
+        rows = 16 * triton.cdiv(Q, 16)
+        double = weights.dtype == torch.float64
+        # 16 taps that differ from pixel to pixel: one program then, for want of registers
+        options = OPTIONS | ({"maxnreg": 168} if f.taps == 4 and not f.scores else {})
         semantic_tiles[(B * f.programs,)](
             weights.contiguous(),
             f.masks,
             *f.tables,
             weights.new_empty((B, f.programs, 2 * Q + K)),
             map.new_empty((B, f.programs, K)),
+            weights.new_empty((B, f.programs, rows, PRODUCT[0] * PRODUCT[1])),
             map,
             areas,
             scores if return_scores else None,
             *(Q, K, H, W, *f.tiles, *f.masks.stride()),
-            *(f.taps, f.scores, *PRODUCT, CLASSES, RUN),
-            **OPTIONS,
+            *(f.taps, f.scores, *PRODUCT, CLASSES, RUN, AT_ONCE),
+            *(("ieee", 1) if double else ("tf32x3", STAGES)),
+            **options,
         )
     return map, areas, scores
 

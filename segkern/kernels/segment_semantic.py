@@ -4,8 +4,10 @@ Letters: B image, Q query, K class, h w mask logits, H W result.
 
 A score is sum_q weights[q, k] sigmoid(mask logit of q). A program takes tiles of output pixels.
 Bounds of each query's logits in a tile bound the scores of each class there; classes that lose
-everywhere are left out, and a single one that is left takes the tile. The scores of the others are
-products of 32 classes with 16 queries at a time, whose sigmoids are made in registers.
+everywhere are left out, and a single one that is left takes the tile. For the others the sigmoids
+of all queries are made once and kept in memory of the program's own, which the L2 cache holds;
+the scores are their products with 32 classes at a time, on the matrix units: float32 as a sum of
+two numbers of 11 bits, of whose four products the smallest is left out (2^-24 of the others).
 """
 
 import triton
@@ -32,6 +34,7 @@ def semantic_tiles(
     weight_x,
     bounds,  # [B, programs, 2 Q + K]: sigmoids of a query's bounds; bounds of a class's score
     listed,  # [B, programs, K] int32
+    kept,  # [B, programs, rows, BLOCK_Y * BLOCK_X]: sigmoids; rows is Q, up to a multiple of 16
     map,  # [B, H, W] int32
     areas,  # [B, K] int64, zeros
     scores,  # [B, K, H, W] or None
@@ -52,12 +55,16 @@ def semantic_tiles(
     BLOCK_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # queries whose sigmoids are made together
+    PRECISION: tl.constexpr,  # of the product
+    STAGES: tl.constexpr,
 ):
     exact: tl.constexpr = bounds.dtype.element_ty
     program = tl.program_id(0)
     image, pid = (program // programs).to(tl.int64), program.to(tl.int64)
     bounds += pid * (2 * Q + K)
     listed += pid * K
+    kept += pid * tl.cdiv(Q, 16) * (16 * BLOCK_Y * BLOCK_X)
     weights += image * Q * K
     masks += image * image_stride
     areas += image * K
@@ -68,8 +75,8 @@ def semantic_tiles(
         row, column = top + p // BLOCK_X, left + p % BLOCK_X
         there = (row < H) & (column < W)
         length = K
+        tl.debug_barrier()  # what the last tile kept is read
         if scores is None:
-            tl.debug_barrier()  # what the last tile kept is read
             bottom, right = tl.minimum(top + BLOCK_Y, H) - 1, tl.minimum(left + BLOCK_X, W) - 1
             for start in tl.range(0, Q, BLOCK_Q):
                 q = start + tl.arange(0, BLOCK_Q)
@@ -110,38 +117,45 @@ def semantic_tiles(
         label = tl.zeros((BLOCK_Y * BLOCK_X,), tl.int32)
         if scores is None:
             label += tl.load(listed, length > 0, 0)
-        line, point = row[None, :], column[None, :]
-        if not SCORES:
-            y = taps(place_y, weight_y, line, H, y_stride, TAPS)
-            x = taps(place_x, weight_x, point, W, x_stride, TAPS)
         many = length
         if scores is None:
             many = tl.where(length > 1, length, 0)
-        for start in tl.range(0, many, BLOCK_K):
-            at = start + tl.arange(0, BLOCK_K)
-            real, k = (at < length)[:, None], at[:, None]
-            if scores is None:
-                k = tl.load(listed + at, at < length, 0)[:, None]
-            total = tl.zeros((BLOCK_K, BLOCK_Y * BLOCK_X), exact)
-            for begin in tl.range(0, Q, 16):
-                q = begin + j
-                map_q = masks + tl.minimum(q, Q - 1)[:, None] * query_stride
+        if many > 0:
+            line, point = row[None, :], column[None, :]
+            if not SCORES:
+                y = taps(place_y, weight_y, line, H, y_stride, TAPS)
+                x = taps(place_x, weight_x, point, W, x_stride, TAPS)
+            for begin in tl.range(0, tl.cdiv(Q, 16) * 16, AT_ONCE):
+                q = (begin + tl.arange(0, AT_ONCE))[:, None]
+                map_q = masks + tl.minimum(q, Q - 1) * query_stride
                 if SCORES:  # one position after the other: registers
-                    value = tl.zeros((16, BLOCK_Y * BLOCK_X), exact)
+                    value = tl.zeros((AT_ONCE, BLOCK_Y * BLOCK_X), exact)
                     for corner in tl.range(0, 4):
                         y, u = _taps_and_share(place_y, weight_y, line, H, y_stride, corner // 2)
                         x, v = _taps_and_share(place_x, weight_x, point, W, x_stride, corner % 2)
                         value += u * v * sigmoid(blend(map_q, y, x, 2))
                 else:
                     value = sigmoid(blend(map_q, y, x, TAPS))
-                weight = tl.load(weights + q[None, :] * K + k, real & (q < Q)[None, :], 0.0)
-                total = tl.dot(weight, value, total, input_precision="ieee", out_dtype=exact)
+                tl.store(kept + q * (BLOCK_Y * BLOCK_X) + p[None, :], value)
+            tl.debug_barrier()
+        for start in tl.range(0, many, BLOCK_K):
+            at = start + tl.arange(0, BLOCK_K)
+            real, k = (at < length)[None, :], at[None, :]
+            if scores is None:
+                k = tl.load(listed + at, at < length, 0)[None, :]
+            total = tl.zeros((BLOCK_Y * BLOCK_X, BLOCK_K), exact)
+            for begin in tl.range(0, Q, 16, num_stages=STAGES):
+                q = begin + j
+                value = tl.load(kept + q[None, :] * (BLOCK_Y * BLOCK_X) + p[:, None])
+                weight = tl.load(weights + q[:, None] * K + k, real & (q < Q)[:, None], 0.0)
+                # the matrix units truncate what they add: these sums are added outside of them
+                total += tl.dot(value, weight, input_precision=PRECISION, out_dtype=exact)
             if scores is not None:
-                to = scores + (((image * K + k) * H + line) * W + point)
-                tl.store(to, total, real & there[None, :])
+                to = scores + (((image * K + k) * H + row[:, None]) * W + column[:, None])
+                tl.store(to, total, real & there[:, None])
             total = tl.where(real, total, -1.0)
-            most = tl.max(total, 0)
-            first = tl.min(tl.where(total == most[None, :], k, K), 0)
+            most = tl.max(total, 1)
+            first = tl.min(tl.where(total == most[:, None], k, K), 1)
             label = tl.where(most > best, first, label)
             best = tl.where(most > best, most, best)
         tl.store(map + (image * H + row) * W + column, label, there)
