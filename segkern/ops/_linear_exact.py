@@ -34,7 +34,7 @@ def _operands(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         terms, weights = 2, (high, low)
     else:
         terms, weights = 3, (high, low, -high)
-    rows = torch.empty((N, terms, K), dtype=half, device=x.device).copy_(x[:, None])
+    rows = x.new_empty((N, terms, K), dtype=half).copy_(x[:, None])
     if terms == 3:
         rows[:, 2].sub_(x)  # the second term of -x, rounded once
     return rows.flatten(1), torch.cat(weights, 1)
