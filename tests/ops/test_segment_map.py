@@ -3,7 +3,6 @@
 import itertools
 import os
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,41 +111,6 @@ def test_forward(case, option, dtype):
     sizes, geometry = CASES[case]
     task, options = OPTIONS[option]
     check(segment_map_inputs(**sizes, dtype=dtype), task, geometry, **options)
-
-
-def of_11_bits(x):
-    """float32 cut to what the matrix units read of it."""
-    return (x.view(np.int32) & -8192).view(np.float32)
-
-
-def matrix_units(self, a, b, sums, precision, max_num_imprecise_acc):
-    """A product of the interpreter as GPUs form it of halves ("tf32x3"): of 8 terms at a time,
-    cut off after every sum."""
-    assert precision.name == "TF32x3"
-    halves = []
-    for x in (a.data, b.data):
-        high = of_11_bits((x.view(np.int32) + 4096).view(np.float32))  # to the nearest
-        halves.append((of_11_bits(x - high), high))
-    (low_a, high_a), (low_b, high_b) = halves
-    total = sums.data.astype(np.float64)
-    for left, right in ((low_a, high_b), (high_a, low_b), (high_a, high_b)):
-        for k in range(0, left.shape[1], 8):
-            exact = total + left[:, k : k + 8].astype(np.float64) @ right[k : k + 8]
-            total = exact.astype(np.float32)
-            above = np.abs(total) > np.abs(exact)
-            total = np.where(above, np.nextafter(total, np.float32(0)), total).astype(np.float64)
-    return type(sums)(total.astype(np.float32), sums.dtype.scalar)
-
-
-if INTERPRETED:
-
-    @pytest.mark.parametrize("case", ["padded, enlarged", "many"])
-    def test_products_on_matrix_units(case, monkeypatch):
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", matrix_units)
-        sizes, geometry = CASES[case]
-        check(segment_map_inputs(**sizes), "semantic", geometry, return_scores=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
