@@ -7,9 +7,9 @@ small it gives bounds of every query's logits, and with them the list of those t
 panoptic, the queries that may win a pixel or whose mask has an edge here; instance, those with a
 pixel inside; semantic, the classes that may win. Then, query by query, logits are made in
 registers from their taps (segment_taps.py), used and forgotten; semantic keeps their sigmoids
-until all classes of a tile are done. Bounds, lists and sigmoids lie in memory of the program's own, so that it grows with programs and not with
-pixels. Counts join by integer atomics, whose sum has no order; sums of sigmoids are a program's
-own, and are added in the order of programs.
+until all classes of a tile are done. Bounds, lists and sigmoids lie in memory of the program's
+own, so that it grows with programs and not with pixels. Counts join by integer atomics, whose sum
+has no order; sums of sigmoids are a program's own, and are added in the order of programs.
 """
 
 import torch
