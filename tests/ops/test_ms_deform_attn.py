@@ -117,9 +117,10 @@ def test_float64_is_exact():
     )
 
 
-def test_types_may_differ():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_types_may_differ(dtype):
     value, shapes, reference, offsets, logits = ms_deform_attn_inputs(D=16)
-    mixed = [value.bfloat16(), shapes, reference.double(), offsets.half(), logits.bfloat16()]
+    mixed = [value.bfloat16(), shapes, reference.double(), offsets.half(), logits.to(dtype)]
     leaves = [t.requires_grad_() for t in mixed if isinstance(t, torch.Tensor)]
     out = ms_deform_attn(*mixed)
     assert out.dtype == torch.bfloat16
