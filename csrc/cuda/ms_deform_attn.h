@@ -369,16 +369,23 @@ struct LevelTable {
   int tiles = 0, rows = 0, buckets = 0;  // rows of h + 1 a level, see the backward
 };
 
+// The types that kernels compute in, and that they read and write logits in.
+inline ScalarType exact_type(const Tensor& value) {
+  return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+inline ScalarType logits_type(const Tensor& value, const Tensor& logits) {
+  return logits.scalar_type() == value.scalar_type() ? logits.scalar_type() : exact_type(value);
+}
+
 // The arguments of one call, dense; keeps the memory that `call` points to. Kernels read places in
 // E and logits in E or T; what comes otherwise is converted first.
 struct Inputs {
   Inputs(const Tensor& value, const IntList& shapes, const Tensor& reference,
          const Tensor& offsets, const Tensor& logits, bool normalized, int run)
       : value(aligned(value)),
-        reference(aligned(cast_to(reference, exact))),
-        offsets(aligned(cast_to(offsets, exact))),
-        logits(aligned(logits.scalar_type() == value.scalar_type() ? logits
-                                                                   : cast_to(logits, exact))),
+        reference(aligned(cast_to(reference, exact_type(value)))),
+        offsets(aligned(cast_to(offsets, exact_type(value)))),
+        logits(aligned(cast_to(logits, logits_type(value, logits)))),
         queries(value, shapes, run, [](int64_t) { return 1; }) {
     STD_TORCH_CHECK(queries.pixels == S && int64_t(shapes.size()) == 2 * L,
                     "ms_deform_attn: level sizes that do not fit value and offsets");
@@ -387,7 +394,7 @@ struct Inputs {
     call.reference = this->reference.const_data_ptr();
     call.offsets = this->offsets.const_data_ptr();
     call.logits = this->logits.const_data_ptr();
-    call.exact = this->logits.scalar_type() == exact;
+    call.exact = this->logits.scalar_type() == exact_type(value);
     call.reference_level = reference.size(2) == 1 ? 0 : 1;
     call.reference_query = static_cast<int>(reference.size(2));
     call.reference_image = reference.size(0) == 1 ? 0 : Q * call.reference_query;
@@ -406,10 +413,7 @@ struct Inputs {
                     "ms_deform_attn: too large an image");
   }
 
-  const Tensor value;
-  const ScalarType exact =
-      value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor reference, offsets, logits;
+  const Tensor value, reference, offsets, logits;
   const int64_t B = value.size(0), S = value.size(1), H = value.size(2), D = value.size(3);
   const int64_t Q = offsets.size(1), L = offsets.size(3), P = offsets.size(4);
   const int planes = static_cast<int>(B * H);

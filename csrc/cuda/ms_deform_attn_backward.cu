@@ -382,11 +382,13 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad, Tensor v
       return torch::stable::new_zeros(value, sizes, type);
     return fresh(value, sizes, type);
   };
-  const bool wide = value.scalar_type() == ScalarType::Double;
   const Tensor grad_value = make(value, value.scalar_type());
-  const Tensor grad_offsets = make(offsets, wide ? ScalarType::Double : ScalarType::Float);
-  const Tensor grad_logits = make(logits, logits.scalar_type());
-  if (value.numel() == 0 || logits.numel() == 0) return {grad_value, grad_offsets, grad_logits};
+  const Tensor grad_offsets = make(offsets, exact_type(value));
+  const Tensor grad_logits = make(logits, logits_type(value, logits));
+  const auto results = [&] {
+    return std::tuple(grad_value, grad_offsets, cast_to(grad_logits, logits.scalar_type()));
+  };
+  if (value.numel() == 0 || logits.numel() == 0) return results();
 
   dispatch_path(value.scalar_type(), value.size(3), [&](auto path) {
     using Path = decltype(path);
@@ -432,7 +434,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad, Tensor v
                      mutable_data<T>(grad_value));
     }
   });
-  return {grad_value, grad_offsets, grad_logits};
+  return results();
 }
 
 }  // namespace
