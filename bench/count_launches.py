@@ -78,9 +78,9 @@ OPERATIONS = {
 
 
 def _of_deform_backward(grad, value, shapes, reference, offsets, *_) -> int:
-    """A memset and four kernels for each chunk of planes with up to 2**22 samples."""
+    """A memset and four kernels for each chunk of planes with up to 2**21 samples."""
     B, Q, H, L, P, _ = offsets.shape
-    return 5 * -(-B * H // max(1, min(B * H, 2**22 // (Q * L * P))))
+    return 5 * -(-B * H // max(1, min(B * H, 2**21 // (Q * L * P))))
 
 
 LAUNCHES = {"ms_deform_attn_backward": _of_deform_backward}  # the others launch once

@@ -23,7 +23,8 @@ struct Arrays {
   int* column_of;       // [n]
   int* row_of;          // [m]
   int* from;            // [m], the row by which the search reached a column
-  X* cost;              // [n, line]
+  X* near;              // [rows, line], the first rows of the costs, in shared memory
+  X* far;               // [n - rows, line], the others, in global memory
 };
 
 // Of all arrays but the costs; a multiple of 8.
@@ -38,11 +39,12 @@ __device__ __forceinline__ T* take(unsigned char*& p, int64_t count) {
   return taken;
 }
 
-// Carves the arrays out of `p`; the costs lie at `cost`, or behind the others if it is null.
+// Carves the arrays out of `p`, and behind them the costs that lie there: the far ones if all is
+// in memory, else the near ones.
 template <class X, bool kInMemory>
-__device__ __forceinline__ Arrays<X> lay_out(unsigned char* p, unsigned char* cost, int n, int m) {
+__device__ __forceinline__ Arrays<X> lay_out(unsigned char* p, int n, int m) {
   Arrays<X> a{};
-  a.cost = reinterpret_cast<X*>(cost ? cost : p + bytes_of_arrays(n, m, kInMemory));
+  (kInMemory ? a.far : a.near) = reinterpret_cast<X*>(p + bytes_of_arrays(n, m, kInMemory));
   a.u = take<double>(p, n);
   if constexpr (kInMemory) {
     a.v = take<double>(p, m);

@@ -15,8 +15,9 @@ namespace segkern {
 namespace {
 
 enum Status : int32_t { kOk = 0, kNotANumber = 1, kInfeasible = 2 };
-constexpr int kWarpMost = 256;        // columns of a problem that one warp solves, eight a lane
-constexpr int kRegistersMost = 2048;  // columns above which a block keeps them in memory
+constexpr int kWarpMost = 256;         // columns of a problem that one warp solves, eight a lane
+constexpr int kRegistersMost = 2048;   // columns above which a block keeps them in memory
+constexpr int kMultiprocessors = 128;  // about as many as there are
 
 struct Batch {
   const void* cost;  // [N, Q, T] of `type`
@@ -25,7 +26,8 @@ struct Batch {
   const int64_t* n_targets;  // [N], or null for all T
   int64_t stride_count;
   int Q, T;
-  unsigned char* workspace;  // null where shared memory holds everything
+  int near;                  // costs that shared memory holds, in whole lines
+  unsigned char* workspace;  // null where that is all of them
   int64_t workspace_stride;  // bytes a problem
   int64_t* query_of_target;  // [N, T]
   int64_t* target_of_query;  // [N, Q]
@@ -37,6 +39,7 @@ struct Shape {
   bool transposed;  // rows are targets
   int n, m;
   int line;  // elements from a row of costs to the next
+  int rows;  // in shared memory
 };
 
 __device__ __forceinline__ Shape shape_of(const Batch& b, int64_t problem) {
@@ -44,8 +47,10 @@ __device__ __forceinline__ Shape shape_of(const Batch& b, int64_t problem) {
   const int count = static_cast<int>(min(max(given, int64_t{0}), static_cast<int64_t>(b.T)));
   // a transposed matrix is written down its columns: in lines of odd length no two writes of a
   // warp meet in a bank
-  if (count < b.Q) return {count, true, count, b.Q, b.Q | 1};
-  return {count, false, b.Q, count, count};
+  Shape s{count, false, b.Q, count, count, 0};
+  if (count < b.Q) s = {count, true, count, b.Q, b.Q | 1, 0};
+  s.rows = min(s.n, b.near / max(s.line, 1));
+  return s;
 }
 
 // The most elements that the lines of a problem take, whatever its count.
@@ -75,14 +80,26 @@ __device__ __forceinline__ void wait_for_solvers() {
   }
 }
 
+// Calls f with row i of the costs. It is compiled for either place: a pointer that may lead to
+// both would be slower to follow. A lone warp has all in shared memory.
+template <class Columns, class X, class F>
+__device__ __forceinline__ void with_row(const Arrays<X>& a, const Shape& s, int i, const F& f) {
+  if (Columns::kSolvers == kWarp || (!Columns::kInMemory && i < s.rows))
+    f(a.near + static_cast<int64_t>(i) * s.line);
+  else
+    f(a.far + static_cast<int64_t>(i - s.rows) * s.line);
+}
+
 // Brings the costs in, in lines of rows; true if this thread met NaN or -inf.
-template <class S, class X>
-__device__ __forceinline__ bool load_costs(const S* from, const Batch& b, const Shape& s, X* to) {
+template <class Columns, class S, class X>
+__device__ __forceinline__ bool load_costs(const S* from, const Batch& b, const Shape& s,
+                                           const Arrays<X>& to) {
   using Wide = std::conditional_t<std::is_same_v<S, double>, double, float>;
   constexpr int kAtOnce = 8;  // loads in flight
   const int threads = blockDim.x, down = threads / s.count, right = threads % s.count;
   int q = threadIdx.x / s.count, t = threadIdx.x % s.count;
   const int64_t step_q = s.transposed ? 1 : s.line, step_t = s.transposed ? s.line : 1;
+  const int64_t near = int64_t{s.rows} * s.line;
   bool bad = false;
   while (q < b.Q) {
     S x[kAtOnce];
@@ -103,45 +120,50 @@ __device__ __forceinline__ bool load_costs(const S* from, const Batch& b, const 
     for (int k = 0; k < kAtOnce; ++k) {
       const Wide wide = static_cast<Wide>(x[k]);
       bad |= !(wide > -kInf);
-      if (place[k] >= 0) to[place[k]] = static_cast<X>(wide);
+      if (place[k] < 0) continue;
+      if (Columns::kSolvers == kWarp || (!Columns::kInMemory && place[k] < near))
+        to.near[place[k]] = static_cast<X>(wide);
+      else
+        to.far[place[k] - near] = static_cast<X>(wide);
     }
   }
   return bad;
 }
 
-template <class X>
+template <class Columns, class X>
 __device__ __forceinline__ bool load_costs(const Batch& b, int64_t problem, const Shape& s,
-                                           X* to) {
+                                           const Arrays<X>& to) {
   using torch::headeronly::BFloat16, torch::headeronly::Half;
   const int64_t start = problem * b.stride_n;
   switch (b.type) {
     case ScalarType::Double:
       if constexpr (std::is_same_v<X, double>)
-        return load_costs(static_cast<const double*>(b.cost) + start, b, s, to);
+        return load_costs<Columns>(static_cast<const double*>(b.cost) + start, b, s, to);
       return true;
     case ScalarType::Float:
-      return load_costs(static_cast<const float*>(b.cost) + start, b, s, to);
+      return load_costs<Columns>(static_cast<const float*>(b.cost) + start, b, s, to);
     case ScalarType::Half:
-      return load_costs(static_cast<const Half*>(b.cost) + start, b, s, to);
+      return load_costs<Columns>(static_cast<const Half*>(b.cost) + start, b, s, to);
     default:
-      return load_costs(static_cast<const BFloat16*>(b.cost) + start, b, s, to);
+      return load_costs<Columns>(static_cast<const BFloat16*>(b.cost) + start, b, s, to);
   }
 }
 
 // u = row minima, a warp a row; of the rows whose first minimum is in one column, the first takes
 // it. Returns, to all threads, false if a row is +inf throughout.
-template <class X>
+template <class Columns, class X>
 __device__ __forceinline__ bool reduce_rows(const Arrays<X>& a, const Shape& s, int* verdict) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   for (int i = threadIdx.x / kWarp; i < s.n; i += warps) {
-    const X* cost = a.cost + static_cast<int64_t>(i) * s.line;
     double least = kInf;
     unsigned where = kFree;
-    for (int j = lane; j < s.m; j += kWarp) {
-      const double x = static_cast<double>(cost[j]);
-      where = x < least ? j : where;
-      least = x < least ? x : least;
-    }
+    with_row<Columns>(a, s, i, [&](const X* cost) {
+      for (int j = lane; j < s.m; j += kWarp) {
+        const double x = static_cast<double>(cost[j]);
+        where = x < least ? j : where;
+        least = x < least ? x : least;
+      }
+    });
     const double u = least_of_warp(least);
     where = min_of_warp(least == u ? where : kFree);
     if (lane == 0) {
@@ -198,20 +220,21 @@ __device__ __forceinline__ bool augment(const Arrays<X>& a, const Shape& s, Colu
   Nearest next{0.0, 0};
   int i = root;
   for (int step = 0;; ++step) {
-    const X* cost = a.cost + static_cast<int64_t>(i) * s.line;
     const double base = next.distance - a.u[i];
+    with_row<Columns>(a, s, i, [&](const X* cost) {
 #pragma unroll
-    for (int k = 0; k < c.count(); ++k) {
-      // a lone warp reads past the end of a line, where shared memory goes on, sooner than ask
-      // each time; such columns are not open
-      const bool readable = Columns::kSolvers == kWarp || c.exists(k);
-      const double x = readable ? static_cast<double>(cost[c.column(k)]) : kInf;
-      const double by_row = base + (x - c.v(k));
-      if (c.open(k) && by_row < c.distance(k)) {
-        c.distance(k) = by_row;
-        c.from(k) = i;
+      for (int k = 0; k < c.count(); ++k) {
+        // a lone warp reads past the end of a line, where shared memory goes on, sooner than ask
+        // each time; such columns are not open
+        const bool readable = Columns::kSolvers == kWarp || c.exists(k);
+        const double x = readable ? static_cast<double>(cost[c.column(k)]) : kInf;
+        const double by_row = base + (x - c.v(k));
+        if (c.open(k) && by_row < c.distance(k)) {
+          c.distance(k) = by_row;
+          c.from(k) = i;
+        }
       }
-    }
+    });
     next = nearest(c, step);
     if (!(next.distance < kInf) || step == s.n) return false;
     if (!(next.rank & kTaken)) break;
@@ -282,19 +305,16 @@ __global__ void __launch_bounds__(Columns::kSolvers > 256 ? Columns::kSolvers : 
   const Shape s = shape_of(b, problem);
   if (s.n == 0) return write_nobody(b, problem, kOk, threads);
 
-  // one warp works in shared memory only; a block may have its costs, or everything, elsewhere
-  unsigned char* far = kSolvers == kWarp || b.workspace == nullptr
-                           ? nullptr
-                           : b.workspace + problem * b.workspace_stride;
-  const Arrays<X> a = Columns::kInMemory ? lay_out<X, true>(far, nullptr, s.n, s.m)
-                                         : lay_out<X, false>(shared, far, s.n, s.m);
+  unsigned char* own = b.workspace + problem * b.workspace_stride;
+  Arrays<X> a = lay_out<X, Columns::kInMemory>(Columns::kInMemory ? own : shared, s.n, s.m);
+  if (!Columns::kInMemory) a.far = reinterpret_cast<X*>(own);
   if (threadIdx.x == 0) verdict = kOk;
   for (int j = threadIdx.x; j < s.m; j += threads) a.row_of[j] = kFree;
   __syncthreads();
-  if (load_costs(b, problem, s, a.cost)) atomicMax(&verdict, static_cast<int>(kNotANumber));
+  if (load_costs<Columns>(b, problem, s, a)) atomicMax(&verdict, static_cast<int>(kNotANumber));
   __syncthreads();
   if (verdict == kNotANumber) return write_nobody(b, problem, kNotANumber, threads);
-  if (!reduce_rows(a, s, &verdict)) return write_nobody(b, problem, kInfeasible, threads);
+  if (!reduce_rows<Columns>(a, s, &verdict)) return write_nobody(b, problem, kInfeasible, threads);
 
   if (kSolvers == kWarp && threadIdx.x >= kWarp) return;
   if (!augment_all<X, Columns>(a, s)) return write_nobody(b, problem, kInfeasible, kSolvers);
@@ -314,7 +334,7 @@ void launch_solver(const Tensor& cost, const Batch& b, unsigned N, size_t shared
   if (m <= kWarpMost && b.workspace == nullptr) {
     // eight warps load fast, and three such blocks fit the registers of a multiprocessor; where
     // there are more problems than that, two warps leave room for more of them
-    const unsigned threads = N <= 3 * 128 ? 256 : 64;
+    const unsigned threads = N <= 3 * kMultiprocessors ? 256 : 64;
     if constexpr (std::is_same_v<X, double>) {  // a matrix this small is never in float
       if (m <= 32) return go(solve<X, Registers<1, 32>>, threads);
       if (m <= 64) return go(solve<X, Registers<2, 32>>, threads);
@@ -379,15 +399,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_assignment(Tensor cost,
   const int64_t cells = cells_of(Q, T) + (m <= kWarpMost ? kWarpMost : 0);  // read past the end
   const bool in_double =
       b.type == ScalarType::Double || (!in_memory && arrays + 8 * cells <= half);
-  const int64_t bytes = (in_double ? 8 : 4) * cells;
-  const bool near = !in_memory && arrays + bytes <= whole;
+  // Where a whole block solves a problem, and there are more of them than multiprocessors, two
+  // share one, with what each has of shared memory: its first rows.
+  const int64_t size = in_double ? 8 : 4;
+  const int64_t room = (m > kWarpMost && N > kMultiprocessors ? half : whole) - arrays;
+  const int64_t near = in_memory ? 0 : std::clamp<int64_t>(room / size, 0, cells);
+  b.near = static_cast<int>(near);
   Tensor workspace;
-  if (!near) {
-    b.workspace_stride = ((in_memory ? arrays : 0) + bytes + 7) / 8 * 8;
+  if (near < cells) {
+    const int64_t rest = cells - near + m + 1;  // and up to a line that did not fit
+    b.workspace_stride = ((in_memory ? arrays : 0) + size * rest + 7) / 8 * 8;
     workspace = empty<uint8_t>(cost, {N, b.workspace_stride});
     b.workspace = mutable_data<uint8_t>(workspace);
   }
-  const size_t shared = in_memory ? 0 : static_cast<size_t>(arrays + (near ? bytes : 0));
+  const size_t shared = in_memory ? 0 : static_cast<size_t>(arrays + size * near);
   if (in_double) {
     launch_solver<double>(cost, b, static_cast<unsigned>(N), shared);
   } else {

@@ -7,19 +7,29 @@
 namespace segkern::deform {
 namespace {
 
-constexpr int kSamples = 16;  // at most, of a query in shared memory
+// At most, of a query in shared memory, in rounds of four lanes: three blocks of 256 threads then
+// fit a multiprocessor that has 100 KB, and value's rows keep most of the first-level cache.
+constexpr int kSamples = 12;
 
 template <class E>
 struct alignas(16) Weights {
   E upper_left, upper_right, lower_left, lower_right;
 };
 
-// One sample of each group of a warp, side by side, so that their reads share no bank.
-template <class Path>
+template <class E>
 struct Prepared {
-  Weights<typename Path::E> weights[Path::kGroups];
-  uint4 corners[Path::kGroups];  // as Path::row takes them, in the order of the weights
+  Weights<E> weights;
+  uint4 corners;  // as Path::row takes them, in the order of the weights
 };
+
+// Bytes from a group's samples to those of the next: an odd number of 16 bytes, and a sample of
+// floats is two. A phase of a warp's access, 8 threads of 16 bytes, then meets every bank once:
+// where each group reads its next sample, and where four lanes of two groups write theirs (more
+// lanes meet in twos).
+template <class E>
+__host__ __device__ constexpr int group_bytes(int samples /*even*/) {
+  return samples * static_cast<int>(sizeof(Prepared<E>)) + 16;
+}
 
 // Registers for 1,024 threads a multiprocessor: chosen by arithmetic, not yet measured.
 template <class Path>
@@ -31,15 +41,16 @@ __global__ void __launch_bounds__(Path::kThreads, 1024 / Path::kThreads)
   using T = typename Path::T;
   using E = typename Path::E;
   constexpr int kVector = Path::kVector, kLanes = Path::kLanes;
-  SEGKERN_SHARED(Prepared<Path>, shared);
-  Prepared<Path>* prepared = shared + threadIdx.x / 32 * samples;  // of this warp: [samples]
+  SEGKERN_SHARED(unsigned char, shared);
+  Prepared<E>* prepared = reinterpret_cast<Prepared<E>*>(
+      shared + threadIdx.x / kLanes * group_bytes<E>(samples));  // of this group: [samples]
   const int lane = threadIdx.x % kLanes, group = threadIdx.x % 32 / kLanes;
   if (tile_of_grid() >= blocks) return;
   const Plane plane = plane_of(static_cast<int>(blockIdx.x), c.H);
   const int q = query_of(c, tile_of_grid(), threadIdx.x / kLanes);
   const int M = q < 0 ? 0 : c.M;
-  const Query query(c, plane, max(q, 0));
-  const E top = largest<E, kLanes>(c, query, c.normalized ? 0 : M);
+  const Query<T> query(c, plane, max(q, 0));
+  const E top = largest<kLanes>(c, query, c.normalized ? 0 : M);
   const unsigned stride = Path::stride(c.H, c.D);
 
   for (int turn = 0; turn < Path::turns_end(c.D); turn += Path::kTurn) {
@@ -54,8 +65,8 @@ __global__ void __launch_bounds__(Path::kThreads, 1024 / Path::kThreads)
         Sample<E> s{};
         E a = 0;
         if (walk.m < M) {
-          s = locate<E>(c, query, walk.l, walk.m);
-          a = logit<E>(c, query, walk.m);
+          s = locate(c, query, walk.l, walk.m);
+          a = query.logit(c, walk.m);
           if (!c.normalized) a = exponential(a - top);
           total += a;
         }
@@ -66,17 +77,17 @@ __global__ void __launch_bounds__(Path::kThreads, 1024 / Path::kThreads)
         const E left = s.left() ? E(1) - s.fx : E(0), right = s.right() ? s.fx : E(0);
         const E upper = s.above() ? a * (E(1) - s.fy) : E(0);
         const E lower = s.below() ? a * s.fy : E(0);
-        prepared[at].weights[group] = {upper * left, upper * right, lower * left, lower * right};
+        prepared[at].weights = {upper * left, upper * right, lower * left, lower * right};
         const unsigned pixel = s.pixel() * stride, below = pixel + s.to_below() * stride;
         const unsigned to_right = s.to_right() * stride;
-        prepared[at].corners[group] = make_uint4(pixel, pixel + to_right, below, below + to_right);
+        prepared[at].corners = make_uint4(pixel, pixel + to_right, below, below + to_right);
       }
       __syncwarp();
       if (channel < c.D) {
 #pragma unroll 1
         for (int n = 0; n < near; ++n) {
-          const uint4 p = prepared[n].corners[group];
-          const Weights<E> w = prepared[n].weights[group];
+          const uint4 p = prepared[n].corners;
+          const Weights<E> w = prepared[n].weights;
           E v[4][kVector];
           load_row(Path::row(rows, p.x), v[0]);
           load_row(Path::row(rows, p.y), v[1]);
@@ -118,8 +129,8 @@ Tensor ms_deform_attn(Tensor value, IntList shapes, Tensor reference, Tensor off
     const int samples = rounds * Path::kLanes;
     const unsigned threads = in.call.run * Path::kLanes;
     SEGKERN_LAUNCH(value, forward<Path>, grid_of(in.planes, in.blocks), threads,
-                   threads / 32 * samples * sizeof(Prepared<Path>), in.call, in.blocks, samples,
-                   data<T>(in.value), mutable_data<T>(out));
+                   in.call.run * group_bytes<typename Path::E>(samples), in.call, in.blocks,
+                   samples, data<T>(in.value), mutable_data<T>(out));
   });
   return out;
 }

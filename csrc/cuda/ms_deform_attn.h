@@ -81,16 +81,11 @@ struct Levels {
   }
 };
 
-// Numbers of any floating type.
-struct Source {
-  const void* data;
-  int type;  // a ScalarType
-};
-
 struct Call {
-  Source reference;  // [B|1, Q, L|1, 2]
-  Source offsets;    // [B, Q, H, L, P, 2]
-  Source logits;     // [B, Q, H, L, P]
+  const void* reference;  // [B|1, Q, L|1, 2] of E
+  const void* offsets;    // [B, Q, H, L, P, 2] of E
+  const void* logits;     // [B, Q, H, L, P] of E if `exact`, else of T
+  bool exact;
   int64_t reference_image;
   int reference_query, reference_level;  // its strides in pairs; 0 where there is one for all
   int S, Q, H, D, P, M;
@@ -193,21 +188,6 @@ __device__ inline void store(const E (&from)[kVector], T* to) {
   *reinterpret_cast<Pack<T, kVector>*>(to) = pack;
 }
 
-// Numbers [i * n, i * n + n).
-template <int n, class E>
-__device__ inline void read(const Source& s, int64_t i, E (&to)[n]) {
-  using torch::headeronly::BFloat16;
-  using torch::headeronly::Half;
-  if (s.type == static_cast<int>(ScalarType::Float))
-    load(static_cast<const float*>(s.data) + n * i, to);
-  else if (s.type == static_cast<int>(ScalarType::BFloat16))
-    load(static_cast<const BFloat16*>(s.data) + n * i, to);
-  else if (s.type == static_cast<int>(ScalarType::Half))
-    load(static_cast<const Half*>(s.data) + n * i, to);
-  else
-    load(static_cast<const double*>(s.data) + n * i, to);
-}
-
 // A tile of pixels of a level; it may hang over the level's edges.
 struct Tile {
   Level level;
@@ -236,30 +216,33 @@ __device__ inline int query_of(const Call& c, int block, int i) {
   return y < t.level.h && x < t.level.w ? t.level.start + y * t.level.w + x : -1;
 }
 
-// Where the inputs of one query of a plane begin.
+// Where the inputs of one query of a plane begin; T as value has it.
+template <class T>
 struct Query {
+  using E = Exact<T>;
   __device__ Query(const Call& c, const Plane& plane, int q)
       : row((int64_t{plane.b} * c.Q + q) * c.H + plane.h),
         sample(row * c.M),
-        centre(plane.b * c.reference_image + int64_t{q} * c.reference_query) {}
+        centre(static_cast<const E*>(c.reference) +
+               2 * (plane.b * c.reference_image + int64_t{q} * c.reference_query)),
+        offsets(static_cast<const E*>(c.offsets) + 2 * sample),
+        exact_logits(static_cast<const E*>(c.logits) + sample),
+        logits(static_cast<const T*>(c.logits) + sample) {}
+  __device__ E logit(const Call& c, int m) const {
+    return c.exact ? exact_logits[m] : static_cast<E>(logits[m]);
+  }
   int64_t row;     // of B * Q * H
   int64_t sample;  // of all samples
-  int64_t centre;  // of all references
+  const E *centre, *offsets, *exact_logits;
+  const T* logits;
 };
 
-template <class E>
-__device__ inline E logit(const Call& c, const Query& query, int m) {
-  E x[1];
-  read(c.logits, query.sample + m, x);
-  return x[0];
-}
-
 // The largest of the first n logits; all lanes of the warp come here.
-template <class E, int kLanes>
-__device__ inline E largest(const Call& c, const Query& query, int n) {
-  E top = -INFINITY;
+template <int kLanes, class T>
+__device__ inline Exact<T> largest(const Call& c, const Query<T>& query, int n) {
+  Exact<T> top = -INFINITY;
 #pragma unroll 1
-  for (int m = threadIdx.x % kLanes; m < n; m += kLanes) top = max(top, logit<E>(c, query, m));
+  for (int m = threadIdx.x % kLanes; m < n; m += kLanes) top = max(top, query.logit(c, m));
 #pragma unroll
   for (int step = 1; step < kLanes; step *= 2)
     top = max(top, __shfl_xor_sync(kAllLanes, top, step));
@@ -307,13 +290,13 @@ struct Sample {
 };
 
 // Sample m of a query, of level l. All kernels round a place alike, as the reference does.
-template <class E>
-__device__ inline Sample<E> locate(const Call& c, const Query& query, int l, int m) {
+template <class T, class E = Exact<T>>
+__device__ inline Sample<E> locate(const Call& c, const Query<T>& query, int l, int m) {
   Sample<E> s;
   s.level = c.levels[l];
   E centre[2], offset[2];
-  read(c.reference, query.centre + c.reference_level * l, centre);
-  read(c.offsets, query.sample + m, offset);
+  load(query.centre + 2 * c.reference_level * l, centre);
+  load(query.offsets + 2 * m, offset);
   const E w = static_cast<E>(s.level.w), h = static_cast<E>(s.level.h);
   const E x = rounded(centre[0], w) + offset[0] - E(0.5);
   const E y = rounded(centre[1], h) + offset[1] - E(0.5);
@@ -341,10 +324,6 @@ inline Tensor aligned(const Tensor& t) {
   const Tensor whole = torch::stable::contiguous(t);
   const bool fits = reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0;
   return fits ? whole : torch::stable::clone(whole);
-}
-
-inline Source source(const Tensor& t) {
-  return {t.const_data_ptr(), static_cast<int>(t.scalar_type())};
 }
 
 static __global__ void write_levels(const Levels part, Level* to) {
@@ -390,22 +369,32 @@ struct LevelTable {
   int tiles = 0, rows = 0, buckets = 0;  // rows of h + 1 a level, see the backward
 };
 
-// The arguments of one call, dense; keeps the memory that `call` points to.
+// The types that kernels compute in, and that they read and write logits in.
+inline ScalarType exact_type(const Tensor& value) {
+  return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+inline ScalarType logits_type(const Tensor& value, const Tensor& logits) {
+  return logits.scalar_type() == value.scalar_type() ? logits.scalar_type() : exact_type(value);
+}
+
+// The arguments of one call, dense; keeps the memory that `call` points to. Kernels read places in
+// E and logits in E or T; what comes otherwise is converted first.
 struct Inputs {
   Inputs(const Tensor& value, const IntList& shapes, const Tensor& reference,
          const Tensor& offsets, const Tensor& logits, bool normalized, int run)
       : value(aligned(value)),
-        reference(aligned(reference)),
-        offsets(aligned(offsets)),
-        logits(aligned(logits)),
+        reference(aligned(cast_to(reference, exact_type(value)))),
+        offsets(aligned(cast_to(offsets, exact_type(value)))),
+        logits(aligned(cast_to(logits, logits_type(value, logits)))),
         queries(value, shapes, run, [](int64_t) { return 1; }) {
     STD_TORCH_CHECK(queries.pixels == S && int64_t(shapes.size()) == 2 * L,
                     "ms_deform_attn: level sizes that do not fit value and offsets");
     STD_TORCH_CHECK(Q * L * P < INT32_MAX / 2 && B * H < INT32_MAX,
                     "ms_deform_attn: more than 2^30 samples a head");
-    call.reference = source(this->reference);
-    call.offsets = source(this->offsets);
-    call.logits = source(this->logits);
+    call.reference = this->reference.const_data_ptr();
+    call.offsets = this->offsets.const_data_ptr();
+    call.logits = this->logits.const_data_ptr();
+    call.exact = this->logits.scalar_type() == exact_type(value);
     call.reference_level = reference.size(2) == 1 ? 0 : 1;
     call.reference_query = static_cast<int>(reference.size(2));
     call.reference_image = reference.size(0) == 1 ? 0 : Q * call.reference_query;

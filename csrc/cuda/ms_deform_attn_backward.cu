@@ -6,26 +6,30 @@
 //   samples   gradients of offsets and logits; the record of each sample goes to its place
 //   sort      deterministic mode only: within a bucket records are in the order of the atomics
 //   gather    gradient of value
-// Traffic of value's gradient: 16 bytes written and read a sample, and 4 rows of grad read from
-// cache, where adding to value would be 4 rows of float atomics.
+// Traffic of value's gradient: 16 bytes written, 40 read and 2.5 rows of grad read from cache a
+// sample, where adding to value would be 4 rows of float atomics.
+// Its worst case is that all samples lie on one pixel: `count` then adds to one number one sample
+// after the other, and the groups of one run of pixels read all records (an estimate for a plane
+// of 258,048 samples: 2 ms).
 // Buckets: sample (x, y) of a level, -1 <= x < w and -1 <= y < h its upper left pixel, is in
 // bucket (y + 1) * (w + 2) + x + 1; a row ends with an empty bucket, the end of the one before.
-// Buckets x and x + 1 of a row follow one another in the records: a pixel reads two ranges.
 #include "ms_deform_attn.h"
 
 namespace segkern::deform {
 namespace {
 
-// Planes are worked on in chunks that stay near the second-level cache; the tests' are small.
+// Planes are worked on in chunks whose 20 bytes a sample stay in a second-level cache of 50 MB;
+// the tests' are small.
 #ifdef SEGKERN_EMULATE
 constexpr int64_t kChunkSamples = 1 << 9, kChunkBuckets = 1 << 9;
 constexpr int kLong = 32;
 #else
-constexpr int64_t kChunkSamples = 1 << 22, kChunkBuckets = 1 << 24;
+constexpr int64_t kChunkSamples = 1 << 21, kChunkBuckets = 1 << 24;
 constexpr int kLong = 1024;  // a bucket of more records is sorted by a whole block
 #endif
 constexpr int kBlock = 256;
 constexpr int kSorted = 64;     // buckets of a block that sorts
+constexpr int kAcross = 4;      // pixels of a row that one group gathers
 constexpr int kShareFrom = 32;  // records of a pixel worth a group more
 
 // A sample on its way to its pixels.
@@ -33,6 +37,13 @@ template <class E>
 struct alignas(16) Record {
   int q;
   E a, fx, fy;  // attention weight; place within the four pixels
+};
+
+// Of a sample between kernels: its rank in its bucket, until `samples` has read it.
+template <class E>
+union Note {
+  int rank;
+  E weight;  // gradient of the attention weight
 };
 
 // Planes [first, first + n) of the B * H and their buckets.
@@ -50,13 +61,13 @@ __device__ inline int bucket_of(const Sample<E>& s, const Chunk& k, int plane /*
 template <class E>
 __global__ void __launch_bounds__(kBlock)
     count(const Call c, const Chunk k, int* buckets /*[planes, buckets]*/,
-          int* ranks /*[Q, planes, M]*/) {
+          Note<E>* notes /*[Q, planes, M]*/) {
   const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, group = i / c.M, m = i % c.M;
   const unsigned q = group / k.n, plane = group % k.n;
   if (q >= static_cast<unsigned>(c.Q)) return;
-  const Query query(c, plane_of(k.first + static_cast<int>(plane), c.H), static_cast<int>(q));
-  const Sample<E> s = locate<E>(c, query, static_cast<int>(m) / c.P, static_cast<int>(m));
-  if (s.near) ranks[i] = atomicAdd(&buckets[bucket_of(s, k, static_cast<int>(plane))], 1);
+  const Query<E> query(c, plane_of(k.first + static_cast<int>(plane), c.H), static_cast<int>(q));
+  const Sample<E> s = locate(c, query, static_cast<int>(m) / c.P, static_cast<int>(m));
+  if (s.near) notes[i].rank = atomicAdd(&buckets[bucket_of(s, k, static_cast<int>(plane))], 1);
 }
 
 // One warp a row of buckets: counts become beginnings; `used` counts the records of all.
@@ -110,24 +121,11 @@ __device__ inline void transpose_sum(E (&x)[n][4]) {
     for (int i = 0; i < 4; ++i) x[0][i] += __shfl_xor_sync(kAllLanes, x[0][i], step);
 }
 
-template <class E>
-__device__ inline void write(void* data, int type, int64_t i, E x) {
-  if (type == static_cast<int>(ScalarType::Float))
-    static_cast<float*>(data)[i] = static_cast<float>(x);
-  else if (type == static_cast<int>(ScalarType::BFloat16))
-    static_cast<torch::headeronly::BFloat16*>(data)[i] = static_cast<float>(x);
-  else if (type == static_cast<int>(ScalarType::Half))
-    static_cast<torch::headeronly::Half*>(data)[i] = static_cast<float>(x);
-  else
-    static_cast<double*>(data)[i] = static_cast<double>(x);
-}
-
 // What belongs to a chunk.
 template <class E>
 struct Workspace {
   const int* buckets;  // [planes, buckets]: their first records
-  const int* ranks;    // [Q, planes, M]
-  E* weights;          // [Q, planes, M] gradient of the attention weights
+  Note<E>* notes;      // [Q, planes, M]
   Record<E>* records;  // [at most Q * planes * M]
 };
 
@@ -141,7 +139,7 @@ __global__ void __launch_bounds__(Path::kThreads,
             const typename Path::T* __restrict__ value /*[B, S, H, D]*/,
             const typename Path::T* __restrict__ grad /*[B, Q, H, D]*/,
             typename Path::E* __restrict__ grad_offsets /*[B, Q, H, M, 2]*/,
-            void* __restrict__ grad_logits /*[B, Q, H, M], of the type of logits*/) {
+            void* __restrict__ grad_logits /*[B, Q, H, M], as Call has the logits*/) {
   using T = typename Path::T;
   using E = typename Path::E;
   constexpr int kVector = Path::kVector, kLanes = Path::kLanes;
@@ -151,7 +149,7 @@ __global__ void __launch_bounds__(Path::kThreads,
   const Plane plane = plane_of(k.first + local, c.H);
   const int q = query_of(c, tile_of_grid(), threadIdx.x / kLanes);
   const int M = q < 0 ? 0 : c.M;
-  const Query query(c, plane, max(q, 0));
+  const Query<T> query(c, plane, max(q, 0));
   const int64_t chunked = (int64_t{max(q, 0)} * k.n + local) * c.M;  // in [Q, planes, M]
   const unsigned stride = Path::stride(c.H, c.D);
   const T* rows = settled(value + (int64_t{plane.b} * c.S * c.H + plane.h) * c.D + lane * kVector);
@@ -159,14 +157,14 @@ __global__ void __launch_bounds__(Path::kThreads,
 
   E top = 0, scale = 1;
   if (!c.normalized) {
-    top = largest<E, kLanes>(c, query, M);
+    top = largest<kLanes>(c, query, M);
     E sum = 0;
 #pragma unroll 1
-    for (int m = lane; m < M; m += kLanes) sum += exponential(logit<E>(c, query, m) - top);
+    for (int m = lane; m < M; m += kLanes) sum += exponential(query.logit(c, m) - top);
     scale = E(1) / group_sum<kLanes>(sum);
   }
   const auto weight = [&](int m) {
-    const E x = logit<E>(c, query, m);
+    const E x = query.logit(c, m);
     return c.normalized ? x : exponential(x - top) * scale;
   };
   E g[kVector] = {};
@@ -177,7 +175,7 @@ __global__ void __launch_bounds__(Path::kThreads,
 #pragma unroll 1
   for (int first = 0; first < c.M; first += kLanes, walk.next(c.P)) {
     Sample<E> s{};
-    if (walk.m < M) s = locate<E>(c, query, walk.l, walk.m);
+    if (walk.m < M) s = locate(c, query, walk.l, walk.m);
     const unsigned corner = s.near ? s.pixel() * stride : 0;
     const unsigned to = s.near ? s.to_below() * 2u + s.to_right() : 0;
     E own[4] = {};
@@ -220,19 +218,22 @@ __global__ void __launch_bounds__(Path::kThreads,
     const E along_y = gx * (d10 - d00) + s.fx * (d11 - d01);
     const E moved[2] = {s.near ? a * along_x : E(0), s.near ? a * along_y : E(0)};
     store(moved, grad_offsets + 2 * (query.sample + walk.m));
-    work.weights[chunked + walk.m] = of_weight;
     mean += a * of_weight;
     if (s.near) {
       const int place = work.buckets[bucket_of(s, k, local)];
-      work.records[place + work.ranks[chunked + walk.m]] = {q, a, s.fx, s.fy};
+      work.records[place + work.notes[chunked + walk.m].rank] = {q, a, s.fx, s.fy};
     }
+    work.notes[chunked + walk.m].weight = of_weight;
   }
   mean = group_sum<kLanes>(mean);
 #pragma unroll 1
   for (int m = lane; m < M; m += kLanes) {
-    const E of_weight = work.weights[chunked + m];
-    write(grad_logits, c.logits.type, query.sample + m,
-          c.normalized ? of_weight : weight(m) * (of_weight - mean));
+    const E of_weight = work.notes[chunked + m].weight;
+    const E x = c.normalized ? of_weight : weight(m) * (of_weight - mean);
+    if (c.exact)
+      static_cast<E*>(grad_logits)[query.sample + m] = x;
+    else
+      static_cast<T*>(grad_logits)[query.sample + m] = static_cast<T>(x);
   }
 }
 
@@ -293,7 +294,8 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// A group or several a pixel of a plane.
+// A group or several a run of pixels along a row of a plane. They walk the buckets above and below
+// from left to right, with two sums: a record adds to the pixel on its left and to the next one.
 template <class Path>
 __global__ void __launch_bounds__(Path::kThreads, 1024 / Path::kThreads)
     gather(const Call c, const Levels levels /*in tiles of pixels*/, const int tiles,
@@ -303,25 +305,18 @@ __global__ void __launch_bounds__(Path::kThreads, 1024 / Path::kThreads)
            typename Path::T* __restrict__ grad_value /*[B, S, H, D]*/) {
   using T = typename Path::T;
   using E = typename Path::E;
-  constexpr int kVector = Path::kVector, kLanes = Path::kLanes;
+  constexpr int kVector = Path::kVector, kLanes = Path::kLanes, kRuns = kSide / kAcross;
   if (tile_of_grid() >= tiles) return;
   const int local = static_cast<int>(blockIdx.x), group = threadIdx.x / kLanes;
   const Plane plane = plane_of(k.first + local, c.H);
   const Tile tile = tile_of(levels, tile_of_grid());
   const int share = tile.level.share, w = tile.level.w;
   const int part = group & (share - 1), i = group >> (__ffs(share) - 1);
-  const int y = tile.y + i / kSide, x = tile.x + i % kSide;
-  const bool inside = y < tile.level.h && x < w;
-
-  int first[2] = {}, middle[2] = {}, last[2] = {};  // of samples above the pixel and below
-  if (inside) {
-#pragma unroll
-    for (int lower = 0; lower < 2; ++lower) {
-      const int* at = buckets + local * k.buckets + tile.level.bucket + (y + lower) * (w + 2) + x;
-      first[lower] = at[0], middle[lower] = at[1], last[lower] = at[2];
-    }
-  }
-  const int n = last[0] - first[0], all = n + last[1] - first[1];
+  const int y = tile.y + i / kRuns, x = tile.x + i % kRuns * kAcross;
+  // buckets x to x + steps, of which the first lies left of the run
+  const int steps = y < tile.level.h ? min(w - x, kAcross) : 0;
+  const int* above = buckets + local * k.buckets + tile.level.bucket + y * (w + 2) + x;
+  const int* below = above + w + 2;
   const unsigned stride = Path::stride(c.H, c.D);
   const T* grads = settled(grad + (int64_t{plane.b} * c.Q * c.H + plane.h) * c.D +
                            threadIdx.x % kLanes * kVector);
@@ -330,33 +325,49 @@ __global__ void __launch_bounds__(Path::kThreads, 1024 / Path::kThreads)
       ((int64_t{plane.b} * c.S + tile.level.start + int64_t{y} * w + x) * c.H + plane.h) * c.D +
       threadIdx.x % kLanes * kVector;
   for (int turn = 0; turn < Path::turns_end(c.D); turn += Path::kTurn) {
-    const bool mine = turn + static_cast<int>(threadIdx.x) % kLanes * kVector < c.D;
-    E sum[kVector] = {};
+    const bool mine = steps > 0 && turn + static_cast<int>(threadIdx.x) % kLanes * kVector < c.D;
+    int first[2] = {mine ? above[0] : 0, mine ? below[0] : 0};
+    E sum[kVector] = {}, next[kVector] = {};  // of pixels x + step - 1 and x + step
 #pragma unroll 1
-    for (int j = part; j < (mine ? all : 0); j += 2 * share) {
-      // two records at a time, so that their loads overlap; at the end the last one again, by 0
-      const bool two = j + share < all;
-      E weight[2], g[2][kVector];
+    for (int step = 0; step <= kAcross; ++step) {
+      const bool reads = mine && step <= steps;
+      const int last[2] = {reads ? above[step + 1] : first[0], reads ? below[step + 1] : first[1]};
+      const int n = last[0] - first[0], all = n + last[1] - first[1];
+#pragma unroll 1
+      for (int j = part; j < all; j += 2 * share) {
+        // two records at a time, so that their loads overlap; at the end the last one again, by 0
+        const bool two = j + share < all;
+        E left[2], right[2], g[2][kVector];
 #pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        const int i = two ? j + t * share : j;
-        const bool upper = i < n;  // the sample's upper left pixel is in the row above
-        const int at = upper ? first[0] + i : first[1] + i - n;
-        const bool left = at < (upper ? middle[0] : middle[1]);
-        const Record<E> r = records[at];
-        weight[t] = r.a * ((left ? r.fx : E(1) - r.fx) * (upper ? r.fy : E(1) - r.fy));
-        load_row(Path::row(grads + turn, static_cast<unsigned>(r.q) * stride), g[t]);
+        for (int t = 0; t < 2; ++t) {
+          const int i = two ? j + t * share : j;
+          const bool upper = i < n;  // the sample's upper left pixel is in the row above
+          const Record<E> r = records[upper ? first[0] + i : first[1] + i - n];
+          const E down = upper ? r.fy : E(1) - r.fy, a = t == 0 || two ? r.a : E(0);
+          left[t] = a * ((E(1) - r.fx) * down);
+          right[t] = a * (r.fx * down);
+          load_row(Path::row(grads + turn, static_cast<unsigned>(r.q) * stride), g[t]);
+        }
+#pragma unroll
+        for (int d = 0; d < kVector; ++d) {
+          sum[d] = fused(left[1], g[1][d], fused(left[0], g[0][d], sum[d]));
+          next[d] = fused(right[1], g[1][d], fused(right[0], g[0][d], next[d]));
+        }
       }
-      weight[1] = two ? weight[1] : E(0);
+      if (step > 0) {
+        for (int lanes = kLanes; lanes < kLanes * share; lanes *= 2) {
 #pragma unroll
-      for (int d = 0; d < kVector; ++d)
-        sum[d] = fused(weight[1], g[1][d], fused(weight[0], g[0][d], sum[d]));
-    }
-    for (int step = kLanes; step < kLanes * share; step *= 2) {
+          for (int d = 0; d < kVector; ++d) sum[d] += __shfl_xor_sync(kAllLanes, sum[d], lanes);
+        }
+        if (part == 0 && reads) store(sum, out + turn + (step - 1) * c.H * c.D);
+      }
 #pragma unroll
-      for (int d = 0; d < kVector; ++d) sum[d] += __shfl_xor_sync(kAllLanes, sum[d], step);
+      for (int d = 0; d < kVector; ++d) {
+        sum[d] = next[d];
+        next[d] = E(0);
+      }
+      first[0] = last[0], first[1] = last[1];
     }
-    if (part == 0 && inside && mine) store(sum, out + turn);
   }
 }
 
@@ -371,11 +382,13 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad, Tensor v
       return torch::stable::new_zeros(value, sizes, type);
     return fresh(value, sizes, type);
   };
-  const bool wide = value.scalar_type() == ScalarType::Double;
   const Tensor grad_value = make(value, value.scalar_type());
-  const Tensor grad_offsets = make(offsets, wide ? ScalarType::Double : ScalarType::Float);
-  const Tensor grad_logits = make(logits, logits.scalar_type());
-  if (value.numel() == 0 || logits.numel() == 0) return {grad_value, grad_offsets, grad_logits};
+  const Tensor grad_offsets = make(offsets, exact_type(value));
+  const Tensor grad_logits = make(logits, logits_type(value, logits));
+  const auto results = [&] {
+    return std::tuple(grad_value, grad_offsets, cast_to(grad_logits, logits.scalar_type()));
+  };
+  if (value.numel() == 0 || logits.numel() == 0) return results();
 
   dispatch_path(value.scalar_type(), value.size(3), [&](auto path) {
     using Path = decltype(path);
@@ -385,7 +398,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad, Tensor v
     in.check_reach<Path>();
     const Tensor grads = aligned(cast_to(grad, value.scalar_type()));
     const int64_t M = in.call.M;
-    const LevelTable pixels(value, shapes, Path::kRun, [&](int64_t area) {
+    const LevelTable pixels(value, shapes, Path::kRun * kAcross, [&](int64_t area) {
       int share = 1;
       while (2 * share * Path::kLanes <= 32 && share < kSide &&
              4 * in.Q * in.P > kShareFrom * share * area)
@@ -396,12 +409,10 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad, Tensor v
     const int planes = static_cast<int>(std::clamp<int64_t>(fit, 1, in.planes));
     const int64_t most = in.Q * planes * M, buckets = int64_t{planes} * pixels.buckets;
     Tensor counts = fresh(value, {buckets + 1}, ScalarType::Int);  // and one for the records used
-    const Tensor ranks = fresh(value, {most}, ScalarType::Int);
-    const Tensor weights = fresh(value, {most}, scalar_type_of<E>());
+    const Tensor notes = fresh(value, {most}, scalar_type_of<E>());
     const Tensor records = fresh(value, {most, int64_t{sizeof(Record<E>)}}, ScalarType::Byte);
     int* at = mutable_data<int>(counts);
-    const Workspace<E> work{at, data<int>(ranks), mutable_data<E>(weights),
-                            mutable_data<Record<E>>(records)};
+    const Workspace<E> work{at, mutable_data<Note<E>>(notes), mutable_data<Record<E>>(records)};
     const auto blocks = [](int64_t n, int64_t each) {
       return static_cast<unsigned>((n + each - 1) / each);
     };
@@ -409,7 +420,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad, Tensor v
       const Chunk k{first, std::min(planes, in.planes - first), pixels.buckets};
       torch::stable::zero_(counts);
       SEGKERN_LAUNCH(value, count<E>, blocks(in.Q * k.n * M, kBlock), kBlock, 0, in.call, k, at,
-                     mutable_data<int>(ranks));
+                     work.notes);
       SEGKERN_LAUNCH(value, place, blocks(int64_t{k.n} * pixels.rows, kBlock / 32), kBlock, 0,
                      pixels.levels, k, pixels.rows, at, at + buckets);
       SEGKERN_LAUNCH(value, samples<Path>, grid_of(k.n, in.blocks), in.call.run * Path::kLanes, 0,
@@ -423,7 +434,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad, Tensor v
                      mutable_data<T>(grad_value));
     }
   });
-  return {grad_value, grad_offsets, grad_logits};
+  return results();
 }
 
 }  // namespace

@@ -65,6 +65,7 @@ def test_costs_what_scipy_costs(size, kind):
 
 @pytest.mark.parametrize("kind", ["uniform", "degenerate"])
 def test_the_largest_ragged_batch(kind):
+    """More problems than an H200 has multiprocessors: two then share one's memory."""
     N = 160 if kind == "uniform" else 16
     cost, counts = linear_assignment_inputs(N, 300, 100, kind)
     wanted = linear_assignment_reference(cost, counts)[:2]
@@ -81,11 +82,11 @@ WAYS = {  # N, Q, T: the ways in which the CUDA kernel lays out a problem of som
     "many problems": (400, 7, 5),
     "a block, two columns a thread": (2, 40, 300),
     "a block, two columns a thread, in float": (2, 301, 100),
-    "a block, costs in global memory": (2, 260, 250),
+    "a block, its last costs in global memory": (2, 260, 250),
     "a block, four columns a thread": (2, 600, 20),
-    "a block, four columns a thread, costs in global memory": (2, 100, 700),
+    "a block, four columns a thread, its last costs in global memory": (2, 100, 700),
     "a block, eight columns a thread": (2, 1100, 5),
-    "a block, eight columns a thread, costs in global memory": (1, 45, 1500),
+    "a block, eight columns a thread, its last costs in global memory": (1, 45, 1500),
     "all in global memory": (2, 2100, 30),
     "all in global memory, fewer queries": (2, 6, 2600),
 }

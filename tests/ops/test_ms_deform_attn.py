@@ -117,16 +117,23 @@ def test_float64_is_exact():
     )
 
 
-def test_types_may_differ():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("of_value", [torch.bfloat16, torch.float64], ids=str)
+def test_types_may_differ(of_value, dtype):
     value, shapes, reference, offsets, logits = ms_deform_attn_inputs(D=16)
-    mixed = [value.bfloat16(), shapes, reference.double(), offsets.half(), logits.bfloat16()]
+    mixed = [value.to(of_value), shapes, reference.double(), offsets.half(), logits.to(dtype)]
     leaves = [t.requires_grad_() for t in mixed if isinstance(t, torch.Tensor)]
     out = ms_deform_attn(*mixed)
-    assert out.dtype == torch.bfloat16
-    want = ms_deform_attn(*promote(mixed, torch.float32))
-    torch.testing.assert_close(out.float(), want, rtol=0.01, atol=0.01)
+    assert out.dtype == of_value
+    promoted = promote(mixed, torch.float64)
+    wide = [t.requires_grad_() for t in promoted if isinstance(t, torch.Tensor)]
+    want = ms_deform_attn(*promoted)
+    torch.testing.assert_close(out.double(), want, rtol=0.01, atol=0.01)
     grads = torch.autograd.grad(out.sum(), leaves)
     assert [g.dtype for g in grads] == [t.dtype for t in leaves]
+    for got, exact in zip(grads, torch.autograd.grad(want.sum(), wide)):
+        error = (got.double() - exact).abs().max() / exact.abs().max()
+        assert error < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
