@@ -70,7 +70,9 @@ def _differentiate(
     STAGES: tl.constexpr,
 ):
     """Gradients of the tiles of keys that any row wants, and of the rows."""
-    (q, grad, out), (k, v), bits, open, norm, grad_q = tensors
+    queries, keys_values, bits, open, norm, grad_q = tensors
+    q, grad, out = queries
+    k, v = keys_values
     inner, outer = factors
     first, wanted, again, more = chunk
     Q, S, H, scale = sizes

@@ -37,7 +37,8 @@ def _attend(
     STAGES: tl.constexpr,
 ):
     """Joins tiles of keys to the rows; all of them are multiplied with each, without a branch."""
-    q, (k, v), bits, open, out, norm = tensors
+    q, keys_values, bits, open, out, norm = tensors
+    k, v = keys_values
     inner, outer = factors
     first, wanted = chunk
     Q, S, H, splits = sizes

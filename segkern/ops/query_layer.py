@@ -145,7 +145,7 @@ def _composed_prediction(x, position, prediction, eps) -> tuple[Tensor, ...]:
 def _fake_prediction(x, position, prediction, eps) -> tuple[Tensor, Tensor, Tensor]:
     B, Q, C = x.shape
     embedding = x.new_empty((B, Q, prediction[6].shape[0]))
-    return x.new_empty(x.shape), embedding, x.new_empty((B * (len(prediction) > 8), Q, C))
+    return x.new_empty(x.shape), embedding, x.new_empty((B if len(prediction) > 8 else 0, Q, C))
 
 
 def _fake(x, attended, position, layer, prediction, heads, eps) -> tuple[Tensor, ...]:
