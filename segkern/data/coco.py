@@ -25,12 +25,12 @@ from .pictures import (
     Names,
     Pictures,
     ReadConfig,
-    as_config,
     expect_split,
     files_below,
     held_out,
     number,
     pictures_below,
+    settle,
 )
 from .views import InstanceViews, ViewConfig
 
@@ -65,11 +65,9 @@ class CocoConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self):
-        self.root = Path(self.root).absolute()  # a run is also gone on with from other folders
+        settle(self)
         if self.task not in ("instance", "panoptic"):
             raise ValueError(f"CocoConfig: task must be instance or panoptic, got {self.task!r}")
-        self.read = as_config(ReadConfig, self.read)
-        self.views = as_config(ViewConfig, self.views)
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -229,12 +229,7 @@ class PanopticSegments:
 
     def __call__(self, index: int, size: tuple[int, int]) -> Truth:
         path = self.files[index]
-        values = read_ids(path)
-        if values.shape != size:
-            raise ValueError(
-                f"{path}: must have the size of its picture, {list(size)}, "
-                f"got {list(values.shape)}"
-            )
+        values = read_ids(path, size)
         mine = slice(self.first[index], self.first[index + 1])
         ids, labels, crowd = self.ids[mine], self.labels[mine], self.crowd[mine]
         masks, faults = IdMaps.of_map(values, ids), []

@@ -26,13 +26,13 @@ from .pictures import (
     Pictures,
     ReadConfig,
     Truth,
-    as_config,
     expect_split,
     held_out,
     maps_below,
     pictures_below,
     plain_name,
     read_ids,
+    settle,
 )
 from .sample import IdMaps, distinct
 from .views import InstanceViews, ViewConfig
@@ -65,14 +65,12 @@ class InstanceMapsConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self):
-        self.root = Path(self.root).absolute()  # a run is also gone on with from other folders
+        settle(self)
         if self.encoding not in ("auto", "ids", "class_instance"):
             raise ValueError(
                 "InstanceMapsConfig: encoding must be auto, ids or class_instance, "
                 f"got {self.encoding!r}"
             )
-        self.read = as_config(ReadConfig, self.read)
-        self.views = as_config(ViewConfig, self.views)
 
 
 def read_instance_maps(
@@ -137,7 +135,7 @@ class Coded:
 
     def __call__(self, index: int, size: tuple[int, int]) -> Truth:
         path = self.files[index]
-        values = _map(path, size)
+        values = read_ids(path, size)
         ids = distinct(values)
         ids = ids[ids > 0]
         crowd = ids < _STEP
@@ -164,12 +162,12 @@ class Numbered:
 
     def __call__(self, index: int, size: tuple[int, int]) -> Truth:
         path, faults = self.files[index], []
-        values = _map(path, size)
+        values = read_ids(path, size)
         ids = distinct(values)
         ids = ids[ids > 0]
         masks, labels = IdMaps.of_map(values, ids), np.zeros(len(ids), np.int64)
         if self.of_labels is not None:
-            of_labels = _map(self.of_labels[index], size)
+            of_labels = read_ids(self.of_labels[index], size)
             pairs = masks.maps[0].astype(np.int64) * (VOID + 1) + of_labels.clip(max=VOID)
             counts = np.bincount(pairs.ravel(), minlength=(len(ids) + 1) * (VOID + 1))
             labels = counts.reshape(-1, VOID + 1)[1:].argmax(1)
@@ -180,20 +178,6 @@ class Numbered:
             ]
             masks, labels = masks.chosen(known), labels[known]
         return Truth(masks, labels, np.zeros(len(labels), bool), faults)
-
-
-def _map(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """Values of a map [H, W].
-
-    Raises:
-        ValueError: it cannot be read, or has another size.
-    """
-    values = read_ids(path)
-    if values.shape != size:
-        raise ValueError(
-            f"{path}: must have the size of its picture, {list(size)}, got {list(values.shape)}"
-        )
-    return values
 
 
 def _part(folder: Path, split: str) -> Path:

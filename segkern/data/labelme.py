@@ -28,11 +28,11 @@ from .pictures import (
     Pictures,
     ReadConfig,
     Truth,
-    as_config,
     expect_split,
     files_below,
     held_out,
     number,
+    settle,
 )
 from .sample import IdMaps
 from .views import InstanceViews, ViewConfig
@@ -74,9 +74,7 @@ class LabelMeConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self):
-        self.root = Path(self.root).absolute()  # a run is also gone on with from other folders
-        self.read = as_config(ReadConfig, self.read)
-        self.views = as_config(ViewConfig, self.views)
+        settle(self)
 
 
 def read_labelme(

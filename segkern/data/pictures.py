@@ -14,7 +14,7 @@ import numpy as np
 from ..io.images import open_image, picture_suffixes, read_head, read_pixels, read_values
 from ..structures.labels import VOID
 from .sample import IdMaps, Sample, generator_of
-from .views import InstanceViews
+from .views import InstanceViews, ViewConfig
 
 FAR = (
     100_000  # pixels: corners that lie further out are faults, and drawing to them would never end
@@ -135,13 +135,7 @@ class Pictures:
         return len(self.paths)
 
     def __getitem__(self, place: int | tuple[int, int]) -> Sample:
-        index, epoch = place if isinstance(place, tuple) else (place, 0)
-        if not 0 <= index < len(self):
-            raise IndexError(f"Pictures: index must be in [0, {len(self)}), got {index}")
-        sample = readable(self.examined, index, len(self), self.told)
-        if self.views is None:
-            return sample
-        return self.views(sample, generator_of(self.seed, epoch, index))
+        return viewed(self, place)
 
     def examined(self, index: int) -> tuple[Sample, list[str]]:
         """A whole sample, and what was left out of it and why.
@@ -168,6 +162,19 @@ class Pictures:
         if self.semantic:
             sample["semantic"] = np.append(VOID, labels).astype(np.uint8)[masks.maps[0]]
         return sample | {"id": index, "path": str(path)}, faults
+
+
+def viewed(data, place: int | tuple[int, int]) -> Sample:
+    """Sample (index, pass) of a data set with `examined`, `told`, `views` and `seed`; of an index
+    alone that of pass 0."""
+    index, epoch = place if isinstance(place, tuple) else (place, 0)
+    if not 0 <= index < len(data):
+        name = type(data).__name__
+        raise IndexError(f"{name}: index must be in [0, {len(data)}), got {index}")
+    sample = readable(data.examined, index, len(data), data.told)
+    if data.views is None:
+        return sample
+    return data.views(sample, generator_of(data.seed, epoch, index))
 
 
 def read_drawn(
@@ -321,9 +328,13 @@ def expect_split(name: str, split: str) -> None:
         raise ValueError(f"{name}: split must be train or val, got {split!r}")
 
 
-def as_config(kind: type, value):
-    """A config, or the one of plain settings, as a stored run has them."""
-    return kind(**value) if isinstance(value, dict) else value
+def settle(config) -> None:
+    """Brings the settings that all formats have, `root`, `read` and `views`, into their types; a
+    stored run has them plain, and is also gone on with from other folders."""
+    config.root = Path(config.root).absolute()
+    for name, kind in (("read", ReadConfig), ("views", ViewConfig)):
+        value = getattr(config, name)
+        setattr(config, name, kind(**value) if isinstance(value, dict) else value)
 
 
 def number(value) -> Hashable:
@@ -334,13 +345,22 @@ def number(value) -> Hashable:
         return str(value)
 
 
-def read_ids(path: Path) -> np.ndarray:
+def read_ids(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """[H, W] integers of a PNG: its values, or red + 256 green + 65536 blue.
 
+    Args:
+        path: of the PNG.
+        size: (H, W) of its picture, which it must have, and may have however large that is.
+
     Raises:
-        ValueError: it cannot be read; names the file.
+        ValueError: it cannot be read, or has another size; names the file.
     """
-    values = read_values(path)
+    height, width = read_head(path, None if size is None else 2**62)[0]
+    if size is not None and (height, width) != size:
+        raise ValueError(
+            f"{path}: must have the size of its picture, {list(size)}, got {[height, width]}"
+        )
+    values = read_values(path, None if size is None else height * width)
     if values.ndim == 2:
         return values.astype(np.int64, copy=False)
     values = values.astype(np.int64)

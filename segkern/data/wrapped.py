@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from ..io.images import read_pixels
-from .pictures import readable
-from .sample import IdMaps, Sample, generator_of
+from .pictures import viewed
+from .sample import IdMaps, Sample
 from .views import InstanceViews
 
 
@@ -56,13 +56,7 @@ class Wrapped:
         return len(self.dataset)
 
     def __getitem__(self, place: int | tuple[int, int]) -> Sample:
-        index, epoch = place if isinstance(place, tuple) else (place, 0)
-        if not 0 <= index < len(self):
-            raise IndexError(f"Wrapped: index must be in [0, {len(self)}), got {index}")
-        sample = readable(self.examined, index, len(self), self.told)
-        if self.views is None:
-            return sample
-        return self.views(sample, generator_of(self.seed, epoch, index))
+        return viewed(self, place)
 
     def examined(self, index: int) -> tuple[Sample, list[str]]:
         """A whole sample, and what was left out of it and why.

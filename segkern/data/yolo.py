@@ -1,9 +1,10 @@
 """YOLO-seg: a text file of polygons for each picture, and a YAML file of names and folders.
 
 A row is a class and the x and y of a polygon's corners by turns, over width and height. The YAML
-file (data.yaml, or the only one in the root) says where the pictures of train and val are; labels
-lie in folders called `labels` in place of `images`, or beside the pictures. A picture without a
-text file shows nothing. Polygons are filled as COCO fills them.
+file (data.yaml, or the only one in the root) says where the pictures of train and val are, else
+they are looked for in images/SPLIT, SPLIT/images and images. Labels lie in folders called `labels`
+in place of `images`, or beside the pictures. A picture without a text file shows nothing. Polygons
+are filled as COCO fills them.
 Source: the format of Ultralytics' YOLO (2023).
 """
 
@@ -22,10 +23,10 @@ from .pictures import (
     Pictures,
     ReadConfig,
     Truth,
-    as_config,
     expect_split,
     held_out,
     pictures_below,
+    settle,
 )
 from .sample import IdMaps, coco_masks
 from .views import InstanceViews, ViewConfig
@@ -54,9 +55,7 @@ class YoloConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self):
-        self.root = Path(self.root).absolute()  # a run is also gone on with from other folders
-        self.read = as_config(ReadConfig, self.read)
-        self.views = as_config(ViewConfig, self.views)
+        settle(self)
 
 
 def read_yolo(
@@ -79,9 +78,14 @@ def read_yolo(
     entries = {
         part: next((content[k] for k in SPLITS[part] if content.get(k)), None) for part in SPLITS
     }
+    if not any(entries.values()):  # as some tools write it
+        entries = {part: _usual(file.parent, part) for part in SPLITS}
     entry = entries[split] or entries["train"]
     if entry is None:
-        raise ValueError(f"{file}: must say where the pictures are, with train and val")
+        raise ValueError(
+            f"{file}: must say where the pictures are, with train and val, or have them beside it "
+            "in images/train and images/val"
+        )
     places = [
         _place(file, content.get("path"), str(part))
         for part in (entry if isinstance(entry, list) else [entry])
@@ -205,6 +209,13 @@ def _content(path: Path) -> dict:
     if not isinstance(names, list) or not names:
         raise ValueError(f"{path}: names must be a list, or name 0, 1, 2, ..., got {names!r:.80}")
     return content | {"names": [str(name) for name in names]}
+
+
+def _usual(root: Path, split: str) -> str | None:
+    """Where the pictures of a split are if the YAML file does not say it, below the root."""
+    names = [part for name in SPLITS[split] for part in (f"images/{name}", f"{name}/images")]
+    names += ["images"] * (split == "train")
+    return next((name for name in names if (root / name).is_dir()), None)
 
 
 def _place(file: Path, base, entry: str) -> Path:

@@ -25,12 +25,12 @@ from torch import Tensor
 from ..models.protocol import SegmentationModel
 from ..nn.bilinear import resize_matrix, resized
 from ..ops import resize_argmax
+from ..ops._bands import rows_at_once
 from ..runtime.cuda_graphs import replayed
 from ..structures.logits import PixelLogits
 from ..structures.settings import Views
 
 PIXELS_AT_ONCE = 2**21  # of windows that go through the model together
-_VALUES_AT_ONCE = 2**22  # of a band of probabilities: 16 MB in float32
 
 
 def starts(size: int, window: int, stride: int) -> list[int]:
@@ -169,7 +169,7 @@ def _likeliest(
     maps = views[0].maps
     found = maps.new_empty(output_size, dtype=torch.int32)
     scores = maps.new_empty(len(maps), *output_size) if return_scores else None
-    step = max(1, _VALUES_AT_ONCE // (output_size[1] * len(maps)))
+    step = rows_at_once(maps, output_size[1] * len(maps))
     for top in range(0, output_size[0], step):
         rows = slice(top, top + step)
         part = sum(view.logits(rows).softmax(0) for view in views) / len(views)

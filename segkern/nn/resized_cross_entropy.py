@@ -17,13 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops._bands import rows_at_once
 from ..structures.labels import VOID
 from .bilinear import neighbours, widened
-
-# of a band of resized logits: 8 MB in float32, which a CPU's cache holds; elsewhere 512 MB, few
-# launches
-_VALUES_AT_ONCE = {"cpu": 2**21}
-_MANY = 2**27
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -69,8 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _bands(maps: Tensor, labels: Tensor, size: tuple[int, int]) -> Iterator[range]:
-    values = _VALUES_AT_ONCE.get(maps.device.type, _MANY)
-    rows = max(1, values // (maps.shape[0] * maps.shape[1] * size[1]))
+    rows = rows_at_once(maps, maps.shape[0] * maps.shape[1] * size[1])
     for top in range(0, labels.shape[1], rows):
         yield range(top, min(top + rows, labels.shape[1]))
 

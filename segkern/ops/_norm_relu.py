@@ -59,5 +59,5 @@ def norm_relu(
         [B, C, h, w] in x's dtype, channels last in memory; computed in float32 (float64 where x
         is) and rounded once, on a CPU as its layers are.
     """
-    run = _of_pytorch if _library.PURE else _forward
+    run = _forward if _library.use_kernel("norm_relu", "kernel", x) else _of_pytorch
     return run(x, *norm, other, *(other_norm or ([], 0.0)))

@@ -29,6 +29,7 @@ def void_cells(void: Tensor, W: int) -> Tensor:
 
     Args:
         void: [B, H, ceil(W / 32)] int32, packed as `pack_bits` does.
+        W: width of the masks.
 
     Returns:
         [B, H + 1, ceil((W + 1) / 32)] int32; cell (y, x) is bit x + 1 of row y + 1.

@@ -118,16 +118,15 @@ def _backward(
     memory = x.new_empty(2, rows, len(weight1))  # of every block in turn
     for rows in blocks:
         (before, inner), above = memory[:, : rows.stop - rows.start], grad[rows]
+        # where the gradient goes a ReLU's result tells as well as what came before it
+        hidden = inner if gelu else before
+        _first_layer(x[rows], weight1, bias1, gelu, hidden, before if gelu else None)
+        _add_product(sums[2], above.t(), hidden)
+        torch.mm(above, weight2, out=inner)
         if gelu:
-            _first_layer(x[rows], weight1, bias1, gelu, inner, before)
-            _add_product(sums[2], above.t(), inner)
-            torch.mm(above, weight2, out=inner)
             _aten.gelu_backward.grad_input(inner, before, grad_input=inner)
-        else:  # what is not above 0 before the activation is 0 after it
-            _first_layer(x[rows], weight1, bias1, gelu, before)
-            _add_product(sums[2], above.t(), before)
-            torch.mm(above, weight2, out=inner)
-            _aten.threshold_backward.grad_input(inner, before, 0, grad_input=inner)
+        else:
+            _aten.threshold_backward.grad_input(inner, hidden, 0, grad_input=inner)
         _add_product(sums[0], inner.t(), x[rows])
         sums[1] += inner.sum(0, dtype=exact)
         torch.mm(inner, weight1, out=grad_x[rows])

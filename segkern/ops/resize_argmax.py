@@ -19,11 +19,8 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._bands import rows_at_once
 from ._checks import exact_dtype, expect
-
-# of the resized logits: what a CPU's cache holds; elsewhere 512 MB in float32, few launches
-_VALUES_AT_ONCE = {"cpu": 2**22}
-_MANY = 2**27
 
 
 def resize_argmax_reference(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -31,7 +28,7 @@ def resize_argmax_reference(maps: Tensor, rows: Tensor, columns: Tensor) -> Tens
     `resize_argmax`."""
     exact = exact_dtype(maps)
     (B, K, _, _), H, W = maps.shape, rows.shape[0], columns.shape[0]
-    step = max(1, _VALUES_AT_ONCE.get(maps.device.type, _MANY) // max(1, B * K * W))
+    step = rows_at_once(maps, B * K * W)
     out = maps.new_empty((B, H, W), dtype=torch.int32)
     with torch.autocast(maps.device.type, enabled=False):
         maps, rows, columns = maps.to(exact), rows.to(exact), columns.to(exact).mT

@@ -115,3 +115,12 @@ def test_faults_of_files(tmp_path):
         opened(tmp_path)
     with pytest.raises(ValueError, match="encoding must be auto, ids or class_instance"):
         InstanceMapsConfig(tmp_path, "rgb")
+
+
+def test_a_map_may_be_as_large_as_its_picture(tmp_path, monkeypatch):
+    """Also beyond Pillow's limit, once the picture may."""
+    root = write_maps(tmp_path, coded().astype(np.uint16))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    read = ReadConfig(val_share=0, max_pixels=SIZE[0] * SIZE[1])
+    data = build_dataset(InstanceMapsConfig(root, "class_instance", read=read), "train")
+    assert data[0]["labels"].tolist() == [1, 0, 0, 1]

@@ -38,6 +38,11 @@ LAYOUTS = {
     "moved": ({"path": "/not/here", "train": "images/train"}, "images/{}", "labels/{}"),
     "beside": ({}, "{}", "{}"),
     "valid": ({"val": None, "valid": "images/val"}, "images/{}", "labels/{}"),
+    "folders not said": (
+        {"path": None, "train": None, "val": None},
+        *("images/{}", "labels/{}"),
+    ),
+    "folders not said, split first": ({"train": None, "val": None}, "{}/images", "{}/labels"),
     "names in a list": ({"names": ["ring", "box"]}, "images/{}", "labels/{}"),
     "folders in a list": ({"train": ["images/train"]}, "images/{}", "labels/{}"),
     "a list of names": ({"train": "train.txt", "val": "val.txt"}, "images/{}", "labels/{}"),

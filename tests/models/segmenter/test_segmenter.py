@@ -16,6 +16,7 @@ from segkern.models.segmenter import original as weights
 from segkern.models.segmenter.config import SegmenterConfig
 from segkern.models.segmenter.model import Segmenter
 from segkern.nn import resized_cross_entropy
+from segkern.ops import _bands
 from segkern.structures.settings import Views
 from segkern.structures.targets import Targets
 
@@ -200,7 +201,8 @@ def test_no_such_preset(name):
 @pytest.mark.parametrize("values", [2**21, 3000], ids=["one band", "bands"])
 @pytest.mark.parametrize("size", [(40, 64), (64, 50), (37, 33)], ids=str)
 def test_loss_is_torchs_of_the_resized_logits(size, values, monkeypatch):
-    monkeypatch.setattr(resized_cross_entropy, "_VALUES_AT_ONCE", {"cpu": values, "cuda": values})
+    for device in ("ON_CPU", "ELSEWHERE"):
+        monkeypatch.setattr(_bands, device, values)
     model = built()
     labels = torch.randint(0, 5, (2, *size))
     labels[:, :10], labels[0, -3:] = 255, 255
@@ -396,7 +398,8 @@ def test_an_original_checkpoint_gives_the_originals_logits(case, tmp_path):
 @pytest.mark.parametrize("values", [2**22, 5 * 101 * 7], ids=["one band", "bands"])
 @pytest.mark.parametrize("case", VARIANTS)
 def test_windows_scales_and_mirrors_are_the_originals(case, values, tmp_path, monkeypatch):
-    monkeypatch.setattr(sliding_window, "_VALUES_AT_ONCE", values)
+    for device in ("ON_CPU", "ELSEWHERE"):
+        monkeypatch.setattr(_bands, device, values)
     monkeypatch.setattr(sliding_window, "PIXELS_AT_ONCE", 2 * 64**2)
     model = Segmenter.from_pretrained(original_folder(tmp_path, **VARIANTS[case]))
     for name, want in EXPECTED[case]["windows"].items():
