@@ -29,7 +29,7 @@ from .data.folder import Layout
 from .evaluation.evaluate import evaluate as run_evaluate
 from .evaluation.report import table
 from .inference.predict_files import Predicted, image_files, predict_files
-from .models import Segmenter, open_model
+from .models import SegmentationModel, Segmenter, open_model
 from .models.segmenter.explain import explain as run_explain
 from .ops import _library
 from .ops.segment_map import TASKS
@@ -87,7 +87,7 @@ def evaluate(
         scenes: how many, or how many images; not given, 400 scenes, or all images.
         tasks: what to measure; of a Segmenter and of images in folders semantic alone.
         threshold: least score of a panoptic segment, 0 to 1; not given, the digits recipe's for
-            panoptic.
+            scenes, else 0.8.
         data: folder whose val split is measured on, in place of scenes: COCO, LabelMe, YOLO, maps
             of objects or of classes.
         layout: of a folder of maps of classes; not given, the format is told from the files.
@@ -103,38 +103,10 @@ def evaluate(
     if out is not None and out.is_dir():
         raise ValueError(f"evaluate: --out must be a file, {out} is a folder")
     opened = open_model(model).to(usable_device(device))
-    given = {"size": size, "level": level, "seed": seed}
+    given = {"size": size, "level": level, "seed": seed, "split": split}
     given = {name: value for name, value in given.items() if value is not None}
-    if layout is not None and data is None:
-        raise ValueError(f"evaluate: --layout is for the folder of --data, got {layout} alone")
-    if layout is not None:
-        settings = FolderConfig(data, layout)
-    elif data is not None:
-        settings, line = find_format(data)
-        print(line)
-    else:
-        settings = _data_of_run(model, bool(given))
-    of_folder = not isinstance(settings, (DigitsConfig, type(None)))
-    if of_folder and (given or split is not None):
-        raise ValueError(
-            f"evaluate: --{next(iter(given), 'split')} is for scenes of digits, and the data "
-            f"is the folder {settings.root}"
-        )
-    if max_pixels is not None and not of_folder:
-        raise ValueError("evaluate: --max-pixels is for images in folders, not for digits")
-    limit = {} if max_pixels is None else {"max_pixels": max_pixels}
-    if isinstance(settings, FolderConfig):
-        settings = replace(settings, **limit)
-        source, title = Folder(settings, "val"), str(settings.root)
-        source.check()
-    elif of_folder:
-        settings = replace(settings, read=replace(settings.read, **limit))
-        source, title = build_dataset(settings, "val"), str(settings.root)
-    else:
-        task = "panoptic" if opened.config.num_labels == 11 else "instance"
-        settings = settings or DigitsConfig(size=(64, 64), level="easy", task=task)
-        settings = replace(settings, **given)
-        source, title = Digits(settings, split or "test"), f"{settings.level} scenes"
+    source, title = _source(model, opened, data, layout, max_pixels, given)
+    if isinstance(source, Digits):
         scenes = 400 if scenes is None else scenes
     if tasks == TASKS:
         tasks = opened.config.tasks
@@ -142,7 +114,7 @@ def evaluate(
             tasks = ("semantic",)
         elif isinstance(source, Pictures) and not source.semantic:
             tasks = ("instance",)
-    if threshold is None and "panoptic" in tasks:
+    if threshold is None and isinstance(source, Digits) and "panoptic" in tasks:
         threshold = recipes.DIGITS_THRESHOLD
     value = run_evaluate(
         opened,
@@ -157,6 +129,48 @@ def evaluate(
     Console().print(table(value, title))
     if out is not None:
         print(f"written: {out}")
+
+
+def _source(
+    name: str,
+    opened: SegmentationModel,
+    data: Path | None,
+    layout: Layout | None,
+    max_pixels: int | None,
+    given: dict,
+) -> tuple[Digits | Folder | Pictures, str]:
+    """What a model is measured on, and its title: the folder that is given, what the run trained
+    on, or scenes of digits, to which `given` belongs."""
+    if layout is not None and data is None:
+        raise ValueError(f"evaluate: --layout is for the folder of --data, got {layout} alone")
+    if layout is not None:
+        settings = FolderConfig(data, layout)
+    elif data is not None:
+        settings, line = find_format(data)
+        print(line)
+    else:
+        settings = _data_of_run(name, bool(given.keys() - {"split"}))
+    if settings is None or isinstance(settings, DigitsConfig):
+        if max_pixels is not None:
+            raise ValueError("evaluate: --max-pixels is for images in folders, not for digits")
+        split = given.pop("split", "test")
+        task = "panoptic" if opened.config.num_labels == 11 else "instance"
+        settings = settings or DigitsConfig(size=(64, 64), level="easy", task=task)
+        settings = replace(settings, **given)
+        return Digits(settings, split), f"{settings.level} scenes"
+    if given:
+        raise ValueError(
+            f"evaluate: --{next(iter(given))} is for scenes of digits, and the data is the folder "
+            f"{settings.root}"
+        )
+    limit = {} if max_pixels is None else {"max_pixels": max_pixels}
+    if isinstance(settings, FolderConfig):
+        source = Folder(replace(settings, **limit), "val")
+        source.check()
+    else:
+        settings = replace(settings, read=replace(settings.read, **limit))
+        source = build_dataset(settings, "val")
+    return source, str(settings.root)
 
 
 def predict(

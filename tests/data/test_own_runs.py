@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import segkern
+from segkern import cli
 from segkern.cli import main
 from segkern.data import CocoConfig, ReadConfig, ViewConfig, build_dataset
 from segkern.evaluation.instance import Instances
 from segkern.evaluation.panoptic import Panoptic
 from segkern.models import Mask2Former, Mask2FormerConfig, open_model
 from segkern.ops import pack_bits
-from segkern.recipes import mask2former
+from segkern.recipes import DIGITS_THRESHOLD, mask2former
 from segkern.structures.segmentation import Masks, Segment, Segmentation
 from segkern.training.config import TrainConfig
 from support.pictures import write_coco, write_panoptic
@@ -70,6 +71,25 @@ def test_the_recipe_finds_format_and_classes(task, tmp_path, capsys):
     assert model.config.stuff == (2,)
     assert f"kind coco ({task}), 3 classes: box, ring, ground" in capsys.readouterr().out
     assert main(["evaluate", str(run)]) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_least_scores_are_the_papers_but_for_digits(tmp_path, monkeypatch):
+    """The demo's lower one is for its scenes alone."""
+    used, real = [], cli.run_evaluate
+
+    def run(*args, options, **more):
+        used.append(options.threshold)
+        return real(*args, options=options, **more)
+
+    monkeypatch.setattr(cli, "run_evaluate", run)
+    write_panoptic(tmp_path / "set", name="val")
+    for labels, data in ((3, ["--data", str(tmp_path / "set")]), (11, ["--scenes", "2"])):
+        config = Mask2FormerConfig.tiny(labels)
+        config.shortest_edge, config.longest_edge, config.stuff = 32, 64, (labels - 1,)
+        Mask2Former(config).save_pretrained(tmp_path / "model")
+        assert main(["evaluate", str(tmp_path / "model"), *data]) == 0
+    assert used == [None, DIGITS_THRESHOLD]
 
 
 def test_the_recipe_is_the_papers(tmp_path):
