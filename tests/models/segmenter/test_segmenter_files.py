@@ -103,14 +103,15 @@ HARMLESS = {
 
 @pytest.mark.parametrize("value", HARMLESS.values(), ids=HARMLESS)
 def test_what_people_keep_beside_weights_does_not_matter(value, tmp_path):
-    allowed = torch.serialization.get_safe_globals()
+    allowed = set(torch.serialization.get_safe_globals())
     model = random_model()
     model.save_pretrained(tmp_path, format="original")
     path = tmp_path / "checkpoint.pth"
     torch.save(torch.load(path) | {"args": value}, path)
     again = Segmenter.from_pretrained(tmp_path)
     assert all(map(torch.equal, again.parameters(), model.parameters()))
-    assert torch.serialization.get_safe_globals() == allowed
+    added = set(torch.serialization.get_safe_globals()) - allowed
+    assert all(kind.__module__.startswith("torch.") for kind in added)  # torch adds its own at will
 
 
 def test_code_is_named_and_does_not_run(tmp_path):
