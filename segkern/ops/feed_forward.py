@@ -13,9 +13,8 @@ result is not kept either.
 FLOPs: 4 R C F forward, 10 R C F backward; bytes: 2 R C and 2 C F values.
 Source: Attention Is All You Need (Vaswani et al., NeurIPS 2017), section 3.3; keeping inputs only:
 Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
-The matrix products are those of PyTorch, so that the kernel is a composition in this file. On a
-CPU addmm copies the bias over the hidden block before it multiplies, and the activation is another
-pass: in float32 a kernel does both in one, after the product.
+The matrix products are those of `linear`: on a CPU its kernel adds the bias and activates while a
+piece of the hidden block is in the first cache; elsewhere PyTorch's.
 """
 
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _library
 from ._checks import expect
+from .linear import INTEL, NUMBERS, linear_op_
 
 _aten = torch.ops.aten
 _HIDDEN = 2**22  # bytes of the hidden layer in a block
@@ -58,25 +58,31 @@ def _blocks(x: Tensor, hidden: int) -> Iterator[slice]:
     return (slice(i, min(i + rows, len(x))) for i in range(0, len(x), rows))
 
 
-def _first_layer(
+def _layer(
     x: Tensor,  # [R, C]
     weight: Tensor,  # [F, C]
     bias: Tensor,  # [F]
-    gelu: bool,
+    activation: str,
     out: Tensor,  # [R, F]
     before: Tensor | None = None,  # [R, F]
 ) -> None:
     """out = act(x W^T + bias); before, if it is given, = x W^T + bias, for a gelu."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and "cpu" not in _library.MISSING:
-        torch.mm(x, weight.t(), out=out)
-        _bias_activation_op(out, bias.contiguous(), gelu, before)
+    if _own(x):
+        linear_op_(out, x, weight, bias.contiguous(), NUMBERS[activation], None, before)
         return
-    if not gelu:  # on a GPU the product's own end adds the bias and cuts
+    if activation == "relu":  # on a GPU the product's own end adds the bias and cuts
         torch._addmm_activation(bias, x, weight.t(), out=out)
         return
     total = out if before is None else before
     torch.addmm(bias, x, weight.t(), out=total)
-    _aten.gelu.out(total, out=out)
+    if activation == "gelu":
+        _aten.gelu.out(total, out=out)
+
+
+def _own(x: Tensor) -> bool:
+    """Whether the products are the kernel of `linear`."""
+    cpu = x.device.type == "cpu" and "cpu" not in _library.MISSING
+    return cpu and x.dtype.itemsize >= 4
 
 
 def _forward(
@@ -87,17 +93,14 @@ def _forward(
     bias2: Tensor,  # [C]
     gelu: bool,
 ) -> Tensor:  # [R, C]
-    if x.device.type != "cpu":
-        hidden = x.new_empty(len(x), len(weight1))
-        _first_layer(x, weight1, bias1, gelu, hidden)
-        return F.linear(hidden, weight2, bias2)
+    activation = "gelu" if gelu else "relu"
     blocks = list(_blocks(x, len(weight1)))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     memory = x.new_empty(blocks[0].stop if blocks else 0, len(weight1))  # of every block in turn
     for rows in blocks:
         hidden = memory[: rows.stop - rows.start]
-        _first_layer(x[rows], weight1, bias1, gelu, hidden)
-        torch.addmm(bias2, hidden, weight2.t(), out=out[rows])
+        _layer(x[rows], weight1, bias1, activation, hidden)
+        _layer(hidden, weight2, bias2, "none", out[rows])
     return out
 
 
@@ -120,23 +123,34 @@ def _backward(
         (before, inner), above = memory[:, : rows.stop - rows.start], grad[rows]
         # where the gradient goes a ReLU's result tells as well as what came before it
         hidden = inner if gelu else before
-        _first_layer(x[rows], weight1, bias1, gelu, hidden, before if gelu else None)
+        kept = before if gelu else None
+        _layer(x[rows], weight1, bias1, "gelu" if gelu else "relu", hidden, kept)
         _add_product(sums[2], above.t(), hidden)
-        torch.mm(above, weight2, out=inner)
+        _times(above, weight2, inner)
         if gelu:
             _aten.gelu_backward.grad_input(inner, before, grad_input=inner)
         else:
             _aten.threshold_backward.grad_input(inner, hidden, 0, grad_input=inner)
         _add_product(sums[0], inner.t(), x[rows])
         sums[1] += inner.sum(0, dtype=exact)
-        torch.mm(inner, weight1, out=grad_x[rows])
+        _times(inner, weight1, grad_x[rows])
     first, second, third = (total.to(x.dtype) for total in sums)
     return grad_x, first, second, third, grad.sum(0)
 
 
+def _times(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, of [R, F] and [F, C]."""
+    if _own(a):
+        linear_op_(out, a, b.t(), None, NUMBERS["none"], None, None)
+    else:
+        torch.mm(a, b, out=out)
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b."""
-    if total.dtype == a.dtype:
+    """total += a b, of [F, R] and [R, C]."""
+    if _own(a) and not INTEL:
+        linear_op_(total, a, b.t(), None, NUMBERS["none"], total, None)
+    elif total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
         total += a @ b
@@ -151,11 +165,6 @@ def _fake_backward(grad, x, weight1, bias1, weight2, gelu) -> tuple[Tensor, ...]
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in likes)
 
 
-_bias_activation_op = _library.define(
-    "bias_activation_(Tensor(a!) x, Tensor bias, bool gelu, Tensor(b!)? before) -> ()",
-    lambda *args: None,
-    cpu_only=True,
-)
 _forward_op = _library.define(
     "feed_forward(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,"
     " bool gelu) -> Tensor",
