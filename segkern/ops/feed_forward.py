@@ -1,6 +1,6 @@
 r"""Two linear layers with an activation between them, whose hidden layer is never held.
 
-    y = act(x W1^T + b1) W2^T + b2        act: gelu (exact) or relu
+    y = act(x W1^T + b1) W2^T + b2 + residual        act: gelu (exact) or relu
 
 Letters: R row (all leading dimensions of x together), C channels, F hidden channels.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _library
-from ._checks import expect
+from ._checks import expect, got
 from .linear import INTEL, NUMBERS, linear_op_
 
 _aten = torch.ops.aten
@@ -43,11 +43,13 @@ def feed_forward_reference(
     bias2: Tensor,
     activation: str = "gelu",
     norm: Norm | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The specification, in plain PyTorch; arguments as `feed_forward`."""
     if norm is not None:
         x = F.layer_norm(x, x.shape[-1:], *norm).to(weight1.dtype)
-    return F.linear(ACTIVATIONS[activation](F.linear(x, weight1, bias1)), weight2, bias2)
+    out = F.linear(ACTIVATIONS[activation](F.linear(x, weight1, bias1)), weight2, bias2)
+    return out if residual is None else out + residual
 
 
 def _blocks(x: Tensor, hidden: int) -> Iterator[slice]:
@@ -65,10 +67,11 @@ def _layer(
     activation: str,
     out: Tensor,  # [R, F]
     before: Tensor | None = None,  # [R, F]
+    residual: Tensor | None = None,  # [R, F]
 ) -> None:
-    """out = act(x W^T + bias); before, if it is given, = x W^T + bias, for a gelu."""
+    """out = act(x W^T + bias) + residual; before, if it is given, = x W^T + bias, for a gelu."""
     if _own(x):
-        linear_op_(out, x, weight, bias.contiguous(), NUMBERS[activation], None, before)
+        linear_op_(out, x, weight, bias.contiguous(), NUMBERS[activation], residual, before)
         return
     if activation == "relu":  # on a GPU the product's own end adds the bias and cuts
         torch._addmm_activation(bias, x, weight.t(), out=out)
@@ -77,6 +80,8 @@ def _layer(
     torch.addmm(bias, x, weight.t(), out=total)
     if activation == "gelu":
         _aten.gelu.out(total, out=out)
+    if residual is not None:
+        out += residual
 
 
 def _own(x: Tensor) -> bool:
@@ -92,6 +97,7 @@ def _forward(
     weight2: Tensor,  # [C, F]
     bias2: Tensor,  # [C]
     gelu: bool,
+    residual: Tensor | None,  # [R, C]
 ) -> Tensor:  # [R, C]
     activation = "gelu" if gelu else "relu"
     blocks = list(_blocks(x, len(weight1)))
@@ -100,7 +106,8 @@ def _forward(
     for rows in blocks:
         hidden = memory[: rows.stop - rows.start]
         _layer(x[rows], weight1, bias1, activation, hidden)
-        _layer(hidden, weight2, bias2, "none", out[rows])
+        beside = None if residual is None else residual[rows]
+        _layer(hidden, weight2, bias2, "none", out[rows], residual=beside)
     return out
 
 
@@ -156,7 +163,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _fake(x, weight1, bias1, weight2, bias2, gelu) -> Tensor:
+def _fake(x, weight1, bias1, weight2, bias2, gelu, residual) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -167,7 +174,7 @@ def _fake_backward(grad, x, weight1, bias1, weight2, gelu) -> tuple[Tensor, ...]
 
 _forward_op = _library.define(
     "feed_forward(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,"
-    " bool gelu) -> Tensor",
+    " bool gelu, Tensor? residual) -> Tensor",
     _fake,
     composed=_forward,
 )
@@ -181,26 +188,27 @@ _backward_op = _library.define(
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, gelu, scale, shift, eps):
+    def forward(ctx, x, weight1, bias1, weight2, bias2, gelu, scale, shift, eps, residual):
         ctx.save_for_backward(x, weight1, bias1, weight2, scale, shift)
         ctx.gelu, ctx.eps = gelu, eps
         if scale is not None:
             x = _normed(x, scale, shift, eps)[0].to(weight1.dtype)
-        return _forward_op(x, weight1, bias1, weight2, bias2, gelu)
+        return _forward_op(x, weight1, bias1, weight2, bias2, gelu, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, *weights, scale, shift = ctx.saved_tensors
+        beside = grad if ctx.needs_input_grad[9] else None
         if scale is None:
             grads = _backward_op(grad.contiguous(), x, *weights, ctx.gelu)
-            return *grads, None, None, None, None
+            return *grads, None, None, None, None, beside
         y, *moments = _normed(x, scale, shift, ctx.eps)
         grad, *grads = _backward_op(grad.contiguous(), y.to(weights[0].dtype), *weights, ctx.gelu)
         grad, *norm = _aten.native_layer_norm_backward(
             grad.to(y.dtype), x, x.shape[1:], *moments, scale, shift, [True, True, True]
         )
-        return grad, *grads, None, *norm, None
+        return grad, *grads, None, *norm, None, beside
 
 
 def _normed(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,6 +225,7 @@ def feed_forward(
     activation: str = "gelu",
     impl: str = "kernel",
     norm: Norm | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Two linear layers with an activation between them.
 
@@ -232,9 +241,10 @@ def feed_forward(
         activation: "gelu" (with the error function, not its tanh approximation) or "relu".
         impl: "kernel", or "reference" for plain PyTorch.
         norm: weight [C], bias [C] and epsilon of a layer norm of x that comes first, if any.
+        residual: [..., C], added last, if any.
 
     Returns:
-        [..., C] in the dtype of the products.
+        [..., C] in the dtype of the products, or of their sum with the residual.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or activation.
@@ -254,6 +264,11 @@ def feed_forward(
         named += zip(("norm's weight", "norm's bias"), norm)
         for name, weight in named[4:]:
             expect("feed_forward", name, weight, "C", "float", sizes)
+    if residual is not None:
+        if not isinstance(residual, Tensor) or residual.shape != x.shape:
+            raise ValueError(f"feed_forward: residual must be {got(x)}, got {got(residual)}")
+        residual = residual.reshape(flat.shape)
+        expect("feed_forward", "residual", residual, "R C", "float", sizes)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -268,7 +283,12 @@ def feed_forward(
     with torch.autocast(device, enabled=False):
         if _library.use_kernel("feed_forward", impl, x):
             options = norm or (None, None, 0.0)
-            out = _FeedForward.apply(flat, *tensors, activation == "gelu", *options)
+            # a residual of another dtype, as under autocast, is added to the result
+            like = residual is not None and residual.dtype == tensors[0].dtype
+            inside = residual.contiguous() if like else None
+            out = _FeedForward.apply(flat, *tensors, activation == "gelu", *options, inside)
+            if residual is not None and not like:
+                out = out + residual
         else:
-            out = feed_forward_reference(flat, *tensors, activation, norm)
+            out = feed_forward_reference(flat, *tensors, activation, norm, residual)
     return out if x.ndim == 2 else out.view(x.shape)

@@ -7,10 +7,10 @@ Letters: M row (all leading dimensions of x together), K channels in, N channels
 On a CPU the product is a kernel of its own for float32 and float64: a thread copies a group of
 W's rows to dense panels, takes its rows of x through tiles of 12 x 32 values that stay in
 registers, and finishes each tile while it is in the first cache. A panel costs one pass over W for
-hundreds of rows, so that no copy of W is kept: nothing is stale when W changes, training runs at
-the same speed as inference, and no memory is held. The sums over K come in pieces of 256, which
-also rounds less. PyTorch's product (MKL) is as fast on Intel's CPUs, and takes its path for AVX2 on
-AMD's, where it reaches half as much. The gradient of W, a sum over all rows, is MKL's on Intel's.
+hundreds of rows, so that no copy of W is kept: nothing is stale when W changes, training runs
+at the same speed as inference, and no memory is held. The sums over K come in pieces of 256, which
+also rounds less. PyTorch's product (MKL) is as fast on Intel's CPUs; on AMD's it takes its path
+for AVX2 and reaches half as much. The gradient of W, a sum over all rows, is MKL's on Intel's.
 Elsewhere, and in half precision, the products are PyTorch's, with the ends as ops of their own.
 Backward: dx = dz W, dW = dz^T x, db = sum of dz; dz = dy act'(x W^T + b), whose argument is kept
 for gelu; a ReLU's result tells as much where no residual was added.

@@ -62,6 +62,27 @@ def test_a_norm_comes_first(dtype):
     compare(normed(feed_forward), normed(feed_forward_reference), inputs, range(7), stored=dtype)
 
 
+def with_residual(function):
+    """`function` of x, the four weights, the norm's weight and bias, and a residual."""
+    return lambda *t: function(*t[:5], norm=(t[5], t[6], 1e-5), residual=t[7])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_is_added(dtype):
+    inputs = [*norm_inputs(dtype=dtype), norm_inputs(dtype=dtype)[0].flip(0)]
+    functions = [with_residual(f) for f in (feed_forward, feed_forward_reference)]
+    compare(*functions, inputs, range(8), stored=dtype)
+
+
+def test_a_residual_of_another_dtype_is_added_to_the_result():
+    *inputs, scale, shift = (t.requires_grad_() for t in norm_inputs())
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        plain = feed_forward(*inputs, norm=(scale, shift, 1e-5))
+        out = feed_forward(*inputs, norm=(scale, shift, 1e-5), residual=inputs[0])
+    assert out.dtype == torch.float32
+    assert torch.equal(out, plain + inputs[0])
+
+
 @pytest.mark.parametrize("impl", ["kernel", "reference"])
 def test_a_norm_stays_in_float32_under_autocast(impl):
     x, *weights, scale, shift = (t.requires_grad_() for t in norm_inputs())
@@ -99,7 +120,8 @@ def test_gradcheck(activation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     x, *weights = feed_forward_inputs((7,), dtype=dtype)
-    torch.library.opcheck(torch.ops.segkern.feed_forward, (x, *weights, True))
+    torch.library.opcheck(torch.ops.segkern.feed_forward, (x, *weights, True, None))
+    torch.library.opcheck(torch.ops.segkern.feed_forward, (x, *weights, False, x.clone()))
     inputs = (torch.ones_like(x), x, *weights[:-1], False)
     torch.library.opcheck(torch.ops.segkern.feed_forward_backward, inputs)
 
