@@ -60,24 +60,41 @@ void copy_rows(const Matrix<T>& a, int64_t K, int64_t n, T* chunks /*[n / kChunk
   }
 }
 
-// Calls end(sums [rows, kPanel], row, rows, column, columns) for all pieces of a b, on all
-// threads.
+// Calls end(sums [rows, kPanel], row, rows, column, columns) for rows [top, bottom) of `a` times
+// columns [left, right), of which `left` is the first in the panels.
+template <class T, class End>
+void multiply_rows(const Matrix<T>& a, int64_t top, int64_t bottom, const T* panels, int64_t left,
+                   int64_t right, int64_t K, T* sums /*[kChunk, kPanel]*/, const End& end) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t r = top; r < bottom; r += kChunk) {
+    const int64_t rows = std::min(kChunk, bottom - r);
+    const T* panel = panels;
+    for (int64_t c = left; c < right; c += kPanel<T>, panel += K * kPanel<T>) {
+      const int64_t columns = std::min(right - c, kPanel<T>);
+      for (int64_t k = 0; k == 0 || k < K; k += kDepth)
+        tiles<T>().product(a.at(r, k).data, a.row, a.column, rows, panel + k * L, L, K * L,
+                           std::min(K - k, kDepth), columns > L ? 2 : 1, sums, kPanel<T>, k > 0);
+      end(sums, r, rows, c, columns);
+    }
+  }
+}
+
+// The same for all pieces of a b, on all threads.
 template <class T, class End>
 void multiply(const Matrix<T>& a, const Matrix<T>& b, int64_t M, int64_t N, int64_t K,
               const End& end) {
   if (M == 0 || N == 0) return;
   const auto parts = [](int64_t n, int64_t most) { return (n + most - 1) / most; };
-  const int64_t L = kLanes<T>, threads = torch::stable::get_num_threads();
+  const int64_t threads = torch::stable::get_num_threads();
   const int64_t panels = parts(N, kPanel<T>), size = std::max<int64_t>(K, 1) * kPanel<T>;
   int64_t wide = std::clamp<int64_t>(kGroup / int64_t(size * sizeof(T)), 1, panels);
   // some tasks more than threads, as another process may slow one of these
   const int64_t tasks = threads > 1 ? 4 * threads : 1;
-  const bool copied = a.column != 1;  // a thread copies its rows as well
+  const bool copied = a.column != 1;  // a task copies its rows as well
   int64_t blocks = parts(M, kRows);
   if (!copied) blocks = std::clamp<int64_t>(tasks / parts(panels, wide), 1, blocks);
   wide = std::clamp<int64_t>(panels * blocks / tasks, 1, wide);
   const int64_t rows = parts(parts(M, blocks), kChunk) * kChunk, groups = parts(panels, wide);
-  blocks = parts(M, rows);
   struct Memory {
     Scratch<T> panels, rows, sums;
   };
@@ -85,26 +102,19 @@ void multiply(const Matrix<T>& a, const Matrix<T>& b, int64_t M, int64_t N, int6
     return Memory{Scratch<T>(wide * size), Scratch<T>(copied ? K * rows : 0),
                   Scratch<T>(kChunk * kPanel<T>)};
   };
-  run_tasks(blocks * groups, make, [&](int64_t task, Memory& memory) {
+  run_tasks(parts(M, rows) * groups, make, [&](int64_t task, Memory& memory) {
     const int64_t top = task / groups * rows, bottom = std::min(top + rows, M);
-    const int64_t first = task % groups * wide, last = std::min(first + wide, panels);
-    const int64_t left = first * kPanel<T>, right = std::min(last * kPanel<T>, N);
-    pack(b.at(0, left), K, right - left, memory.panels.get());
-    if (copied) copy_rows(a.at(top, 0), K, bottom - top, memory.rows.get());
-    for (int64_t r = top; r < bottom; r += kChunk) {
-      const int64_t some = std::min(kChunk, bottom - r);
-      Matrix<T> lines = a.at(r, 0);
-      if (copied) lines = {memory.rows.get() + (r - top) * K, 1, kChunk};
-      for (int64_t p = first; p < last; ++p) {
-        const int64_t column = p * kPanel<T>, columns = std::min(N - column, kPanel<T>);
-        const T* panel = memory.panels.get() + (p - first) * size;
-        for (int64_t k = 0; k == 0 || k < K; k += kDepth)
-          tiles<T>().product(lines.at(0, k).data, lines.row, lines.column, some, panel + k * L, L,
-                             K * L, std::min(K - k, kDepth), columns > L ? 2 : 1,
-                             memory.sums.get(), kPanel<T>, k > 0);
-        end(memory.sums.get(), r, some, column, columns);
-      }
-    }
+    const int64_t left = task % groups * wide * kPanel<T>;
+    const int64_t right = std::min(left + wide * kPanel<T>, N);
+    T *packed = memory.panels.get(), *sums = memory.sums.get(), *lines = memory.rows.get();
+    pack(b.at(0, left), K, right - left, packed);
+    if (!copied) return multiply_rows(a, top, bottom, packed, left, right, K, sums, end);
+    copy_rows(a.at(top, 0), K, bottom - top, lines);
+    for (int64_t r = top; r < bottom; r += kChunk, lines += kChunk * K)
+      multiply_rows<T>({lines, 1, kChunk}, 0, std::min(kChunk, bottom - r), packed, left, right, K,
+                       sums, [&](const T* sums, int64_t, int64_t n, int64_t c, int64_t columns) {
+                         end(sums, r, n, c, columns);
+                       });
   });
 }
 
