@@ -19,12 +19,14 @@ Source of the blocking: Goto and van de Geijn, Anatomy of High-Performance Matri
 ACM TOMS 2008.
 """
 
+import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _library
 from ._checks import alike, expect
@@ -67,6 +69,14 @@ _linear_op = _library.define(
     _fake,
     cpu_only=True,
 )
+
+
+@register_flop_formula(torch.ops.segkern.linear)
+def _flops(x: torch.Size, weight: torch.Size, *_, out_shape=None, **__) -> int:
+    """What `torch.utils.flop_counter` counts."""
+    return 2 * math.prod(x) * weight[0]
+
+
 linear_op_ = _library.define(
     "linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, int activation,"
     " Tensor? residual, Tensor(b!)? before) -> ()",
