@@ -78,12 +78,12 @@ def sample(form):
 
 
 @pytest.mark.parametrize("form", [np.asarray, torch.as_tensor, MAKERS["arrays"]])
-def test_crowds_are_no_targets_and_void_in_the_truth(form):
+def test_crowds_are_no_targets_and_marked_in_the_truth(form):
     one = sample(form)
     targets = collate([one]).targets
     assert targets.count.tolist() == [2]
     assert targets.labels[0].tolist() == [4, 6]
     assert targets.masks[0].sum((1, 2)).tolist() == [9 * 33, 12 * 33]
-    ids, labels = truth_map(one, ())
-    assert labels.tolist() == [4, 6]
-    assert ids[:, 0].tolist() == [1] * 9 + [0] * 3 + [2] * 12
+    ids, labels, crowd = truth_map(one, ())
+    assert (labels.tolist(), crowd.tolist()) == ([4, 5, 6], [False, True, False])
+    assert ids[:, 0].tolist() == [1] * 9 + [2] * 3 + [3] * 12
