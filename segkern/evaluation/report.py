@@ -34,6 +34,16 @@ def truth(sample: dict, stuff: Sequence[int], names: Sequence[str]) -> Segmentat
     return Segmentation("panoptic", torch.from_numpy(ids), segments, dict(enumerate(names)))
 
 
+def semantic_truth(sample: dict, names: Sequence[str]) -> Segmentation:
+    """A sample's map of labels as a panoptic result without scores; other labels are void."""
+    labels = torch.as_tensor(np.asarray(sample["semantic"])).int()
+    ids = torch.where((labels >= 0) & (labels < len(names)), labels + 1, 0)
+    segments = [
+        Segment(i, i - 1, None, int((ids == i).sum()), True) for i in ids.unique().tolist() if i
+    ]
+    return Segmentation("panoptic", ids, segments, dict(enumerate(names)))
+
+
 def table(value: dict, title: str = "evaluation") -> Table:
     """The result of `evaluate` for the terminal: a row for each class, the means beneath."""
     names = {c: c for c in ("pq", "sq", "rq", "ap", "iou", "dice")}
