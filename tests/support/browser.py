@@ -7,7 +7,11 @@ opens the page in a frame, runs what is asked in it, and has the browser draw th
 import base64
 import io
 import json
+import os
+import select
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -75,13 +79,35 @@ def look(page: str, code: str, folder: Path, width: int = 1200, dark: bool = Fal
         "--allow-file-access-from-files",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
     ]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as browser:
-        browser.stdout.readline()  # it is there, and listens
+    browser = _started(command)
+    try:
         browser.stdin.write(json.dumps(order).encode() + b"\n")
         browser.stdin.flush()
         answer = json.loads(browser.stdout.readline())
+    finally:
+        _stop(browser)
     assert answer["code"] == 0, answer
     seen = json.loads(unquote(answer["result"].removeprefix("data:,")))
     shot = Image.open(io.BytesIO(base64.b64decode(seen["shot"]))).convert("RGB")
     return Seen(seen["found"], np.asarray(shot))
+
+
+def _started(command: list, tries: int = 8, seconds: int = 8) -> subprocess.Popen:
+    """A browser that has said that it listens: where the machine is busy, kaleido now and then
+    misses that its own page was loaded, and waits for ever."""
+    pipe = subprocess.PIPE
+    for _ in range(tries):
+        browser = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        if select.select([browser.stdout], [], [], seconds)[0] and browser.stdout.readline():
+            return browser
+        _stop(browser)
+    raise TimeoutError(f"the browser did not start in {tries} times {seconds} s")
+
+
+def _stop(browser: subprocess.Popen) -> None:
+    """Ends it and its processes."""
+    with suppress(ProcessLookupError):
+        os.killpg(browser.pid, signal.SIGKILL)
+    browser.communicate()
