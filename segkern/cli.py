@@ -26,6 +26,7 @@ from .data import (
 )
 from .data.folder import Layout
 from .evaluation.evaluate import evaluate as run_evaluate
+from .evaluation.optional import import_extra
 from .evaluation.report import table
 from .inference.predict_files import Predicted, image_files, predict_files
 from .models import SegmentationModel, Segmenter, open_model
@@ -109,6 +110,8 @@ def evaluate(
     run = run_folder(model)
     if out is None and run is not None:
         out = run / "evaluation" / "metrics.json"
+    if out is not None:
+        import_extra("matplotlib")  # missed now, and not after the figures are found
     opened = open_model(model).to(usable_device(device))
     given = {"size": size, "level": level, "seed": seed, "split": split}
     given = {name: value for name, value in given.items() if value is not None}

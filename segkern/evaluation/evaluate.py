@@ -73,7 +73,7 @@ def evaluate(
         cuda_graphs: as in `segment`.
         options, views: in place of their settings.
         max_detections: instance results of a class in an image that count, the best ones; COCO's
-            100. The model gives `top_k` of all classes.
+            100. More than that makes None of `top_k` as many, or the model would give no more.
 
     Returns:
         plain types, None where nothing occurs that could be measured: images, seconds,
@@ -104,6 +104,8 @@ def evaluate(
         )
     if max_detections < 1:
         raise ValueError(f"evaluate: max_detections must be at least 1, got {max_detections}")
+    if options.top_k is None and max_detections > 100 and "instance" in tasks:
+        options = replace(options, top_k=max_detections)
     wanted = options_of(tasks, options)
     loader, source = _loader(dataset, limit, batch_size, num_workers)
     total = len(source) if limit is None else min(limit, len(source))

@@ -59,17 +59,15 @@ class Instances:
         self.crowds += np.bincount(labels[crowd], minlength=len(self.objects))
         found = np.asarray(result.labels.tolist(), np.int64)
         scores = np.asarray(result.scores.tolist(), np.float64)
-        kept = []
+        kept, codes = [], []
         for k in np.intersect1d(found, self.things):
             p, t = np.flatnonzero(found == k), np.flatnonzero(labels == k)
             p = p[np.argsort(-scores[p], kind="stable")][: self.most]
             rows = np.zeros(len(p), _RESULT)
             rows["label"], rows["score"] = k, scores[p]
             if len(t):
-                ious = self._ious(
-                    [result.masks[int(i)].cpu().numpy() for i in p], sample, t, crowd
-                )
-                for which, values in enumerate(ious):
+                codes = codes or result.masks.encoded()
+                for which, values in enumerate(self._ious(result, codes, p, sample, t, crowd)):
                     hit, ignored = self._match(values, scores[p], crowd[t])
                     rows["hit"][:, which], rows["ignored"][:, which] = _bits(hit), _bits(ignored)
             kept.append(rows)
@@ -80,15 +78,17 @@ class Instances:
         n = np.isin(labels[~crowd], self.things).sum()
         return ratio_or_none(2 * (right & sure).sum(), ((right | wrong) & sure).sum() + n)
 
-    def _ious(self, masks, sample: dict, t: np.ndarray, crowd: np.ndarray):
+    def _ious(self, result: Segmentation, codes: list[dict], p, sample: dict, t, crowd):
         """IoU of masks, and the lesser of it and that of the boundaries, [p, t] each."""
-        true = [np.asarray(sample["masks"][int(i)]) > 0 for i in t]
-        many = crowd[t].astype(int).tolist()
-        whole, edges = (
-            self.coco.iou(self._codes(map(of, masks)), self._codes(map(of, true)), many)
-            for of in (np.asarray, boundary)
-        )
-        return whole, np.minimum(whole, edges)
+        true, many = [np.asarray(sample["masks"][int(i)]) > 0 for i in t], crowd[t].astype(int)
+        whole = self.coco.iou([codes[i] for i in p], self._codes(true), many.tolist())
+        near = whole.max(1) >= self.run.params.iouThrs[0]  # the others match nothing either way
+        edges = whole.copy()
+        if near.any():
+            masks = (boundary(result.masks[int(i)].cpu().numpy()) for i in p[near])
+            pairs = self._codes(masks), self._codes(map(boundary, true)), many.tolist()
+            edges[near] = np.minimum(whole[near], self.coco.iou(*pairs))
+        return whole, edges
 
     def _codes(self, masks) -> list[dict]:
         return [self.coco.encode(np.asfortranarray(m, np.uint8)) for m in masks]

@@ -12,7 +12,8 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
-from segkern.evaluation.evaluate import evaluate
+from segkern.evaluation.evaluate import WORST, evaluate
+from segkern.evaluation.instance import Instances
 from segkern.evaluation.report import table, truth
 from segkern.evaluation.semantic import Semantic
 from segkern.inference.postprocess import postprocess
@@ -382,6 +383,28 @@ def test_truth_is_a_result():
     assert result.name(0) == "ant"
 
 
+def test_more_detections_are_asked_of_the_model(monkeypatch):
+    counts = []
+    monkeypatch.setattr(
+        Instances, "update", lambda self, found, _: counts.append(len(found.masks))
+    )
+    for options in ({}, {"max_detections": 150}, {"max_detections": 150, "top_k": 7}):
+        data = random_scenes(1)
+        options |= {"tasks": ("instance",), "progress": False}
+        evaluate(Painted(queries=50), data, **options)
+    assert counts[0] < counts[1]
+    assert counts[2] <= 7
+
+
+def test_worst_images_are_kept_whatever_their_order():
+    scenes = random_scenes(20, seed=5)
+    everything = run(scenes)["worst"]
+    scores = [run(Scenes([s]))["worst"][0]["score"] for s in scenes.samples]
+    order = sorted(range(20), key=lambda i: (scores[i], i))
+    assert [row["image"] for row in everything] == order[:WORST]
+    assert [row["score"] for row in everything] == pytest.approx(sorted(scores)[:WORST])
+
+
 def test_mode_stays():
     model = Painted().train()
     evaluate(model, random_scenes(1), progress=False)
@@ -396,6 +419,7 @@ BAD = {
         r"threshold must be in \[0, 1\]",
     ),
     "limit": ({"limit": 0}, "limit must be at least 1, got 0"),
+    "detections": ({"max_detections": 0}, "max_detections must be at least 1, got 0"),
 }
 
 
