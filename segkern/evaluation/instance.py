@@ -178,10 +178,11 @@ def _curve(rows: np.ndarray, objects: int) -> dict:
         (judged & (rows["score"] >= _GRID[:, None])).sum(1) for judged in _judged(rows)
     )
     f1 = 2 * right / (right + wrong + objects)
-    best = int(f1.argmax())
+    best = np.flatnonzero(f1 == f1.max())
+    middle = best[len(best) // 2]  # of a plateau: as far from its edges as can be
     return {
-        "best_threshold": float(_GRID[best]),
-        "mask_f1": float(f1[best]),
+        "best_threshold": float(_GRID[middle]) if f1[middle] else None,
+        "mask_f1": float(f1[middle]),
         "thresholds": {
             "score": _GRID.tolist(),
             "precision": [ratio_or_none(a, a + b) for a, b in zip(right, wrong)],

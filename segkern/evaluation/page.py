@@ -197,10 +197,11 @@ def _confusion(path: Path, matrix: Sequence[Sequence[int]], names: list[str], ke
 
 
 def _thresholds(value: dict) -> str:
-    caption = (
-        f"Of all objects at IoU 0.5. F1 is best, {html.number(value['mask_f1'])}, with results of "
-        f"a score of at least {html.number(value['best_threshold'])}."
-    )
+    f1, score = (html.number(value[name]) for name in ("mask_f1", "best_threshold"))
+    best = f"F1 is best, {f1}, with results of a score of at least {score}"
+    if value["best_threshold"] is None:
+        best = "no score leaves a result that is right"
+    caption = f"Of all objects at IoU 0.5: {best}."
     drawn = _drawn(save_thresholds, value["thresholds"], value["best_threshold"])
     body = html.figure(caption, html.drawing(drawn, "precision, recall and F1 by score"))
     return html.section("thresholds", "Thresholds", body)

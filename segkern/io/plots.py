@@ -4,6 +4,7 @@ Letters: H W picture size, K class. Matplotlib is imported by the functions that
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import IO
 
@@ -144,20 +145,21 @@ def save_confusion(path: str | Path, matrix, names: list[str]) -> None:
     _save(figure, path)
 
 
-def save_thresholds(path: str | Path, curve: dict[str, list], best: float) -> None:
+def save_thresholds(path: str | Path, curve: dict[str, list], best: float | None) -> None:
     """Draws precision, recall and F1 against the least score.
 
     Args:
         path: PNG, PDF or SVG to write.
         curve: lists "score", "precision" (None where nothing is left), "recall" and "f1".
-        best: score threshold to mark.
+        best: score threshold to mark, if any.
     """
     figure = _figure(6.4, 3.6)
     axis = figure.subplots()
     for i, name in enumerate(("precision", "recall", "f1")):
         values = np.array(curve[name], float)  # None is NaN
         axis.plot(curve["score"], values, color=[x / 255 for x in colour(i)], label=name)
-    axis.axvline(best, color="#5b6675", linestyle="--", linewidth=1, label=f"best: {best:.2f}")
+    if best is not None:
+        axis.axvline(best, color="#5b6675", linestyle="--", linewidth=1, label=f"best: {best:.2f}")
     axis.set_xlabel("least score")
     axis.set_xlim(0, 1)
     axis.set_ylim(0, 1.02)
@@ -316,8 +318,10 @@ def _figure(width: float, height: float):
 
 def _save(figure, path: str | Path | IO[bytes]) -> None:
     """Into a file, whole or not at all, or as PNG into one that is open."""
-    if hasattr(path, "write"):
-        figure.savefig(path, dpi=130, format="png")
-        return
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # names that no font here has
+        if hasattr(path, "write"):
+            figure.savefig(path, dpi=130, format="png")
+            return
+        with atomic(path) as temporary:
+            figure.savefig(temporary, dpi=130)
