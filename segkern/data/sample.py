@@ -90,6 +90,7 @@ class IdMaps:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """[H, W] bool: one mask."""
+        index = range(len(self))[index]
         return self.maps[self.layer[index]] == index + 1
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:

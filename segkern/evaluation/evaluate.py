@@ -84,8 +84,9 @@ def evaluate(
         boundary_ap50, thresholds (lists score, precision, recall, f1 at IoU 1/2), best_threshold
         (that of the best F1), mask_f1 (there); semantic: miou, f1, pixel_accuracy, mean_accuracy,
         pixel_confusion [K][K]; classes: a list with each class's figures; worst: the images of the
-        least score by the first task, the worst first: image (the sample's id, else its place),
-        score (the meter's `update` says of what), path where it is known.
+        least score by the first task, the worst first: image (its index, of a DataLoader the
+        sample's id where it has one), score (the meter's `update` says of what), path where it is
+        known.
 
     Raises:
         TypeError: window or stride is no integer.
@@ -129,7 +130,8 @@ def evaluate(
             place = images
             for i, results in found(model, samples, wanted, views, stuff, cuda_graphs):
                 scores = {task: meters[task].update(x, samples[i]) for task, x in results.items()}
-                _remember(worst, scores[tasks[0]], place + i, samples[i])
+                index = _index(samples[i], place + i, source is dataset)
+                _remember(worst, scores[tasks[0]], place + i, index, samples[i])
                 images += 1
                 bar.advance(job)
             if images >= total:
@@ -183,11 +185,17 @@ def found(
     return find(model, inputs, wanted, views, stuff, len(samples), cuda_graphs)
 
 
-def _remember(worst: list[tuple], score: float | None, place: int, sample: dict) -> None:
+def _index(sample: dict, place: int, in_order: bool) -> int:
+    """Of a sample in its data set: a loader of the user's may have an order of its own."""
+    known = not in_order and isinstance(sample.get("id"), (int, np.integer))
+    return int(sample["id"]) if known else place
+
+
+def _remember(worst: list, score: float | None, place: int, index: int, sample: dict) -> None:
     """Keeps an image where it is among the worst so far; of equal ones the first."""
     if score is None:
         return
-    row = {"image": int(sample.get("id", place)), "score": score}
+    row = {"image": index, "score": score}
     row |= {"path": str(sample["path"])} if "path" in sample else {}
     heappush(worst, (-score, -place, row))
     if len(worst) > WORST:

@@ -39,7 +39,7 @@ def test_masks_are_those_that_came(maker, n):
     masks = MAKERS[maker](dense)
     assert masks.shape == dense.shape == np.shape(masks)
     assert np.array_equal(np.asarray(masks), dense)
-    assert all(np.array_equal(masks[i], dense[i]) for i in range(n))
+    assert all(np.array_equal(masks[i], dense[i]) for i in range(-n, n))
     assert np.array_equal(masks.areas(), dense.sum((1, 2)))
     assert masks.maps.dtype == (np.uint8 if n < 256 else np.int32)
     keep = np.arange(n) % 3 != 1

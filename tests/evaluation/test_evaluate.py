@@ -403,6 +403,13 @@ def test_worst_images_are_kept_whatever_their_order():
     order = sorted(range(20), key=lambda i: (scores[i], i))
     assert [row["image"] for row in everything] == order[:WORST]
     assert [row["score"] for row in everything] == pytest.approx(sorted(scores)[:WORST])
+    for i, one in enumerate(scenes.samples):
+        one["id"] = f"photo {i}"
+    assert run(scenes)["worst"] == everything
+    for i, one in enumerate(scenes.samples):
+        one["id"] = i
+    loader = DataLoader(scenes, 3, sampler=range(19, -1, -1), collate_fn=list)
+    assert {row["image"] for row in run(loader)["worst"]} == {*order[:WORST]}
 
 
 def test_mode_stays():
