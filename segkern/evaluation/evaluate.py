@@ -81,7 +81,8 @@ def evaluate(
         class_accuracy (of the true things, those that some predicted segment matches at IoU > 1/2:
         the share with the right class), dice (of these matches), matched, instances, confusion
         [K + 1][K + 1] (truth by prediction, last: nothing); instance: ap, ap50, ap75, boundary_ap,
-        boundary_ap50, thresholds (lists score, precision, recall, f1 at IoU 1/2), best_threshold
+        boundary_ap50, instance_confusion (as confusion, of the results with a score of at least
+        1/2), thresholds (lists score, precision, recall, f1 at IoU 1/2), best_threshold
         (that of the best F1), mask_f1 (there); semantic: miou, f1, pixel_accuracy, mean_accuracy,
         pixel_confusion [K][K]; classes: a list with each class's figures; worst: the images of the
         least score by the first task, the worst first: image (its index, of a DataLoader the

@@ -21,7 +21,7 @@ from ..structures.segmentation import Segmentation
 from .boundary import boundary
 from .optional import import_extra, mean_or_none, ratio_or_none
 
-SURE = 0.5  # least score of what an image's own F1 counts
+SURE = 0.5  # least score of what the confusion matrix and an image's own F1 count
 _GRID = np.linspace(0, 1, 101)  # score thresholds
 # of a result: bit T of `hit` says that it found an object at that IoU, of `ignored` that it does
 # not count there; of masks and of boundaries
@@ -44,6 +44,7 @@ class Instances:
         self.most = most
         self.objects = np.zeros(classes, np.int64)  # true ones, without crowds
         self.crowds = np.zeros(classes, np.int64)
+        self.confusion = np.zeros((classes + 1, classes + 1), np.int64)
         self.results: list[np.ndarray] = []
 
     def update(self, result: Segmentation, sample: dict) -> float | None:
@@ -59,36 +60,66 @@ class Instances:
         self.crowds += np.bincount(labels[crowd], minlength=len(self.objects))
         found = np.asarray(result.labels.tolist(), np.int64)
         scores = np.asarray(result.scores.tolist(), np.float64)
-        kept, codes = [], []
+        things = np.isin(labels, self.things)
+        codes = result.masks.encoded() if things.any() and len(found) else []
+        true = self._codes(np.asarray(m) > 0 for m in sample["masks"]) if codes else []
+        kept = []
         for k in np.intersect1d(found, self.things):
             p, t = np.flatnonzero(found == k), np.flatnonzero(labels == k)
             p = p[np.argsort(-scores[p], kind="stable")][: self.most]
             rows = np.zeros(len(p), _RESULT)
             rows["label"], rows["score"] = k, scores[p]
             if len(t):
-                codes = codes or result.masks.encoded()
-                for which, values in enumerate(self._ious(result, codes, p, sample, t, crowd)):
-                    hit, ignored = self._match(values, scores[p], crowd[t])
+                whole = self._iou(codes, p, true, t, crowd)
+                edges = self._with_edges(whole, result, p, sample, t, crowd)
+                for which, ious in enumerate((whole, edges)):
+                    hit, ignored = self._match(ious, scores[p], crowd[t])
                     rows["hit"][:, which], rows["ignored"][:, which] = _bits(hit), _bits(ignored)
             kept.append(rows)
         rows = np.concatenate([*kept, np.zeros(0, _RESULT)])
         self.results.append(rows)
+        p = np.flatnonzero((scores >= SURE) & np.isin(found, self.things))
+        p, t = p[np.argsort(-scores[p], kind="stable")], np.flatnonzero(things)
+        ious = (
+            self._iou(codes, p, true, t, crowd)
+            if len(p) and len(t)
+            else np.zeros((len(p), len(t)))
+        )
+        self._confuse(ious, found[p], labels[t], crowd[t])
         right, wrong = _judged(rows)
         sure = rows["score"] >= SURE
-        n = np.isin(labels[~crowd], self.things).sum()
+        n = (things & ~crowd).sum()
         return ratio_or_none(2 * (right & sure).sum(), ((right | wrong) & sure).sum() + n)
 
-    def _ious(self, result: Segmentation, codes: list[dict], p, sample: dict, t, crowd):
-        """IoU of masks, and the lesser of it and that of the boundaries, [p, t] each."""
-        true, many = [np.asarray(sample["masks"][int(i)]) > 0 for i in t], crowd[t].astype(int)
-        whole = self.coco.iou([codes[i] for i in p], self._codes(true), many.tolist())
+    def _iou(self, codes: list[dict], p, true: list[dict], t, crowd: np.ndarray) -> np.ndarray:
+        """IoU of masks, [p, t]; with a crowd the share of the result that lies in it."""
+        parts = [codes[i] for i in p], [true[i] for i in t]
+        return self.coco.iou(*parts, crowd[t].astype(int).tolist())
+
+    def _with_edges(self, whole, result: Segmentation, p, sample: dict, t, crowd) -> np.ndarray:
+        """The lesser of the IoU of the masks and that of their boundaries, [p, t]."""
         near = whole.max(1) >= self.run.params.iouThrs[0]  # the others match nothing either way
         edges = whole.copy()
         if near.any():
-            masks = (boundary(result.masks[int(i)].cpu().numpy()) for i in p[near])
-            pairs = self._codes(masks), self._codes(map(boundary, true)), many.tolist()
-            edges[near] = np.minimum(whole[near], self.coco.iou(*pairs))
-        return whole, edges
+            found = self._codes(boundary(result.masks[int(i)].cpu().numpy()) for i in p[near])
+            true = self._codes(boundary(np.asarray(sample["masks"][int(i)]) > 0) for i in t)
+            both = self.coco.iou(found, true, crowd[t].astype(int).tolist())
+            edges[near] = np.minimum(whole[near], both)
+        return edges
+
+    def _confuse(self, ious: np.ndarray, found: np.ndarray, labels: np.ndarray, crowd) -> None:
+        """Counts which class is taken for which: each result, the surest first, is matched with
+        the free object that it covers best, of whatever class."""
+        free, none = ~crowd, len(self.confusion) - 1
+        for row, label in zip(ious, found.tolist()):
+            open_to = np.where(free, row, 0)
+            if open_to.max(initial=0) > 0.5:
+                best = open_to.argmax()
+                free[best] = False
+                self.confusion[labels[best], label] += 1
+            elif not (row[crowd & (labels == label)] > 0.5).any():
+                self.confusion[none, label] += 1
+        np.add.at(self.confusion, (labels[free], none), 1)
 
     def _codes(self, masks) -> list[dict]:
         return [self.coco.encode(np.asfortranarray(m, np.uint8)) for m in masks]
@@ -129,6 +160,7 @@ class Instances:
             "ap75": mean_or_none(whole[5]),
             "boundary_ap": mean_or_none(edges),
             "boundary_ap50": mean_or_none(edges[0]),
+            "instance_confusion": self.confusion.tolist(),
             **_curve(np.concatenate([*results, np.zeros(0, _RESULT)]), total),
         }
 

@@ -60,6 +60,11 @@ _COLUMNS = (
 )
 _CONFUSIONS = {
     "confusion": ("objects", "Of true objects and the segments that match them at IoU above 0.5"),
+    "instance_confusion": (
+        "objects",
+        f"Of true objects and the results with a score of at least {SURE} that match them at IoU "
+        "above 0.5",
+    ),
     "pixel_confusion": ("pixels", "Of all pixels that are not void"),
 }
 
@@ -79,8 +84,8 @@ def write_page(
     """Writes the report of an evaluation, each file whole or not at all.
 
     Args:
-        path: HTML file to write; `PATH.confusion.png` and `.csv`, `PATH.pixel_confusion.png` and
-            `.csv` lie beside it, without the suffix of `path`.
+        path: HTML file to write; beside it lie the confusion matrices of objects and pixels, such
+            as metrics.confusion.png and .csv where it is metrics.html.
         value: what `evaluate` returned.
         model, dataset, options, views, cuda_graphs: as `evaluate` had them; the worst images are
             read and looked at again.
@@ -94,7 +99,10 @@ def write_page(
     path, options, views = Path(path), options or Options(), views or Views()
     parts = [html.section("figures", "Figures", html.tiles(_headline(value))), _classes(value)]
     names = [row["name"] for row in value["classes"]]
-    files = {key: path.with_name(f"{path.stem}.{key}.png") for key in _CONFUSIONS if key in value}
+    shown = [key for key in _CONFUSIONS if key in value]
+    if "confusion" in shown and "instance_confusion" in shown:
+        shown.remove("instance_confusion")  # one of objects is enough
+    files = {key: path.with_name(f"{path.stem}.{key}.png") for key in shown}
     if files:
         drawn = [_confusion(file, value[key], names, key) for key, file in files.items()]
         body = f'<div class="pair">{"".join(drawn)}</div>'

@@ -243,6 +243,21 @@ def test_best_threshold_by_hand():
     assert rows[1]["mask_f1"] is None
 
 
+def test_confusion_of_instances_by_hand():
+    """Right, taken for another, doubted and so missed; not there, in a crowd, found twice."""
+    masks = np.zeros((6, 12, 12), np.uint8)
+    for i, mask in enumerate(masks):
+        mask[2 * i : 2 * i + 2] = 1
+    true = target(masks[[0, 1, 2, 4]], [0, 1, 2, 1], [False, False, False, True])
+    found = masks[[0, 1, 2, 3, 4, 0, 4]]
+    result = instances(found, [0, 2, 2, 1, 1, 0, 0], [0.9, 0.8, 0.4, 0.7, 0.7, 0.6, 0.6])
+    value, *_ = measured(Instances(K, STUFF), [(result, true)])
+    want = np.zeros((K + 1, K + 1), int)
+    want[0, 0] = want[1, 2] = want[2, K] = want[K, 1] = 1
+    want[K, 0] = 2  # the second on the first object, and one in a crowd of another class
+    assert value["instance_confusion"] == want.tolist()
+
+
 def panoptic(rng, size=(20, 24), n=6):
     """A result, and a truth with void and crowds: maps of ids with their labels."""
     at = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1)

@@ -43,6 +43,13 @@ TASKS = {
 }
 
 
+SHOWN = {
+    "panoptic": ("confusion", "pixel_confusion"),
+    "instance": ("instance_confusion",),
+    "semantic": ("pixel_confusion",),
+}
+
+
 @pytest.fixture(scope="module", params=TASKS.values(), ids=TASKS)
 def report(request, tmp_path_factory):
     """(value, page, folder)."""
@@ -105,7 +112,7 @@ def test_page_is_well_formed_and_stands_alone(report):
     assert not re.search(r"https?://|@import|url\(", text)
     want = ["figures", "classes", "confusion", "thresholds", "curves", "worst", "settings"]
     if "panoptic" not in value["tasks"]:
-        want.remove("confusion" if "instance" in value["tasks"] else "thresholds")
+        want = [x for x in want if x != "thresholds" or "instance" in value["tasks"]]
     assert page.sections == want
 
 
@@ -118,7 +125,7 @@ def test_every_picture_decodes(report):
         picture.load()
         assert min(picture.size) > 100
         assert image["alt"]
-    drawn = len({"confusion", "pixel_confusion", "thresholds"} & value.keys()) + 1
+    drawn = len({*SHOWN[value["tasks"][0]], "thresholds"} & value.keys()) + 1
     assert len(images) == drawn + 3 * len(value["worst"])
 
 
@@ -154,12 +161,12 @@ def test_worst_images_are_named_in_their_order(report):
     ]
 
 
-@pytest.mark.parametrize("key", ["confusion", "pixel_confusion"])
+@pytest.mark.parametrize("key", ["confusion", "instance_confusion", "pixel_confusion"])
 def test_confusion_is_in_a_file(report, key):
     value, _, folder = report
     path = folder / f"metrics.{key}.csv"
-    assert path.is_file() == (key in value)
-    if key in value:
+    assert path.is_file() == (key in SHOWN[value["tasks"][0]])
+    if path.is_file():
         (_, *names), *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
         assert [[int(x) for x in row[1:]] for row in rows] == value[key]
         assert [row[0] for row in rows] == names
