@@ -148,6 +148,9 @@ def worst(
         ((_, results),) = found(model, [sample], wanted, views, stuff, cuda_graphs)
         result = replace(results[task], names=names).above(SURE if least is None else least)
         by_pixels = task == "semantic"
+        if by_pixels:  # drawn as strongly as the truth
+            strong = [x._replace(isthing=True) for x in result.segments]
+            result = replace(result, segments=strong)
         true = semantic_truth(sample, classes) if by_pixels else truth(sample, stuff, classes)
         yield row, _picture(sample, model, tuple(true.segmentation.shape)), true, result
 
