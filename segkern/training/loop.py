@@ -321,7 +321,7 @@ def _check_weights(weights: dict[str, Tensor], step: int) -> None:
 def _remove_run(folder: Path) -> None:
     """Removes what an earlier run left, or its results would pass for those of the new one."""
     if any((folder / name).exists() for name in (checkpoint.FILE, BEST)):
-        for part in ("model", BEST, "tensorboard"):
+        for part in ("model", BEST, "tensorboard", "evaluation"):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / checkpoint.FILE).unlink(missing_ok=True)
 

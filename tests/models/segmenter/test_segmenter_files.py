@@ -113,7 +113,7 @@ def test_what_people_keep_beside_weights_does_not_matter(value, tmp_path):
     added = set(torch.serialization.get_safe_globals()) - allowed
     assert all(
         kind.__module__.startswith("torch.") for kind in added
-    )  # torch adds its own at will
+    )
 
 
 def test_code_is_named_and_does_not_run(tmp_path):
