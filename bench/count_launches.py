@@ -83,7 +83,9 @@ def _of_deform_backward(grad, value, shapes, reference, offsets, *_) -> int:
     return 5 * -(-B * H // max(1, min(B * H, 2**21 // (Q * L * P))))
 
 
-LAUNCHES = {"ms_deform_attn_backward": _of_deform_backward}  # the others launch once
+# the others launch once; the first of point_mask_loss packs the masks
+LAUNCHES = {"ms_deform_attn_backward": _of_deform_backward, "point_mask_loss": lambda *_: 2}
+UNREAD = {"point_mask_loss_backward": {6}}  # arguments of which only the shape is read: masks
 
 
 @dataclass
@@ -149,7 +151,8 @@ class Count(TorchDispatchMode):
                 launches = LAUNCHES.get(name, lambda *_: 1)(*args)
             elif (packet := SAME.get(packet, packet)) in flop_registry:
                 operations = flop_registry[packet](*args, **kwargs, out_val=out)
-            read = args[1:] if name in ONLY_WRITES else args
+            left_out = {0} if name in ONLY_WRITES else UNREAD.get(name, set())
+            read = [a for i, a in enumerate(args) if i not in left_out]
             outs = {a.name for a in func._schema.arguments if a.is_out}
             others = [value for key, value in kwargs.items() if key not in outs]
             size = size_of((read, others)) + size_of(out)
