@@ -366,7 +366,7 @@ def test_backward_may_get_any_marks():
 
 @pytest.mark.parametrize("W", [45, 48], ids=["odd", "whole"])
 def test_a_gpu_packs_the_masks_once(W):
-    """Forward leaves their bits, tiles of 4 x 8 pixels, and backward reads nothing else of them."""
+    """Forward leaves their bits, tiles of 4 x 8 pixels; backward reads nothing else of them."""
     logits, masks, active, *rest = point_mask_loss_inputs(W=W)
     masks = masks * torch.tensor([1, 2, 128, 255], dtype=torch.uint8)[:, None, None]
     active[:, :, 1] = False
