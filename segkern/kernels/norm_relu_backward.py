@@ -97,8 +97,10 @@ def norm_relu_backward(
         for given in (True, summed)
     )
     given = x is not None, other is not None
-    sums = [torch.zeros((2, C) if g else (0,), dtype=exact, device=out.device) for g in given]
-    if out.numel() > 0:
+    sums = [torch.empty((2, C) if g else (0,), dtype=exact, device=out.device) for g in given]
+    if out.numel() == 0:
+        sums = [of_norm.zero_() for of_norm in sums]
+    else:
         grid, sizes, tile = cut(out)
         parts = None
         if any(given):
