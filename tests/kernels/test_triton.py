@@ -145,9 +145,9 @@ def norm_relu(dtype, B=2, C=256, h=128, w=192):
     norm = [meta(exact, C)] * 4
     for other in ((None, []), (x, []), (x, norm)):
         y = launch("norm_relu", x, norm, 1e-5, *other, 1e-5)
-        for values in ((None, None), (x, x if other[1] else None)):  # norms are frozen, or train
-            norms = values[0], norm, 1e-5, values[1], other[1], 1e-5
-            launch("norm_relu_backward", y, y, other[0] is not None, *norms)
+        frozen = None, norm, 1e-5, None, other[1], 1e-5
+        launch("norm_relu_backward", y, y, other[0] is not None, *frozen)
+    launch("norm_relu_backward", y, y, True, x, norm, 1e-5, x, norm, 1e-5)  # norms that train
 
 
 def query_layer(dtype, B=1, Q=100, C=256, H=8, F=2048, M=256):
@@ -211,7 +211,7 @@ ARCHITECTURES.append((query_layer, 86))
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
 # in other precisions query_layer's reference runs; float16 differs in the name of an instruction
 VARIANTS = [v for v in VARIANTS if v[0] != query_layer or v[2] == torch.bfloat16]
-VARIANTS = [v for v in VARIANTS if v[0] != window_attn or v[2] != torch.float16]
+VARIANTS = [v for v in VARIANTS if v[2] != torch.float16 or v[0] not in (window_attn, segment_map)]
 VARIANTS += [(op, 90, torch.bfloat16) for op in ALIKE]
 VARIANTS += [(op, 86, torch.float32) for op in ALIKE if op != random_points]
 VARIANTS += [(op, 100, torch.float64) for op in ALIKE if op != random_points]
