@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
@@ -83,7 +83,9 @@ def _of_deform_backward(grad, value, shapes, reference, offsets, *_) -> int:
     return 5 * -(-B * H // max(1, min(B * H, 2**21 // (Q * L * P))))
 
 
-LAUNCHES = {"ms_deform_attn_backward": _of_deform_backward}  # the others launch once
+# the others launch once; the first of point_mask_loss packs the masks
+LAUNCHES = {"ms_deform_attn_backward": _of_deform_backward, "point_mask_loss": lambda *_: 2}
+UNREAD = {"point_mask_loss_backward": {6}}  # arguments of which only the shape is read: masks
 
 
 @dataclass
@@ -115,6 +117,15 @@ def size_of(values) -> int:
     )
 
 
+def _as_cudnn_lays(out, args: tuple):
+    """Maps of a convolution on a GPU: channels last where one of those it reads is."""
+    last = {"memory_format": torch.channels_last}
+    maps = [x for x in args if isinstance(x, Tensor) and x.ndim == 4]
+    if not any(x.is_contiguous(**last) for x in maps):
+        return out
+    return tree_map_only(Tensor, lambda x: x.contiguous(**last) if x.ndim == 4 else x, out)
+
+
 def _dtype(values) -> torch.dtype:
     """Of the first floating tensor."""
     found = (x.dtype for x in tree_leaves(values) if isinstance(x, Tensor))
@@ -142,6 +153,8 @@ class Count(TorchDispatchMode):
                 return out
         # works in place, and PyTorch knows no other way to run it than on values
         out = None if name == "_fused_adamw_" else func(*args, **kwargs)
+        if name.startswith("convolution"):
+            out = _as_cudnn_lays(out, args)
         on_gpu = any(x.is_cuda for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
         if on_gpu and not (func.is_view or name in NO_LAUNCH):
             operations, launches = 0, 1
@@ -149,7 +162,8 @@ class Count(TorchDispatchMode):
                 launches = LAUNCHES.get(name, lambda *_: 1)(*args)
             elif (packet := SAME.get(packet, packet)) in flop_registry:
                 operations = flop_registry[packet](*args, **kwargs, out_val=out)
-            read = args[1:] if name in ONLY_WRITES else args
+            left_out = {0} if name in ONLY_WRITES else UNREAD.get(name, set())
+            read = [a for i, a in enumerate(args) if i not in left_out]
             outs = {a.name for a in func._schema.arguments if a.is_out}
             others = [value for key, value in kwargs.items() if key not in outs]
             size = size_of((read, others)) + size_of(out)
@@ -238,6 +252,17 @@ def _backward(loss: Tensor, *_, **__) -> None:
                 ready.append(following)
 
 
+def _apply(module: nn.Module, change: Callable, recurse: bool = True) -> nn.Module:
+    """`Module._apply`, which would exchange tensors in place, as those without values cannot."""
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                m._parameters[name] = nn.Parameter(change(p.detach()), p.requires_grad)
+        for name, b in m._buffers.items():
+            m._buffers[name] = b if b is None else change(b)
+    return module
+
+
 @contextlib.contextmanager
 def imaginary_gpu(dtype: torch.dtype):
     """Inside, tensors are on a GPU that is not there and have no values; `dtype` is the usual."""
@@ -253,6 +278,7 @@ def imaginary_gpu(dtype: torch.dtype):
             "torch._C._current_graph_task_id": lambda: (
                 1
             ),  # a backward is underway, say checkpoints
+            "torch.nn.Module._apply": _apply,
             "torch.nn.init.trunc_normal_": lambda x, *_, **__: x,  # reads what it drew
         }.items():
             stack.enter_context(mock.patch(name, value))
@@ -347,7 +373,11 @@ def main() -> None:
     )
     size = (options.size[0], options.size[-1])
     if options.model == "mask2former":
-        config = Mask2FormerConfig(num_labels=LABELS, backbone=options.backbone)
+        # norms as in the paper
+        frozen = {"freeze_norm": True} if options.backbone in ("resnet50", "resnet101") else {}
+        config = Mask2FormerConfig(
+            num_labels=LABELS, backbone=options.backbone, backbone_options=frozen
+        )
     else:
         config = SegmenterConfig(num_labels=LABELS, image_size=size)
     earlier = json.loads(options.against.read_text()) if options.against else {}

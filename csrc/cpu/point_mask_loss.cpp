@@ -300,7 +300,7 @@ struct Problem {
   int64_t B, R, slots, h, w, H, W;
 };
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class S, class T>
 Results forward(const Problem<S, T>& p) {
@@ -322,7 +322,7 @@ Results forward(const Problem<S, T>& p) {
     mutable_data<T>(sums)[i * kSums + 1] = s.p + s.t;
     mutable_data<T>(sums)[i * kSums + 2] = number;
   });
-  return {bce, dice, sums, marks};
+  return {bce, dice, sums, marks, zeros<int32_t>(p.logits, {0})};  // masks are read as they are
 }
 
 template <class S, class T>
@@ -405,9 +405,9 @@ Results point_mask_loss(Tensor mask_logits, Tensor masks, Tensor active, Tensor 
 }
 
 Tensor point_mask_loss_backward(Tensor grad_bce, Tensor grad_dice, Tensor sums, Tensor marks,
-                                Tensor mask_logits, Tensor masks, Tensor active, Tensor sample_ids,
-                                Tensor seed, int64_t candidates, int64_t important, int64_t random,
-                                std::optional<Tensor> cells) {
+                                Tensor /*packed*/, Tensor mask_logits, Tensor masks, Tensor active,
+                                Tensor sample_ids, Tensor seed, int64_t candidates,
+                                int64_t important, int64_t random, std::optional<Tensor> cells) {
   const Counts n = {candidates, important, random};
   check(mask_logits, masks, active, sample_ids, seed, n, cells);
   const int64_t slots = active.numel();

@@ -2,7 +2,8 @@
 // same points, choice and sums as on the CPU (csrc/cpu/point_mask_loss.cpp). Letters there and in
 // point_mask_loss.h. S stores the logits, T computes.
 //
-// forward:  the logit map is copied into shared memory where it fits. All candidates are sampled
+// forward:  the masks are packed into bits, which the result holds for backward, too.
+//           The logit map is copied into shared memory where it fits. All candidates are sampled
 //           once; the upper half of each |logit| is kept, 2 bytes a candidate; radix select on
 //           them, where only those that share the border's half are sampled anew; marks, sums.
 // backward: the points are sorted by the row of their cell; bands of rows are added up in shared
@@ -61,9 +62,9 @@ void check(const Tensor& logits, const Tensor& masks, const Tensor& active, cons
 struct Arguments {
   Arguments(const Tensor& mask_logits, const Tensor& masks, const Tensor& active,
             const Tensor& sample_ids, const Tensor& seed, int64_t candidates, int64_t important,
-            int64_t random, const std::optional<Tensor>& cells)
+            int64_t random, const std::optional<Tensor>& cells, const Tensor& packed)
       : logits(torch::stable::contiguous(mask_logits)),
-        masks(torch::stable::contiguous(masks)),
+        packed(torch::stable::contiguous(packed)),
         active(torch::stable::contiguous(active)),
         ids(torch::stable::contiguous(sample_ids)),
         seed(seed),
@@ -72,7 +73,8 @@ struct Arguments {
         area(logits.size(3) * logits.size(4)),
         limit(static_cast<int64_t>(shared_limit(logits))) {
     const auto small = [](int64_t size) { return static_cast<int32_t>(size); };
-    problem = {data<uint8_t>(this->masks),
+    problem = {data<uint32_t>(this->packed),
+               tiles_of(masks.size(2), masks.size(3)),
                data<uint8_t>(this->active),
                data<int64_t>(ids),
                data<int64_t>(seed),
@@ -93,14 +95,14 @@ struct Arguments {
     return sizes;
   }
 
-  Tensor logits, masks, active, ids, seed, cells;
+  Tensor logits, packed, active, ids, seed, cells;
   int64_t slots, area, limit;  // limit: bytes of shared memory that a block may have
   Problem problem;
 };
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class S, class T>
 Results forward(const Arguments& in) {
@@ -124,7 +126,7 @@ Results forward(const Arguments& in) {
     run(point_mask_loss_kernel<S, T, true>, fixed + list + map);
   else
     run(point_mask_loss_kernel<S, T, false>, fixed + list);
-  return {bce, dice, sums, marks};
+  return {bce, dice, sums, marks, in.packed};
 }
 
 template <class T>
@@ -192,24 +194,26 @@ Results point_mask_loss(Tensor mask_logits, Tensor masks, Tensor active, Tensor 
   check(mask_logits, masks, active, sample_ids, seed, candidates, important, random, cells);
   const DeviceScope scope(mask_logits);
   const Arguments in(mask_logits, masks, active, sample_ids, seed, candidates, important, random,
-                     cells);
+                     cells, pack_masks(masks, active));
   Results out;
   dispatch_stored(mask_logits, [&]<class S, class T>(S, T) { out = forward<S, T>(in); });
   return out;
 }
 
 Tensor point_mask_loss_backward(Tensor grad_bce, Tensor grad_dice, Tensor sums, Tensor marks,
-                                Tensor mask_logits, Tensor masks, Tensor active, Tensor sample_ids,
-                                Tensor seed, int64_t candidates, int64_t important, int64_t random,
-                                std::optional<Tensor> cells) {
+                                Tensor packed, Tensor mask_logits, Tensor masks, Tensor active,
+                                Tensor sample_ids, Tensor seed, int64_t candidates,
+                                int64_t important, int64_t random, std::optional<Tensor> cells) {
   check(mask_logits, masks, active, sample_ids, seed, candidates, important, random, cells);
   const DeviceScope scope(mask_logits);
   const Arguments in(mask_logits, masks, active, sample_ids, seed, candidates, important, random,
-                     cells);
-  STD_TORCH_CHECK(grad_bce.numel() == in.slots && grad_dice.numel() == in.slots &&
-                      sums.numel() == 3 * in.slots &&
-                      marks.numel() == in.slots * in.problem.words() && marks.element_size() == 4,
-                  "point_mask_loss_backward: wrong sizes");
+                     cells, packed);
+  const int64_t words = masks.size(0) * masks.size(1) * int64_t(in.problem.tiles.size());
+  STD_TORCH_CHECK(
+      grad_bce.numel() == in.slots && grad_dice.numel() == in.slots &&
+          sums.numel() == 3 * in.slots && marks.numel() == in.slots * in.problem.words() &&
+          marks.element_size() == 4 && packed.numel() == words && packed.element_size() == 4,
+      "point_mask_loss_backward: wrong sizes");
   Tensor out;
   dispatch_stored(mask_logits, [&]<class S, class T>(S, T) {
     out = backward<S, T>(in, grad_bce, grad_dice, sums, marks);

@@ -7,7 +7,7 @@
 #include <math.h>
 
 #include "../philox.h"
-#include "device.h"
+#include "point_mask_loss_pack.h"
 
 namespace segkern {
 namespace {
@@ -20,7 +20,8 @@ template <class T>
 constexpr unsigned kThreads = sizeof(T) == 8 ? 512 : 1024;  // doubles need twice the registers
 
 struct Problem {
-  const uint8_t* masks;   // [B, T, H, W]
+  const uint32_t* masks;  // [B, T, tiles]
+  Tiles tiles;            // of a mask [H, W]
   const uint8_t* active;  // [B, R, T]
   const int64_t* ids;     // [B]
   const int64_t* seed;    // [1]
@@ -43,9 +44,9 @@ struct alignas(16) Shared {
 };
 
 struct Slot {
-  uint32_t index;       // in [B, R, T]
-  const uint8_t* mask;  // [H, W]
-  uint32_t cells;       // place of its [H + 1, cell_words]; cell (y, x) is bit x + 1 of row y + 1
+  uint32_t index;        // in [B, R, T]
+  const uint32_t* mask;  // [tiles]
+  uint32_t cells;        // place of its [H + 1, cell_words]; cell (y, x) is bit x + 1 of row y + 1
   uint64_t seed;
   uint32_t target, prediction, sample;
 
@@ -59,7 +60,7 @@ __device__ __forceinline__ Slot find_slot(const Problem& p) {
   const uint32_t r = blockIdx.x % p.R, t = blockIdx.x / p.R % p.T, b = blockIdx.x / p.R / p.T;
   const uint64_t target = static_cast<uint64_t>(b) * p.T + t;
   return {(b * p.R + r) * p.T + t,
-          p.masks + target * p.H * p.W,
+          p.masks + target * p.tiles.size(),
           b * (static_cast<uint32_t>(p.H) + 1) * p.cell_words(),
           static_cast<uint64_t>(*p.seed),
           t,
@@ -115,6 +116,29 @@ __device__ __forceinline__ T sample(Point p, const S* map /*[h, w]*/, int32_t h,
     const T v = a == T(0) ? T(0) : static_cast<T>(map[at]);
     sum = fma(a, v, sum);
   });
+  return sum;
+}
+
+// The same of the slot's mask, 0 or 1 at each pixel. Those outside weigh 0, whatever is read for
+// them
+template <class T>
+__device__ __forceinline__ T sample_mask(const Problem& p, const Slot& slot, Point point) {
+  const Cell<T> c = locate<T>(point, p.H, p.W);
+  const auto tile_of = [&](uint32_t y, uint32_t x) {
+    return y / kTileRows * p.tiles.columns + x / kTileColumns;
+  };
+  const uint32_t x0 = max(c.x, 0), y0 = max(c.y, 0), first = tile_of(y0, x0);
+  const uint32_t x1 = min(c.x + 1, p.W - 1), y1 = min(c.y + 1, p.H - 1);
+  const uint32_t word = slot.mask[first];
+  T sum = T(0);
+  const auto add = [&](uint32_t y, uint32_t x, T a) {
+    const uint32_t tile = tile_of(y, x), bits = tile == first ? word : slot.mask[tile];
+    if (bits >> (y % kTileRows * kTileColumns + x % kTileColumns) & 1) sum += a;
+  };
+  add(y0, x0, c.left * c.top);
+  add(y0, x1, c.right * c.top);
+  add(y1, x0, c.left * c.bottom);
+  add(y1, x1, c.right * c.bottom);
   return sum;
 }
 

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads<T>, 1)
   const T scale_dice = grad_dice[slot.index] / ((c + T(1)) * (c + T(1)));
   const auto differentiate = [&](Point at) {
     if (!counts<T>(p, slot, at)) return T(0);
-    const T x = sample<T>(at, map, p.h, p.w), t = sample<T>(at, slot.mask, p.H, p.W);
+    const T x = sample<T>(at, map, p.h, p.w), t = sample_mask<T>(p, slot, at);
     const T e = exp(x < T(0) ? x : -x), s = T(1) / (T(1) + e), prob = x < T(0) ? e * s : s;
     const T dice = (T(2) * a + T(1)) - T(2) * t * (c + T(1));
     return scale_bce * (prob - t) + scale_dice * dice * prob * (T(1) - prob);

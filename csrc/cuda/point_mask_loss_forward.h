@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads<T>, 1)
         atomic_add(&shared.count, 1u);
         continue;
       }
-      const T x = sample<T>(at, map, p.h, p.w), t = sample<T>(at, slot.mask, p.H, p.W);
+      const T x = sample<T>(at, map, p.h, p.w), t = sample_mask<T>(p, slot, at);
       const T e = exp(x < T(0) ? x : -x);
       const T s = T(1) / (T(1) + e), prob = x < T(0) ? e * s : s;
       total[0] += (x > T(0) ? x : T(0)) + log1p(e) - x * t;

@@ -38,7 +38,14 @@ BACKWARD = {
 }
 FLOAT32 = {64: (32, 1, 32, 8, 2, 2), 128: (16, 1, 32, 8, 2, 1)}
 FLOAT64 = {32: (16, 1, 32, 4, 1, 2), 128: (16, 1, 32, 8, 1, 1)}
-BACKWARD |= {(kind, 4): FLOAT32 for kind in KINDS} | {(kind, 8): FLOAT64 for kind in KINDS}
+WIDE = {  # float32, more than 128 channels
+    "99 KB": (8, 1, 32, 8, 2, 1),
+    "163 KB": (16, 1, 32, 16, 2, 1),
+    "227 KB": (16, 1, 32, 16, 2, 1),
+    "227 KB, 10.x": (8, 1, 32, 16, 2, 1),
+}
+BACKWARD |= {(kind, 4): FLOAT32 | {256: WIDE[kind]} for kind in KINDS}
+BACKWARD |= {(kind, 8): FLOAT64 for kind in KINDS}
 
 
 def masked_attn_backward(

@@ -21,10 +21,17 @@ OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 128, **FUSED}
 
 
 @triton.jit
-def _normed(value, mean, variance, weight, bias, eps, c, C: tl.constexpr, exact: tl.constexpr):
+def moments_of(mean, variance, eps, c, C: tl.constexpr, exact: tl.constexpr):
+    """Of the channels: mean and inverse deviation."""
     middle = tl.load(mean + c, c < C, 0.0).to(exact)
     spread = tl.load(variance + c, c < C, 1.0).to(exact) + tl.full((), eps, exact)
-    scale = tl.load(weight + c, c < C, 0.0).to(exact) / tl.sqrt(spread)
+    return middle, 1 / tl.sqrt(spread)
+
+
+@triton.jit
+def _normed(value, mean, variance, weight, bias, eps, c, C: tl.constexpr, exact: tl.constexpr):
+    middle, narrow = moments_of(mean, variance, eps, c, C, exact)
+    scale = tl.load(weight + c, c < C, 0.0).to(exact) * narrow
     shift = tl.load(bias + c, c < C, 0.0).to(exact)
     return (value - middle[None, :]) * scale[None, :] + shift[None, :]
 
@@ -68,6 +75,23 @@ def _norm_relu(
         tl.store(to, value, mask=(n < N)[:, None] & (c < C)[None, :])
 
 
+def rows_of(x: Tensor | None) -> Tensor | None:
+    """[B, C, h, w] as [B, h, w, C], copied unless it lies so."""
+    return x if x is None else x.permute(0, 2, 3, 1).contiguous()
+
+
+def cut(x: Tensor):
+    """Grid, sizes from N on, and constants of a launch over a map that is not empty."""
+    C, N = x.shape[1], x[:, 0].numel()
+    BLOCK_C = min(CHANNELS, triton.next_power_of_2(C))
+    BLOCK_N = VALUES * 4 // max(x.element_size(), 4) // BLOCK_C
+    total, blocks = triton.cdiv(N, BLOCK_N), triton.cdiv(C, BLOCK_C)
+    tiles = triton.cdiv(total * blocks, PROGRAMS * device(x).multiprocessors)
+    chunks = triton.cdiv(total, tiles)
+    exact = tl.float64 if x.dtype == torch.float64 else tl.float32
+    return (chunks * blocks,), (N, chunks, tiles), (C, exact, BLOCK_N, BLOCK_C)
+
+
 def norm_relu(
     x: Tensor,
     norm: list[Tensor],
@@ -77,22 +101,15 @@ def norm_relu(
     other_eps: float,
 ) -> Tensor:
     """As `segkern::norm_relu`."""
-    (B, C, h, w), N = x.shape, x[:, 0].numel()
+    B, C, h, w = x.shape
     out = torch.empty((B, h, w, C), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out.permute(0, 3, 1, 2)
-    rows, more = (t if t is None else t.permute(0, 2, 3, 1).contiguous() for t in (x, other))
-    BLOCK_C = min(CHANNELS, triton.next_power_of_2(C))
-    BLOCK_N = VALUES * 4 // max(x.element_size(), 4) // BLOCK_C
-    total, blocks = triton.cdiv(N, BLOCK_N), triton.cdiv(C, BLOCK_C)
-    tiles = triton.cdiv(total * blocks, PROGRAMS * device(x).multiprocessors)
-    chunks = triton.cdiv(total, tiles)
-    with on(x):
-        _norm_relu[(chunks * blocks,)](
-            *(rows, *(t.contiguous() for t in norm)),
-            *(more, *([t.contiguous() for t in other_norm] or [None] * 4)),
-            *(out, eps, other_eps, N, chunks, tiles),
-            *(C, tl.float64 if x.dtype == torch.float64 else tl.float32, BLOCK_N, BLOCK_C),
-            **OPTIONS,
-        )
+    if out.numel() > 0:
+        grid, sizes, tile = cut(x)
+        with on(x):
+            _norm_relu[grid](
+                *(rows_of(x), *(t.contiguous() for t in norm)),
+                *(rows_of(other), *([t.contiguous() for t in other_norm] or [None] * 4)),
+                *(out, eps, other_eps, *sizes, *tile),
+                **OPTIONS,
+            )
     return out.permute(0, 3, 1, 2)

@@ -20,12 +20,12 @@ from ._launch import FUSED, KINDS, device, on
 from .window_backward import backward
 from .window_forward import forward
 
-# (kind of device, bytes of a value), then places of a window up to: queries and keys of a block,
-# warps, programs a multiprocessor holds. Chosen by arithmetic, not yet measured: the most programs
-# that spill nothing. In 16 bits a warp takes 16 queries: 8 warps form 64 rows twice, which they do
-# only where 4 would spill.
-SMALL, LARGE = 8 * 8, 16 * 16  # LARGE: ops.window_attn.LARGEST
-HEAD = 32  # channels of Swin's heads, for which the tables are made
+# (kind of device, bytes of a value), then places of a window up to, or WIDE for heads of more than
+# 32 channels: queries and keys of a block, warps, programs a multiprocessor holds. Chosen by
+# arithmetic, not yet measured: the most programs that spill nothing. In 16 bits a warp takes 16
+# queries: 8 warps form 64 rows twice, which they do only where 4 would spill.
+SMALL, LARGE, WIDE = 8 * 8, 16 * 16, 0  # LARGE: ops.window_attn.LARGEST
+HEAD = 32  # channels of Swin's heads
 FORWARD = {
     ("99 KB", 2): {SMALL: (64, 64, 4, 3), LARGE: (64, 32, 4, 3)},
     ("163 KB", 2): {SMALL: (64, 64, 4, 3), LARGE: (64, 32, 4, 3)},
@@ -39,9 +39,13 @@ BACKWARD = {
     ("227 KB, 10.x", 2): {SMALL: (64, 64, 8, 1), LARGE: (64, 32, 4, 2)},
 }
 FLOAT32 = {SMALL: (64, 64, 8, 1), LARGE: (32, 32, 8, 1)}
-FLOAT64 = {SMALL: (64, 64, 8, 1), LARGE: (16, 16, 4, 1)}
-for table in (FORWARD, BACKWARD):
-    table |= {(kind, 4): FLOAT32 for kind in KINDS} | {(kind, 8): FLOAT64 for kind in KINDS}
+FLOAT64 = {SMALL: (32, 32, 8, 1), LARGE: (16, 16, 4, 1), WIDE: (16, 16, 4, 1)}
+WIDE_HALF, WIDE_FLOAT32 = ((64, 32, 8, 1), (32, 16, 8, 1)), ((16, 32, 8, 1), (16, 16, 8, 1))
+for table, half, single in zip((FORWARD, BACKWARD), WIDE_HALF, WIDE_FLOAT32, strict=True):
+    for kind in KINDS:
+        table[kind, 2][WIDE] = half
+        table[kind, 4] = FLOAT32 | {WIDE: single}
+        table[kind, 8] = FLOAT64
 
 
 def _prepare(table: dict, qkv: Tensor, window: int):
@@ -49,8 +53,7 @@ def _prepare(table: dict, qkv: Tensor, window: int):
     B, h, w, _, H, D = qkv.shape
     kind, multiprocessors = device(qkv)
     S, tuned = window * window, table[kind, qkv.element_size()]
-    many = LARGE if D > HEAD else S  # small blocks also for wide heads, so that they start
-    BLOCK_I, BLOCK_J, warps, held = tuned[min(s for s in tuned if s >= many)]
+    BLOCK_I, BLOCK_J, warps, held = tuned[WIDE if D > HEAD else SMALL if S <= SMALL else LARGE]
     block = max(16, triton.next_power_of_2(S))
     BLOCK_I, BLOCK_J = min(BLOCK_I, block), min(BLOCK_J, block)
     rows, columns = triton.cdiv(h, window), triton.cdiv(w, window)

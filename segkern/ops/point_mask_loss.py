@@ -13,8 +13,10 @@ equal |logit| the one drawn first. Points by a void pixel do not count (_void.py
 candidates they come last, and those that are taken all the same are cut out.
 Loss and gradient are sums over points, so no order is needed: the kernel marks the k candidates,
 one bit each, keeps marks, two sums and n, and draws the P points again for the gradient
-(`random_points`). No point, sample or float mask is ever stored.
-Bytes: one logit map and about 40 P random reads a slot; FLOPs: about 500 P.
+(`random_points`). No point, sample or float mask is ever stored. On a GPU the masks are packed
+into bits first, tiles of 4 x 8 pixels in a word, once for all predictions and both directions.
+Bytes: one logit map and about 40 P random reads a slot; on a GPU the masks once and their bits,
+an eighth, three times; FLOPs: about 500 P.
 Source: PointRend (Kirillov et al., CVPR 2020); Mask2Former (Cheng et al., CVPR 2022), section 3.3.
 Differs: points depend on sample, prediction and target alone, not on the place in the batch.
 """
@@ -79,10 +81,12 @@ def _fake(mask_logits, masks, active, sample_ids, seed, candidates, important, r
         return mask_logits.new_empty((*active.shape, *more), dtype=exact_dtype(mask_logits))
 
     marks = mask_logits.new_empty((*active.shape, (candidates + 31) // 32), dtype=torch.int32)
-    return slot(), slot(), slot(3), marks
+    B, T, H, W = masks.shape
+    packed = (B, T, -(-H // 4), -(-W // 8)) if mask_logits.is_cuda else (0,)
+    return slot(), slot(), slot(3), marks, marks.new_empty(packed)
 
 
-def _fake_backward(grad_bce, grad_dice, sums, marks, mask_logits, *rest):
+def _fake_backward(grad_bce, grad_dice, sums, marks, packed, mask_logits, *rest):
     return torch.empty_like(mask_logits, memory_format=torch.contiguous_format)
 
 
@@ -91,11 +95,13 @@ _ARGUMENTS = (
     "int candidates, int important, int random, Tensor? cells=None"
 )
 _forward = _library.define(
-    f"point_mask_loss({_ARGUMENTS}) -> (Tensor bce, Tensor dice, Tensor sums, Tensor marks)", _fake
+    f"point_mask_loss({_ARGUMENTS}) -> "
+    "(Tensor bce, Tensor dice, Tensor sums, Tensor marks, Tensor packed)",
+    _fake,
 )
 _backward = _library.define(
     "point_mask_loss_backward(Tensor grad_bce, Tensor grad_dice, Tensor sums, "
-    f"Tensor marks, {_ARGUMENTS}) -> Tensor",
+    f"Tensor marks, Tensor packed, {_ARGUMENTS}) -> Tensor",
     _fake_backward,
 )
 
@@ -105,8 +111,8 @@ class _PointMaskLoss(torch.autograd.Function):
     def forward(ctx, mask_logits, masks, active, sample_ids, seed, counts, cells):
         # the caller may advance the seed in place before the gradient is asked for
         arguments = (mask_logits, masks, active, sample_ids, seed.clone())
-        bce, dice, sums, marks = _forward(*arguments, *counts, cells)
-        ctx.save_for_backward(cells, sums, marks, *arguments)
+        bce, dice, *kept = _forward(*arguments, *counts, cells)
+        ctx.save_for_backward(cells, *kept, *arguments)
         ctx.counts = counts
         return bce, dice
 
@@ -134,7 +140,7 @@ def point_mask_loss(
 
     Args:
         mask_logits: [B, R, T, h, w] floating; map (b, r, t) is prediction r's for target t.
-        masks: [B, T, H, W] bool or uint8 (0 and 1), read in place.
+        masks: [B, T, H, W] bool or uint8 (0 and 1).
         active: [B, R, T] bool; other slots give exactly 0 and no gradient, and are not read.
         sample_ids: [B] int64, on which the points depend.
         seed: [1] int64, on which the points depend; see `random_points`.

@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,6 +232,41 @@ def test_the_table_is_that_of_the_device():
 
 
 SLEEP = "import time, sys\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('interrupted')"
+
+
+def test_the_gpu_run_ends_in_time_when_every_stage_hangs(tmp_path, monkeypatch):
+    """By its own limits: the check and the tests have 280 s together, benchmarks the rest."""
+    clock, started = [0.0], []
+
+    class Hangs:
+        """A process that neither ends nor heeds an interruption, and is killed."""
+
+        pid, killed = 2**31 - 1, False
+
+        def __init__(self, command, **options):
+            started.append(command)
+
+        def send_signal(self, signal):
+            pass
+
+        def wait(self, seconds=None):
+            if seconds is not None:
+                clock[0] += seconds
+                raise subprocess.TimeoutExpired("", seconds)
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(gpu.subprocess, "Popen", Hangs)
+    monkeypatch.setattr(gpu.os, "killpg", lambda pid, signal: None)
+    # one after the other, as all share the clock
+    monkeypatch.setattr(gpu, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
+    run = gpu.Run(tmp_path / "log.txt")
+    run(gpu.Stage("check", [], 60))
+    gpu.run_tests(run)
+    assert clock[0] <= gpu.TESTS + gpu.INTERRUPTED
+    tests = len(started)
+    gpu.run_benchmarks(run, tmp_path)
+    assert started[tests][3] == "bench/bench_mask2former.py"
+    assert gpu.TESTS < clock[0] <= gpu.TOTAL
 
 
 def test_the_driver_reports_every_stage(tmp_path):

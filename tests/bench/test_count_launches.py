@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import count_launches as count
-from segkern.models import Mask2FormerConfig, SegmenterConfig
+from segkern.models import Mask2Former, Mask2FormerConfig, SegmenterConfig
 
 rates = count.Rates(bandwidth=1e12, half=1e14, single=1e13, launch=1e-6)
 small = {"embed_dim": 64, "depth": 2, "num_heads": 2, "patch_size": 16, "image_size": (64, 96)}
@@ -42,6 +42,19 @@ swin = Mask2FormerConfig(
     encoder_layers=1,
     decoder_layers=3,
 )
+resnet = Mask2FormerConfig(
+    num_labels=11,
+    backbone="resnet18",
+    backbone_options={"freeze_norm": True},
+    encoder_layers=1,
+    decoder_layers=3,
+)
+with count.imaginary_gpu(torch.float32):
+    body = Mask2Former(resnet).backbone.train()
+    with count.Count(rates) as one:
+        maps = body(torch.zeros(2, 3, 64, 96))
+        count._backward(sum(m.square().sum() for m in maps))
+    found["resnet"] = {name: asdict(total) for name, total in one.totals.items()}
 for config in (swin, SegmenterConfig(num_labels=11, **small)):
     for kind in count.KINDS:
         totals = count.counted(config, kind, (64, 96), 2, "bf16", rates)
@@ -78,6 +91,13 @@ def test_the_rules(found):
     assert rules["add_"]["bytes"] == 2 * rules["zero_"]["bytes"] == 2 * 4 * 8 * 2000
     assert rules["clone"]["bytes"] == 4 * (2000 + 8 * 2000)
     assert rules["zero_"]["least"] < rules["zero_"]["estimate"] == 1e-6
+
+
+def test_a_resnet_trains_with_one_launch_a_norm(found):
+    """And one for its gradient, that of its shortcut and its ReLU; nothing is copied for them."""
+    resnet = found["resnet"]
+    assert resnet["norm_relu"]["launches"] == resnet["norm_relu_backward"]["launches"] == 17
+    assert not resnet.keys() & {"native_batch_norm", "cudnn_batch_norm", "threshold_backward"}
 
 
 OURS = {

@@ -144,7 +144,10 @@ def norm_relu(dtype, B=2, C=256, h=128, w=192):
     x, exact = meta(dtype, B, h, w, C).permute(0, 3, 1, 2), exact_dtype(meta(dtype))
     norm = [meta(exact, C)] * 4
     for other in ((None, []), (x, []), (x, norm)):
-        launch("norm_relu", x, norm, 1e-5, *other, 1e-5)
+        y = launch("norm_relu", x, norm, 1e-5, *other, 1e-5)
+        frozen = None, norm, 1e-5, None, other[1], 1e-5
+        launch("norm_relu_backward", y, y, other[0] is not None, *frozen)
+    launch("norm_relu_backward", y, y, True, x, norm, 1e-5, x, norm, 1e-5)  # norms that train
 
 
 def query_layer(dtype, B=1, Q=100, C=256, H=8, F=2048, M=256):
@@ -208,7 +211,7 @@ ARCHITECTURES.append((query_layer, 86))
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
 # in other precisions query_layer's reference runs; float16 differs in the name of an instruction
 VARIANTS = [v for v in VARIANTS if v[0] != query_layer or v[2] == torch.bfloat16]
-VARIANTS = [v for v in VARIANTS if v[0] != window_attn or v[2] != torch.float16]
+VARIANTS = [v for v in VARIANTS if v[2] != torch.float16 or v[0] not in (window_attn, segment_map)]
 VARIANTS += [(op, 90, torch.bfloat16) for op in ALIKE]
 VARIANTS += [(op, 86, torch.float32) for op in ALIKE if op != random_points]
 VARIANTS += [(op, 100, torch.float64) for op in ALIKE if op != random_points]
@@ -222,8 +225,9 @@ def named(variant):
     return pytest.param(*variant, id=name, marks=() if quick else SLOW)
 
 
-def assert_fits(compiled, arch, folder, spills=False):
-    """Every kernel has the shared memory and, unless it may spill, the registers it needs."""
+def assert_fits(compiled, arch, folder, spills=0):
+    """Every kernel has the shared memory it needs, and the registers but for bytes a thread that
+    may spill: none, but in float64, which is for checks, and where a test says so."""
     assert compiled
     for kernel in {id(k): k for k in compiled}.values():
         path = folder / "kernel.cubin"
@@ -234,14 +238,14 @@ def assert_fits(compiled, arch, folder, spills=False):
             kernel.metadata,
             used,
         )
-        assert used["local"] == 0 or spills, (kernel.metadata, used)
+        assert used["local"] <= spills, (kernel.metadata, used)
 
 
 @pytest.mark.parametrize(("op", "arch", "dtype"), map(named, VARIANTS))
 def test_compiles_and_fits(op, arch, dtype, tmp_path):
     with compiling(arch) as compiled:
         op(dtype)
-    assert_fits(compiled, arch, tmp_path, spills=dtype == torch.float64)  # which is for checks
+    assert_fits(compiled, arch, tmp_path, spills=64 if dtype == torch.float64 else 0)
 
 
 # channels a head, and queries: 200 are more than the gradients take at once
@@ -254,6 +258,23 @@ HEADS = [pytest.param(*h, marks=() if h == (64, 200, 90) else SLOW) for h in HEA
 def test_other_heads(D, Q, arch, tmp_path):
     with compiling(arch) as compiled:
         masked_attn(torch.bfloat16, D=D, Q=Q)
+    assert_fits(compiled, arch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+def test_wide_heads_in_float32(arch, tmp_path):
+    """Of 256 channels, which ordinary units multiply; on a RTX 50 few bytes spill."""
+    with compiling(arch) as compiled:
+        masked_attn(torch.float32, D=256, Q=200)
+    assert_fits(compiled, arch, tmp_path, spills=48 if arch == 120 else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("D", "arch"), [(128, 86), (64, 90), (128, 90), (128, 100), (128, 120)])
+def test_windows_of_wide_heads(D, arch, tmp_path):
+    with compiling(arch) as compiled:
+        window_attn(torch.bfloat16, H=2, D=D)
     assert_fits(compiled, arch, tmp_path)
 
 

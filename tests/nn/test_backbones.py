@@ -12,7 +12,7 @@ from transformers import ResNetBackbone, ResNetConfig, SwinBackbone, SwinConfig
 from segkern.data import DigitsConfig
 from segkern.models import Mask2FormerConfig, SegmenterConfig
 from segkern.models.mask2former.huggingface_keys import from_huggingface
-from segkern.nn.backbones import build_backbone, resnet_inference
+from segkern.nn.backbones import build_backbone, resnet, timm_backbone
 from segkern.nn.backbones.swin import VARIANTS, Block, Swin
 from segkern.training.config import TrainConfig
 from segkern.training.loop import train
@@ -247,26 +247,28 @@ def test_whole_resnet_is_that_of_transformers(name, depths):
             torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
 
 
+def with_any_norms(model):
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for t in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+                nn.init.uniform_(t, 0.5, 1.5)
+    return model
+
+
 PLAIN = [("resnet18", True), ("resnet26", True), ("resnet10t", False), ("seresnet18", False)]
 
 
 @pytest.mark.parametrize(("name", "plain"), PLAIN, ids=[p[0] for p in PLAIN])
 def test_without_gradients_a_resnet_gives_the_same_bits(name, plain):
     """On a CPU; on a GPU what follows its convolutions is one kernel (`ops._norm_relu`)."""
-    model = backbone(name, freeze_norm=True).train()
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            for t in (norm.weight.data, norm.bias, norm.running_mean, norm.running_var):
-                nn.init.uniform_(t, 0.5, 1.5)
-    assert not resnet_inference.suits(model.body)  # training is timm's
-    model.eval()
+    model = with_any_norms(backbone(name, freeze_norm=True)).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     x = torch.randn(2, 3, 64, 96)
     for _ in range(2):
         want = [m.detach() for m in model.body(x.to(memory_format=torch.channels_last))]
         with torch.no_grad():
             got = model(x)
-        assert resnet_inference.suits(model.body) == plain
+        assert resnet.suits(model.body) == plain
         assert all(map(torch.equal, got, want))
         assert all(m.is_contiguous(memory_format=torch.channels_last) for m in got)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -274,7 +276,31 @@ def test_without_gradients_a_resnet_gives_the_same_bits(name, plain):
         model.body["bn1"].bias.data.add_(1)
         before = {k: v.clone() for k, v in model.state_dict().items()}
     model.body["layer2"][0].bn1.register_forward_hook(lambda *_: None)
-    assert not resnet_inference.suits(model.body)
+    assert not resnet.suits(model.body)
+
+
+@pytest.mark.parametrize(("name", "trained"), [("resnet18", True), ("resnet26", False)])
+def test_a_resnet_in_steps_has_the_gradients_of_its_layers(name, trained, monkeypatch):
+    """As on a GPU, where they have a kernel; weights of the norms may train, statistics not.
+    Basic blocks, and bottlenecks."""
+    model = with_any_norms(backbone(name, freeze_norm=True)).double().train()
+    for norm in model._norms():
+        norm.requires_grad_(trained)
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    results = []
+    for steps in (False, True):
+        monkeypatch.setattr(timm_backbone, "trains", lambda x, steps=steps: steps)
+        assert model._in_steps(x) == steps
+        maps = model(x)
+        results.append((*maps, *torch.autograd.grad(sum(m.square().sum() for m in maps), wanted)))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * want.abs().max().item())
+    model.set_grad_checkpointing()
+    assert not model._in_steps(x)
+    model.set_grad_checkpointing(False)
+    model._norms()[3].train()
+    assert not model._in_steps(x)
 
 
 def test_frozen_norms_stay_as_they_are():

@@ -80,6 +80,66 @@ def test_forward(case, dtype):
     compare(run(CASES[case][4]), reference(CASES[case][4]), values)
 
 
+def trained(added):
+    """The places of inputs that have gradients: maps, weights and biases."""
+    maps = 1 if added is None else 2
+    norms = range(maps, maps + (8 if added == "norms" else 4), 4)
+    return [*range(maps), *(i for n in norms for i in (n + 2, n + 3))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(case, dtype):
+    needs_kernel(dtype)
+    added = CASES[case][4]
+    compare(run(added), reference(added), inputs(*CASES[case], dtype), trained(added))
+
+
+@pytest.mark.parametrize("which", ["x", "other", "weight of x", "bias of other"])
+def test_gradients_of_a_few(which):
+    """Those of the others are not formed, and only what they need is kept."""
+    values, kept = inputs(2, 12, 7, 5, "norms", torch.float64), []
+    place = {"x": 0, "other": 1, "weight of x": 4, "bias of other": 9}[which]
+    for call in (run("norms"), reference("norms")):
+        of = values[place].detach().requires_grad_()
+        given = [*values[:place], of, *values[place + 1 :]]
+
+        def keep(t):
+            kept.append(t.data_ptr())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = call(*given)
+        if call.__qualname__.startswith("run"):
+            assert (values[0].data_ptr() in kept) == (which == "weight of x")
+            assert (values[1].data_ptr() in kept) == (which == "bias of other")
+        (grad,) = torch.autograd.grad(y.square().sum(), of)
+        if call.__qualname__.startswith("run"):
+            got = grad
+    torch.testing.assert_close(got, grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("added", [None, "sum", "norms"], ids=str)
+def test_gradcheck(added):
+    values = inputs(2, 3, 4, 3, added, torch.float64)
+    for i in trained(added):
+        values[i].requires_grad_()
+    assert torch.autograd.gradcheck(run(added), values)
+
+
+def test_gradient_of_nan_flows():
+    x, *norm = inputs(1, 4, 3, 5, None, torch.float32)
+    x[0, 1, 2, 3] = torch.nan
+    x.requires_grad_()
+    grads = torch.ones_like(x) * 2
+    (got,) = torch.autograd.grad(norm_relu(x, (norm, 1e-5)), x, grads)
+    y = F.relu(F.batch_norm(x, *norm))
+    (want,) = torch.autograd.grad(y, x, grads)
+    assert got[0, 1, 2, 3] != 0
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("half", DTYPES[2:], ids=str)
 def test_half_precision_beside_single(half):
     needs_kernel(half)
@@ -103,3 +163,19 @@ def test_opcheck():
     for more in ((None, []), (other, []), (other, norms[4:])):
         arguments = (x, norms[:4], 1e-5, *more, 1e-3)
         torch.library.opcheck(torch.ops.segkern.norm_relu, arguments)
+    grad, out = other, norm_relu(x, (norms[:4], 1e-5))
+    for summed, a, b, more in ((False, x, None, []), (True, None, None, []), (True, x, other, 4)):
+        arguments = (grad, out, summed, a, norms[:4], 1e-5, b, norms[4:] if more else [], 1e-3)
+        torch.library.opcheck(torch.ops.segkern.norm_relu_backward, arguments)
+
+
+def test_compile():
+    values = inputs(2, 4, 3, 5, "norms", torch.float64)
+    for i in trained("norms"):
+        values[i].requires_grad_()
+    wanted = [values[i] for i in trained("norms")]
+    call = torch.compile(run("norms"), fullgraph=True, backend="aot_eager")
+    got, want = call(*values), run("norms")(*values)
+    torch.testing.assert_close(got, want)
+    grads = (torch.autograd.grad(y.square().sum(), wanted) for y in (got, want))
+    torch.testing.assert_close(*grads)

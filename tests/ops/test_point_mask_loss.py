@@ -19,6 +19,7 @@ CASES = {
     "all random": ({}, (33, 2.0, 0.0)),
     "no oversampling": ({}, (50, 1.0, 0.75)),
     "map of one pixel": ({"h": 1, "w": 1, "H": 4, "W": 4}, FEW),
+    "mask of whole words": ({"H": 29, "W": 48}, FEW),
     "mask smaller than map": ({"h": 33, "w": 20, "H": 5, "W": 3}, FEW),
 }
 
@@ -357,10 +358,32 @@ def test_raw_op_does_not_leave_its_tensors(case):
 def test_backward_may_get_any_marks():
     """More marks than points: what is too much is left out, nothing is written beside."""
     inputs = point_mask_loss_inputs()
-    bce, dice, sums, marks = torch.ops.segkern.point_mask_loss(*inputs, 120, 30, 10)
-    marks.fill_(-1)
-    grad = torch.ops.segkern.point_mask_loss_backward(bce, dice, sums, marks, *inputs, 120, 30, 10)
+    bce, dice, sums, marks, packed = torch.ops.segkern.point_mask_loss(*inputs, 120, 30, 10)
+    arguments = (bce, dice, sums, marks.fill_(-1), packed, *inputs, 120, 30, 10)
+    grad = torch.ops.segkern.point_mask_loss_backward(*arguments)
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("W", [45, 48], ids=["odd", "whole"])
+def test_a_gpu_packs_the_masks_once(W):
+    """Forward leaves their bits, tiles of 4 x 8 pixels; backward reads nothing else of them."""
+    logits, masks, active, *rest = point_mask_loss_inputs(W=W)
+    masks = masks * torch.tensor([1, 2, 128, 255], dtype=torch.uint8)[:, None, None]
+    active[:, :, 1] = False
+    arguments = (logits, masks, active, *rest, 120, 30, 10)
+    bce, dice, *kept = torch.ops.segkern.point_mask_loss(*arguments)
+    if kept[2].numel() == 0:  # the C++ kernel, which reads them as they are
+        assert logits.device.type == "cpu"
+        return
+    pixels = torch.nn.functional.pad(masks != 0, (0, -W % 8, 0, -31 % 4))
+    tiles = pixels.unflatten(3, (-1, 8)).unflatten(2, (-1, 4)).transpose(3, 4).flatten(4)
+    words = (tiles.long() << torch.arange(32)).sum(-1)
+    read = active.any(1)
+    assert torch.equal(kept[2][read].long() & 0xFFFFFFFF, words[read])
+    grads = torch.ones_like(bce), torch.ones_like(dice)
+    want = torch.ops.segkern.point_mask_loss_backward(*grads, *kept, *arguments)
+    masks.fill_(7)
+    assert torch.equal(torch.ops.segkern.point_mask_loss_backward(*grads, *kept, *arguments), want)
 
 
 def test_half_maps_choose_the_points_of_their_values():

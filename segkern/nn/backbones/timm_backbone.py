@@ -5,9 +5,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ...ops._norm_relu import trains
 from ...runtime.modes import evaluated
 from ...weights.timm_names import check_timm_name, pretrained_model
-from . import resnet_inference
+from . import resnet
 from .swin import VARIANTS
 
 OWN_SMALL = "resnet_digits"
@@ -114,10 +115,17 @@ class TimmBackbone(nn.Module):
                 norm.eval()
         return self
 
+    def _in_steps(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() and (
+            not trains(x) or getattr(self.body, "grad_checkpointing", False)
+        ):
+            return False
+        return resnet.suits(self.body)
+
     def forward(self, x: Tensor) -> list[Tensor]:  # [B, 3, H, W]
         x = x.contiguous(memory_format=torch.channels_last)
-        if not torch.is_grad_enabled() and resnet_inference.suits(self.body):
-            return resnet_inference.maps_of(self.body, x)
+        if self._in_steps(x):
+            return resnet.maps_of(self.body, x)
         maps = self.body(x)
         return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else list(maps)
 

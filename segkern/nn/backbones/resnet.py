@@ -1,4 +1,4 @@
-"""timm's ResNets without gradients: what follows a convolution in one step.
+"""timm's ResNets with frozen norms: what follows a convolution in one step.
 
 Letters: B image, C channels, h w map size.
 """
@@ -12,8 +12,8 @@ _SIMPLE = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Identity)
 
 
 def suits(body: nn.Module) -> bool:
-    """Whether a timm model with four maps is a plain ResNet in evaluation mode, of which nothing
-    would be left out: no hooks, no other layers."""
+    """Whether a timm model with four maps is a plain ResNet whose norms keep their statistics, of
+    which nothing would be left out: no hooks, no other layers."""
     if [name for name, _ in body.named_children()] != ["conv1", "bn1", "act1", "maxpool", *STAGES]:
         return False
     blocks = [block for stage in STAGES for block in body[stage]]
@@ -21,11 +21,17 @@ def suits(body: nn.Module) -> bool:
     return all(map(_plain_block, blocks)) and all(map(_plain, outer))
 
 
+def _hooked(layer: nn.Module) -> bool:
+    forward = layer._forward_hooks or layer._forward_pre_hooks
+    return bool(forward or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 def _plain(layer: nn.Module) -> bool:
-    if layer.training or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer) is nn.BatchNorm2d and not (
+        layer.affine and layer.track_running_stats and not layer.training
+    ):
         return False
-    kept = type(layer) is not nn.BatchNorm2d or (layer.affine and layer.track_running_stats)
-    return kept and type(layer) in _SIMPLE
+    return type(layer) in _SIMPLE and not _hooked(layer)
 
 
 def _plain_block(block: nn.Module) -> bool:
@@ -33,7 +39,7 @@ def _plain_block(block: nn.Module) -> bool:
 
     if type(block) not in (BasicBlock, Bottleneck) or block.se is not None:
         return False
-    if block._forward_hooks or block._forward_pre_hooks:
+    if _hooked(block):
         return False
     shortcut = block.downsample
     if shortcut is not None and [type(m) for m in shortcut] != [nn.Conv2d, nn.BatchNorm2d]:
