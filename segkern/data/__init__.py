@@ -7,6 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple, Union
 
+from .ade20k import Ade20kConfig as Ade20kConfig
+from .ade20k import read_ade20k
+from .cityscapes import CityscapesConfig as CityscapesConfig
+from .cityscapes import export_cityscapes as export_cityscapes
+from .cityscapes import read_cityscapes
 from .coco import CocoConfig as CocoConfig
 from .coco import read_coco
 from .collate import Batch as Batch
@@ -21,6 +26,8 @@ from .instance_maps import read_instance_maps
 from .labelme import LabelMeConfig as LabelMeConfig
 from .labelme import read_labelme
 from .order import Order as Order
+from .pascal_context import PascalContextConfig as PascalContextConfig
+from .pascal_context import read_pascal_context
 from .pictures import Pictures as Pictures
 from .pictures import ReadConfig as ReadConfig
 from .sample import IdMaps as IdMaps
@@ -55,6 +62,9 @@ FORMATS = {
     "labelme": Format(LabelMeConfig, read_labelme),
     "instance_maps": Format(InstanceMapsConfig, read_instance_maps),
     "yolo": Format(YoloConfig, read_yolo),
+    "ade20k": Format(Ade20kConfig, read_ade20k),
+    "cityscapes": Format(CityscapesConfig, read_cityscapes),
+    "pascal_context": Format(PascalContextConfig, read_pascal_context),
 }
 DataConfig = Union[tuple(row.config for row in FORMATS.values())]  # noqa: UP007
 

@@ -26,16 +26,11 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from ..io.images import read_values
-from ..structures.labels import CITYSCAPES, DATASETS, PASCAL_CONTEXT, VOID
+from ..structures.labels import CITYSCAPES, PASCAL_CONTEXT, VOID
+from .ade20k import challenge_names
 from .check import check_maps, match_sizes
-from .pictures import (
-    ReadConfig,
-    maps_below,
-    pictures_below,
-    plain_name,
-    read_drawn,
-    readable,
-)
+from .maps import maps_below
+from .pictures import ReadConfig, pictures_below, plain_name, read_drawn, readable
 from .sample import Sample, generator_of
 from .transforms import SemanticViews
 
@@ -223,8 +218,7 @@ class Folder:
 
 
 def class_names(config: FolderConfig) -> list[str]:
-    """Names of the labels: Cityscapes' 19, Pascal Context's 60, ADE20K's 150 from
-    objectInfo150.txt in the root ("class 1", "class 2", ... without it), or the lines of
+    """Names of the labels: Cityscapes' 19, Pascal Context's 60, ADE20K's 150, or the lines of
     classes.txt.
 
     Raises:
@@ -235,16 +229,7 @@ def class_names(config: FolderConfig) -> list[str]:
     if config.layout == "pascal_context":
         return list(PASCAL_CONTEXT)
     if config.layout == "ade20k":
-        path, count = config.root / "objectInfo150.txt", DATASETS["ade20k"].labels["semantic"]
-        if not path.is_file():
-            return [f"class {k}" for k in range(1, count + 1)]
-        rows = [line.split("\t") for line in _lines(path)[1:]]
-        names = [row[-1].split(",")[0].strip() for row in rows]  # the first of the synonyms
-        if [row[0].strip() for row in rows] != [str(k) for k in range(1, count + 1)] or not all(
-            names
-        ):
-            raise ValueError(f"{path}: must have a headline, then rows 1 to 150 that end in names")
-        return names
+        return challenge_names(config.root)
     path = config.root / "classes.txt"
     names = [line.strip() for line in _lines(path)]
     if not 1 <= len(names) <= VOID or not all(names):

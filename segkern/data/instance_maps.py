@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from ..structures.labels import VOID
+from .maps import maps_below, name_below, paired, read_ids
 from .pictures import (
     SPLITS,
     FlatPaths,
@@ -28,10 +29,7 @@ from .pictures import (
     Truth,
     expect_split,
     held_out,
-    maps_below,
     pictures_below,
-    plain_name,
-    read_ids,
     settle,
 )
 from .sample import IdMaps, distinct
@@ -104,23 +102,16 @@ def read_instance_maps(
             f"there are no maps of labels in {labels}, got ids"
         )
     wanted = [maps] + [labels] * (encoding == "ids" and labelled)
-    known = [maps_below(folder) for folder in wanted]
-    paths, files, faults = [], [], []
-    for path in pictures_below(images):
-        name = plain_name(path.relative_to(images).with_suffix("").as_posix())
-        lacking = [folder for folder, names in zip(wanted, known) if name not in names]
-        if lacking:
-            faults.append(f"{path}: has no map {lacking[0] / name}.png; left out")
-        else:
-            paths.append(path)
-            files.append([names[name] for names in known])
+    faults: list[str] = []
+    pictures = {path: name_below(path, images) for path in pictures_below(images)}
+    known = {f"{folder}/{{}}.png": maps_below(folder) for folder in wanted}
+    paths, columns = paired(pictures, known, faults)
     if images == _part(config.root / "images", "val") == _part(config.root / "images", "train"):
         names = [str(path.relative_to(images)) for path in paths]
         chosen = held_out(names, split, config.read.val_share, images)
-        paths, files = [paths[i] for i in chosen], [files[i] for i in chosen]
-    columns = [list(column) for column in zip(*files)]
+        paths, *columns = ([some[i] for i in chosen] for some in (paths, *columns))
     kind = Coded if encoding == "class_instance" else Numbered
-    truth = kind(*columns, classes=len(classes)) if files else None
+    truth = kind(*columns, classes=len(classes))
     return Pictures(paths, truth, classes, (), config.read, views, config.seed, faults=faults)
 
 

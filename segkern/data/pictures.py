@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ..io.images import open_image, picture_suffixes, read_head, read_pixels, read_values
-from ..structures.labels import VOID
-from .sample import IdMaps, Sample, generator_of
+from ..io.images import open_image, picture_suffixes, read_head, read_pixels
+from ..structures.labels import void_in, void_of
+from .sample import IdMaps, Sample, distinct, generator_of, label_table
 from .views import InstanceViews, ViewConfig
 
 FAR = (
@@ -65,12 +65,22 @@ class FlatPaths(Sequence):
 
 
 class Truth(NamedTuple):
-    """The segments of a picture, and what was left out of them and why."""
+    """The segments of a picture, what was left out of them and why, and its map of labels where
+    that is another than the segments tell."""
 
     masks: IdMaps
     labels: np.ndarray  # [n] int64
     crowd: np.ndarray  # [n] bool
     faults: list[str]
+    semantic: np.ndarray | None = None  # [H, W] uint8 or uint16, as of a `Sample`
+
+    @classmethod
+    def of_map(cls, semantic: np.ndarray, faults: Sequence[str] = ()) -> "Truth":
+        """The classes of a map of labels, a segment each."""
+        present = distinct(semantic)
+        labels = present[present != void_in(semantic)].astype(np.int64)
+        masks = IdMaps.of_map(semantic, labels)
+        return cls(masks, labels, np.zeros(len(labels), bool), list(faults), semantic)
 
 
 class Pictures:
@@ -154,13 +164,15 @@ class Pictures:
                 f"{path}: the picture must have the size that its annotations state, "
                 f"{list(stated)}, got {list(size)}"
             )
-        masks, labels, crowd, faults = self.truth(index, size)
+        masks, labels, crowd, faults, semantic = self.truth(index, size)
         if not (seen := masks.areas() > 0).all():
             masks, labels, crowd = masks.chosen(seen), labels[seen], crowd[seen]
             faults = [*faults, f"{path}: {(~seen).sum()} segments without a pixel are left out"]
         sample = {"image": image, "masks": masks, "labels": labels, "crowd": crowd}
+        if self.semantic and semantic is None:
+            semantic = label_table([void_of(len(self.classes)), *labels])[masks.maps[0]]
         if self.semantic:
-            sample["semantic"] = np.append(VOID, labels).astype(np.uint8)[masks.maps[0]]
+            sample["semantic"] = semantic
         return sample | {"id": index, "path": str(path)}, faults
 
 
@@ -270,15 +282,6 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def maps_below(folder: Path) -> dict[str, Path]:
-    """PNGs in a folder and those in it, by their path without the suffix."""
-    return {
-        plain_name(path.relative_to(folder).with_suffix("").as_posix()): path
-        for path in files_below(folder)
-        if path.suffix.lower() == ".png"
-    }
-
-
 class Names:
     """Files of a folder by the names that annotations give them.
 
@@ -328,6 +331,13 @@ def expect_split(name: str, split: str) -> None:
         raise ValueError(f"{name}: split must be train or val, got {split!r}")
 
 
+def expect_task(config, *known: str) -> None:
+    """Raises ValueError unless the task of a config is one of those known."""
+    if config.task not in known:
+        names = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise ValueError(f"{type(config).__name__}: task must be {names}, got {config.task!r}")
+
+
 def settle(config) -> None:
     """Brings the settings that all formats have, `root`, `read` and `views`, into their types; a
     stored run has them plain, and is also gone on with from other folders."""
@@ -343,25 +353,3 @@ def number(value) -> Hashable:
         return int(value) if int(value) == float(value) else value
     except (TypeError, ValueError, OverflowError):
         return str(value)
-
-
-def read_ids(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """[H, W] integers of a PNG: its values, or red + 256 green + 65536 blue.
-
-    Args:
-        path: of the PNG.
-        size: (H, W) of its picture, which it must have, and may have however large that is.
-
-    Raises:
-        ValueError: it cannot be read, or has another size; names the file.
-    """
-    height, width = read_head(path, None if size is None else 2**62)[0]
-    if size is not None and (height, width) != size:
-        raise ValueError(
-            f"{path}: must have the size of its picture, {list(size)}, got {[height, width]}"
-        )
-    values = read_values(path, None if size is None else height * width)
-    if values.ndim == 2:
-        return values.astype(np.int64, copy=False)
-    values = values.astype(np.int64)
-    return values[..., 0] + 256 * values[..., 1] + 65536 * values[..., 2]

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from ..io import rle
+from ..structures.labels import VOID
 
 
 class IdMaps:
@@ -127,7 +128,8 @@ class Sample(TypedDict, total=False):
         masks: of the n segments, [n, H, W] uint8 or bool, or `IdMaps`.
         labels: [n] int64 in [0, K).
         crowd: [n] bool, segments that hold an unknown number of objects: training leaves them out.
-        semantic: [H, W] uint8, the label of each pixel, 255 where it does not count.
+        semantic: [H, W] uint8, the label of each pixel, 255 where it does not count; of more than
+            255 classes uint16, 65535 there.
         id: index in the data set; random points of the loss depend on it.
         path: of the picture.
         dropped: segments of which a view shows nothing, and which it left out.
@@ -164,6 +166,12 @@ def coco_masks():
             "(or segkern's extra `train`: pip install '.[train]' in its folder)"
         ) from error
     return mask
+
+
+def label_table(labels: Sequence[int]) -> np.ndarray:
+    """A table of labels, as narrow as a map of them may be: uint8 or uint16."""
+    table = np.asarray(labels)
+    return table.astype(np.uint16 if table.max() > VOID else np.uint8)
 
 
 def distinct(values: np.ndarray) -> np.ndarray:

@@ -7,13 +7,13 @@ Source: the training pipeline of MMSegmentation, which Segmenter (Strudel et al.
 Differs: saturation blends with the grey image and is not scaled in HSV.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from ..structures.labels import VOID
+from ..structures.labels import void_in
 
 _TRIES = 10  # crops drawn before the last one is taken
 
@@ -64,30 +64,32 @@ class SemanticViews:
 
         Args:
             image: [h, w, 3] uint8.
-            labels: [h, w] uint8, 255 where a pixel does not count.
+            labels: [h, w] uint8, 255 where a pixel does not count; or uint16, 65535 there.
             generator: that the view is drawn from; None takes torch's global one.
 
         Returns:
-            pixel_values [3, H, W] float32 normalised, and semantic [H, W] uint8.
+            pixel_values [C, H, W] float32 normalised, and semantic [H, W] of the labels' kind.
         """
         from torchvision.transforms.v2 import functional as F
 
         pixels = torch.as_tensor(image).permute(2, 0, 1)
-        labels = torch.as_tensor(labels)[None]
+        labels = np.asarray(labels)
         ratio = uniform(*self.ratios, generator)
         fitted = self._fitted(pixels.shape[1:], ratio)
-        pixels = F.resize(pixels, fitted, antialias=True)
-        labels = F.resize(labels, fitted, F.InterpolationMode.NEAREST_EXACT)
-        place = self._crop(labels, generator)
-        pixels, labels = pixels[:, *place], labels[:, *place]
+        rows, columns = (nearest(n, to) for n, to in zip(labels.shape, fitted))
+        labels = labels.take(rows, axis=0).take(columns, axis=1)
+        place = crop(fitted, self.size, generator, labels.__getitem__, self.most)
+        pixels, labels = F.resize(pixels, fitted, antialias=True)[:, *place], labels[place]
         if uniform(0, 1, generator) < 0.5:
-            pixels, labels = pixels.flip(2), labels.flip(2)
+            pixels, labels = pixels.flip(2), labels[:, ::-1]
         pixels = self.colours(F.to_dtype(pixels, torch.float32, scale=True), generator)
         pixels = F.normalize(pixels, self.mean, self.std)
         below, right = (n - m for n, m in zip(self.size, pixels.shape[1:]))
         return {
             "pixel_values": torch.nn.functional.pad(pixels, (0, right, 0, below)),
-            "semantic": torch.nn.functional.pad(labels, (0, right, 0, below), value=VOID)[0],
+            "semantic": torch.from_numpy(
+                np.pad(labels, ((0, below), (0, right)), constant_values=void_in(labels))
+            ),
         }
 
     def _fitted(self, size: Sequence[int], ratio: float) -> list[int]:
@@ -95,19 +97,42 @@ class SemanticViews:
         factor = min(max(self.scale) * ratio / max(size), min(self.scale) * ratio / min(size))
         return [max(1, round(n * factor)) for n in size]
 
-    def _crop(self, labels: Tensor, generator: Generator | None) -> tuple[slice, slice]:
-        """Rows and columns of a crop in which no class fills more than its share, if one is drawn
-        within a few tries."""
-        for _ in range(_TRIES):
-            place = tuple(
-                slice(start, start + want)
-                for have, want in zip(labels.shape[1:], self.size)
-                for start in [int(torch.randint(max(have - want, 0) + 1, (), generator=generator))]
-            )
-            counts = torch.bincount(labels[0][place].flatten(), minlength=VOID + 1)[:VOID]
-            if (counts > 0).sum() > 1 and counts.max() < self.most * counts.sum():
-                break
-        return place
+
+def nearest(n: int, to: int) -> np.ndarray:
+    """Of each of `to` pixels in a row the nearest of n that the row had before it was resized."""
+    return ((np.arange(to) + 0.5) * (n / to)).astype(np.int64).clip(max=n - 1)
+
+
+def crop(
+    have: Sequence[int],
+    want: Sequence[int],
+    generator: Generator | None,
+    labels_at: Callable[[tuple[slice, slice]], np.ndarray] | None = None,
+    most: float = 1.0,
+) -> tuple[slice, slice]:
+    """Rows and columns of a random crop.
+
+    Args:
+        have: H and W of the picture.
+        want: of the crop.
+        generator: that it is drawn from; None takes torch's global one.
+        labels_at: gives the labels in a crop. It then has two classes or more, none of which fills
+            more than its share, if such a crop is drawn within ten tries.
+        most: that share of the pixels that count.
+    """
+    for _ in range(_TRIES):
+        place = tuple(
+            slice(start, start + m)
+            for n, m in zip(have, want)
+            for start in [int(torch.randint(max(n - m, 0) + 1, (), generator=generator))]
+        )
+        if labels_at is None:
+            break
+        labels = labels_at(place)
+        counts = np.bincount(labels.ravel(), minlength=1)[: void_in(labels)]
+        if (counts > 0).sum() > 1 and counts.max() < most * counts.sum():
+            break
+    return place
 
 
 def colours(pixels: Tensor, generator: Generator | None = None) -> Tensor:

@@ -49,7 +49,7 @@ SETS = {  # how it is written, what is found
     ),
     "ade20k": (
         lambda root: maps(root, "images/training/a.jpg", "annotations/training/a.png"),
-        "folder (ade20k): it has annotations/training",
+        "ade20k (semantic): it has annotations/training",
     ),
     "cityscapes": (
         lambda root: maps(
@@ -57,7 +57,7 @@ SETS = {  # how it is written, what is found
             "leftImg8bit/train/u/a_leftImg8bit.png",
             "gtFine/train/u/a_gtFine_labelTrainIds.png",
         ),
-        "folder (cityscapes): it has leftImg8bit",
+        "cityscapes (semantic): it has leftImg8bit",
     ),
 }
 

@@ -152,8 +152,7 @@ class Mask2FormerConfig:
                 semantic.
 
         Returns:
-            A `Mask2FormerConfig`. ADE20K's stuff classes are not listed: set `stuff` for its
-            panoptic task.
+            A `Mask2FormerConfig`.
 
         Raises:
             ValueError: no such preset.
