@@ -139,7 +139,7 @@ def read_coco(
         views,
         config.seed,
         sizes,
-        semantic=kind == "panoptic" and len(table.names) < 255,
+        semantic=kind == "panoptic",
         faults=faults,
     )
 

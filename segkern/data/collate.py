@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..structures.labels import VOID
+from ..structures.labels import void_in
 from ..structures.targets import Targets
 from .sample import IdMaps, Sample
 
@@ -49,12 +49,12 @@ def collate(
 
     Args:
         samples: with pixel_values [3, h, w] float, masks [n, h, w], labels [n], id, and, all or
-            none, semantic [h, w] uint8, as arrays or tensors; n may be 0. Segments that are marked
+            none, semantic [h, w], as arrays or tensors; n may be 0. Segments that are marked
             as a crowd are left out.
         num_labels: K; None leaves the labels' upper bound unchecked.
         divisor: H and W are multiples of it.
         num_queries: of the model; more targets in a sample give a warning.
-        void: what pixels are whose label is 255 in `semantic`, or that belong to a segment marked
+        void: what pixels are that do not count in `semantic`, or that belong to a segment marked
             in `crowd` [n] bool: "background" as in the papers' code, which no mask should cover;
             or "ignore": they have no weight in matching and in losses of masks.
 
@@ -102,7 +102,8 @@ def collate(
         raise type(error)(f"{error} (images 0 to {len(ids) - 1} are samples {ids})") from error
     if all("semantic" in s for s in samples):
         maps = [torch.as_tensor(s["semantic"])[None] for s in samples]
-        targets = targets._replace(semantic=torch.cat([_pad(x, size, VOID) for x in maps]))
+        maps = [_pad(x, size, void_in(x)) for x in maps]
+        targets = targets._replace(semantic=torch.cat(maps))
     return Batch(pixels, targets)
 
 
@@ -124,7 +125,8 @@ def _void(sample: Sample) -> Tensor:
     masks, crowd = sample["masks"], _crowd(sample)
     void = np.zeros(masks.shape[1:], bool)
     if "semantic" in sample:
-        void |= np.asarray(sample["semantic"]) == VOID
+        semantic = np.asarray(sample["semantic"])
+        void |= semantic == void_in(semantic)
     if crowd.any():
         void |= np.asarray(masks.chosen(crowd) if isinstance(masks, IdMaps) else masks[crowd]).any(
             0

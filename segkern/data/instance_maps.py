@@ -159,9 +159,10 @@ class Numbered:
         masks, labels = IdMaps.of_map(values, ids), np.zeros(len(ids), np.int64)
         if self.of_labels is not None:
             of_labels = read_ids(self.of_labels[index], size)
-            pairs = masks.maps[0].astype(np.int64) * (VOID + 1) + of_labels.clip(max=VOID)
-            counts = np.bincount(pairs.ravel(), minlength=(len(ids) + 1) * (VOID + 1))
-            labels = counts.reshape(-1, VOID + 1)[1:].argmax(1)
+            wide = max(VOID, self.classes) + 1
+            pairs = masks.maps[0].astype(np.int64) * wide + of_labels.clip(max=wide - 1)
+            counts = np.bincount(pairs.ravel(), minlength=(len(ids) + 1) * wide)
+            labels = counts.reshape(-1, wide)[1:].argmax(1)
             known = labels < self.classes
             faults = [
                 f"{path}: object {value} has label {label} in {self.of_labels[index]}; left out"

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..io.atomic_files import atomic
 from ..io.overlay import overlay
 from ..io.plots import save_data, save_sheet
-from ..structures.labels import VOID
+from ..structures.labels import void_in
 from ..structures.segmentation import Segment, Segmentation
 from .report import truth
 
@@ -55,7 +55,8 @@ class _Examined(Dataset):
 def _objects(sample: dict) -> tuple[np.ndarray, np.ndarray]:
     """Labels and areas in pixels of a sample's objects; of a map of classes, of each class."""
     if "masks" not in sample:
-        counts = np.bincount(sample["semantic"].ravel(), minlength=VOID + 1)[:VOID]
+        semantic = sample["semantic"]
+        counts = np.bincount(semantic.ravel(), minlength=1)[: void_in(semantic)]
         return counts.nonzero()[0], counts[counts > 0]
     masks = sample["masks"]
     areas = masks.areas() if hasattr(masks, "areas") else np.asarray(masks).sum((1, 2))
@@ -189,8 +190,9 @@ def _picture(sample: dict, mean, std) -> np.ndarray:
 def _truth(sample: dict, dataset) -> Segmentation:
     if len(sample.get("labels", ())) or "semantic" not in sample:
         return truth(sample, dataset.stuff, dataset.classes)
+    void = void_in(sample["semantic"])
     labels = torch.as_tensor(sample["semantic"]).int()
-    ids = torch.where(labels == VOID, 0, labels + 1)
+    ids = torch.where(labels == void, 0, labels + 1)
     segments = [
         Segment(i, i - 1, None, int((ids == i).sum()), True) for i in ids.unique().tolist() if i
     ]

@@ -28,8 +28,8 @@ class Targets(NamedTuple):
         masks: [B, T, H, W] uint8, 1 inside.
         count: [B] int64, targets of each image; the slots behind them are padding.
         ids: [B] int64, sample ids: random points depend on them and not on the place in the batch.
-        semantic: [B, H, W] uint8, the label of each pixel, 255 where it does not count; None where
-            the samples have none.
+        semantic: [B, H, W] uint8, the label of each pixel, 255 where it does not count; uint16 and
+            65535 for more than 255 classes; None where the samples have none.
         void: [B, H, ceil(W / 32)] int32, the pixels that have no weight in matching and in losses
             of masks, packed as `ops.pack_bits` does; None where all have it.
         normalizer: [] floating, number of targets that losses of masks are divided by: where

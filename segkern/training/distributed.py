@@ -2,7 +2,7 @@
 
 import torch
 
-from ..structures.labels import VOID
+from ..structures.labels import void_in
 from ..structures.targets import Targets
 
 
@@ -16,7 +16,7 @@ def normalized(targets: Targets) -> Targets:
     """
     counts = [targets.count.sum()]
     if targets.semantic is not None:
-        counts.append((targets.semantic != VOID).sum())
+        counts.append((targets.semantic.int() != void_in(targets.semantic)).sum())
     total = torch.stack(counts).double()  # exact for any number of pixels
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)

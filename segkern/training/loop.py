@@ -257,7 +257,7 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
             split = "training" if name == "dataset" else "val"
             warnings.warn(
                 f"train: {len(absent)} of {len(part.classes)} classes occur in no map of the "
-                f"{split} split (255 stands for no class): {some_of(absent)}",
+                f"{split} split (255 or 65535 stands for no class): {some_of(absent)}",
                 stacklevel=3,
             )
     return data, held_out

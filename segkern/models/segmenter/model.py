@@ -22,7 +22,7 @@ from ...nn.resized_cross_entropy import resized_cross_entropy
 from ...nn.vit import LinearDecoder, MaskTransformer, ViT, start_apart, start_locally
 from ...ops import resize_argmax
 from ...ops._checks import expect, expect_labels, got
-from ...structures.labels import VOID
+from ...structures.labels import void_of
 from ...structures.logits import PixelLogits
 from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
@@ -155,9 +155,9 @@ class Segmenter(nn.Module):
 
         Args:
             pixel_values: [B, 3, H, W] floating, normalised.
-            labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count. Out of range is an
-                error on the CPU in eager mode; elsewhere, where reading them would synchronise,
-                loss and gradients are NaN.
+            labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count (65535 of more
+                than 255 classes). Out of range is an error on the CPU in eager mode; elsewhere,
+                where reading them would synchronise, loss and gradients are NaN.
             normalizer: [], number of labelled pixels that the loss is divided by; None takes those
                 of this batch, at least 1.
 
@@ -175,7 +175,7 @@ class Segmenter(nn.Module):
             logits = F.interpolate(patches, size=(p * h, p * w), mode="bilinear")
             return SegmenterOutput(logits=logits[:, :, :H, :W])
         expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
-        expect_labels("Segmenter", labels, self.config.num_labels, VOID)
+        expect_labels("Segmenter", labels, self.config.num_labels, void_of(self.config.num_labels))
         return SegmenterOutput(resized_cross_entropy(patches, labels, (p * h, p * w), normalizer))
 
     def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
