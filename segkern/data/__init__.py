@@ -82,7 +82,8 @@ def build_dataset(config: DataConfig, split: str, model=None):
 
     Raises:
         TypeError: no data set has such a config.
-        ValueError: a setting out of range, or a folder that is not as its layout says.
+        ValueError: a setting out of range, pictures of other channels than the model takes, or a
+            folder that is not as its layout says.
     """
     row = FORMATS.get(getattr(config, "kind", None))
     if row is None:
@@ -90,7 +91,12 @@ def build_dataset(config: DataConfig, split: str, model=None):
             f"build_dataset: config must be that of one of {', '.join(FORMATS)}, "
             f"got {type(config).__name__}"
         )
-    views = None
+    views, read = None, getattr(config, "read", None)
+    if model is not None and model.input.channels != (read.channels if read else 3):
+        raise ValueError(
+            f"build_dataset: channels of the data must be {model.input.channels}, as the model "
+            f"takes them (input.channels), got {read.channels if read else 3}"
+        )
     if model is not None and hasattr(config, "views"):
         wanted = config.views
         if model.input.crop is not None:

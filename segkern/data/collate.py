@@ -22,7 +22,7 @@ class Batch:
     """Images and what the model is to find in them.
 
     Attributes:
-        pixel_values: [B, 3, H, W] float32, normalised, zero-padded to the right and below.
+        pixel_values: [B, C, H, W] float32, normalised, zero-padded to the right and below.
         targets: of the same images.
     """
 

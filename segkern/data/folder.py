@@ -76,7 +76,7 @@ class FolderConfig:
             images/{train,val} and labels/{train,val} with the same names, and classes.txt with a
             name a line.
         seed: other seeds give other views of the training images.
-        exif: as in `ReadConfig`.
+        exif, channels: as in `ReadConfig`.
         max_pixels: width times height that an image or map may have; None is Pillow's limit of
             178,956,970, which keeps a small file from filling the memory.
     """
@@ -90,16 +90,22 @@ class FolderConfig:
     seed: int = 0
     exif: Literal["auto", "upright", "raw"] = "auto"
     max_pixels: int | None = None
+    channels: int = 3
 
     def __post_init__(self):
         self.root = Path(self.root).absolute()  # a run is also gone on with from other folders
-        ReadConfig(self.exif)
+        _ = self.read  # checks its own
         if self.layout not in _LAYOUTS:
             raise ValueError(
                 f"FolderConfig: layout must be one of {', '.join(_LAYOUTS)}, got {self.layout!r}"
             )
         if self.seed < 0:
             raise ValueError(f"FolderConfig: seed must be >= 0, got {self.seed}")
+
+    @property
+    def read(self) -> ReadConfig:
+        """How files are read."""
+        return ReadConfig(self.exif, self.max_pixels, channels=self.channels)
 
 
 class Folder:
@@ -161,7 +167,7 @@ class Folder:
         """
         of_image, of_map = self.pairs[index]
         labels = self._labels(of_map)
-        image = read_drawn(of_image, labels.shape, self.config.exif, self.config.max_pixels)
+        image = read_drawn(of_image, labels.shape, self.config.read)
         match_sizes(of_image, image.shape[:2], of_map, labels)
         sample = {"image": image, "semantic": labels, "id": index, "path": str(of_image)}
         return sample, []

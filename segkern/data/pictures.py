@@ -38,17 +38,22 @@ class ReadConfig:
             size is the stated one, else the upright picture with a warning.
         max_pixels: width times height that a picture may have; None takes Pillow's limit.
         val_share: of the pictures that are held out where the data has no val split, in [0, 1).
+        channels: of the pictures, as the model's `input.channels`. Others than 3 are TIFFs, whose
+            bands are taken as they lie in the file.
     """
 
     exif: Literal["auto", "upright", "raw"] = "auto"
     max_pixels: int | None = None
     val_share: float = 0.1
+    channels: int = 3
 
     def __post_init__(self):
         if self.exif not in ("auto", "upright", "raw"):
             raise ValueError(f"exif must be auto, upright or raw, got {self.exif!r}")
         if not 0 <= self.val_share < 1:
             raise ValueError(f"val_share must be in [0, 1), got {self.val_share}")
+        if self.channels < 1:
+            raise ValueError(f"channels must be >= 1, got {self.channels}")
 
 
 class FlatPaths(Sequence):
@@ -157,7 +162,7 @@ class Pictures:
         stated = None
         if self.sizes is not None and self.sizes[index].all():
             stated = tuple(self.sizes[index].tolist())
-        image = read_drawn(path, stated, self.read.exif, self.read.max_pixels, self.opened)
+        image = read_drawn(path, stated, self.read, self.opened)
         size = image.shape[:2]
         if stated is not None and size != stated:
             raise ValueError(
@@ -192,8 +197,7 @@ def viewed(data, place: int | tuple[int, int]) -> Sample:
 def read_drawn(
     path: Path,
     stated: tuple[int, int] | None,
-    exif: str,
-    max_pixels: int | None = None,
+    read: ReadConfig,
     opened: Callable = open_image,
 ) -> np.ndarray:
     """A picture as its annotations are drawn on it, upright or as its pixels lie in the file.
@@ -201,18 +205,20 @@ def read_drawn(
     Args:
         path: of the picture.
         stated: (H, W) of the annotations; None where they do not say.
-        exif: as in `ReadConfig`.
-        max_pixels, opened: as in `open_image`, and that or its like.
+        read: how.
+        opened: `open_image` or its like.
 
     Returns:
-        [H, W, 3] uint8.
+        [H, W, C] uint8.
 
     Raises:
         ValueError: it cannot be read; names it.
     """
-    upright = exif != "raw"
-    if exif == "auto" and path.suffix.lower() != ".json":  # no picture in its annotations
-        raw, turned, orientation = read_head(path, max_pixels)
+    if read.channels != 3:
+        return read_pixels(path, str(path), read.max_pixels, read.channels)
+    upright = read.exif != "raw"
+    if read.exif == "auto" and path.suffix.lower() != ".json":  # no picture in its annotations
+        raw, turned, orientation = read_head(path, read.max_pixels)
         if stated == raw != turned:
             upright = False
         elif orientation != 1 and (stated is None or raw == turned):
@@ -222,7 +228,7 @@ def read_drawn(
                 "so; exif='raw' takes them as drawn on the pixels as they lie in the file",
                 stacklevel=2,
             )
-    return read_pixels(opened(path, max_pixels, upright), str(path))
+    return read_pixels(opened(path, read.max_pixels, upright), str(path))
 
 
 def readable(examined: Callable, index: int, count: int, told: set[str]) -> Sample:

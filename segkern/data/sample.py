@@ -123,8 +123,8 @@ class Sample(TypedDict, total=False):
     their own may leave out what a task does not need.
 
     Attributes:
-        image: [H, W, 3] uint8.
-        pixel_values: [3, H, W] float32, normalised.
+        image: [H, W, C] uint8, C 3 or what the data set is read with.
+        pixel_values: [C, H, W] float32, normalised.
         masks: of the n segments, [n, H, W] uint8 or bool, or `IdMaps`.
         labels: [n] int64 in [0, K).
         crowd: [n] bool, segments that hold an unknown number of objects: training leaves them out.

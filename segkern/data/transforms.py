@@ -137,10 +137,10 @@ def crop(
 
 def colours(pixels: Tensor, generator: Generator | None = None) -> Tensor:
     """Changes brightness, contrast, saturation and hue, each in half of the views; contrast
-    before the last two or after them.
+    before the last two or after them. Other channels than three have no saturation and hue.
 
     Args:
-        pixels: [3, H, W] floating in [0, 1].
+        pixels: [C, H, W] floating in [0, 1].
         generator: that they are drawn from; None takes torch's global one.
     """
     from torchvision.transforms.v2 import functional as F
@@ -151,6 +151,8 @@ def colours(pixels: Tensor, generator: Generator | None = None) -> Tensor:
         lambda x: F.adjust_saturation(x, uniform(0.5, 1.5, generator)),
         lambda x: F.adjust_hue(x, uniform(-0.1, 0.1, generator)),
     ]
+    if len(pixels) != 3:
+        changes = changes[:2]
     if uniform(0, 1, generator) < 0.5:
         changes.append(changes.pop(1))
     for change in changes:

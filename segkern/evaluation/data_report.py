@@ -17,6 +17,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from ..io.atomic_files import atomic
+from ..io.images import shown
 from ..io.overlay import overlay
 from ..io.plots import save_data, save_sheet
 from ..structures.labels import void_in
@@ -174,17 +175,21 @@ def draw_samples(path: str | Path, dataset, count: int = 12, mean=None, std=None
     drawn = []
     for place in places.astype(int).tolist():
         sample = dataset[place]
-        image = sample["image"] if "image" in sample else _picture(sample, mean, std)
+        image = _picture(sample, mean, std)
         drawn.append((overlay(image, _truth(sample, dataset)), Path(sample.get("path", "")).name))
     save_sheet(path, drawn)
     return len(drawn)
 
 
 def _picture(sample: dict, mean, std) -> np.ndarray:
-    """[H, W, 3] uint8 of normalised pixels."""
-    mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
-    pixels = (torch.as_tensor(sample["pixel_values"]) * std + mean).clamp(0, 1)
-    return (255 * pixels).round().byte().permute(1, 2, 0).numpy()
+    """[H, W, 3] uint8 of a picture or of normalised pixels, of their first three channels."""
+    if "image" in sample:
+        pixels = torch.as_tensor(sample["image"]).movedim(2, 0)
+    else:
+        mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
+        pixels = (torch.as_tensor(sample["pixel_values"]) * std + mean).clamp(0, 1)
+        pixels = (255 * pixels).round().byte()
+    return shown(pixels).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
 def _truth(sample: dict, dataset) -> Segmentation:

@@ -250,7 +250,7 @@ ERRORS = {
     ),
     "empty name": (
         lambda r: (r / "classes.txt").write_text("a\n\nb"),
-        "classes.txt: must have 1 to 255 names, one a line and no empty line, got 3",
+        "classes.txt: must have 1 to 65535 names, one a line and no empty line, got 3",
     ),
 }  # fmt: skip
 

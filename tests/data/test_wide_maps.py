@@ -57,7 +57,7 @@ def test_folder(root):
 
 
 def test_the_whole_way(root):
-    """Views, batch, normaliser, loss and its gradient, mIoU: against PyTorch with 65535 ignored."""
+    """Views, batch, loss and its gradient, mIoU: against PyTorch with 65535 ignored."""
     views = SemanticViews((24, 32), (30, 40), (0.5,) * 3, (0.5,) * 3)
     data = build_dataset(FolderConfig(root), "train")
     data.views = views

@@ -42,6 +42,7 @@ class TimmBackbone(nn.Module):
         longest: int = 1333,
     ):
         super().__init__()
+        self.in_chans = (options or {}).get("in_chans", 3)
         own = (*VARIANTS, OWN_SMALL)
         rule = f"build_backbone: backbone must be {', '.join(own)} or a timm model"
         check_timm_name(name, rule, own)
@@ -88,7 +89,7 @@ class TimmBackbone(nn.Module):
     @torch.no_grad()
     def _fault(self, *size: int) -> str | None:
         try:
-            maps = evaluated(self)(next(self.parameters()).new_zeros(1, 3, *size))
+            maps = evaluated(self)(next(self.parameters()).new_zeros(1, self.in_chans, *size))
         except (*_FAULTS, ValueError) as error:
             return str(error).partition("\n")[0] or type(error).__name__
         for found, stride in zip(maps, self.strides):
@@ -114,7 +115,7 @@ class TimmBackbone(nn.Module):
                 norm.eval()
         return self
 
-    def forward(self, x: Tensor) -> list[Tensor]:  # [B, 3, H, W]
+    def forward(self, x: Tensor) -> list[Tensor]:  # [B, in_chans, H, W]
         x = x.contiguous(memory_format=torch.channels_last)
         if not torch.is_grad_enabled() and resnet_inference.suits(self.body):
             return resnet_inference.maps_of(self.body, x)
