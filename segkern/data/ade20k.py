@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from ..structures.labels import ADE20K, DATASETS, VOID, void_of
-from .maps import MAPS, maps_below, name_below, paired, read_map
+from .maps import MAPS, MapSizes, maps_below, name_below, paired, read_map
 from .pictures import (
     FlatPaths,
     Pictures,
@@ -95,7 +95,10 @@ def read_ade20k(
     paths, truth, classes, stuff = read(config, split, faults)
     settings = config.read, views, config.seed
     semantic = config.task != "instance"
-    return Pictures(paths, truth, classes, stuff, *settings, semantic=semantic, faults=faults)
+    sizes = MapSizes(truth.files)
+    return Pictures(
+        paths, truth, classes, stuff, *settings, sizes=sizes, semantic=semantic, faults=faults
+    )
 
 
 def is_full(root: Path) -> bool:
@@ -176,6 +179,7 @@ class Scenes:
 
     def __init__(self, classes: list[Path], objects: list[Path]):
         self.classes, self.objects = Classes(classes), Objects(objects)
+        self.files = self.classes.files
 
     def __call__(self, index: int, size: tuple[int, int]) -> Truth:
         facts = DATASETS["ade20k"]

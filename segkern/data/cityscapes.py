@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from ..io.atomic_files import atomic, write_json
 from ..structures.labels import CITYSCAPES, CITYSCAPES_VOID, DATASETS, VOID
 from ..structures.segmentation import Segmentation
-from .maps import MAPS, maps_below, name_below, paired, read_map
+from .maps import MAPS, MapSizes, maps_below, name_below, paired, read_map
 from .pictures import (
     FAR,
     FlatPaths,
@@ -109,14 +109,16 @@ def read_cityscapes(
     stuff = {"panoptic": _STUFF, "instance": (), "semantic": tuple(range(len(names)))}
     if config.task == "instance":
         names = [names[k] for k in _THINGS]
+    truth = Maps(files, config.task)
     return Pictures(
         paths,
-        Maps(files, config.task),
+        truth,
         names,
         stuff[config.task],
         config.read,
         views,
         config.seed,
+        MapSizes(truth.files),
         semantic=config.task != "instance",
         faults=faults,
     )

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from ..structures.labels import VOID
-from .maps import maps_below, name_below, paired, read_ids
+from .maps import MapSizes, maps_below, name_below, paired, read_ids
 from .pictures import (
     SPLITS,
     FlatPaths,
@@ -112,7 +112,8 @@ def read_instance_maps(
         paths, *columns = ([some[i] for i in chosen] for some in (paths, *columns))
     kind = Coded if encoding == "class_instance" else Numbered
     truth = kind(*columns, classes=len(classes))
-    return Pictures(paths, truth, classes, (), config.read, views, config.seed, faults=faults)
+    settings = config.read, views, config.seed, MapSizes(truth.files)
+    return Pictures(paths, truth, classes, (), *settings, faults=faults)
 
 
 class Coded:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..io.images import read_head, read_values
-from .pictures import files_below, plain_name
+from .pictures import FlatPaths, files_below, plain_name
 
 MAPS = (".png", ".tif", ".tiff")  # what maps of classes and objects are stored as
 
@@ -24,6 +24,18 @@ def maps_below(folder: Path, end: str = "", kinds: Sequence[str] = MAPS) -> dict
         for path in (files_below(folder) if folder.is_dir() else ())
         if path.suffix.lower() in kinds and path.stem.endswith(end)
     }
+
+
+class MapSizes:
+    """Of an index the size (H, W) of its map, by which a turned picture is told; None where that
+    is no picture itself."""
+
+    def __init__(self, files: FlatPaths):
+        self.files = files
+
+    def __call__(self, index: int) -> tuple[int, int] | None:
+        path = self.files[index]
+        return read_head(path, 2**62)[0] if path.suffix.lower() in MAPS else None
 
 
 def paired(

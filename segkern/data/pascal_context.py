@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..structures.labels import PASCAL_CONTEXT, PASCAL_CONTEXT_IDS, VOID
-from .maps import MAPS, maps_below, name_below, paired, read_map
+from .maps import MAPS, MapSizes, maps_below, name_below, paired, read_map
 from .pictures import FlatPaths, Pictures, ReadConfig, Truth, expect_split, pictures_below, settle
 from .views import InstanceViews, ViewConfig, scaled_sides
 
@@ -92,7 +92,10 @@ def read_pascal_context(
     names = PASCAL_CONTEXT[0 if config.background else 1 :]
     settings = config.read, views, config.seed
     truth, stuff = Maps(files, config.background), tuple(range(len(names)))
-    return Pictures(paths, truth, names, stuff, *settings, semantic=True, faults=faults)
+    sizes = MapSizes(truth.files)
+    return Pictures(
+        paths, truth, names, stuff, *settings, sizes=sizes, semantic=True, faults=faults
+    )
 
 
 class Maps:

@@ -113,7 +113,7 @@ class Pictures:
         read: ReadConfig | None = None,
         views: InstanceViews | None = None,
         seed: int = 0,
-        sizes: np.ndarray | None = None,
+        sizes: np.ndarray | Callable[[int], tuple[int, int] | None] | None = None,
         semantic: bool = False,
         faults: Sequence[str] = (),
         opened: Callable = open_image,
@@ -126,7 +126,8 @@ class Pictures:
             read: how files are read.
             views: for training; None leaves pictures whole.
             seed: other seeds give other views.
-            sizes: [N, 2] integers, H and W that the annotations state; 0 where they do not.
+            sizes: [N, 2] integers, H and W that the annotations state, 0 where they do not; or
+                what gives them, or None, of an index.
             semantic: samples have a map of labels, too; masks lie apart then.
             faults: as above; a warning tells the first and counts them.
             opened: reads a picture, as `open_image` does.
@@ -159,12 +160,10 @@ class Pictures:
             ValueError: it cannot be read; names the file.
         """
         path = self.paths[index]
-        stated = None
-        if self.sizes is not None and self.sizes[index].all():
-            stated = tuple(self.sizes[index].tolist())
+        stated = self._stated(index)
         image = read_drawn(path, stated, self.read, self.opened)
         size = image.shape[:2]
-        if stated is not None and size != stated:
+        if stated not in (None, size) and not callable(self.sizes):  # maps are checked when read
             raise ValueError(
                 f"{path}: the picture must have the size that its annotations state, "
                 f"{list(stated)}, got {list(size)}"
@@ -179,6 +178,12 @@ class Pictures:
         if self.semantic:
             sample["semantic"] = semantic
         return sample | {"id": index, "path": str(path)}, faults
+
+    def _stated(self, index: int) -> tuple[int, int] | None:
+        """(H, W) that the annotations of a picture state."""
+        if self.sizes is None or callable(self.sizes):
+            return self.sizes and self.sizes(index)
+        return tuple(self.sizes[index].tolist()) if self.sizes[index].all() else None
 
 
 def viewed(data, place: int | tuple[int, int]) -> Sample:

@@ -8,7 +8,6 @@ allocations are reused. Slots from `count` on are padding: label 0, an empty mas
 
 import warnings
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..ops import pack_bits
 from ..ops._checks import expect, got
 
+_said: set[str] = set()
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 100)  # then multiples of 64
 
 
@@ -92,9 +92,12 @@ class Targets(NamedTuple):
         mask_labels, class_labels = _with_pixels(mask_labels, class_labels)
         count = torch.tensor([len(labels) for labels in class_labels])
         if num_queries is not None and count.max() > num_queries:
+            lost = int((count - num_queries).clamp(min=0).sum())
             _warn(
                 f"targets: an image has {count.max()} targets, the model {num_queries} queries: "
-                "some cannot be matched; give the model more queries"
+                f"{lost} of the {count.sum()} targets of a batch cannot be matched; give the "
+                "model more queries",
+                "queries",
             )
         T, device = bucket(int(count.max())), mask_labels[0].device
         packed_labels = torch.zeros(B, T, dtype=torch.int64, device=device)
@@ -128,16 +131,18 @@ def _with_pixels(masks: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[lis
     lost = sum(len(s) - int(s.sum()) for s in seen)
     if not lost:
         return list(masks), list(labels)
-    _warn("targets: a mask without a pixel inside is left out with its label")
+    _warn("targets: a mask without a pixel inside is left out with its label", "empty")
     kept = zip(masks, labels, seen)
     masks, labels = zip(*((m[s], k[s.to(k.device)]) for m, k, s in kept))
     return list(masks), list(labels)
 
 
-@cache
-def _warn(message: str) -> None:
-    """Says it once in a process: what is wrong with a data set is wrong in many batches."""
-    warnings.warn(message, stacklevel=3)
+def _warn(message: str, kind: str) -> None:
+    """Says a kind of thing once in a process: what is wrong with a data set is wrong in many
+    batches."""
+    if kind not in _said:
+        _said.add(kind)
+        warnings.warn(message, stacklevel=3)
 
 
 def _packed(void: Sequence[Tensor], sizes: tuple[int, int, int]) -> Tensor:

@@ -158,7 +158,7 @@ def train(
         for step in range(start, config.steps):
             began = time.perf_counter()
             batch = next(batches).to(device)
-            batch.targets = normalized(batch.targets)
+            batch.targets = normalized(batch.targets, getattr(config.model, "num_queries", None))
             rate = learning_rate(step, config)
             loss, losses = train_step(batch, rate)
             done = step + 1
