@@ -38,6 +38,7 @@ from .pictures import (
 from .sample import IdMaps, distinct, label_table
 from .views import InstanceViews, ViewConfig, scaled_sides
 
+_MOST = 26 * 256  # numbers of classes are below it: red is 255 at most
 _FOLDER = {"train": "training", "val": "validation"}
 
 
@@ -244,17 +245,32 @@ def class_table(files: list[Path], faults: list[str]) -> dict[int, str]:
     table: dict[int, str] = {}
     for path in files:
         try:
-            text = path.read_bytes()
-            try:
-                content = json.loads(text.decode("utf-8-sig"))
-            except UnicodeDecodeError:  # some of the set's own files are in Latin-1
-                content = json.loads(text.decode("latin-1"))
-            for row in content["annotation"]["object"]:
-                if not number((row.get("parts") or {}).get("part_level", 0)):
-                    table.setdefault(int(row["name_ndx"]), str(row["name"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            rows = _objects(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             faults.append(f"{path}: not a JSON file of ADE20K's objects ({error!r:.80}); left out")
+            continue
+        for at, row in enumerate(rows, 1):
+            row = row if isinstance(row, dict) else {}
+            parts, i, name = (row.get(key) for key in ("parts", "name_ndx", "name"))
+            if number(parts.get("part_level", 0) if isinstance(parts, dict) else 0):
+                continue
+            i = number(i)
+            if isinstance(i, int) and 0 < i < _MOST and isinstance(name, str):
+                table.setdefault(i, name)
+            else:
+                faults.append(f"{path}: object {at} must have a name and a name_ndx; left out")
     return table
+
+
+def _objects(path: Path) -> list:
+    """What a JSON file of the full set says of its objects."""
+    text = path.read_bytes()
+    try:
+        content = json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError:  # some of the set's own files are in Latin-1
+        content = json.loads(text.decode("latin-1"))
+    rows = content["annotation"]["object"]
+    return rows if isinstance(rows, list) else [rows]
 
 
 class FullMaps:
