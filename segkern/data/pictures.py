@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from ..io.images import open_image, picture_suffixes, read_head, read_pixels
 from ..structures.labels import void_in, void_of
+from ..structures.targets import fresh
 from .sample import IdMaps, Sample, distinct, generator_of, label_table
 from .views import InstanceViews, ViewConfig
 
@@ -153,15 +155,22 @@ class Pictures:
     def __getitem__(self, place: int | tuple[int, int]) -> Sample:
         return viewed(self, place)
 
+    def __getitems__(self, places: Sequence[int | tuple[int, int]]) -> list[Sample]:
+        """Samples of a batch, as loaders ask for them: views lie in one array, as `collate` wants
+        them."""
+        if self.views is None:
+            return [self[place] for place in places]
+        pixels = fresh(len(places), self.read.channels, *self.views.config.size)
+        return [viewed(self, place, out) for place, out in zip(places, pixels)]
+
     def examined(self, index: int) -> tuple[Sample, list[str]]:
         """A whole sample, and what was left out of it and why.
 
         Raises:
             ValueError: it cannot be read; names the file.
         """
-        path = self.paths[index]
-        stated = self._stated(index)
-        image = read_drawn(path, stated, self.read, self.opened)
+        path, stated = self.paths[index], self._stated(index)
+        image = self.pixels(index)
         size = image.shape[:2]
         if stated not in (None, size) and not callable(self.sizes):  # maps are checked when read
             raise ValueError(
@@ -179,6 +188,14 @@ class Pictures:
             sample["semantic"] = semantic
         return sample | {"id": index, "path": str(path)}, faults
 
+    def pixels(self, index: int) -> np.ndarray:
+        """A picture alone, [H, W, C] uint8, as its annotations are drawn on it.
+
+        Raises:
+            ValueError: it cannot be read; names the file.
+        """
+        return read_drawn(self.paths[index], self._stated(index), self.read, self.opened)
+
     def _stated(self, index: int) -> tuple[int, int] | None:
         """(H, W) that the annotations of a picture state."""
         if self.sizes is None or callable(self.sizes):
@@ -186,9 +203,9 @@ class Pictures:
         return tuple(self.sizes[index].tolist()) if self.sizes[index].all() else None
 
 
-def viewed(data, place: int | tuple[int, int]) -> Sample:
+def viewed(data, place: int | tuple[int, int], out: Tensor | None = None) -> Sample:
     """Sample (index, pass) of a data set with `examined`, `told`, `views` and `seed`; of an index
-    alone that of pass 0."""
+    alone that of pass 0. `out` as of `InstanceViews`."""
     index, epoch = place if isinstance(place, tuple) else (place, 0)
     if not 0 <= index < len(data):
         name = type(data).__name__
@@ -196,7 +213,7 @@ def viewed(data, place: int | tuple[int, int]) -> Sample:
     sample = readable(data.examined, index, len(data), data.told)
     if data.views is None:
         return sample
-    return data.views(sample, generator_of(data.seed, epoch, index))
+    return data.views(sample, generator_of(data.seed, epoch, index), out)
 
 
 def read_drawn(

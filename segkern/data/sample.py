@@ -8,10 +8,10 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Generator, Tensor
 
 from ..io import rle
+from ..io.rle import _host
 from ..structures.labels import VOID
 
 
@@ -26,8 +26,8 @@ class IdMaps:
         layer: [n] int64, the map of each mask.
     """
 
-    def __init__(self, maps: np.ndarray, layer: np.ndarray):
-        self.maps, self.layer = maps, layer
+    def __init__(self, maps: np.ndarray, layer: np.ndarray, areas: np.ndarray | None = None):
+        self.maps, self.layer, self._areas = maps, layer, areas
 
     @classmethod
     def of_map(cls, values: np.ndarray, ids: Sequence[int]) -> "IdMaps":
@@ -63,9 +63,10 @@ class IdMaps:
             kept = np.zeros(n + 1, _dtype(n))  # the last of `rest` is always whole
             kept[rest[whole] + 1] = rest[whole] + 1
             layer[rest[whole]] = len(maps)
-            maps.append(kept[top])
+            maps.append(_replaced(top, kept))
             rest = rest[~whole]
-        return cls(np.stack(maps or [np.zeros(size, np.uint8)]), layer)
+        areas = np.zeros(0, np.int64) if areas is None else areas
+        return cls(np.stack(maps or [np.zeros(size, np.uint8)]), layer, areas)
 
     @classmethod
     def of_arrays(cls, masks: Iterable[np.ndarray], size: tuple[int, int]) -> "IdMaps":
@@ -91,13 +92,20 @@ class IdMaps:
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         dense = np.empty(self.shape, np.uint8)
-        for i, k in enumerate(self.layer):
-            np.equal(self.maps[k], i + 1, out=dense[i].view(bool))
+        self.write(dense)
         return dense if dtype is None else dense.astype(dtype, copy=False)
+
+    def write(self, out: np.ndarray) -> None:
+        """Writes the masks into the upper left of `out` [n, at least H, at least W] uint8."""
+        _, H, W = self.shape
+        for mask, (i, k) in zip(out, enumerate(self.layer)):
+            np.equal(self.maps[k], i + 1, out=mask[:H, :W].view(bool))
 
     def areas(self) -> np.ndarray:
         """Pixels of each mask, [n] int64."""
-        return _counts(self.maps.reshape(-1, self.shape[2]), len(self))
+        if self._areas is None:
+            self._areas = _counts(self.maps, len(self))
+        return self._areas
 
     def chosen(self, keep: np.ndarray) -> "IdMaps":
         """The masks where `keep` [n] is true."""
@@ -106,10 +114,14 @@ class IdMaps:
         count = int(keep.sum())
         table = np.zeros(len(keep) + 1, _dtype(count))
         table[1:][keep] = np.arange(1, count + 1)
-        return IdMaps(table[self.maps], self.layer[keep])
+        areas = None if self._areas is None else self._areas[keep]
+        return IdMaps(_replaced(self.maps, table), self.layer[keep], areas)
 
     def taken(self, rows: np.ndarray, columns: np.ndarray) -> "IdMaps":
         """Masks of those rows and columns of the image, in their order; -1 stands for outside."""
+        if _host is not None:
+            maps, areas = _host.take(self.maps, rows, columns, len(self))
+            return IdMaps(maps, self.layer, areas)
         maps = self.maps.take(rows, axis=1).take(columns, axis=2)
         maps[:, rows < 0] = 0
         maps[:, :, columns < 0] = 0
@@ -185,11 +197,18 @@ def _heads(flat: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))[: flat.size]
 
 
+def _replaced(maps: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Maps with every id replaced by that of a table."""
+    if _host is not None and maps.dtype == table.dtype:
+        return _host.replace(maps, table)
+    return table[maps]
+
+
 def _counts(ids: np.ndarray, n: int) -> np.ndarray:
-    """How often 1 to n occur in a map [H, W], [n] int64."""
-    if ids.dtype == np.uint8:  # NumPy would widen it to 64 bits first
-        return np.array(Image.fromarray(ids).histogram()[1 : n + 1], np.int64)
-    return np.bincount(ids.ravel(), minlength=n + 1)[1:]
+    """How often 1 to n occur in maps, [n] int64."""
+    if _host is not None and ids.dtype in (np.uint8, np.int32):
+        return _host.count(ids, n)
+    return np.bincount(ids.ravel(), minlength=n + 1)[1 : n + 1]
 
 
 def _dtype(n: int) -> type:

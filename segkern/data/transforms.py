@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..structures.labels import void_in
+from ..structures.targets import fresh
 
 _TRIES = 10  # crops drawn before the last one is taken
 
@@ -83,10 +84,9 @@ class SemanticViews:
         if uniform(0, 1, generator) < 0.5:
             pixels, labels = pixels.flip(2), labels[:, ::-1]
         pixels = self.colours(F.to_dtype(pixels, torch.float32, scale=True), generator)
-        pixels = F.normalize(pixels, self.mean, self.std)
         below, right = (n - m for n, m in zip(self.size, pixels.shape[1:]))
         return {
-            "pixel_values": torch.nn.functional.pad(pixels, (0, right, 0, below)),
+            "pixel_values": normalised(pixels, self.mean, self.std, self.size),
             "semantic": torch.from_numpy(
                 np.pad(labels, ((0, below), (0, right)), constant_values=void_in(labels))
             ),
@@ -96,6 +96,35 @@ class SemanticViews:
         """The size that keeps the image's shape and fits into `ratio` times the scale."""
         factor = min(max(self.scale) * ratio / max(size), min(self.scale) * ratio / min(size))
         return [max(1, round(n * factor)) for n in size]
+
+
+def normalised(
+    pixels: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: tuple[int, int],
+    out: Tensor | None = None,
+) -> Tensor:
+    """Normalises a picture and pads it, in one pass.
+
+    Args:
+        pixels: [C, h, w] uint8, or floating in [0, 1].
+        mean, std: of its channels, in [0, 1].
+        size: (H, W), at least h and w.
+        out: to write to.
+
+    Returns:
+        [C, H, W] float32: (pixels - mean) / std, 0 below and to the right of them.
+    """
+    out = fresh(len(pixels), *size) if out is None else out
+    _, h, w = pixels.shape
+    out[:, h:], out[:, :h, w:] = 0, 0
+    top = 255 if pixels.dtype == torch.uint8 else 1
+    for target, source, m, s in zip(out, pixels, mean, std, strict=True):
+        target[:h, :w].copy_(source).mul_(1 / (top * s)).sub_(
+            m / s
+        )  # a channel stays in the cache
+    return out
 
 
 def nearest(n: int, to: int) -> np.ndarray:

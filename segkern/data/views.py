@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from ..structures.labels import void_in
 from .sample import Sample
-from .transforms import colours, crop, nearest, uniform
+from .transforms import colours, crop, nearest, normalised, uniform
 
 
 @dataclass
@@ -82,12 +82,15 @@ class InstanceViews:
 
         self.config, self.mean, self.std = config, list(mean), list(std)
 
-    def __call__(self, sample: Sample, generator: Generator | None = None) -> Sample:
+    def __call__(
+        self, sample: Sample, generator: Generator | None = None, out: Tensor | None = None
+    ) -> Sample:
         """A view.
 
         Args:
             sample: with image, `IdMaps`, labels and crowd; semantic may lack.
             generator: that it is drawn from; None takes torch's global one.
+            out: [3, H, W] float32 that pixel_values are written to; None makes it.
 
         Returns:
             the sample with pixel_values [3, H, W] float32 in place of image; segments that it does
@@ -111,10 +114,8 @@ class InstanceViews:
         rows, columns = rows[place[0]], columns[place[1]]
         if uniform(0, 1, generator) < self.config.flip:
             pixels, columns = F.horizontal_flip(pixels), columns[::-1]
-        pixels = F.to_dtype(pixels, torch.float32, scale=True)
         if self.config.colours:
-            pixels = colours(pixels, generator)
-        pixels = F.normalize(pixels, self.mean, self.std)
+            pixels = colours(F.to_dtype(pixels, torch.float32, scale=True), generator)
         below, right = (n - m for n, m in zip(self.config.size, pixels.shape[1:]))
         rows = np.pad(rows, (0, below), constant_values=-1)
         columns = np.pad(columns, (0, right), constant_values=-1)
@@ -125,7 +126,7 @@ class InstanceViews:
             labels[rows < 0], labels[:, columns < 0] = void_in(labels), void_in(labels)
             sample["semantic"] = labels
         return sample | {
-            "pixel_values": F.pad(pixels, [0, 0, right, below]),
+            "pixel_values": normalised(pixels, self.mean, self.std, self.config.size, out),
             "masks": masks.chosen(seen),
             "labels": sample["labels"][seen],
             "crowd": sample["crowd"][seen],

@@ -67,7 +67,8 @@ def open_image(
             mode = _mode(image)
             if white := getattr(image, "tag_v2", {}).get(MOST):
                 image.info["white"] = white[0] if isinstance(white, tuple) else white
-            image = ImageOps.exif_transpose(image) if upright else image
+            if upright and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                image = ImageOps.exif_transpose(image)  # it copies any other, too
             return image if image.mode == mode else image.convert(mode)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
@@ -323,10 +324,10 @@ def _from_pil(image: Image.Image, name: str) -> np.ndarray:
         if low < -1e-3 * white:
             raise ValueError(f"{name}: pixels must not be negative, got {low:.4g}")
         return pixels / np.float32(white)
-    image = image.convert(_mode(image))
-    if image.has_transparency_data:
-        return np.array(image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+    if image.mode != (mode := _mode(image)):  # convert copies where it need not
+        image = image.convert(mode)
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return np.array(image if image.mode == mode else image.convert(mode))
 
 
 def _narrow_white(high: float, name: str) -> int:

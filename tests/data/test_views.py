@@ -150,6 +150,17 @@ def test_views_depend_on_seed_sample_and_pass_and_not_on_workers(tmp_path):
         assert torch.equal(one.pixel_values, other.pixel_values)
         assert all(torch.equal(x, y) for x, y in zip(one.targets[:4], other.targets[:4]))
     assert not torch.equal(batches[0][0].pixel_values, batches[0][2].pixel_values)  # two passes
+    alone = collate([data[place] for place in order[0]])  # whose pixels do not lie in one array
+    assert torch.equal(alone.pixel_values, batches[0][0].pixel_values)
+    together = data.__getitems__(order[0])
+    assert (
+        collate(together, divisor=8).pixel_values.data_ptr()
+        == together[0]["pixel_values"].data_ptr()
+    )
+    assert torch.equal(
+        collate(together, divisor=7).pixel_values[:, :, :24, :32], alone.pixel_values
+    )
+    assert torch.equal(collate(together[::-1]).pixel_values, alone.pixel_values.flip(0))
     again = Pictures(paths, Fixed(), "abc", views=make, seed=4)
     assert not torch.equal(data[0]["pixel_values"], again[0]["pixel_values"])
 
