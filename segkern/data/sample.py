@@ -120,7 +120,8 @@ class IdMaps:
     def taken(self, rows: np.ndarray, columns: np.ndarray) -> "IdMaps":
         """Masks of those rows and columns of the image, in their order; -1 stands for outside."""
         if _host is not None:
-            maps, areas = _host.take(self.maps, rows, columns, len(self))
+            maps = np.ascontiguousarray(self.maps)
+            maps, areas = _host.take(maps, rows, columns, len(self))
             return IdMaps(maps, self.layer, areas)
         maps = self.maps.take(rows, axis=1).take(columns, axis=2)
         maps[:, rows < 0] = 0
@@ -200,14 +201,14 @@ def _heads(flat: np.ndarray) -> np.ndarray:
 def _replaced(maps: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Maps with every id replaced by that of a table."""
     if _host is not None and maps.dtype == table.dtype:
-        return _host.replace(maps, table)
+        return _host.replace(np.ascontiguousarray(maps), table)
     return table[maps]
 
 
 def _counts(ids: np.ndarray, n: int) -> np.ndarray:
     """How often 1 to n occur in maps, [n] int64."""
-    if _host is not None and ids.dtype in (np.uint8, np.int32):
-        return _host.count(ids, n)
+    if _host is not None:
+        return _host.count(np.ascontiguousarray(ids), n)
     return np.bincount(ids.ravel(), minlength=n + 1)[1 : n + 1]
 
 

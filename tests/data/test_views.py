@@ -150,19 +150,23 @@ def test_views_depend_on_seed_sample_and_pass_and_not_on_workers(tmp_path):
         assert torch.equal(one.pixel_values, other.pixel_values)
         assert all(torch.equal(x, y) for x, y in zip(one.targets[:4], other.targets[:4]))
     assert not torch.equal(batches[0][0].pixel_values, batches[0][2].pixel_values)  # two passes
-    alone = collate([data[place] for place in order[0]])  # whose pixels do not lie in one array
-    assert torch.equal(alone.pixel_values, batches[0][0].pixel_values)
-    together = data.__getitems__(order[0])
-    assert (
-        collate(together, divisor=8).pixel_values.data_ptr()
-        == together[0]["pixel_values"].data_ptr()
-    )
-    assert torch.equal(
-        collate(together, divisor=7).pixel_values[:, :, :24, :32], alone.pixel_values
-    )
-    assert torch.equal(collate(together[::-1]).pixel_values, alone.pixel_values.flip(0))
     again = Pictures(paths, Fixed(), "abc", views=make, seed=4)
     assert not torch.equal(data[0]["pixel_values"], again[0]["pixel_values"])
+
+
+@pytest.mark.parametrize("divisor", [8, 7])
+def test_views_of_a_batch_lie_in_one_array(divisor, tmp_path):
+    paths = [write(tmp_path / f"{i}.png", noise(i)) for i in range(3)]
+    make = InstanceViews(ViewConfig((24, 32)), MEAN, STD)
+    data, places = Pictures(paths, Fixed(), "abc", views=make), [(2, 1), (0, 1), (1, 2)]
+    alone = collate([data[place] for place in places], divisor=divisor).pixel_values
+    samples = data.__getitems__(places)
+    found = collate(samples, divisor=divisor).pixel_values
+    assert torch.equal(found, alone)
+    there = found.data_ptr() == samples[0]["pixel_values"].data_ptr()
+    assert there == (divisor == 8)  # 24 x 32 needs no padding then
+    assert torch.equal(collate(samples[::-1], divisor=divisor).pixel_values, alone.flip(0))
+    assert torch.equal(collate(samples[::2], divisor=divisor).pixel_values, alone[::2])
 
 
 @pytest.mark.parametrize(
