@@ -162,7 +162,7 @@ def bucket(n: int) -> int:
 def _with_pixels(masks: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[list, list]:
     """Masks and labels without those of empty masks, which have nothing to be found."""
     seen = [
-        m.flatten(1).any(1) if isinstance(m, Tensor) else torch.from_numpy(m.areas() > 0)
+        m.flatten(1).any(1).bool() if isinstance(m, Tensor) else torch.from_numpy(m.areas() > 0)
         for m in masks
     ]
     lost = sum(len(s) - int(s.sum()) for s in seen)
