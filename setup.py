@@ -157,7 +157,8 @@ def extensions():
     ]
     if not (SANITIZE or EMULATE):
         # returns Python objects: built for this Python alone; without it NumPy works
-        host = Pybind11Extension("segkern._host", ["csrc/host/rle.cpp", "csrc/host/id_maps.cpp"], cxx_std=17)
+        of_host = ["csrc/host/rle.cpp", "csrc/host/id_maps.cpp"]
+        host = Pybind11Extension("segkern._host", of_host, cxx_std=17)
         found.append(host)
     nvcc, plan = plan_cuda(torch)
     info = {

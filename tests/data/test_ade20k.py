@@ -133,7 +133,7 @@ def test_faults(tmp_path):
     data = build_dataset(Ade20kConfig(root, "semantic"), "val")
     with (
         pytest.warns(UserWarning, match="next picture"),
-        pytest.raises(ValueError, match=r"ADE_1.png: values must be 0 to 150, got 151"),
+        pytest.raises(ValueError, match=r"ADE_1.png: values must be 0 to 150 or 255, got 151"),
     ):
         data[0]
     with pytest.raises(ValueError, match=r"annotations_instance/training: no such folder, which"):

@@ -161,14 +161,8 @@ class Mask2Former(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
-        expect(
-            "Mask2Former",
-            "pixel_values",
-            pixel_values,
-            f"B {self.config.input.channels} H W",
-            "float",
-            {},
-        )
+        shape = f"B {self.config.input.channels} H W"
+        expect("Mask2Former", "pixel_values", pixel_values, shape, "float", {})
         if 0 in pixel_values.shape:
             raise ValueError(
                 f"Mask2Former: pixel_values must not be empty, got {got(pixel_values)}"

@@ -138,14 +138,8 @@ class Segmenter(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
-        expect(
-            "Segmenter",
-            "pixel_values",
-            pixel_values,
-            f"B {self.config.input.channels} H W",
-            "float",
-            {},
-        )
+        shape = f"B {self.config.input.channels} H W"
+        expect("Segmenter", "pixel_values", pixel_values, shape, "float", {})
         if 0 in pixel_values.shape:
             raise ValueError(f"Segmenter: pixel_values must not be empty, got {got(pixel_values)}")
         p = self.config.patch_size
