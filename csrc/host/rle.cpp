@@ -14,7 +14,8 @@
 #include <variant>
 #include <vector>
 
-namespace py = pybind11;
+#include "id_maps.h"
+
 using LabelMap = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
 using Bits = LabelMap;  // bit j of word w: column 32 w + j; 0 beyond the width
 using Counts = std::variant<std::string, std::vector<int64_t>>;  // compressed, or as they are
@@ -172,4 +173,5 @@ PYBIND11_MODULE(_host, m) {
   m.def("encode", &encode, py::arg("labels"), py::arg("ids"));
   m.def("encode_bits", &encode_bits, py::arg("bits"), py::arg("width"));
   m.def("decode", &decode, py::arg("counts"), py::arg("ids"), py::arg("height"), py::arg("width"));
+  bind_id_maps(m);
 }

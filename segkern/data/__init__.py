@@ -7,6 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple, Union
 
+from .ade20k import Ade20kConfig as Ade20kConfig
+from .ade20k import read_ade20k
+from .cityscapes import CityscapesConfig as CityscapesConfig
+from .cityscapes import export_cityscapes as export_cityscapes
+from .cityscapes import read_cityscapes
 from .coco import CocoConfig as CocoConfig
 from .coco import read_coco
 from .collate import Batch as Batch
@@ -21,6 +26,8 @@ from .instance_maps import read_instance_maps
 from .labelme import LabelMeConfig as LabelMeConfig
 from .labelme import read_labelme
 from .order import Order as Order
+from .pascal_context import PascalContextConfig as PascalContextConfig
+from .pascal_context import read_pascal_context
 from .pictures import Pictures as Pictures
 from .pictures import ReadConfig as ReadConfig
 from .sample import IdMaps as IdMaps
@@ -55,6 +62,9 @@ FORMATS = {
     "labelme": Format(LabelMeConfig, read_labelme),
     "instance_maps": Format(InstanceMapsConfig, read_instance_maps),
     "yolo": Format(YoloConfig, read_yolo),
+    "ade20k": Format(Ade20kConfig, read_ade20k),
+    "cityscapes": Format(CityscapesConfig, read_cityscapes),
+    "pascal_context": Format(PascalContextConfig, read_pascal_context),
 }
 DataConfig = Union[tuple(row.config for row in FORMATS.values())]  # noqa: UP007
 
@@ -72,7 +82,8 @@ def build_dataset(config: DataConfig, split: str, model=None):
 
     Raises:
         TypeError: no data set has such a config.
-        ValueError: a setting out of range, or a folder that is not as its layout says.
+        ValueError: a setting out of range, pictures of other channels than the model takes, or a
+            folder that is not as its layout says.
     """
     row = FORMATS.get(getattr(config, "kind", None))
     if row is None:
@@ -80,7 +91,12 @@ def build_dataset(config: DataConfig, split: str, model=None):
             f"build_dataset: config must be that of one of {', '.join(FORMATS)}, "
             f"got {type(config).__name__}"
         )
-    views = None
+    views, read = None, getattr(config, "read", None)
+    if model is not None and model.input.channels != (read.channels if read else 3):
+        raise ValueError(
+            f"build_dataset: channels of the data must be {model.input.channels}, as the model "
+            f"takes them (input.channels), got {read.channels if read else 3}"
+        )
     if model is not None and hasattr(config, "views"):
         wanted = config.views
         if model.input.crop is not None:

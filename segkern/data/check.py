@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..io.atomic_files import atomic
 from ..io.images import read_head
-from ..structures.labels import VOID
+from ..structures.labels import void_in
 
 
 def check_maps(
@@ -32,7 +32,7 @@ def check_maps(
 
     Args:
         pairs: images and their maps.
-        labels_of: a map's labels [H, W] uint8; a ValueError says what is wrong with it.
+        labels_of: a map's labels [H, W]; a ValueError says what is wrong with it.
         rule: what `labels_of` depends on besides the file.
         progress: show a bar while maps are read.
         exif, max_pixels: as in `ReadConfig`.
@@ -102,8 +102,8 @@ def _labels(
     raw, turned, _ = read_head(image, max_pixels)
     size = raw if exif == "raw" or (exif == "auto" and labels.shape == raw) else turned
     match_sizes(image, size, of_map, labels)
-    counts = np.bincount(labels.ravel(), minlength=VOID + 1)
-    return counts[:VOID].nonzero()[0].tolist()
+    counts = np.bincount(labels.ravel(), minlength=1)
+    return counts[: void_in(labels)].nonzero()[0].tolist()
 
 
 def _stamp(path: Path) -> list[int]:

@@ -26,6 +26,7 @@ from .pictures import (
     Pictures,
     ReadConfig,
     expect_split,
+    expect_task,
     files_below,
     held_out,
     number,
@@ -66,8 +67,7 @@ class CocoConfig:
 
     def __post_init__(self):
         settle(self)
-        if self.task not in ("instance", "panoptic"):
-            raise ValueError(f"CocoConfig: task must be instance or panoptic, got {self.task!r}")
+        expect_task(self, "instance", "panoptic")
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -139,7 +139,7 @@ def read_coco(
         views,
         config.seed,
         sizes,
-        semantic=kind == "panoptic" and len(table.names) < 255,
+        semantic=kind == "panoptic",
         faults=faults,
     )
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..io import rle
-from .pictures import FAR, FlatPaths, Truth, number, read_ids
+from .maps import read_ids
+from .pictures import FAR, FlatPaths, Truth, number
 from .sample import IdMaps, coco_masks, distinct
 
 

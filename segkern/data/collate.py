@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..structures.labels import VOID
-from ..structures.targets import Targets
+from ..structures.labels import void_in
+from ..structures.targets import Targets, fresh
 from .sample import IdMaps, Sample
 
 
@@ -22,7 +22,7 @@ class Batch:
     """Images and what the model is to find in them.
 
     Attributes:
-        pixel_values: [B, 3, H, W] float32, normalised, zero-padded to the right and below.
+        pixel_values: [B, C, H, W] float32, normalised, zero-padded to the right and below.
         targets: of the same images.
     """
 
@@ -49,12 +49,12 @@ def collate(
 
     Args:
         samples: with pixel_values [3, h, w] float, masks [n, h, w], labels [n], id, and, all or
-            none, semantic [h, w] uint8, as arrays or tensors; n may be 0. Segments that are marked
+            none, semantic [h, w], as arrays or tensors; n may be 0. Segments that are marked
             as a crowd are left out.
         num_labels: K; None leaves the labels' upper bound unchecked.
         divisor: H and W are multiples of it.
         num_queries: of the model; more targets in a sample give a warning.
-        void: what pixels are whose label is 255 in `semantic`, or that belong to a segment marked
+        void: what pixels are that do not count in `semantic`, or that belong to a segment marked
             in `crowd` [n] bool: "background" as in the papers' code, which no mask should cover;
             or "ignore": they have no weight in matching and in losses of masks.
 
@@ -83,14 +83,17 @@ def collate(
                 f"collate: masks of sample {name} must be [n, {image.shape[1]}, "
                 f"{image.shape[2]}], the size of its image, got {list(mask.shape)}"
             )
-    pixels = torch.stack([_pad(x, size) for x in images])
-    if not pixels.isfinite().all():
-        bad = [name for name, x in zip(ids, images) if not x.isfinite().all()]
-        raise ValueError(f"collate: pixels of sample {bad[0]} must be finite, got NaN or infinity")
+    for name, image in zip(ids, images):
+        # a sum is quick, and finite where all are; where it is not it may only have overflown
+        if not (image.sum().isfinite() or image.isfinite().all()):
+            raise ValueError(
+                f"collate: pixels of sample {name} must be finite, got NaN or infinity"
+            )
+    pixels = _together(images, size)
     labels = [x for _, x in segments]
     try:
         targets = Targets.from_lists(
-            [_pad(x, size) for x in masks],
+            [x if isinstance(x, IdMaps) else _pad(x, size) for x in masks],
             labels,
             size,
             num_labels,
@@ -102,11 +105,31 @@ def collate(
         raise type(error)(f"{error} (images 0 to {len(ids) - 1} are samples {ids})") from error
     if all("semantic" in s for s in samples):
         maps = [torch.as_tensor(s["semantic"])[None] for s in samples]
-        targets = targets._replace(semantic=torch.cat([_pad(x, size, VOID) for x in maps]))
+        maps = [_pad(x, size, void_in(x)) for x in maps]
+        targets = targets._replace(semantic=torch.cat(maps))
     return Batch(pixels, targets)
 
 
-def _segments(sample: Sample) -> tuple[Tensor, Tensor]:
+def _together(images: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """[B, C, *size]: images with zeros to the right and below, or the array that they are already
+    the rows of."""
+    first, n = images[0], images[0].numel()
+    if first.shape[1:] == size and all(
+        x.shape == first.shape
+        and x.is_contiguous()
+        and x.data_ptr() == first.data_ptr() + i * n * x.element_size()
+        and x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for i, x in enumerate(images)
+    ):
+        return first.as_strided((len(images), *first.shape), (n, *first.stride()))
+    pixels = fresh(len(images), len(first), *size)
+    for target, x in zip(pixels, images):
+        _, h, w = x.shape
+        target[:, :h, :w], target[:, h:], target[:, :h, w:] = x, 0, 0
+    return pixels
+
+
+def _segments(sample: Sample) -> tuple[Tensor | IdMaps, Tensor]:
     """Masks [n, h, w] and labels [n] of a sample, without crowds, of which nobody knows the
     number."""
     masks, labels = sample["masks"], torch.as_tensor(sample["labels"])
@@ -114,9 +137,7 @@ def _segments(sample: Sample) -> tuple[Tensor, Tensor]:
     if crowd.any():
         masks = masks.chosen(~crowd) if isinstance(masks, IdMaps) else masks[~crowd]
         labels = labels[torch.from_numpy(~crowd)]
-    if isinstance(masks, IdMaps):
-        masks = np.asarray(masks).view(bool)  # whose values need no check
-    return torch.as_tensor(masks), labels
+    return masks if isinstance(masks, IdMaps) else torch.as_tensor(masks), labels
 
 
 def _void(sample: Sample) -> Tensor:
@@ -124,7 +145,8 @@ def _void(sample: Sample) -> Tensor:
     masks, crowd = sample["masks"], _crowd(sample)
     void = np.zeros(masks.shape[1:], bool)
     if "semantic" in sample:
-        void |= np.asarray(sample["semantic"]) == VOID
+        semantic = np.asarray(sample["semantic"])
+        void |= semantic == void_in(semantic)
     if crowd.any():
         void |= np.asarray(masks.chosen(crowd) if isinstance(masks, IdMaps) else masks[crowd]).any(
             0
@@ -139,4 +161,6 @@ def _crowd(sample: Sample) -> np.ndarray:
 
 def _pad(x: Tensor, size: tuple[int, int], value: int = 0) -> Tensor:
     """[c, h, w] -> [c, *size] with `value` to the right and below."""
+    if x.shape[1:] == size:
+        return x
     return F.pad(x, (0, size[1] - x.shape[2], 0, size[0] - x.shape[1]), value=value)

@@ -3,19 +3,15 @@
 import mmap
 from pathlib import Path
 
+from .ade20k import Ade20kConfig, is_full
+from .cityscapes import CityscapesConfig, truth_files
 from .coco import OTHERS, CocoConfig
 from .folder import FolderConfig
 from .instance_maps import InstanceMapsConfig
 from .labelme import LabelMeConfig
+from .pascal_context import PascalContextConfig
 from .pictures import files_below
 from .yolo import YoloConfig
-
-# of the layouts of maps of classes, a folder that no other has
-_LAYOUTS = {
-    "cityscapes": "leftImg8bit",
-    "ade20k": "annotations/training",
-    "pascal_context": "ImageSets/SegmentationContext",
-}
 
 
 def find_format(root: str | Path) -> tuple[object, str]:
@@ -45,9 +41,8 @@ def find_format(root: str | Path) -> tuple[object, str]:
 
 
 def _found(root: Path) -> tuple[object, str] | None:
-    for layout, folder in _LAYOUTS.items():
-        if (root / folder).is_dir():
-            return FolderConfig(root, layout), folder
+    if (known := _published(root)) is not None:
+        return known
     if (root / "images").is_dir() and (root / "instances").is_dir():
         return InstanceMapsConfig(root), "images and instances"
     files = files_below(root)
@@ -67,6 +62,25 @@ def _found(root: Path) -> tuple[object, str] | None:
                 return make(), str(path.relative_to(root))
     if (root / "images").is_dir() and (root / "labels").is_dir():
         return FolderConfig(root), "images and labels"
+    return None
+
+
+def _published(root: Path) -> tuple[object, str] | None:
+    """One of the sets that are known by folders which no other has; with objects where it has."""
+    if (root / "leftImg8bit").is_dir():
+        objects = truth_files(root / "gtFine", "panoptic")
+        return CityscapesConfig(root, "panoptic" if objects else "semantic"), "leftImg8bit"
+    if is_full(root):
+        return Ade20kConfig(root, "semantic"), "pictures of the full set"
+    for folder in ("annotations_instance", "annotations"):
+        if (root / folder / "training").is_dir():
+            both = folder == "annotations_instance" and (root / "annotations/training").is_dir()
+            task = "panoptic" if both else "instance" if folder != "annotations" else "semantic"
+            return Ade20kConfig(root, task), f"{folder}/training"
+    if (root / "JPEGImages").is_dir():
+        for sign in ("ImageSets/SegmentationContext", "trainval"):
+            if (root / sign).is_dir():
+                return PascalContextConfig(root), sign
     return None
 
 

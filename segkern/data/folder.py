@@ -11,8 +11,9 @@ Letters: H W image size, K class.
 
 The val split is in validation, val and val; the splits of Pascal Context are lists of names,
 ImageSets/SegmentationContext/train.txt and val.txt. An image may be of any kind that PIL reads, a
-map is a PNG of one channel or a palette; 255 is void everywhere, and so are ADE20K's 0 and those
-ids of Cityscapes that are none of its 19 classes; Pascal Context's 0, the background, is a class.
+map is a PNG or TIFF of one channel or a palette; 255 is void everywhere (65535 where there are
+more than 255 classes), and so are ADE20K's 0 and those ids of Cityscapes that are none of its 19
+classes; Pascal Context's 0, the background, is a class.
 Where Cityscapes has maps of train ids, too (_gtFine_labelTrainIds.png), they are taken.
 Source: ADE20K's scene parsing benchmark (Zhou et al., CVPR 2017); Cityscapes (Cordts et al., CVPR
 2016); Pascal Context (Mottaghi et al., CVPR 2014) as MMSegmentation's converter leaves it in
@@ -26,16 +27,11 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from ..io.images import read_values
-from ..structures.labels import CITYSCAPES, DATASETS, PASCAL_CONTEXT, VOID
+from ..structures.labels import CITYSCAPES, PASCAL_CONTEXT, VOID, WIDE_VOID, void_of
+from .ade20k import challenge_names
 from .check import check_maps, match_sizes
-from .pictures import (
-    ReadConfig,
-    maps_below,
-    pictures_below,
-    plain_name,
-    read_drawn,
-    readable,
-)
+from .maps import maps_below
+from .pictures import ReadConfig, pictures_below, plain_name, read_drawn, readable
 from .sample import Sample, generator_of
 from .transforms import SemanticViews
 
@@ -80,7 +76,7 @@ class FolderConfig:
             images/{train,val} and labels/{train,val} with the same names, and classes.txt with a
             name a line.
         seed: other seeds give other views of the training images.
-        exif: as in `ReadConfig`.
+        exif, channels: as in `ReadConfig`.
         max_pixels: width times height that an image or map may have; None is Pillow's limit of
             178,956,970, which keeps a small file from filling the memory.
     """
@@ -94,10 +90,11 @@ class FolderConfig:
     seed: int = 0
     exif: Literal["auto", "upright", "raw"] = "auto"
     max_pixels: int | None = None
+    channels: int = 3
 
     def __post_init__(self):
         self.root = Path(self.root).absolute()  # a run is also gone on with from other folders
-        ReadConfig(self.exif)
+        _ = self.read  # checks its own
         if self.layout not in _LAYOUTS:
             raise ValueError(
                 f"FolderConfig: layout must be one of {', '.join(_LAYOUTS)}, got {self.layout!r}"
@@ -105,11 +102,16 @@ class FolderConfig:
         if self.seed < 0:
             raise ValueError(f"FolderConfig: seed must be >= 0, got {self.seed}")
 
+    @property
+    def read(self) -> ReadConfig:
+        """How files are read."""
+        return ReadConfig(self.exif, self.max_pixels, channels=self.channels)
+
 
 class Folder:
     """Image i of a split as a dict; files are read when it is asked for.
 
-    Whole: image [H, W, 3] uint8, semantic [H, W] uint8, label of each pixel or 255; id, int.
+    Whole: image [H, W, 3] uint8, semantic [H, W], label of each pixel, as of a `Sample`; id, int.
     With views, which differ from pass to pass (`data[i, pass]`; `data[i]` is that of pass 0):
     pixel_values [3, H, W] float32 normalised, semantic, id, and no masks and labels. A view
     depends on the config's seed, i and the pass alone.
@@ -165,7 +167,7 @@ class Folder:
         """
         of_image, of_map = self.pairs[index]
         labels = self._labels(of_map)
-        image = read_drawn(of_image, labels.shape, self.config.exif, self.config.max_pixels)
+        image = read_drawn(of_image, labels.shape, self.config.read)
         match_sizes(of_image, image.shape[:2], of_map, labels)
         sample = {"image": image, "semantic": labels, "id": index, "path": str(of_image)}
         return sample, []
@@ -189,27 +191,26 @@ class Folder:
         return [name for k, name in enumerate(self.classes) if k not in found]
 
     def _labels(self, path: Path) -> np.ndarray:
-        """Labels [H, W] uint8 of a map's values.
+        """Labels [H, W] of a map's values: uint8, or uint16 of more than 255 classes.
 
         Raises:
             ValueError: no map of one channel, or a value that stands for no class; names the file.
         """
         values, K = read_values(path, self.config.max_pixels), len(self.classes)
+        void = void_of(K)
         if values.ndim != 2:
             raise ValueError(f"{path}: a map must have one channel, got {values.shape[2]}")
-        table = np.full(VOID + 2, -1, np.int16)  # of a value its label; -1: stands for none
-        table[VOID] = VOID
+        table = np.full(void + 2, -1)  # of a value its label; -1: stands for none
+        table[void] = void
         if self.config.layout == "ade20k":
-            table[0], table[1 : K + 1] = VOID, range(K)
+            table[0], table[1 : K + 1] = void, range(K)
         elif path.stem.endswith("_labelIds"):
-            table[:34] = VOID
+            table[:34] = void
             table[list(CITYSCAPES.values())] = range(K)
         else:
             table[:K] = range(K)
-        if values.dtype == np.uint8:
-            labels = table[values]
-        else:  # 1 bit or 16
-            labels = table[values.astype(np.int64).clip(0, VOID + 1)]
+        wide = values.dtype != np.uint8
+        labels = table[values.astype(np.int64).clip(0, void + 1) if wide else values]
         if (labels < 0).any():
             found = np.unique(values[labels < 0])
             hint = ""
@@ -217,39 +218,30 @@ class Folder:
                 hint = ": labels count from 0"
             raise ValueError(
                 f"{path}: values must be those of layout {self.config.layout} with {K} classes, "
-                f"or 255, got {', '.join(map(str, found[:4]))}{hint}"
+                f"or {void}, got {', '.join(map(str, found[:4]))}{hint}"
             )
-        return labels.astype(np.uint8)
+        return labels.astype(np.uint8 if void == VOID else np.uint16)
 
 
 def class_names(config: FolderConfig) -> list[str]:
-    """Names of the labels: Cityscapes' 19, Pascal Context's 60, ADE20K's 150 from
-    objectInfo150.txt in the root ("class 1", "class 2", ... without it), or the lines of
+    """Names of the labels: Cityscapes' 19, Pascal Context's 60, ADE20K's 150, or the lines of
     classes.txt.
 
     Raises:
-        ValueError: the file is missing or does not hold names; 1 to 255 of classes.txt.
+        ValueError: the file is missing or does not hold names; 1 to 65535 of classes.txt.
     """
     if config.layout == "cityscapes":
         return list(CITYSCAPES)
     if config.layout == "pascal_context":
         return list(PASCAL_CONTEXT)
     if config.layout == "ade20k":
-        path, count = config.root / "objectInfo150.txt", DATASETS["ade20k"].labels["semantic"]
-        if not path.is_file():
-            return [f"class {k}" for k in range(1, count + 1)]
-        rows = [line.split("\t") for line in _lines(path)[1:]]
-        names = [row[-1].split(",")[0].strip() for row in rows]  # the first of the synonyms
-        if [row[0].strip() for row in rows] != [str(k) for k in range(1, count + 1)] or not all(
-            names
-        ):
-            raise ValueError(f"{path}: must have a headline, then rows 1 to 150 that end in names")
-        return names
+        return challenge_names(config.root)
     path = config.root / "classes.txt"
     names = [line.strip() for line in _lines(path)]
-    if not 1 <= len(names) <= VOID or not all(names):
+    if not 1 <= len(names) <= WIDE_VOID or not all(names):
         raise ValueError(
-            f"{path}: must have 1 to {VOID} names, one a line and no empty line, got {len(names)}"
+            f"{path}: must have 1 to {WIDE_VOID} names, one a line and no empty line, "
+            f"got {len(names)}"
         )
     return names
 

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from ..structures.labels import VOID
+from .maps import MapSizes, maps_below, name_below, paired, read_ids
 from .pictures import (
     SPLITS,
     FlatPaths,
@@ -28,10 +29,7 @@ from .pictures import (
     Truth,
     expect_split,
     held_out,
-    maps_below,
     pictures_below,
-    plain_name,
-    read_ids,
     settle,
 )
 from .sample import IdMaps, distinct
@@ -104,24 +102,18 @@ def read_instance_maps(
             f"there are no maps of labels in {labels}, got ids"
         )
     wanted = [maps] + [labels] * (encoding == "ids" and labelled)
-    known = [maps_below(folder) for folder in wanted]
-    paths, files, faults = [], [], []
-    for path in pictures_below(images):
-        name = plain_name(path.relative_to(images).with_suffix("").as_posix())
-        lacking = [folder for folder, names in zip(wanted, known) if name not in names]
-        if lacking:
-            faults.append(f"{path}: has no map {lacking[0] / name}.png; left out")
-        else:
-            paths.append(path)
-            files.append([names[name] for names in known])
+    faults: list[str] = []
+    pictures = {path: name_below(path, images) for path in pictures_below(images)}
+    known = {f"{folder}/{{}}.png": maps_below(folder) for folder in wanted}
+    paths, columns = paired(pictures, known, faults)
     if images == _part(config.root / "images", "val") == _part(config.root / "images", "train"):
         names = [str(path.relative_to(images)) for path in paths]
         chosen = held_out(names, split, config.read.val_share, images)
-        paths, files = [paths[i] for i in chosen], [files[i] for i in chosen]
-    columns = [list(column) for column in zip(*files)]
+        paths, *columns = ([some[i] for i in chosen] for some in (paths, *columns))
     kind = Coded if encoding == "class_instance" else Numbered
-    truth = kind(*columns, classes=len(classes)) if files else None
-    return Pictures(paths, truth, classes, (), config.read, views, config.seed, faults=faults)
+    truth = kind(*columns, classes=len(classes))
+    settings = config.read, views, config.seed, MapSizes(truth.files)
+    return Pictures(paths, truth, classes, (), *settings, faults=faults)
 
 
 class Coded:
@@ -168,9 +160,10 @@ class Numbered:
         masks, labels = IdMaps.of_map(values, ids), np.zeros(len(ids), np.int64)
         if self.of_labels is not None:
             of_labels = read_ids(self.of_labels[index], size)
-            pairs = masks.maps[0].astype(np.int64) * (VOID + 1) + of_labels.clip(max=VOID)
-            counts = np.bincount(pairs.ravel(), minlength=(len(ids) + 1) * (VOID + 1))
-            labels = counts.reshape(-1, VOID + 1)[1:].argmax(1)
+            wide = max(VOID, self.classes) + 1
+            pairs = masks.maps[0].astype(np.int64) * wide + of_labels.clip(max=wide - 1)
+            counts = np.bincount(pairs.ravel(), minlength=(len(ids) + 1) * wide)
+            labels = counts.reshape(-1, wide)[1:].argmax(1)
             known = labels < self.classes
             faults = [
                 f"{path}: object {value} has label {label} in {self.of_labels[index]}; left out"

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
-from ..io.images import open_image, picture_suffixes, read_head, read_pixels, read_values
-from ..structures.labels import VOID
-from .sample import IdMaps, Sample, generator_of
+from ..io.images import open_image, picture_suffixes, read_head, read_pixels
+from ..structures.labels import void_in, void_of
+from ..structures.targets import fresh
+from .sample import IdMaps, Sample, distinct, generator_of, label_table
 from .views import InstanceViews, ViewConfig
 
 FAR = (
@@ -38,17 +40,22 @@ class ReadConfig:
             size is the stated one, else the upright picture with a warning.
         max_pixels: width times height that a picture may have; None takes Pillow's limit.
         val_share: of the pictures that are held out where the data has no val split, in [0, 1).
+        channels: of the pictures, as the model's `input.channels`. Others than 3 are TIFFs, whose
+            bands are taken as they lie in the file.
     """
 
     exif: Literal["auto", "upright", "raw"] = "auto"
     max_pixels: int | None = None
     val_share: float = 0.1
+    channels: int = 3
 
     def __post_init__(self):
         if self.exif not in ("auto", "upright", "raw"):
             raise ValueError(f"exif must be auto, upright or raw, got {self.exif!r}")
         if not 0 <= self.val_share < 1:
             raise ValueError(f"val_share must be in [0, 1), got {self.val_share}")
+        if self.channels < 1:
+            raise ValueError(f"channels must be >= 1, got {self.channels}")
 
 
 class FlatPaths(Sequence):
@@ -65,12 +72,22 @@ class FlatPaths(Sequence):
 
 
 class Truth(NamedTuple):
-    """The segments of a picture, and what was left out of them and why."""
+    """The segments of a picture, what was left out of them and why, and its map of labels where
+    that is another than the segments tell."""
 
     masks: IdMaps
     labels: np.ndarray  # [n] int64
     crowd: np.ndarray  # [n] bool
     faults: list[str]
+    semantic: np.ndarray | None = None  # [H, W] uint8 or uint16, as of a `Sample`
+
+    @classmethod
+    def of_map(cls, semantic: np.ndarray, faults: Sequence[str] = ()) -> "Truth":
+        """The classes of a map of labels, a segment each."""
+        present = distinct(semantic)
+        labels = present[present != void_in(semantic)].astype(np.int64)
+        masks = IdMaps.of_map(semantic, labels)
+        return cls(masks, labels, np.zeros(len(labels), bool), list(faults), semantic)
 
 
 class Pictures:
@@ -98,7 +115,7 @@ class Pictures:
         read: ReadConfig | None = None,
         views: InstanceViews | None = None,
         seed: int = 0,
-        sizes: np.ndarray | None = None,
+        sizes: np.ndarray | Callable[[int], tuple[int, int] | None] | None = None,
         semantic: bool = False,
         faults: Sequence[str] = (),
         opened: Callable = open_image,
@@ -111,7 +128,8 @@ class Pictures:
             read: how files are read.
             views: for training; None leaves pictures whole.
             seed: other seeds give other views.
-            sizes: [N, 2] integers, H and W that the annotations state; 0 where they do not.
+            sizes: [N, 2] integers, H and W that the annotations state, 0 where they do not; or
+                what gives them, or None, of an index.
             semantic: samples have a map of labels, too; masks lie apart then.
             faults: as above; a warning tells the first and counts them.
             opened: reads a picture, as `open_image` does.
@@ -137,36 +155,57 @@ class Pictures:
     def __getitem__(self, place: int | tuple[int, int]) -> Sample:
         return viewed(self, place)
 
+    def __getitems__(self, places: Sequence[int | tuple[int, int]]) -> list[Sample]:
+        """Samples of a batch, as loaders ask for them: views lie in one array, as `collate` wants
+        them."""
+        if self.views is None:
+            return [self[place] for place in places]
+        pixels = fresh(len(places), self.read.channels, *self.views.config.size)
+        return [viewed(self, place, out) for place, out in zip(places, pixels)]
+
     def examined(self, index: int) -> tuple[Sample, list[str]]:
         """A whole sample, and what was left out of it and why.
 
         Raises:
             ValueError: it cannot be read; names the file.
         """
-        path = self.paths[index]
-        stated = None
-        if self.sizes is not None and self.sizes[index].all():
-            stated = tuple(self.sizes[index].tolist())
-        image = read_drawn(path, stated, self.read.exif, self.read.max_pixels, self.opened)
+        path, stated = self.paths[index], self._stated(index)
+        image = self.pixels(index)
         size = image.shape[:2]
-        if stated is not None and size != stated:
+        if stated not in (None, size) and not callable(self.sizes):  # maps are checked when read
             raise ValueError(
                 f"{path}: the picture must have the size that its annotations state, "
                 f"{list(stated)}, got {list(size)}"
             )
-        masks, labels, crowd, faults = self.truth(index, size)
+        masks, labels, crowd, faults, semantic = self.truth(index, size)
         if not (seen := masks.areas() > 0).all():
             masks, labels, crowd = masks.chosen(seen), labels[seen], crowd[seen]
             faults = [*faults, f"{path}: {(~seen).sum()} segments without a pixel are left out"]
         sample = {"image": image, "masks": masks, "labels": labels, "crowd": crowd}
+        if self.semantic and semantic is None:
+            semantic = label_table([void_of(len(self.classes)), *labels])[masks.maps[0]]
         if self.semantic:
-            sample["semantic"] = np.append(VOID, labels).astype(np.uint8)[masks.maps[0]]
+            sample["semantic"] = semantic
         return sample | {"id": index, "path": str(path)}, faults
 
+    def pixels(self, index: int) -> np.ndarray:
+        """A picture alone, [H, W, C] uint8, as its annotations are drawn on it.
 
-def viewed(data, place: int | tuple[int, int]) -> Sample:
+        Raises:
+            ValueError: it cannot be read; names the file.
+        """
+        return read_drawn(self.paths[index], self._stated(index), self.read, self.opened)
+
+    def _stated(self, index: int) -> tuple[int, int] | None:
+        """(H, W) that the annotations of a picture state."""
+        if self.sizes is None or callable(self.sizes):
+            return self.sizes and self.sizes(index)
+        return tuple(self.sizes[index].tolist()) if self.sizes[index].all() else None
+
+
+def viewed(data, place: int | tuple[int, int], out: Tensor | None = None) -> Sample:
     """Sample (index, pass) of a data set with `examined`, `told`, `views` and `seed`; of an index
-    alone that of pass 0."""
+    alone that of pass 0. `out` as of `InstanceViews`."""
     index, epoch = place if isinstance(place, tuple) else (place, 0)
     if not 0 <= index < len(data):
         name = type(data).__name__
@@ -174,14 +213,13 @@ def viewed(data, place: int | tuple[int, int]) -> Sample:
     sample = readable(data.examined, index, len(data), data.told)
     if data.views is None:
         return sample
-    return data.views(sample, generator_of(data.seed, epoch, index))
+    return data.views(sample, generator_of(data.seed, epoch, index), out)
 
 
 def read_drawn(
     path: Path,
     stated: tuple[int, int] | None,
-    exif: str,
-    max_pixels: int | None = None,
+    read: ReadConfig,
     opened: Callable = open_image,
 ) -> np.ndarray:
     """A picture as its annotations are drawn on it, upright or as its pixels lie in the file.
@@ -189,18 +227,20 @@ def read_drawn(
     Args:
         path: of the picture.
         stated: (H, W) of the annotations; None where they do not say.
-        exif: as in `ReadConfig`.
-        max_pixels, opened: as in `open_image`, and that or its like.
+        read: how.
+        opened: `open_image` or its like.
 
     Returns:
-        [H, W, 3] uint8.
+        [H, W, C] uint8.
 
     Raises:
         ValueError: it cannot be read; names it.
     """
-    upright = exif != "raw"
-    if exif == "auto" and path.suffix.lower() != ".json":  # no picture in its annotations
-        raw, turned, orientation = read_head(path, max_pixels)
+    if read.channels != 3:
+        return read_pixels(path, str(path), read.max_pixels, read.channels)
+    upright = read.exif != "raw"
+    if read.exif == "auto" and path.suffix.lower() != ".json":  # no picture in its annotations
+        raw, turned, orientation = read_head(path, read.max_pixels)
         if stated == raw != turned:
             upright = False
         elif orientation != 1 and (stated is None or raw == turned):
@@ -210,7 +250,7 @@ def read_drawn(
                 "so; exif='raw' takes them as drawn on the pixels as they lie in the file",
                 stacklevel=2,
             )
-    return read_pixels(opened(path, max_pixels, upright), str(path))
+    return read_pixels(opened(path, read.max_pixels, upright), str(path))
 
 
 def readable(examined: Callable, index: int, count: int, told: set[str]) -> Sample:
@@ -270,15 +310,6 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def maps_below(folder: Path) -> dict[str, Path]:
-    """PNGs in a folder and those in it, by their path without the suffix."""
-    return {
-        plain_name(path.relative_to(folder).with_suffix("").as_posix()): path
-        for path in files_below(folder)
-        if path.suffix.lower() == ".png"
-    }
-
-
 class Names:
     """Files of a folder by the names that annotations give them.
 
@@ -328,6 +359,13 @@ def expect_split(name: str, split: str) -> None:
         raise ValueError(f"{name}: split must be train or val, got {split!r}")
 
 
+def expect_task(config, *known: str) -> None:
+    """Raises ValueError unless the task of a config is one of those known."""
+    if config.task not in known:
+        names = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise ValueError(f"{type(config).__name__}: task must be {names}, got {config.task!r}")
+
+
 def settle(config) -> None:
     """Brings the settings that all formats have, `root`, `read` and `views`, into their types; a
     stored run has them plain, and is also gone on with from other folders."""
@@ -343,25 +381,3 @@ def number(value) -> Hashable:
         return int(value) if int(value) == float(value) else value
     except (TypeError, ValueError, OverflowError):
         return str(value)
-
-
-def read_ids(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """[H, W] integers of a PNG: its values, or red + 256 green + 65536 blue.
-
-    Args:
-        path: of the PNG.
-        size: (H, W) of its picture, which it must have, and may have however large that is.
-
-    Raises:
-        ValueError: it cannot be read, or has another size; names the file.
-    """
-    height, width = read_head(path, None if size is None else 2**62)[0]
-    if size is not None and (height, width) != size:
-        raise ValueError(
-            f"{path}: must have the size of its picture, {list(size)}, got {[height, width]}"
-        )
-    values = read_values(path, None if size is None else height * width)
-    if values.ndim == 2:
-        return values.astype(np.int64, copy=False)
-    values = values.astype(np.int64)
-    return values[..., 0] + 256 * values[..., 1] + 65536 * values[..., 2]

@@ -8,10 +8,11 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Generator, Tensor
 
 from ..io import rle
+from ..io.rle import _host
+from ..structures.labels import VOID
 
 
 class IdMaps:
@@ -25,8 +26,8 @@ class IdMaps:
         layer: [n] int64, the map of each mask.
     """
 
-    def __init__(self, maps: np.ndarray, layer: np.ndarray):
-        self.maps, self.layer = maps, layer
+    def __init__(self, maps: np.ndarray, layer: np.ndarray, areas: np.ndarray | None = None):
+        self.maps, self.layer, self._areas = maps, layer, areas
 
     @classmethod
     def of_map(cls, values: np.ndarray, ids: Sequence[int]) -> "IdMaps":
@@ -62,9 +63,10 @@ class IdMaps:
             kept = np.zeros(n + 1, _dtype(n))  # the last of `rest` is always whole
             kept[rest[whole] + 1] = rest[whole] + 1
             layer[rest[whole]] = len(maps)
-            maps.append(kept[top])
+            maps.append(_replaced(top, kept))
             rest = rest[~whole]
-        return cls(np.stack(maps or [np.zeros(size, np.uint8)]), layer)
+        areas = np.zeros(0, np.int64) if areas is None else areas
+        return cls(np.stack(maps or [np.zeros(size, np.uint8)]), layer, areas)
 
     @classmethod
     def of_arrays(cls, masks: Iterable[np.ndarray], size: tuple[int, int]) -> "IdMaps":
@@ -95,13 +97,20 @@ class IdMaps:
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         dense = np.empty(self.shape, np.uint8)
-        for i, k in enumerate(self.layer):
-            np.equal(self.maps[k], i + 1, out=dense[i].view(bool))
+        self.write(dense)
         return dense if dtype is None else dense.astype(dtype, copy=False)
+
+    def write(self, out: np.ndarray) -> None:
+        """Writes the masks into the upper left of `out` [n, at least H, at least W] uint8."""
+        _, H, W = self.shape
+        for mask, (i, k) in zip(out, enumerate(self.layer)):
+            np.equal(self.maps[k], i + 1, out=mask[:H, :W].view(bool))
 
     def areas(self) -> np.ndarray:
         """Pixels of each mask, [n] int64."""
-        return _counts(self.maps.reshape(-1, self.shape[2]), len(self))
+        if self._areas is None:
+            self._areas = _counts(self.maps, len(self))
+        return self._areas
 
     def chosen(self, keep: np.ndarray) -> "IdMaps":
         """The masks where `keep` [n] is true."""
@@ -110,10 +119,15 @@ class IdMaps:
         count = int(keep.sum())
         table = np.zeros(len(keep) + 1, _dtype(count))
         table[1:][keep] = np.arange(1, count + 1)
-        return IdMaps(table[self.maps], self.layer[keep])
+        areas = None if self._areas is None else self._areas[keep]
+        return IdMaps(_replaced(self.maps, table), self.layer[keep], areas)
 
     def taken(self, rows: np.ndarray, columns: np.ndarray) -> "IdMaps":
         """Masks of those rows and columns of the image, in their order; -1 stands for outside."""
+        if _host is not None:
+            maps = np.ascontiguousarray(self.maps)
+            maps, areas = _host.take(maps, rows, columns, len(self))
+            return IdMaps(maps, self.layer, areas)
         maps = self.maps.take(rows, axis=1).take(columns, axis=2)
         maps[:, rows < 0] = 0
         maps[:, :, columns < 0] = 0
@@ -127,12 +141,13 @@ class Sample(TypedDict, total=False):
     their own may leave out what a task does not need.
 
     Attributes:
-        image: [H, W, 3] uint8.
-        pixel_values: [3, H, W] float32, normalised.
+        image: [H, W, C] uint8, C 3 or what the data set is read with.
+        pixel_values: [C, H, W] float32, normalised.
         masks: of the n segments, [n, H, W] uint8 or bool, or `IdMaps`.
         labels: [n] int64 in [0, K).
         crowd: [n] bool, segments that hold an unknown number of objects: training leaves them out.
-        semantic: [H, W] uint8, the label of each pixel, 255 where it does not count.
+        semantic: [H, W] uint8, the label of each pixel, 255 where it does not count; of more than
+            255 classes uint16, 65535 there.
         id: index in the data set; random points of the loss depend on it.
         path: of the picture.
         dropped: segments of which a view shows nothing, and which it left out.
@@ -171,6 +186,12 @@ def coco_masks():
     return mask
 
 
+def label_table(labels: Sequence[int]) -> np.ndarray:
+    """A table of labels, as narrow as a map of them may be: uint8 or uint16."""
+    table = np.asarray(labels)
+    return table.astype(np.uint16 if table.max() > VOID else np.uint8)
+
+
 def distinct(values: np.ndarray) -> np.ndarray:
     """The values of a map, ascending; quick where they come in runs."""
     flat = values.ravel()
@@ -182,11 +203,18 @@ def _heads(flat: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))[: flat.size]
 
 
+def _replaced(maps: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Maps with every id replaced by that of a table."""
+    if _host is not None and maps.dtype == table.dtype:
+        return _host.replace(np.ascontiguousarray(maps), table)
+    return table[maps]
+
+
 def _counts(ids: np.ndarray, n: int) -> np.ndarray:
-    """How often 1 to n occur in a map [H, W], [n] int64."""
-    if ids.dtype == np.uint8:  # NumPy would widen it to 64 bits first
-        return np.array(Image.fromarray(ids).histogram()[1 : n + 1], np.int64)
-    return np.bincount(ids.ravel(), minlength=n + 1)[1:]
+    """How often 1 to n occur in maps, [n] int64."""
+    if _host is not None:
+        return _host.count(np.ascontiguousarray(ids), n)
+    return np.bincount(ids.ravel(), minlength=n + 1)[1 : n + 1]
 
 
 def _dtype(n: int) -> type:

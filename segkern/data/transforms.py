@@ -7,13 +7,14 @@ Source: the training pipeline of MMSegmentation, which Segmenter (Strudel et al.
 Differs: saturation blends with the grey image and is not scaled in HSV.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from ..structures.labels import VOID
+from ..structures.labels import void_in
+from ..structures.targets import fresh
 
 _TRIES = 10  # crops drawn before the last one is taken
 
@@ -64,30 +65,31 @@ class SemanticViews:
 
         Args:
             image: [h, w, 3] uint8.
-            labels: [h, w] uint8, 255 where a pixel does not count.
+            labels: [h, w] uint8, 255 where a pixel does not count; or uint16, 65535 there.
             generator: that the view is drawn from; None takes torch's global one.
 
         Returns:
-            pixel_values [3, H, W] float32 normalised, and semantic [H, W] uint8.
+            pixel_values [C, H, W] float32 normalised, and semantic [H, W] of the labels' kind.
         """
         from torchvision.transforms.v2 import functional as F
 
         pixels = torch.as_tensor(image).permute(2, 0, 1)
-        labels = torch.as_tensor(labels)[None]
+        labels = np.asarray(labels)
         ratio = uniform(*self.ratios, generator)
         fitted = self._fitted(pixels.shape[1:], ratio)
-        pixels = F.resize(pixels, fitted, antialias=True)
-        labels = F.resize(labels, fitted, F.InterpolationMode.NEAREST_EXACT)
-        place = self._crop(labels, generator)
-        pixels, labels = pixels[:, *place], labels[:, *place]
+        rows, columns = (nearest(n, to) for n, to in zip(labels.shape, fitted))
+        labels = labels.take(rows, axis=0).take(columns, axis=1)
+        place = crop(fitted, self.size, generator, labels.__getitem__, self.most)
+        pixels, labels = F.resize(pixels, fitted, antialias=True)[:, *place], labels[place]
         if uniform(0, 1, generator) < 0.5:
-            pixels, labels = pixels.flip(2), labels.flip(2)
+            pixels, labels = pixels.flip(2), labels[:, ::-1]
         pixels = self.colours(F.to_dtype(pixels, torch.float32, scale=True), generator)
-        pixels = F.normalize(pixels, self.mean, self.std)
         below, right = (n - m for n, m in zip(self.size, pixels.shape[1:]))
         return {
-            "pixel_values": torch.nn.functional.pad(pixels, (0, right, 0, below)),
-            "semantic": torch.nn.functional.pad(labels, (0, right, 0, below), value=VOID)[0],
+            "pixel_values": normalised(pixels, self.mean, self.std, self.size),
+            "semantic": torch.from_numpy(
+                np.pad(labels, ((0, below), (0, right)), constant_values=void_in(labels))
+            ),
         }
 
     def _fitted(self, size: Sequence[int], ratio: float) -> list[int]:
@@ -95,27 +97,79 @@ class SemanticViews:
         factor = min(max(self.scale) * ratio / max(size), min(self.scale) * ratio / min(size))
         return [max(1, round(n * factor)) for n in size]
 
-    def _crop(self, labels: Tensor, generator: Generator | None) -> tuple[slice, slice]:
-        """Rows and columns of a crop in which no class fills more than its share, if one is drawn
-        within a few tries."""
-        for _ in range(_TRIES):
-            place = tuple(
-                slice(start, start + want)
-                for have, want in zip(labels.shape[1:], self.size)
-                for start in [int(torch.randint(max(have - want, 0) + 1, (), generator=generator))]
-            )
-            counts = torch.bincount(labels[0][place].flatten(), minlength=VOID + 1)[:VOID]
-            if (counts > 0).sum() > 1 and counts.max() < self.most * counts.sum():
-                break
-        return place
+
+def normalised(
+    pixels: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: tuple[int, int],
+    out: Tensor | None = None,
+) -> Tensor:
+    """Normalises a picture and pads it, in one pass.
+
+    Args:
+        pixels: [C, h, w] uint8, or floating in [0, 1].
+        mean, std: of its channels, in [0, 1].
+        size: (H, W), at least h and w.
+        out: to write to.
+
+    Returns:
+        [C, H, W] float32: (pixels - mean) / std, 0 below and to the right of them.
+    """
+    out = fresh(len(pixels), *size) if out is None else out
+    _, h, w = pixels.shape
+    out[:, h:], out[:, :h, w:] = 0, 0
+    top = 255 if pixels.dtype == torch.uint8 else 1
+    for target, source, m, s in zip(out, pixels, mean, std, strict=True):
+        target[:h, :w].copy_(source).mul_(1 / (top * s)).sub_(
+            m / s
+        )  # a channel stays in the cache
+    return out
+
+
+def nearest(n: int, to: int) -> np.ndarray:
+    """Of each of `to` pixels in a row the nearest of n that the row had before it was resized."""
+    return ((np.arange(to) + 0.5) * (n / to)).astype(np.int64).clip(max=n - 1)
+
+
+def crop(
+    have: Sequence[int],
+    want: Sequence[int],
+    generator: Generator | None,
+    labels_at: Callable[[tuple[slice, slice]], np.ndarray] | None = None,
+    most: float = 1.0,
+) -> tuple[slice, slice]:
+    """Rows and columns of a random crop.
+
+    Args:
+        have: H and W of the picture.
+        want: of the crop.
+        generator: that it is drawn from; None takes torch's global one.
+        labels_at: gives the labels in a crop. It then has two classes or more, none of which fills
+            more than its share, if such a crop is drawn within ten tries.
+        most: that share of the pixels that count.
+    """
+    for _ in range(_TRIES):
+        place = tuple(
+            slice(start, start + m)
+            for n, m in zip(have, want)
+            for start in [int(torch.randint(max(n - m, 0) + 1, (), generator=generator))]
+        )
+        if labels_at is None:
+            break
+        labels = labels_at(place)
+        counts = np.bincount(labels.ravel(), minlength=1)[: void_in(labels)]
+        if (counts > 0).sum() > 1 and counts.max() < most * counts.sum():
+            break
+    return place
 
 
 def colours(pixels: Tensor, generator: Generator | None = None) -> Tensor:
     """Changes brightness, contrast, saturation and hue, each in half of the views; contrast
-    before the last two or after them.
+    before the last two or after them. Other channels than three have no saturation and hue.
 
     Args:
-        pixels: [3, H, W] floating in [0, 1].
+        pixels: [C, H, W] floating in [0, 1].
         generator: that they are drawn from; None takes torch's global one.
     """
     from torchvision.transforms.v2 import functional as F
@@ -126,6 +180,8 @@ def colours(pixels: Tensor, generator: Generator | None = None) -> Tensor:
         lambda x: F.adjust_saturation(x, uniform(0.5, 1.5, generator)),
         lambda x: F.adjust_hue(x, uniform(-0.1, 0.1, generator)),
     ]
+    if len(pixels) != 3:
+        changes = changes[:2]
     if uniform(0, 1, generator) < 0.5:
         changes.append(changes.pop(1))
     for change in changes:

@@ -1,7 +1,7 @@
 """Random views of pictures with segments for training: resize, crop, mirror, colours.
 
-    resize by a random ratio, or to one of several short sides -> crop of a fixed size -> mirror
-    -> colours -> normalise -> pad with zeros
+    resize by a random ratio, or to one of several short sides -> crop of a fixed size, in which no
+    class fills too much -> mirror -> colours -> normalise -> pad with zeros
 
 Letters: H W size of the view, h w size of the picture, l map.
 
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
-from ..structures.labels import VOID
+from ..structures.labels import void_in
 from .sample import Sample
-from .transforms import colours, uniform
+from .transforms import colours, crop, nearest, normalised, uniform
 
 
 @dataclass
@@ -35,6 +35,8 @@ class ViewConfig:
         long_side: pixels, the most that the long side gets then.
         flip: share of the views that are mirrored, in [0, 1].
         colours: change brightness, contrast, saturation and hue.
+        most: share of a view's labelled pixels that one class may fill, in (0, 1], of samples with
+            a map of labels: a crop that has more is drawn again, ten times at most. 1 takes any.
     """
 
     size: tuple[int, int] = (1024, 1024)
@@ -43,6 +45,7 @@ class ViewConfig:
     long_side: int = 4096
     flip: float = 0.5
     colours: bool = False
+    most: float = 1.0
 
     def __post_init__(self):
         self.size, self.ratios = tuple(self.size), tuple(self.ratios)
@@ -56,6 +59,13 @@ class ViewConfig:
             raise ValueError(f"views: ratios must be 0 < least <= largest, got {self.ratios}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"views: flip must be in [0, 1], got {self.flip}")
+        if not 0 < self.most <= 1:
+            raise ValueError(f"views: most must be in (0, 1], got {self.most}")
+
+
+def scaled_sides(side: int) -> tuple[int, ...]:
+    """Short sides of 0.5 to 2 times one, in steps of a tenth, as the papers' recipes have them."""
+    return tuple(tenths * side // 10 for tenths in range(5, 21))
 
 
 class InstanceViews:
@@ -72,12 +82,15 @@ class InstanceViews:
 
         self.config, self.mean, self.std = config, list(mean), list(std)
 
-    def __call__(self, sample: Sample, generator: Generator | None = None) -> Sample:
+    def __call__(
+        self, sample: Sample, generator: Generator | None = None, out: Tensor | None = None
+    ) -> Sample:
         """A view.
 
         Args:
             sample: with image, `IdMaps`, labels and crowd; semantic may lack.
             generator: that it is drawn from; None takes torch's global one.
+            out: [3, H, W] float32 that pixel_values are written to; None makes it.
 
         Returns:
             the sample with pixel_values [3, H, W] float32 in place of image; segments that it does
@@ -89,22 +102,20 @@ class InstanceViews:
         pixels = torch.from_numpy(sample.pop("image")).movedim(2, 0)
         size = pixels.shape[1:]
         fitted = self._fitted(size, generator)
-        starts = [
-            int(torch.randint(max(have - want, 0) + 1, (), generator=generator))
-            for have, want in zip(fitted, self.config.size)
-        ]
-        places = [slice(start, start + want) for start, want in zip(starts, self.config.size)]
-        pixels = F.resize(pixels, fitted, antialias=True)[:, *places]
-        rows, columns = (
-            ((np.arange(to)[place] + 0.5) * (n / to)).astype(np.int64).clip(max=n - 1)
-            for n, to, place in zip(size, fitted, places)
-        )
+        rows, columns = (nearest(n, to) for n, to in zip(size, fitted))
+        limited = self.config.most < 1 and "semantic" in sample
+
+        def labels_at(place: tuple[slice, slice]) -> np.ndarray:
+            return sample["semantic"].take(rows[place[0]], axis=0).take(columns[place[1]], axis=1)
+
+        wanted = labels_at if limited else None
+        place = crop(fitted, self.config.size, generator, wanted, self.config.most)
+        pixels = F.resize(pixels, fitted, antialias=True)[:, *place]
+        rows, columns = rows[place[0]], columns[place[1]]
         if uniform(0, 1, generator) < self.config.flip:
             pixels, columns = F.horizontal_flip(pixels), columns[::-1]
-        pixels = F.to_dtype(pixels, torch.float32, scale=True)
         if self.config.colours:
-            pixels = colours(pixels, generator)
-        pixels = F.normalize(pixels, self.mean, self.std)
+            pixels = colours(F.to_dtype(pixels, torch.float32, scale=True), generator)
         below, right = (n - m for n, m in zip(self.config.size, pixels.shape[1:]))
         rows = np.pad(rows, (0, below), constant_values=-1)
         columns = np.pad(columns, (0, right), constant_values=-1)
@@ -112,10 +123,10 @@ class InstanceViews:
         seen = masks.areas() > 0
         if "semantic" in sample:
             labels = sample["semantic"].take(rows, axis=0).take(columns, axis=1)
-            labels[rows < 0], labels[:, columns < 0] = VOID, VOID
+            labels[rows < 0], labels[:, columns < 0] = void_in(labels), void_in(labels)
             sample["semantic"] = labels
         return sample | {
-            "pixel_values": F.pad(pixels, [0, 0, right, below]),
+            "pixel_values": normalised(pixels, self.mean, self.std, self.config.size, out),
             "masks": masks.chosen(seen),
             "labels": sample["labels"][seen],
             "crowd": sample["crowd"][seen],

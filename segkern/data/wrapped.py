@@ -24,6 +24,7 @@ class Wrapped:
         stuff: labels without instances.
         views: for training; None leaves pictures whole.
         seed: other seeds give other views.
+        channels: of the pictures.
 
     Attributes:
         things: labels with instances.
@@ -40,13 +41,14 @@ class Wrapped:
         stuff: Sequence[int] = (),
         views: InstanceViews | None = None,
         seed: int = 0,
+        channels: int = 3,
     ):
         if not len(dataset) or not len(classes):
             raise ValueError(
                 "Wrapped: dataset and classes must not be empty, "
                 f"got {len(dataset)} items and {len(classes)} names"
             )
-        self.dataset, self.views, self.seed = dataset, views, seed
+        self.dataset, self.views, self.seed, self.channels = dataset, views, seed, channels
         self.classes, self.stuff = list(classes), tuple(stuff)
         self.things = tuple(k for k in range(len(classes)) if k not in self.stuff)
         self.passes = views is not None
@@ -71,7 +73,7 @@ class Wrapped:
         if not isinstance(item, (tuple, list)) or len(item) != 3:
             raise ValueError(f"{name}: must be (image, masks, labels), got {type(item).__name__}")
         try:
-            image = read_pixels(item[0], name)
+            image = read_pixels(item[0], name, channels=self.channels)
         except TypeError as error:
             raise ValueError(str(error)) from error
         masks, labels = (_array(x) for x in item[1:])

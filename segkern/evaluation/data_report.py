@@ -17,9 +17,10 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from ..io.atomic_files import atomic
+from ..io.images import shown
 from ..io.overlay import overlay
 from ..io.plots import save_data, save_sheet
-from ..structures.labels import VOID
+from ..structures.labels import void_in
 from ..structures.segmentation import Segmentation
 from .report import semantic_truth, truth
 
@@ -55,7 +56,8 @@ class _Examined(Dataset):
 def _objects(sample: dict) -> tuple[np.ndarray, np.ndarray]:
     """Labels and areas in pixels of a sample's objects; of a map of classes, of each class."""
     if "masks" not in sample:
-        counts = np.bincount(sample["semantic"].ravel(), minlength=VOID + 1)[:VOID]
+        semantic = sample["semantic"]
+        counts = np.bincount(semantic.ravel(), minlength=1)[: void_in(semantic)]
         return counts.nonzero()[0], counts[counts > 0]
     masks = sample["masks"]
     areas = masks.areas() if hasattr(masks, "areas") else np.asarray(masks).sum((1, 2))
@@ -173,17 +175,21 @@ def draw_samples(path: str | Path, dataset, count: int = 12, mean=None, std=None
     drawn = []
     for place in places.astype(int).tolist():
         sample = dataset[place]
-        image = sample["image"] if "image" in sample else _picture(sample, mean, std)
+        image = _picture(sample, mean, std)
         drawn.append((overlay(image, _truth(sample, dataset)), Path(sample.get("path", "")).name))
     save_sheet(path, drawn)
     return len(drawn)
 
 
 def _picture(sample: dict, mean, std) -> np.ndarray:
-    """[H, W, 3] uint8 of normalised pixels."""
-    mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
-    pixels = (torch.as_tensor(sample["pixel_values"]) * std + mean).clamp(0, 1)
-    return (255 * pixels).round().byte().permute(1, 2, 0).numpy()
+    """[H, W, 3] uint8 of a picture or of normalised pixels, of their first three channels."""
+    if "image" in sample:
+        pixels = torch.as_tensor(sample["image"]).movedim(2, 0)
+    else:
+        mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
+        pixels = (torch.as_tensor(sample["pixel_values"]) * std + mean).clamp(0, 1)
+        pixels = (255 * pixels).round().byte()
+    return shown(pixels).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
 def _truth(sample: dict, dataset) -> Segmentation:

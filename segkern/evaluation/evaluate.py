@@ -59,7 +59,7 @@ def evaluate(
             instances; not needed for the semantic task, nor where the model has a list of them),
             or a DataLoader over one that yields lists of samples. A sample is a dict: pixel_values
             [3, h, w] float32 normalised, masks [n, H, W] uint8, labels [n] int64, semantic [H, W]
-            integers (labels the model does not have are void, as 255 is up to 255 classes). For
+            integers (labels the model does not have are void). For
             the semantic task alone it may have image [H, W, 3] uint8 in place of the first three,
             which is resized and normalised as the model's config says.
         tasks: any of "panoptic", "instance", "semantic"; None for all that the model can do.

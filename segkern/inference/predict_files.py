@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..io.atomic_files import writable_folder, write_json
-from ..io.images import open_image, picture_suffixes
+from ..io.images import picture_suffixes
 from ..io.overlay import save_label_map, save_picture
 from ..models.protocol import SegmentationModel
 from ..ops.segment_map import THRESHOLD
@@ -78,9 +78,8 @@ def predict_files(
     written, failed = [], []
     for path, name in zip(pictures, _names(pictures)):
         try:
-            image = open_image(path, max_pixels)
             given = {"options": options, "views": views, "cuda_graphs": cuda_graphs}
-            result = segment(model, image, task, **given)
+            result = segment(model, path, task, max_pixels=max_pixels, **given)
             save_picture(folder / f"{name}_overlay.png", result.plot())
             save_label_map(folder / f"{name}_labels.png", result)
             write_json(folder / f"{name}.json", {"image": path.name, **result.to_json()})

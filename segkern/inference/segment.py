@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..io.images import prepare, read_image, target_size
+from ..io.images import prepare, read_image, shown, target_size
 from ..models.protocol import SegmentationModel
 from ..ops._checks import expect_integer
 from ..ops.segment_map import check_options
@@ -81,7 +81,7 @@ def segment(
     expect_integer("segment: batch_size", batch_size)
     one, names = not isinstance(images, (list, tuple)), model.config.labels.names
     pictures = [
-        read_image(x, "image" if one else f"image {i}", max_pixels)
+        read_image(x, "image" if one else f"image {i}", max_pixels, model.config.input.channels)
         for i, x in enumerate([images] if one else images)
     ]
     inputs = [Input.of(picture, model.config.input, views) for picture in pictures]
@@ -89,7 +89,7 @@ def segment(
     stuff = model.config.labels.stuff
     wanted = {task: options}
     for i, found in find(model, inputs, wanted, views, stuff, batch_size, cuda_graphs):
-        results[i] = replace(found[task], names=names, image=pictures[i])
+        results[i] = replace(found[task], names=names, image=shown(pictures[i]))
     return results[0] if one else results
 
 
@@ -156,7 +156,7 @@ class Input(NamedTuple):
     Attributes:
         sizes: height and width at each scale of the views.
         output: (H, W) of the result.
-        read: gives the image at scale number k, [3, h, w] float, normalised; called when its
+        read: gives the image at scale number k, [C, h, w] float, normalised; called when its
             batch is made.
     """
 
@@ -172,8 +172,17 @@ class Input(NamedTuple):
         views: Views,
         output: tuple[int, int] | None = None,
     ) -> "Input":
-        """A picture [3, H, W], resized as a model takes it; the result has its size if no other
-        is given."""
+        """A picture [C, H, W], resized as a model takes it; the result has its size if no other
+        is given.
+
+        Raises:
+            ValueError: the model takes another number of channels.
+        """
+        if len(picture) != settings.channels:
+            raise ValueError(
+                f"the picture must have {settings.channels} channels, as the model takes them "
+                f"(input.channels), got {len(picture)}"
+            )
         own, at = tuple(picture.shape[1:]), [settings.at(scale) for scale in views.scales]
         sizes = tuple(target_size(own, x.shortest_edge, x.longest_edge) for x in at)
         return cls(sizes, output or own, lambda k: prepare(picture, at[k]))
@@ -244,7 +253,7 @@ def _by_queries(
     cuda_graphs: bool,
 ) -> Iterator[dict[str, Segmentation]]:
     padded = model.config.input.padded(batch[0].sizes[0])
-    pixels = next(model.parameters()).new_zeros((len(batch), 3, *padded))
+    pixels = next(model.parameters()).new_zeros((len(batch), model.config.input.channels, *padded))
     for row, one in zip(pixels, batch):
         (h, w), *_ = one.sizes
         row[:, :h, :w] = one.read(0)

@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from .tiff import MOST, read_bands
+
 # what PIL's modes of more than 8 bits count as full brightness, if no pixel is brighter; "F" holds
 # 8-bit values as floats, or floats up to 1
 _FULL = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "I": 65535, "F": 255}
 # files of several frames whose first is the picture and the others its parts: previews, depth and
 # gain maps of a phone's photo, layers
 _PARTS = ("MPO", "PSD")
-_EXTRA_SAMPLES, _SUBFILE_TYPE, _MOST = 338, 254, 281  # tags of TIFF
+_EXTRA_SAMPLES, _SUBFILE_TYPE = 338, 254  # tags of TIFF
 _NARROW = (255, 1023, 4095)  # white of pictures of 8, 10 and 12 bits in 16
 _limit = threading.Lock()
 
@@ -63,9 +65,10 @@ def open_image(
                 )
             image.load()
             mode = _mode(image)
-            if white := getattr(image, "tag_v2", {}).get(_MOST):
+            if white := getattr(image, "tag_v2", {}).get(MOST):
                 image.info["white"] = white[0] if isinstance(white, tuple) else white
-            image = ImageOps.exif_transpose(image) if upright else image
+            if upright and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                image = ImageOps.exif_transpose(image)  # it copies any other, too
             return image if image.mode == mode else image.convert(mode)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
@@ -95,8 +98,13 @@ def read_head(
         with image:
             raw, turned = image.size[::-1], image.getexif().get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        image = open_image(path, max_pixels, upright=False)  # says what is wrong
-        raw, turned = image.size[::-1], 1
+        try:
+            image = open_image(path, max_pixels, upright=False)
+            raw, turned = image.size[::-1], 1
+        except ValueError:  # says what is wrong, if it is not a TIFF of many bands
+            if Path(path).suffix.lower() not in (".tif", ".tiff"):
+                raise
+            raw, turned = read_bands(path, max_pixels)[0].shape[:2], 1
     turned = turned if turned in range(1, 9) else 1
     return raw, raw[::-1] if turned >= 5 else raw, turned
 
@@ -142,7 +150,9 @@ def _mode(image: Image.Image) -> str:
     return image.mode if says_so else image.mode.removesuffix("A")
 
 
-def read_image(image, name: str = "image", max_pixels: int | None = None) -> Tensor:
+def read_image(
+    image, name: str = "image", max_pixels: int | None = None, channels: int = 3
+) -> Tensor:
     """A picture as a tensor.
 
     Args:
@@ -153,17 +163,23 @@ def read_image(image, name: str = "image", max_pixels: int | None = None) -> Ten
             the brightest pixel if that is more.
         name: begins the message of an error.
         max_pixels: of a file, as in `open_image`.
+        channels: C that is wanted. With another number than 3 the channels are taken as they are:
+            those of an array or tensor, or the bands of a TIFF's pages (`io.tiff`).
 
     Returns:
-        [3, H, W]: uint8 where 8 bits came, else float32 in [0, 1].
+        [channels, H, W]: uint8 where 8 bits came, else float32 in [0, 1].
 
     Raises:
         TypeError: of no such kind or dtype.
         ValueError: another shape, empty, NaN, out of range, or a file that is no image.
     """
     if isinstance(image, (str, Path)):
-        image = open_image(image, max_pixels)
+        image = open_image(image, max_pixels) if channels == 3 else _bands(image, max_pixels)
     if isinstance(image, Image.Image):
+        if channels != 3:
+            raise ValueError(
+                f"{name}: must be a TIFF, array or tensor of {channels} channels, got a PIL image"
+            )
         image = _from_pil(image, name)
     if isinstance(image, np.ndarray):
         x = torch.from_numpy(np.ascontiguousarray(image))
@@ -176,9 +192,11 @@ def read_image(image, name: str = "image", max_pixels: int | None = None) -> Ten
             f"{name}: must be a path, PIL image, array or tensor, got {type(image).__name__}"
         )
     x = x[None] if x.ndim == 2 else x
-    if x.ndim != 3 or not 1 <= x.shape[0] <= 4 or 0 in x.shape:
+    known = (1, 2, 3, 4) if channels == 3 else (channels,)
+    if x.ndim != 3 or x.shape[0] not in known or 0 in x.shape:
+        rule = "1 to 4" if channels == 3 else channels
         raise ValueError(
-            f"{name}: must be {layout} with 1 to 4 channels and not empty, got {list(image.shape)}"
+            f"{name}: must be {layout} with {rule} channels and not empty, got {list(image.shape)}"
         )
     if x.dtype == torch.bool:
         x = x.float()
@@ -197,6 +215,8 @@ def read_image(image, name: str = "image", max_pixels: int | None = None) -> Ten
     elif x.dtype != torch.uint8:
         kind = str(x.dtype).removeprefix("torch.")
         raise TypeError(f"{name}: pixels must be bool, uint8, uint16 or floating, got {kind}")
+    if channels != 3:
+        return x
     if x.shape[0] in (2, 4):
         x = _on_white(x)
     return x.expand(3, -1, -1)
@@ -227,19 +247,21 @@ def read_values(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
     return values.astype(np.uint8) if values.dtype == bool else values
 
 
-def read_pixels(image, name: str = "image", max_pixels: int | None = None) -> np.ndarray:
+def read_pixels(
+    image, name: str = "image", max_pixels: int | None = None, channels: int = 3
+) -> np.ndarray:
     """A picture in 8 bits.
 
     Args:
-        image, name, max_pixels: as `read_image` takes them.
+        image, name, max_pixels, channels: as `read_image` takes them.
 
     Returns:
-        [H, W, 3] uint8.
+        [H, W, channels] uint8.
 
     Raises:
         TypeError, ValueError: as `read_image`.
     """
-    pixels = read_image(image, name, max_pixels)
+    pixels = read_image(image, name, max_pixels, channels)
     pixels = pixels if not pixels.is_floating_point() else (pixels * 255).round().byte()
     return np.ascontiguousarray(pixels.movedim(0, 2).cpu().numpy())
 
@@ -260,12 +282,12 @@ def prepare(image: Tensor, settings) -> Tensor:
     """A picture as the model takes it: resized and normalised, not yet padded.
 
     Args:
-        image: [3, H, W] uint8, or floating in [0, 1].
+        image: [C, H, W] uint8, or floating in [0, 1].
         settings: a model's `config.input`: `shortest_edge`, `longest_edge` (pixels or None: no
             such limit; both None keep the size), `mean` and `std`.
 
     Returns:
-        [3, h, w] float32.
+        [C, h, w] float32.
     """
     size = target_size(tuple(image.shape[1:]), settings.shortest_edge, settings.longest_edge)
     x = image.float()
@@ -298,20 +320,44 @@ def _from_pil(image: Image.Image, name: str) -> np.ndarray:
         low, high = pixels.min(initial=0), pixels.max(initial=0)
         white = 1 if image.mode == "F" and high <= 1 else max(_FULL[image.mode], high)
         if image.mode != "F" and 0 < high <= _NARROW[-1]:
-            white = image.info.get("white") or next(top for top in _NARROW if high <= top)
-            if "white" not in image.info:
-                warnings.warn(
-                    f"{name}: the brightest of its 16-bit pixels is {high:.0f}: white is taken as "
-                    f"{white}",
-                    stacklevel=3,
-                )
+            white = image.info.get("white") or _narrow_white(high, name)
         if low < -1e-3 * white:
             raise ValueError(f"{name}: pixels must not be negative, got {low:.4g}")
         return pixels / np.float32(white)
-    image = image.convert(_mode(image))
-    if image.has_transparency_data:
-        return np.array(image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+    if image.mode != (mode := _mode(image)):  # convert copies where it need not
+        image = image.convert(mode)
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return np.array(image if image.mode == mode else image.convert(mode))
+
+
+def _narrow_white(high: float, name: str) -> int:
+    """White of 16-bit pixels whose brightest is that, where their file does not state it."""
+    white = next(top for top in _NARROW if high <= top)
+    warnings.warn(
+        f"{name}: the brightest of its 16-bit pixels is {high:.0f}: white is taken as {white}",
+        stacklevel=4,
+    )
+    return white
+
+
+def _bands(path: str | Path, max_pixels: int | None) -> np.ndarray:
+    """The bands of a TIFF, [H, W, C] uint8, or float32 in [0, 1]; floats up to 255 or 65535 are
+    scaled as integers of 8 and 16 bits are."""
+    pixels, white = read_bands(path, max_pixels)
+    if pixels.dtype == np.uint8:
+        return pixels
+    high = float(pixels.max(initial=0))
+    if pixels.dtype == np.float32 and not white:
+        white = 1 if high <= 1 else 255 if high <= 255 else max(65535, high)
+    elif not white:
+        narrow = 0 < high <= _NARROW[-1]
+        white = _narrow_white(high, str(path)) if narrow else _FULL["I;16"]
+    return pixels.astype(np.float32) / np.float32(max(white, high))
+
+
+def shown(image: Tensor) -> Tensor:
+    """What a picture [C, H, W] of any number of channels is drawn as: its first three, or one."""
+    return image[:3] if len(image) >= 3 else image[:1]
 
 
 def _on_white(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class SegmentationModel(Protocol):
         """What `predict` takes besides pixels for a task; () where all tasks share one run."""
 
     def predict(self, pixel_values: Tensor, *inputs: Tensor) -> QueryLogits | PixelLogits:
-        """The last prediction for [B, 3, H, W] floating, normalised, zero-padded to the right and
+        """The last prediction for [B, C, H, W] floating, normalised, zero-padded to the right and
         below."""
 
     def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:

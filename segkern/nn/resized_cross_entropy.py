@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops._bands import rows_at_once
-from ..structures.labels import VOID
+from ..structures.labels import void_of
 from .bilinear import neighbours, widened
 
 
@@ -28,7 +28,7 @@ class _CrossEntropy(torch.autograd.Function):
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
         maps = logits.detach().to(exact)
         grad, total = torch.zeros_like(maps), maps.new_zeros(())
-        counts = labels != VOID
+        counts = labels != void_of(logits.shape[1])
         outside = counts & ((labels < 0) | (labels >= logits.shape[1]))
         # nothing may wait for the device to raise: loss and gradient are NaN, and training stops
         count = counts.sum() if normalizer is None else normalizer
@@ -77,7 +77,8 @@ def resized_cross_entropy(
 
     Args:
         logits: [B, K, h, w] floating.
-        labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count.
+        labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count; 65535 there for more
+            than 255 classes.
         size: of the resized logits; its upper left [H, W] belongs to the labels.
         normalizer: [], number of labelled pixels to divide by, at least 1; None takes those of
             this batch.

@@ -77,6 +77,7 @@ class ViT(nn.Module):
         distilled: with DeiT's distillation token.
         dropout: probability after the position embeddings and in the blocks.
         drop_path_rate: of the last block; grows linearly from 0.
+        in_chans: channels of the images.
     """
 
     def __init__(
@@ -89,13 +90,14 @@ class ViT(nn.Module):
         distilled: bool = False,
         dropout: float = 0.0,
         drop_path_rate: float = 0.0,
+        in_chans: int = 3,
     ):
         super().__init__()
         self.patch_size = patch_size
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.tokens = 2 if distilled else 1
         self.patch_embed = nn.ModuleDict(
-            {"proj": nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)}
+            {"proj": nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)}
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         if distilled:
@@ -143,7 +145,7 @@ class ViT(nn.Module):
         """Embeddings of all patches.
 
         Args:
-            image: [B, 3, H, W], sides multiples of the patch size.
+            image: [B, in_chans, H, W], sides multiples of the patch size.
 
         Returns:
             [B, tokens + N, D], the patches row by row after the tokens.

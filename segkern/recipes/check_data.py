@@ -76,12 +76,15 @@ def show_data(
     Returns:
         how many were drawn.
     """
+    channels, colours = config.read.channels, (IMAGENET_MEAN, IMAGENET_STD)
+    if channels != 3:
+        colours = (0.5,) * channels, (0.5,) * channels
     if isinstance(config, FolderConfig):
         crop = size or (512, 512)
-        views = SemanticViews(crop, (min(crop), 4 * max(crop)), IMAGENET_MEAN, IMAGENET_STD)
+        views = SemanticViews(crop, (min(crop), 4 * max(crop)), *colours)
     else:
         wanted = config.views if size is None else replace(config.views, size=size)
-        views = InstanceViews(wanted, IMAGENET_MEAN, IMAGENET_STD)
+        views = InstanceViews(wanted, *colours)
     dataset = FORMATS[config.kind].dataset(config, split, views)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return draw_samples(path, dataset, count, IMAGENET_MEAN, IMAGENET_STD)
+    return draw_samples(path, dataset, count, *colours)

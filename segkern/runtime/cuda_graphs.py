@@ -202,7 +202,7 @@ def replayed(function: Callable, model: nn.Module, *inputs: Tensor, enabled: boo
         model: in whatever mode, which stays: the function gets it in eval mode (see `modes`). What
             its work depends on besides weights and input (settings of a module, say) must not
             change unless `enabled` is False once.
-        inputs: the first [B, 3, H, W] floating.
+        inputs: the first [B, C, H, W] floating.
         enabled: False runs the function and frees the model's graphs.
     """
     if not (enabled and inputs[0].is_cuda):

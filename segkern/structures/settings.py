@@ -12,7 +12,8 @@ class InputConfig:
     """How a model takes images.
 
     Attributes:
-        mean, std: of the pixels in [0, 1], red, green, blue; std above 0.
+        mean, std: of the pixels in [0, 1], a number a channel: red, green, blue, or as many as
+            the pictures have; std above 0.
         shortest_edge: pixels, to which an image's short side is resized; None keeps its size.
         longest_edge: pixels, the most that the long side may get; None for no limit.
         divisor: sides of a batch are padded to a multiple of it.
@@ -21,11 +22,11 @@ class InputConfig:
         crop: (H, W) of random views in training; None where the data set decides.
 
     Raises:
-        ValueError: mean or std are not three numbers, or std not positive.
+        ValueError: mean or std are no numbers, not equally many, or std not positive.
     """
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     shortest_edge: int | None = None
     longest_edge: int | None = None
     divisor: int = 1
@@ -36,12 +37,20 @@ class InputConfig:
     def __post_init__(self):
         for name in ("mean", "std"):
             value = getattr(self, name)
-            numbers = len(value) == 3 and all(isinstance(x, Real) for x in value)
+            numbers = len(value) > 0 and all(isinstance(x, Real) for x in value)
             if not numbers or (name == "std" and min(value) <= 0):
-                rule = "three numbers" + (" above 0" if name == "std" else "")
-                raise ValueError(
-                    f"image_{name} must be {rule}, of red, green and blue, got {tuple(value)}"
-                )
+                rule = "numbers" + (" above 0" if name == "std" else "")
+                raise ValueError(f"image_{name} must be {rule}, one a channel, got {tuple(value)}")
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"image_std must have {len(self.mean)} numbers, one a channel as image_mean, "
+                f"got {tuple(self.std)}"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return len(self.mean)
 
     def at(self, scale: float) -> "InputConfig":
         """The same with edges times `scale`, at least 1."""

@@ -8,16 +8,40 @@ allocations are reused. Slots from `count` on are padding: label 0, an empty mas
 
 import warnings
 from collections.abc import Sequence
-from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops import pack_bits
 from ..ops._checks import expect, got
 
+_said: set[str] = set()
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 100)  # then multiples of 64
+
+
+@runtime_checkable
+class SparseMasks(Protocol):
+    """n masks that are not dense, such as `data.IdMaps`.
+
+    Attributes:
+        shape: (n, H, W).
+    """
+
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        """n."""
+
+    def areas(self) -> np.ndarray:
+        """Pixels of each mask, [n] int64."""
+
+    def chosen(self, keep: np.ndarray) -> "SparseMasks":
+        """The masks where `keep` [n] is true."""
+
+    def write(self, out: np.ndarray) -> None:
+        """Writes them into the upper left of `out` [n, at least H, at least W] uint8."""
 
 
 class Targets(NamedTuple):
@@ -28,8 +52,8 @@ class Targets(NamedTuple):
         masks: [B, T, H, W] uint8, 1 inside.
         count: [B] int64, targets of each image; the slots behind them are padding.
         ids: [B] int64, sample ids: random points depend on them and not on the place in the batch.
-        semantic: [B, H, W] uint8, the label of each pixel, 255 where it does not count; None where
-            the samples have none.
+        semantic: [B, H, W] uint8, the label of each pixel, 255 where it does not count; uint16 and
+            65535 for more than 255 classes; None where the samples have none.
         void: [B, H, ceil(W / 32)] int32, the pixels that have no weight in matching and in losses
             of masks, packed as `ops.pack_bits` does; None where all have it.
         normalizer: [] floating, number of targets that losses of masks are divided by: where
@@ -52,7 +76,7 @@ class Targets(NamedTuple):
     @classmethod
     def from_lists(
         cls,
-        mask_labels: Sequence[Tensor],
+        mask_labels: Sequence[Tensor | SparseMasks],
         class_labels: Sequence[Tensor],
         size: tuple[int, int] | None = None,
         num_labels: int | None = None,
@@ -66,7 +90,8 @@ class Targets(NamedTuple):
         Values are read, so pack on the CPU (a CUDA tensor is waited for) and move the result.
 
         Args:
-            mask_labels: for each image [n, H, W] float, bool or uint8, 1 inside and 0 outside.
+            mask_labels: for each image [n, H, W] float, bool or uint8, 1 inside and 0 outside; or
+                `SparseMasks` of at most that size.
             class_labels: for each image [n] integers.
             size: (H, W) of the batch; None takes the first image's.
             num_labels: K; None leaves the upper bound unchecked.
@@ -92,16 +117,22 @@ class Targets(NamedTuple):
         mask_labels, class_labels = _with_pixels(mask_labels, class_labels)
         count = torch.tensor([len(labels) for labels in class_labels])
         if num_queries is not None and count.max() > num_queries:
+            lost = int((count - num_queries).clamp(min=0).sum())
             _warn(
                 f"targets: an image has {count.max()} targets, the model {num_queries} queries: "
-                "some cannot be matched; give the model more queries"
+                f"{lost} of the {count.sum()} targets of a batch cannot be matched; give the "
+                "model more queries",
+                "queries",
             )
-        T, device = bucket(int(count.max())), mask_labels[0].device
+        T, device = bucket(int(count.max())), class_labels[0].device
         packed_labels = torch.zeros(B, T, dtype=torch.int64, device=device)
-        packed_masks = torch.zeros(B, T, H, W, dtype=torch.uint8, device=device)
+        packed_masks = fresh(B, T, H, W, dtype=np.uint8, zeros=True).to(device)
         for b, (masks, labels) in enumerate(zip(mask_labels, class_labels)):
             packed_labels[b, : len(labels)] = labels
-            packed_masks[b, : len(labels)] = masks
+            if isinstance(masks, Tensor):
+                packed_masks[b, : len(labels)] = masks
+            else:
+                masks.write(packed_masks[b, : len(labels)].numpy())
         ids = torch.as_tensor(range(B) if ids is None else ids, dtype=torch.int64)
         if ids.shape != (B,):
             raise ValueError(
@@ -117,6 +148,12 @@ class Targets(NamedTuple):
         )
 
 
+def fresh(*shape: int, dtype=np.float32, zeros: bool = False) -> Tensor:
+    """A large tensor on the CPU. NumPy asks for huge pages, so that it is first written in half of
+    the time that one of PyTorch's own takes."""
+    return torch.from_numpy((np.zeros if zeros else np.empty)(shape, dtype))
+
+
 def bucket(n: int) -> int:
     """Slots for at most n targets an image: a few sizes up to 100, then multiples of 64."""
     return next((b for b in BUCKETS if b >= n), -(-n // 64) * 64)
@@ -124,20 +161,30 @@ def bucket(n: int) -> int:
 
 def _with_pixels(masks: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[list, list]:
     """Masks and labels without those of empty masks, which have nothing to be found."""
-    seen = [m.flatten(1).any(1) for m in masks]
+    seen = [
+        m.flatten(1).any(1).bool() if isinstance(m, Tensor) else torch.from_numpy(m.areas() > 0)
+        for m in masks
+    ]
     lost = sum(len(s) - int(s.sum()) for s in seen)
     if not lost:
         return list(masks), list(labels)
-    _warn("targets: a mask without a pixel inside is left out with its label")
+    _warn("targets: a mask without a pixel inside is left out with its label", "empty")
     kept = zip(masks, labels, seen)
-    masks, labels = zip(*((m[s], k[s.to(k.device)]) for m, k, s in kept))
+    masks, labels = zip(
+        *(
+            (m[s] if isinstance(m, Tensor) else m.chosen(s.numpy()), k[s.to(k.device)])
+            for m, k, s in kept
+        )
+    )
     return list(masks), list(labels)
 
 
-@cache
-def _warn(message: str) -> None:
-    """Says it once in a process: what is wrong with a data set is wrong in many batches."""
-    warnings.warn(message, stacklevel=3)
+def _warn(message: str, kind: str) -> None:
+    """Says a kind of thing once in a process: what is wrong with a data set is wrong in many
+    batches."""
+    if kind not in _said:
+        _said.add(kind)
+        warnings.warn(message, stacklevel=3)
 
 
 def _packed(void: Sequence[Tensor], sizes: tuple[int, int, int]) -> Tensor:
@@ -159,19 +206,25 @@ def _last_two(masks) -> tuple[int, int]:
 
 
 def _check(b: int, masks, labels, size: tuple[int, int], num_labels: int | None) -> None:
-    kinds = (torch.bool, torch.uint8)
-    if not isinstance(masks, Tensor) or not (masks.is_floating_point() or masks.dtype in kinds):
+    kinds, sparse = (torch.bool, torch.uint8), isinstance(masks, SparseMasks)
+    if not sparse and not (
+        isinstance(masks, Tensor) and (masks.is_floating_point() or masks.dtype in kinds)
+    ):
         raise TypeError(
             f"targets: masks of image {b} must be float, bool or uint8, got {got(masks)}"
         )
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"targets: labels of image {b} must be integers, got {got(labels)}")
-    if masks.ndim != 3 or tuple(masks.shape[1:]) != tuple(size):
+    if sparse:
+        fits = masks.shape[1] <= size[0] and masks.shape[2] <= size[1]
+    else:
+        fits = masks.ndim == 3 and tuple(masks.shape[1:]) == tuple(size)
+    if not fits:
         raise ValueError(
             f"targets: masks of image {b} must be [n, {size[0]}, {size[1]}], the size of the "
-            f"batch, got {got(masks)}"
+            f"batch, got {list(masks.shape) if sparse else got(masks)}"
         )
-    if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
+    if not sparse and masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
         bad = masks[(masks != 0) & (masks != 1)][0].item()
         raise ValueError(
             f"targets: masks of image {b} must be 1 inside and 0 outside, got {bad:g} "

@@ -158,7 +158,7 @@ def train(
         for step in range(start, config.steps):
             began = time.perf_counter()
             batch = next(batches).to(device)
-            batch.targets = normalized(batch.targets)
+            batch.targets = normalized(batch.targets, getattr(config.model, "num_queries", None))
             rate = learning_rate(step, config)
             loss, losses = train_step(batch, rate)
             done = step + 1
@@ -257,7 +257,7 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
             split = "training" if name == "dataset" else "val"
             warnings.warn(
                 f"train: {len(absent)} of {len(part.classes)} classes occur in no map of the "
-                f"{split} split (255 stands for no class): {some_of(absent)}",
+                f"{split} split (255 or 65535 stands for no class): {some_of(absent)}",
                 stacklevel=3,
             )
     return data, held_out

@@ -1,9 +1,11 @@
 """The format of a folder, from its files, and data sets of what was found."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
-from segkern.data import build_dataset, find_format
+from segkern.data import build_dataset, data_config, find_format
 from support.pictures import coded_values as coded
 from support.pictures import labelme_shape as shape
 from support.pictures import (
@@ -49,7 +51,7 @@ SETS = {  # how it is written, what is found
     ),
     "ade20k": (
         lambda root: maps(root, "images/training/a.jpg", "annotations/training/a.png"),
-        "folder (ade20k): it has annotations/training",
+        "ade20k (semantic): it has annotations/training",
     ),
     "cityscapes": (
         lambda root: maps(
@@ -57,7 +59,7 @@ SETS = {  # how it is written, what is found
             "leftImg8bit/train/u/a_leftImg8bit.png",
             "gtFine/train/u/a_gtFine_labelTrainIds.png",
         ),
-        "folder (cityscapes): it has leftImg8bit",
+        "cityscapes (semantic): it has leftImg8bit",
     ),
 }
 
@@ -70,6 +72,7 @@ def test_found(case, tmp_path):
     config, line = find_format(tmp_path)
     assert line == f"{tmp_path}: found data of kind {message}"
     assert build_dataset(config, "train")[0]["image"].shape == (30, 40, 3)
+    assert data_config({"kind": config.kind, **asdict(config)}) == config  # as a run stores it
 
 
 def test_nothing_found(tmp_path):

@@ -146,7 +146,7 @@ def test_names_of_classes(tmp_path):
     ade = FolderConfig(tmp_path, "ade20k")
     write(tmp_path / "images/validation/x.png", np.zeros((2, 2, 3), np.uint8))
     write(tmp_path / "annotations/validation/x.png", np.zeros((2, 2), np.uint8))
-    assert Folder(ade, "val").classes[::149] == ["class 1", "class 150"]
+    assert Folder(ade, "val").classes[::149] == ["wall", "flag"]
     rows = [f"{k} \t0.1\t5\t1\tthing {k} , other name" for k in range(1, 151)]
     table = tmp_path / "objectInfo150.txt"
     table.write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows, ""]))
@@ -250,7 +250,7 @@ ERRORS = {
     ),
     "empty name": (
         lambda r: (r / "classes.txt").write_text("a\n\nb"),
-        "classes.txt: must have 1 to 255 names, one a line and no empty line, got 3",
+        "classes.txt: must have 1 to 65535 names, one a line and no empty line, got 3",
     ),
 }  # fmt: skip
 

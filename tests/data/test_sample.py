@@ -32,9 +32,12 @@ MAKERS = {
 }
 
 
+@pytest.mark.parametrize("host", ["built", "missing"])
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("n", [0, 1, 7, 300])
-def test_masks_are_those_that_came(maker, n):
+def test_masks_are_those_that_came(maker, n, host, monkeypatch):
+    if host == "missing":
+        monkeypatch.setattr("segkern.data.sample._host", None)
     dense = rectangles(n)
     masks = MAKERS[maker](dense)
     assert masks.shape == dense.shape == np.shape(masks)
@@ -43,9 +46,13 @@ def test_masks_are_those_that_came(maker, n):
     assert np.array_equal(masks.areas(), dense.sum((1, 2)))
     assert masks.maps.dtype == (np.uint8 if n < 256 else np.int32)
     keep = np.arange(n) % 3 != 1
-    assert np.array_equal(np.asarray(masks.chosen(keep)), dense[keep])
+    chosen = masks.chosen(keep)
+    assert np.array_equal(np.asarray(chosen), dense[keep])
+    assert np.array_equal(chosen.areas(), dense[keep].sum((1, 2)))
     rows, columns = np.array([3, 3, 0, -1]), np.array([-1, 32, 5])
-    taken = np.asarray(masks.taken(rows, columns))
+    view = masks.taken(rows, columns)
+    taken = np.asarray(view)
+    assert np.array_equal(view.areas(), taken.sum((1, 2)))
     assert np.array_equal(taken[:, :3, 1:], dense[:, [3, 3, 0]][:, :, [32, 5]])
     assert not taken[:, 3].any()
     assert not taken[:, :, 0].any()
@@ -88,3 +95,20 @@ def test_crowds_are_no_targets_and_marked_in_the_truth(form):
     ids, labels, crowd = truth_map(one, ())
     assert (labels.tolist(), crowd.tolist()) == ([4, 5, 6], [False, True, False])
     assert ids[:, 0].tolist() == [1] * 9 + [2] * 3 + [3] * 12
+
+
+def test_places_outside_are_refused():
+    """C++ that takes them would read beyond the maps."""
+    masks = IdMaps.of_arrays(rectangles(3), SIZE)
+    for rows, columns in (([24], [0]), ([0], [33])):
+        with pytest.raises((ValueError, IndexError)):
+            masks.taken(np.array(rows), np.array(columns))
+
+
+def test_masks_are_written_into_larger_arrays():
+    dense = rectangles(3)
+    out = np.full((3, 30, 40), 7, np.uint8)
+    IdMaps.of_arrays(dense, SIZE).write(out)
+    assert np.array_equal(out[:, : SIZE[0], : SIZE[1]], dense)
+    assert (out[:, SIZE[0] :] == 7).all()
+    assert (out[:, :, SIZE[1] :] == 7).all()

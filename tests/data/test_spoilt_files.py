@@ -6,8 +6,23 @@ import random
 import numpy as np
 import pytest
 
-from segkern.data import CocoConfig, LabelMeConfig, ReadConfig, build_dataset
-from support.pictures import in_base64, labelme_shape, write_coco, write_labelme, write_panoptic
+from segkern.data import (
+    Ade20kConfig,
+    CityscapesConfig,
+    CocoConfig,
+    LabelMeConfig,
+    ReadConfig,
+    build_dataset,
+)
+from support.pictures import (
+    in_base64,
+    labelme_shape,
+    noise,
+    write,
+    write_coco,
+    write_labelme,
+    write_panoptic,
+)
 
 ALL = ReadConfig(val_share=0)
 ANYTHING = [None, True, -1, 1.5, 10**30, "", "x", "1", [], [[]], {}, [None], [1, "x"]]
@@ -24,9 +39,34 @@ def write_shapes(root):
     return write_labelme(root, shapes)
 
 
+def write_polygons(root):
+    write(root / "leftImg8bit/train/u/a_leftImg8bit.png", noise(0))
+    path = root / "gtFine/train/u/a_gtFine_polygons.json"
+    path.parent.mkdir(parents=True)
+    corners = [[1, 1], [30, 1], [30, 20]]
+    rows = [{"label": name, "polygon": corners} for name in ("car", "road", "cargroup")]
+    path.write_text(json.dumps({"imgHeight": 30, "imgWidth": 40, "objects": rows}))
+    return path
+
+
+def write_full_ade20k(root):
+    folder = root / "images/ADE/training/home"
+    write(folder / "a.jpg", noise(0))
+    write(folder / "a_seg.png", np.full((30, 40, 3), (10, 7, 1), np.uint8))
+    rows = [
+        {"id": i, "name_ndx": 263 + i, "name": f"thing {i}", "parts": {"part_level": 0}}
+        for i in range(4)
+    ]
+    path = folder / "a.json"
+    path.write_text(json.dumps({"annotation": {"filename": "a.jpg", "object": rows}}))
+    return path
+
+
 KINDS = {
     "coco": (write_coco, lambda root: CocoConfig(root, read=ALL)),
     "panoptic": (write_panoptic, lambda root: CocoConfig(root, "panoptic", read=ALL)),
+    "cityscapes": (write_polygons, lambda root: CityscapesConfig(root, read=ALL)),
+    "ade20k": (write_full_ade20k, lambda root: Ade20kConfig(root, "semantic", read=ALL)),
     "labelme": (write_shapes, lambda root: LabelMeConfig(root, read=ALL)),
 }
 

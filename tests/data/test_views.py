@@ -103,6 +103,33 @@ def test_flips_and_colours_come_as_often_as_asked():
     assert all(np.array_equal(x["masks"].maps, plain["masks"].maps) for x in [plain])
 
 
+def test_no_class_fills_a_view_where_another_crop_is_found():
+    """Of a picture of 160 columns 110 are of one class; crops are 40 wide."""
+    semantic = np.repeat(np.uint8([0, 1, 2]), [110, 30, 20])[None].repeat(40, 0)
+    semantic[:5] = 255  # what does not count is no share
+    whole = {
+        "image": noise(0, (40, 160)),
+        "masks": IdMaps.of_map(semantic, [0, 1, 2]),
+        "labels": np.arange(3),
+        "crowd": np.zeros(3, bool),
+        "semantic": semantic,
+    }
+    filled, dropped = [], 0
+    for most in (0.75, 1.0):
+        config = ViewConfig((40, 40), short_sides=(40,), most=most)
+        make = InstanceViews(config, MEAN, STD)
+        views = [make(whole, torch.Generator().manual_seed(seed)) for seed in range(60)]
+        counts = [np.bincount(v["semantic"].ravel(), minlength=256)[:255] for v in views]
+        filled.append(np.mean([max(c) >= 0.75 * sum(c) for c in counts]))
+        # what a crop does not show is left out, and counted
+        assert all(len(v["labels"]) + v["dropped"] == 3 for v in views)
+        assert all({*v["labels"]} == {*np.flatnonzero(c)} for v, c in zip(views, counts))
+        dropped += sum(v["dropped"] for v in views)
+    assert filled[0] < 0.1
+    assert 0.5 < filled[1] < 0.95
+    assert dropped > 0
+
+
 class Fixed:
     """Three masks on every picture."""
 
@@ -127,12 +154,28 @@ def test_views_depend_on_seed_sample_and_pass_and_not_on_workers(tmp_path):
     assert not torch.equal(data[0]["pixel_values"], again[0]["pixel_values"])
 
 
+@pytest.mark.parametrize("divisor", [8, 7])
+def test_views_of_a_batch_lie_in_one_array(divisor, tmp_path):
+    paths = [write(tmp_path / f"{i}.png", noise(i)) for i in range(3)]
+    make = InstanceViews(ViewConfig((24, 32)), MEAN, STD)
+    data, places = Pictures(paths, Fixed(), "abc", views=make), [(2, 1), (0, 1), (1, 2)]
+    alone = collate([data[place] for place in places], divisor=divisor).pixel_values
+    samples = data.__getitems__(places)
+    found = collate(samples, divisor=divisor).pixel_values
+    assert torch.equal(found, alone)
+    there = found.data_ptr() == samples[0]["pixel_values"].data_ptr()
+    assert there == (divisor == 8)  # 24 x 32 needs no padding then
+    assert torch.equal(collate(samples[::-1], divisor=divisor).pixel_values, alone.flip(0))
+    assert torch.equal(collate(samples[::2], divisor=divisor).pixel_values, alone[::2])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"size": (0, 4)}, "size, short_sides and long_side must be >= 1"),
         ({"short_sides": (0,)}, "size, short_sides and long_side must be >= 1"),
         ({"ratios": (2.0, 0.5)}, r"ratios must be 0 < least <= largest, got \(2.0, 0.5\)"),
+        ({"most": 0.0}, r"most must be in \(0, 1\], got 0.0"),
         ({"flip": 1.5}, r"flip must be in \[0, 1\], got 1.5"),
     ],
 )

@@ -99,9 +99,9 @@ def test_layers_that_share_a_tensor_are_saved(build, tmp_path):
 BAD = [
     ({"num_labels": 0}, "num_labels must be >= 1, got 0"),
     ({"num_labels": -1}, "num_labels must be >= 1, got -1"),
-    ({"image_mean": (0.5,) * 4}, "image_mean must be three numbers, of red, .* 0.5, 0.5, 0.5\\)"),
-    ({"image_std": (0.5, 0.5)}, "image_std must be three numbers above 0"),
-    ({"image_std": (0.5, 0.5, 0.0)}, "image_std must be three numbers above 0"),
+    ({"image_mean": ()}, "image_mean must be numbers, one a channel, got \\(\\)"),
+    ({"image_std": (0.5, 0.5)}, "image_std must have 3 numbers, one a channel as image_mean"),
+    ({"image_std": (0.5, 0.5, 0.0)}, "image_std must be numbers above 0, one a channel"),
 ]
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from segkern.ops import unpack_bits
-from segkern.structures.targets import Targets, _warn, bucket
+from segkern.structures import targets
+from segkern.structures.targets import Targets, bucket
 from support.inputs import random_targets
 
 
@@ -108,7 +109,7 @@ def test_bad_input(case):
 @pytest.fixture
 def unsaid():
     """Warnings that are given once are given again."""
-    _warn.cache_clear()
+    targets._said.clear()
 
 
 def test_a_target_without_pixels_is_left_out_and_that_is_said_once(unsaid):
@@ -126,9 +127,13 @@ def test_a_target_without_pixels_is_left_out_and_that_is_said_once(unsaid):
 
 
 def test_more_targets_than_queries_are_said(unsaid):
-    with pytest.warns(UserWarning, match="an image has 3 targets, the model 2 queries"):
-        targets = Targets.from_lists(*lists(), num_queries=2)
-    assert targets.count.tolist() == [3, 0, 1]  # the paper's code counts them, too
+    message = "an image has 3 targets, the model 2 queries: 1 of the 4 targets of a batch cannot"
+    with pytest.warns(UserWarning, match=message):
+        found = Targets.from_lists(*lists(), num_queries=2)
+    assert found.count.tolist() == [3, 0, 1]  # the paper's code counts them, too
+    with warnings.catch_warnings():  # once, however many there are in another batch
+        warnings.simplefilter("error")
+        Targets.from_lists(*lists(), num_queries=1)
 
 
 def test_one_id_for_each_image():

@@ -32,6 +32,7 @@ def test_without_processes_the_batch_counts_alone():
     targets = joined()[1]
     assert targets.normalizer is None
     assert normalized(targets).normalizer.item() == 4
+    assert normalized(targets, 2).normalizer.item() == 3  # of three in an image two are matched
     empty = Targets.from_lists([torch.zeros(0, 8, 8)], [torch.zeros(0, dtype=torch.int64)])
     assert normalized(empty).normalizer.item() == 1
     model, (x, _) = network(), joined()

@@ -56,7 +56,8 @@ class Mask2FormerConfig:
         no_object_weight: weight of "no object" in the class loss.
         id2label: name of each label.
         stuff: labels that have no instances.
-        image_mean: of the pixels in [0, 1], red, green, blue.
+        image_mean: of the pixels in [0, 1], red, green, blue; or of as many channels as the
+            pictures have, which is then what the first convolution takes.
         image_std: likewise.
         shortest_edge: pixels, to which an image's short side is resized for prediction.
         longest_edge: pixels, the most that the long side may get.
@@ -92,8 +93,8 @@ class Mask2FormerConfig:
     no_object_weight: float = 0.1
     id2label: dict[int, str] | None = None
     stuff: tuple[int, ...] = ()
-    image_mean: tuple[float, float, float] = IMAGENET_MEAN
-    image_std: tuple[float, float, float] = IMAGENET_STD
+    image_mean: tuple[float, ...] = IMAGENET_MEAN
+    image_std: tuple[float, ...] = IMAGENET_STD
     shortest_edge: int = 800
     longest_edge: int = 1333
     size_divisor: int = 32
@@ -152,8 +153,7 @@ class Mask2FormerConfig:
                 semantic.
 
         Returns:
-            A `Mask2FormerConfig`. ADE20K's stuff classes are not listed: set `stuff` for its
-            panoptic task.
+            A `Mask2FormerConfig`.
 
         Raises:
             ValueError: no such preset.

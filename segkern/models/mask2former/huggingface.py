@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...nn.backbones.swin import VARIANTS
-from ...structures.labels import known_stuff
+from ...structures.labels import IMAGENET_MEAN, known_stuff
 from ...weights import unpickling
 from ...weights.folders import find_folder, read_json
 from ...weights.state_dicts import on_disk
@@ -51,7 +51,6 @@ _FIXED = {  # what the architecture does not leave open here
 }
 _FIXED_SWIN = {
     "patch_size": 4,
-    "num_channels": 3,
     "mlp_ratio": 4.0,
     "qkv_bias": True,
     "hidden_act": "gelu",
@@ -61,7 +60,6 @@ _FIXED_SWIN = {
     "attention_probs_dropout_prob": 0.0,
 }
 _FIXED_RESNET = {
-    "num_channels": 3,
     "embedding_size": 64,
     "hidden_act": "relu",
     "downsample_in_first_stage": False,
@@ -107,6 +105,12 @@ def read_folder(
     settings = read_config(config, str(name_or_folder))
     if (folder / "preprocessor_config.json").is_file():
         settings |= read_preprocessor(read_json(folder / "preprocessor_config.json"))
+    channels = (config.get("backbone_config") or {}).get("num_channels", 3)
+    if channels != len(settings.get("image_mean", IMAGENET_MEAN)):
+        raise ValueError(
+            f"from_pretrained: {name_or_folder}: image_mean of preprocessor_config.json must have "
+            f"num_channels ({channels}) numbers, got {settings.get('image_mean')}"
+        )
     weights = from_huggingface(_read_weights(folder), _family(settings))
     head = weights.get("query_decoder.class_embed.bias")
     if head is not None and head.shape[0] - 1 != settings["num_labels"]:
@@ -196,7 +200,8 @@ def write_config(settings: dict) -> dict:
     return {
         "architectures": ["Mask2FormerForUniversalSegmentation"],
         "model_type": "mask2former",
-        "backbone_config": _write_backbone(settings),
+        "backbone_config": _write_backbone(settings)
+        | {"num_channels": len(settings.get("image_mean", IMAGENET_MEAN))},
         "decoder_layers": settings["decoder_layers"] + 1,
         **{field: settings[field] for field in _SAME},
         **_FIXED,

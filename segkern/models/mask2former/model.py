@@ -74,7 +74,7 @@ class Mask2Former(nn.Module):
     def __init__(self, config: Mask2FormerConfig):
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config)
+        self.backbone = build_backbone(config, config.input.channels)
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels,
             channels=config.hidden_dim,
@@ -125,7 +125,7 @@ class Mask2Former(nn.Module):
         """The last prediction, with the masks as two factors, which inference needs no product of.
 
         Args:
-            pixel_values: [B, 3, H, W] floating, normalised, zero-padded to the right and below.
+            pixel_values: [B, C, H, W] floating, normalised, zero-padded to the right and below.
 
         Returns:
             class logits [B, Q, K + 1], mask embeddings [B, Q, M] and features [B, M, h, w].
@@ -151,7 +151,7 @@ class Mask2Former(nn.Module):
         """All predictions, with the masks as two factors.
 
         Args:
-            pixel_values: [B, 3, H, W] floating, normalised, zero-padded to the right and below.
+            pixel_values: [B, C, H, W] floating, normalised, zero-padded to the right and below.
             last: only the last prediction, R = 1.
 
         Returns:
@@ -161,7 +161,8 @@ class Mask2Former(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
-        expect("Mask2Former", "pixel_values", pixel_values, "B 3 H W", "float", {})
+        shape = f"B {self.config.input.channels} H W"
+        expect("Mask2Former", "pixel_values", pixel_values, shape, "float", {})
         if 0 in pixel_values.shape:
             raise ValueError(
                 f"Mask2Former: pixel_values must not be empty, got {got(pixel_values)}"
@@ -174,7 +175,7 @@ class Mask2Former(nn.Module):
         """The training loss.
 
         Args:
-            pixel_values: [B, 3, H, W] floating, normalised.
+            pixel_values: [B, C, H, W] floating, normalised.
             targets: of the same B images, on the same device.
 
         Returns:
@@ -185,7 +186,7 @@ class Mask2Former(nn.Module):
 
     def forward(
         self,
-        pixel_values: Tensor,  # [B, 3, H, W]
+        pixel_values: Tensor,  # [B, C, H, W]
         pixel_mask: Tensor | None = None,  # [B, H, W]
         mask_labels: list[Tensor] | None = None,  # B of [T_b, H, W]
         class_labels: list[Tensor] | None = None,  # B of [T_b]
@@ -195,7 +196,7 @@ class Mask2Former(nn.Module):
         """Predictions, and the loss if there are targets.
 
         Args:
-            pixel_values: [B, 3, H, W] floating, normalised, zero-padded to the right and below.
+            pixel_values: [B, C, H, W] floating, normalised, zero-padded to the right and below.
             pixel_mask: taken for Hugging Face's sake and not used: padding is not masked in
                 Mask2Former.
             mask_labels: for each image [T_b, H, W] float, bool or uint8; together with

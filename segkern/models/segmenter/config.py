@@ -59,7 +59,8 @@ class SegmenterConfig:
             the short side of image_size.
         longest_edge: pixels, the most that the long side may get; None for 4 shortest_edge.
         id2label: name of each label.
-        image_mean: of the pixels in [0, 1], red, green, blue.
+        image_mean: of the pixels in [0, 1], red, green, blue; or of as many channels as the
+            pictures have, which is then what the first convolution takes.
         image_std: likewise.
     """
 
@@ -88,8 +89,8 @@ class SegmenterConfig:
     shortest_edge: int | None = None
     longest_edge: int | None = None
     id2label: dict[int, str] | None = None
-    image_mean: tuple[float, float, float] = _HALF
-    image_std: tuple[float, float, float] = _HALF
+    image_mean: tuple[float, ...] = _HALF
+    image_std: tuple[float, ...] = _HALF
 
     def __post_init__(self):
         self.image_size = tuple(self.image_size)

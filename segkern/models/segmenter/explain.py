@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...io import plots
-from ...io.images import prepare, read_image
+from ...io.images import prepare, read_image, shown
 from ...nn.vit import MaskTransformer
 from ...runtime.modes import evaluated
 from .model import Segmenter
@@ -120,7 +120,7 @@ def explain(
     """
     if not all(0 <= v <= 1 for v in at):
         raise ValueError(f"explain: at must be x and y in [0, 1], got {at}")
-    picture = read_image(image, max_pixels=max_pixels)
+    picture = read_image(image, max_pixels=max_pixels, channels=model.config.input.channels)
     device = next(model.parameters()).device
     pixels = prepare(picture, model.config.input)[None].to(device)
     p = model.config.patch_size
@@ -140,7 +140,7 @@ def explain(
     names = model.config.id2label or {}
     plots.save_attention(
         out,
-        picture.permute(1, 2, 0).numpy(),
+        shown(picture).expand(3, -1, -1).permute(1, 2, 0).numpy(),
         _resized(maps, pixels.shape[2:], p).cpu().numpy(),
         titles,
         at,

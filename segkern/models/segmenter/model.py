@@ -22,7 +22,7 @@ from ...nn.resized_cross_entropy import resized_cross_entropy
 from ...nn.vit import LinearDecoder, MaskTransformer, ViT, start_apart, start_locally
 from ...ops import resize_argmax
 from ...ops._checks import expect, expect_labels, got
-from ...structures.labels import VOID
+from ...structures.labels import void_of
 from ...structures.logits import PixelLogits
 from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
@@ -74,6 +74,7 @@ class Segmenter(nn.Module):
             config.distilled,
             config.dropout,
             config.drop_path_rate,
+            config.input.channels,
         )
         if config.decoder == "linear":
             self.decoder = LinearDecoder(config.embed_dim, config.num_labels)
@@ -110,8 +111,9 @@ class Segmenter(nn.Module):
         name = backbone if isinstance(backbone, str) else type(backbone).__name__
         encoder = self.encoder
         if isinstance(backbone, str):
-            original.check_fit(original.timm_model(name, pretrained=False), encoder, name)
-            backbone = original.timm_model(name, pretrained=True)
+            channels = self.config.input.channels
+            original.check_fit(original.timm_model(name, False, channels), encoder, name)
+            backbone = original.timm_model(name, True, channels)
         original.check_fit(backbone, encoder, name)
         encoder.load_state_dict(original.from_timm(backbone, encoder.grid))
 
@@ -127,7 +129,7 @@ class Segmenter(nn.Module):
         """Class logits of the patches.
 
         Args:
-            pixel_values: [B, 3, H, W] floating, normalised, of any size; padded with zeros to the
+            pixel_values: [B, C, H, W] floating, normalised, of any size; padded with zeros to the
                 right and below to multiples of p.
 
         Returns:
@@ -136,7 +138,8 @@ class Segmenter(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
-        expect("Segmenter", "pixel_values", pixel_values, "B 3 H W", "float", {})
+        shape = f"B {self.config.input.channels} H W"
+        expect("Segmenter", "pixel_values", pixel_values, shape, "float", {})
         if 0 in pixel_values.shape:
             raise ValueError(f"Segmenter: pixel_values must not be empty, got {got(pixel_values)}")
         p = self.config.patch_size
@@ -147,17 +150,17 @@ class Segmenter(nn.Module):
 
     def forward(
         self,
-        pixel_values: Tensor,  # [B, 3, H, W]
+        pixel_values: Tensor,  # [B, C, H, W]
         labels: Tensor | None = None,  # [B, H, W]
         normalizer: Tensor | None = None,  # []
     ) -> SegmenterOutput:
         """Class logits of every pixel, or the loss if there are labels.
 
         Args:
-            pixel_values: [B, 3, H, W] floating, normalised.
-            labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count. Out of range is an
-                error on the CPU in eager mode; elsewhere, where reading them would synchronise,
-                loss and gradients are NaN.
+            pixel_values: [B, C, H, W] floating, normalised.
+            labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count (65535 of more
+                than 255 classes). Out of range is an error on the CPU in eager mode; elsewhere,
+                where reading them would synchronise, loss and gradients are NaN.
             normalizer: [], number of labelled pixels that the loss is divided by; None takes those
                 of this batch, at least 1.
 
@@ -175,7 +178,7 @@ class Segmenter(nn.Module):
             logits = F.interpolate(patches, size=(p * h, p * w), mode="bilinear")
             return SegmenterOutput(logits=logits[:, :, :H, :W])
         expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
-        expect_labels("Segmenter", labels, self.config.num_labels, VOID)
+        expect_labels("Segmenter", labels, self.config.num_labels, void_of(self.config.num_labels))
         return SegmenterOutput(resized_cross_entropy(patches, labels, (p * h, p * w), normalizer))
 
     def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
@@ -186,7 +189,7 @@ class Segmenter(nn.Module):
         """Class logits of the patches.
 
         Args:
-            pixel_values: [B, 3, H, W] floating, normalised, of any size.
+            pixel_values: [B, C, H, W] floating, normalised, of any size.
 
         Returns:
             maps [B, K, ceil(H / p), ceil(W / p)] and p.
@@ -206,7 +209,7 @@ class Segmenter(nn.Module):
         """The likeliest class of each pixel: `forward(...).logits.argmax(1)` without the logits.
 
         Args:
-            pixel_values: [B, 3, H, W] floating, normalised, of any size.
+            pixel_values: [B, C, H, W] floating, normalised, of any size.
 
         Returns:
             [B, H, W] int32.
@@ -225,7 +228,7 @@ class Segmenter(nn.Module):
         """The training loss.
 
         Args:
-            pixel_values: [B, 3, H, W] floating, normalised.
+            pixel_values: [B, C, H, W] floating, normalised.
             targets: of the same B images, on the same device, with `semantic`, whose labels are
                 checked as `forward` says.
 

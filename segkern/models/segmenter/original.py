@@ -252,12 +252,13 @@ def labels_of(weights: dict[str, Tensor]) -> int | None:
     return None
 
 
-def timm_model(name: str, pretrained: bool) -> nn.Module:
+def timm_model(name: str, pretrained: bool, channels: int = 3) -> nn.Module:
     """A model of timm.
 
     Args:
         name: of a model in timm, with or without the tag of its weights.
         pretrained: with its weights (downloads them), or else shapes only, on the meta device.
+        channels: of its images; timm fits its weights to them.
 
     Raises:
         ValueError: no such model, or no weights of it.
@@ -267,9 +268,9 @@ def timm_model(name: str, pretrained: bool) -> nn.Module:
     check_timm_name(name, "Segmenter: backbone must be a ViT of timm")
     try:
         if pretrained:
-            return pretrained_model(name)
+            return pretrained_model(name, in_chans=channels)
         with torch.device("meta"):
-            return timm.create_model(name, pretrained=False)
+            return timm.create_model(name, pretrained=False, in_chans=channels)
     except RuntimeError as error:
         raise ValueError(f"Segmenter: timm cannot give backbone '{name}': {error}") from error
 

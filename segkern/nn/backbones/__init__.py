@@ -15,7 +15,7 @@ from .swin import VARIANTS, Swin
 from .timm_backbone import OWN_SMALL, TimmBackbone
 
 
-def build_backbone(config) -> nn.Module:
+def build_backbone(config, channels: int = 3) -> nn.Module:
     """The backbone that a model's configuration asks for.
 
     Args:
@@ -23,9 +23,10 @@ def build_backbone(config) -> nn.Module:
             "resnet_digits" or the name of a timm model), `backbone_pretrained` (timm's weights),
             `backbone_options` (arguments of `Swin`, `ResNetDigits` or `timm.create_model`, and
             "freeze_norm" for the last), `drop_path_rate`, `size_divisor` and `longest_edge`.
+        channels: of the images; timm fits pretrained weights of the first layer to them.
 
     Returns:
-        A module from [B, 3, H, W] to four maps, with `channels` and `strides`.
+        A module from [B, channels, H, W] to four maps, with `channels` and `strides`.
 
     Raises:
         ValueError: unknown name, no four maps at doubling strides, or pretrained weights of a
@@ -34,6 +35,8 @@ def build_backbone(config) -> nn.Module:
     name, options = config.backbone, dict(config.backbone_options)
     if config.drop_path_rate:
         options["drop_path_rate"] = config.drop_path_rate
+    if channels != 3:
+        options["in_chans"] = channels
     if name not in VARIANTS and name != OWN_SMALL:
         freeze_norm = options.pop("freeze_norm", False)
         sizes = config.size_divisor, config.longest_edge

@@ -52,7 +52,7 @@ def _norm(layer: nn.BatchNorm2d) -> Norm:
 
 
 def maps_of(body: nn.Module, x: Tensor) -> list[Tensor]:
-    """The four maps [B, C_i, h_i, w_i] of images [B, 3, H, W], of a model that `suits`."""
+    """The four maps [B, C_i, h_i, w_i] of images [B, C, H, W], of a model that `suits`."""
     x = body["maxpool"](norm_relu(body["conv1"](x), _norm(body["bn1"])))
     maps = []
     for name in STAGES:

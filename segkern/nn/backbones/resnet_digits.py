@@ -41,6 +41,7 @@ class ResNetDigits(nn.Module):
     Args:
         channels: of the four maps.
         depths: blocks of each map.
+        in_chans: channels of the images.
     """
 
     strides = (2, 4, 8, 16)
@@ -49,11 +50,12 @@ class ResNetDigits(nn.Module):
         self,
         channels: tuple[int, int, int, int] = (32, 64, 96, 128),
         depths: tuple[int, int, int, int] = (1, 1, 1, 1),
+        in_chans: int = 3,
     ):
         super().__init__()
         self.channels = tuple(channels)
         self.stem = nn.Sequential(
-            nn.Conv2d(3, channels[0], 3, 2, 1, bias=False), nn.BatchNorm2d(channels[0])
+            nn.Conv2d(in_chans, channels[0], 3, 2, 1, bias=False), nn.BatchNorm2d(channels[0])
         )
         self.stages = nn.ModuleList()
         before = channels[0]
@@ -67,7 +69,7 @@ class ResNetDigits(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.to(memory_format=torch.channels_last)  # halves the time of a step on a CPU
 
-    def forward(self, x: Tensor) -> list[Tensor]:  # [B, 3, H, W]
+    def forward(self, x: Tensor) -> list[Tensor]:  # [B, C, H, W]
         x = F.relu(self.stem(x.contiguous(memory_format=torch.channels_last)), inplace=True)
         maps = []
         for stage in self.stages:

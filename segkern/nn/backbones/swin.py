@@ -220,6 +220,7 @@ class Swin(nn.Module):
         num_heads: heads of each stage.
         window_size: W.
         drop_path_rate: of the last block, in [0, 1); the first has 0, those between rise evenly.
+        in_chans: channels of the images.
 
     Raises:
         ValueError: not four stages, channels that the heads do not divide, or a rate of 1.
@@ -232,6 +233,7 @@ class Swin(nn.Module):
         num_heads: tuple[int, int, int, int] = (3, 6, 12, 24),
         window_size: int = 7,
         drop_path_rate: float = 0.0,
+        in_chans: int = 3,
     ):
         super().__init__()
         if len(depths) != 4 or len(num_heads) != 4:
@@ -250,7 +252,7 @@ class Swin(nn.Module):
         self.window = window_size
         self.patch_embed = nn.ModuleDict(
             {
-                "proj": nn.Conv2d(3, embed_dim, PATCH, stride=PATCH),
+                "proj": nn.Conv2d(in_chans, embed_dim, PATCH, stride=PATCH),
                 "norm": nn.LayerNorm(embed_dim),
             }
         )
@@ -270,7 +272,7 @@ class Swin(nn.Module):
         """Runs the network.
 
         Args:
-            x: [B, 3, H, W] floating, normalised; any size, zero-padded to a multiple of 4.
+            x: [B, in_chans, H, W] floating, normalised; any size, zero-padded to a multiple of 4.
 
         Returns:
             maps [B, C_i, ceil(H / s_i), ceil(W / s_i)], finest first, channels last in memory.

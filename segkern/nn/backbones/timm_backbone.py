@@ -43,6 +43,7 @@ class TimmBackbone(nn.Module):
         longest: int = 1333,
     ):
         super().__init__()
+        self.in_chans = (options or {}).get("in_chans", 3)
         own = (*VARIANTS, OWN_SMALL)
         rule = f"build_backbone: backbone must be {', '.join(own)} or a timm model"
         check_timm_name(name, rule, own)
@@ -89,7 +90,7 @@ class TimmBackbone(nn.Module):
     @torch.no_grad()
     def _fault(self, *size: int) -> str | None:
         try:
-            maps = evaluated(self)(next(self.parameters()).new_zeros(1, 3, *size))
+            maps = evaluated(self)(next(self.parameters()).new_zeros(1, self.in_chans, *size))
         except (*_FAULTS, ValueError) as error:
             return str(error).partition("\n")[0] or type(error).__name__
         for found, stride in zip(maps, self.strides):
@@ -122,7 +123,7 @@ class TimmBackbone(nn.Module):
             return False
         return resnet.suits(self.body)
 
-    def forward(self, x: Tensor) -> list[Tensor]:  # [B, 3, H, W]
+    def forward(self, x: Tensor) -> list[Tensor]:  # [B, in_chans, H, W]
         x = x.contiguous(memory_format=torch.channels_last)
         if self._in_steps(x):
             return resnet.maps_of(self.body, x)

@@ -1,0 +1,9 @@
+// What rle.cpp, which makes the module, takes from id_maps.cpp.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+
+void bind_id_maps(py::module_& m);
