@@ -29,8 +29,8 @@ class Mask2FormerConfig:
         num_labels: K, at least 1; "no object" is not counted.
         backbone: "swin_tiny", "swin_small", "swin_base", "swin_large", "resnet_digits", or any
             timm model with four feature maps.
-        backbone_pretrained: start from timm's pretrained weights (downloads them; not for our own
-            Swin).
+        backbone_pretrained: start from timm's ImageNet weights, which are downloaded; those of
+            swin_base and swin_large are of ImageNet-22k.
         backbone_options: further arguments of the backbone, such as Swin's depths.
         drop_path_rate: rate of dropped residual branches of the last block, in [0, 1).
         num_queries: Q.

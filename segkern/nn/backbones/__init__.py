@@ -12,6 +12,7 @@ from torch import nn
 
 from .resnet_digits import ResNetDigits
 from .swin import VARIANTS, Swin
+from .swin_timm import load_pretrained
 from .timm_backbone import OWN_SMALL, TimmBackbone
 
 
@@ -28,8 +29,8 @@ def build_backbone(config) -> nn.Module:
         A module from [B, 3, H, W] to four maps, with `channels` and `strides`.
 
     Raises:
-        ValueError: unknown name, no four maps at doubling strides, or pretrained weights of a
-            backbone that has none.
+        ValueError: unknown name, no four maps at doubling strides, or pretrained weights that a
+            backbone does not have or that cannot be downloaded.
     """
     name, options = config.backbone, dict(config.backbone_options)
     if config.drop_path_rate:
@@ -38,12 +39,15 @@ def build_backbone(config) -> nn.Module:
         freeze_norm = options.pop("freeze_norm", False)
         sizes = config.size_divisor, config.longest_edge
         return TimmBackbone(name, config.backbone_pretrained, freeze_norm, options, *sizes)
-    if config.backbone_pretrained:
-        raise ValueError(
-            f"build_backbone: backbone_pretrained must be False for '{name}', whose weights come "
-            "with whole models; timm's names have pretrained backbones"
-        )
     if name == OWN_SMALL:
+        if config.backbone_pretrained:
+            raise ValueError(
+                f"build_backbone: backbone_pretrained must be False for '{name}', which has no "
+                "weights by itself"
+            )
         options.pop("drop_path_rate", None)
         return ResNetDigits(**options)
-    return Swin(**VARIANTS[name] | options)
+    backbone = Swin(**VARIANTS[name] | options)
+    if config.backbone_pretrained:
+        load_pretrained(backbone, name)
+    return backbone
