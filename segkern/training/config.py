@@ -27,12 +27,20 @@ class TrainConfig:
         init: model to start from, of the same kind: a folder of a run or a model, or a name on the
             hub. The class head starts anew where the number of labels differs. None starts from
             the backbone that the model's config asks for.
+        fresh_head: with init, start the class head anew also where the number of labels is equal.
+        freeze: parts of the model that stay as they are: of a mask2former backbone, pixel_decoder
+            and query_decoder, of a segmenter encoder and decoder; or parts of these, such as
+            backbone.layers.0. They have no gradient and no state of the optimizer, and run as in
+            evaluation.
         overwrite: start anew in a folder that holds a run; its files are removed.
         steps: batches to train on. A resumed run that gets more follows the longer schedule from
             there on.
         batch_size: images of a step.
         lr: highest learning rate.
         backbone_lr_factor: the backbone's rate over the others'.
+        backbone_level_decay: the rate of a level of the backbone over that of the next, above 0
+            and at most 1: what lies near the image changes less. A level is what gives a map, or a
+            block of a plain transformer. 1 for one rate.
         min_lr: least learning rate of the schedule.
         optimizer: "adamw", "sgd", or "muon" for the matrices inside blocks with AdamW for the
             rest, which takes fewer steps from scratch and more time for each.
@@ -69,11 +77,14 @@ class TrainConfig:
 
     output: Path = Path("runs/digits")
     init: str | None = None
+    fresh_head: bool = False
+    freeze: tuple[str, ...] = ()
     overwrite: bool = False
     steps: int = 2000
     batch_size: int = 8
     lr: float = 1e-4
     backbone_lr_factor: float = 0.1
+    backbone_level_decay: float = 1.0
     min_lr: float = 0.0
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     momentum: float = 0.9
@@ -102,6 +113,14 @@ class TrainConfig:
     def __post_init__(self):
         self.output = Path(self.output)
         self.init = None if self.init is None else str(self.init)
+        self.freeze = tuple(self.freeze)
+        if self.fresh_head and self.init is None:
+            raise ValueError("TrainConfig: fresh_head must be False without init, got True")
+        if not 0 < self.backbone_level_decay <= 1:
+            raise ValueError(
+                "TrainConfig: backbone_level_decay must be in (0, 1], "
+                f"got {self.backbone_level_decay}"
+            )
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"TrainConfig: threshold must be in [0, 1], got {self.threshold}")
         for names, least in (

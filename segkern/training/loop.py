@@ -36,15 +36,15 @@ from . import checkpoint
 from .config import TrainConfig
 from .distributed import normalized
 from .log import Log, ProgressBar
-from .optimizer import build_optimizer, learning_rate
+from .optimizer import build_optimizer, freeze, learning_rate
 from .step import Step
 from .validation import BEST, Validation
 
 # settings that a resumed run may change: none touches a step, except that more steps stretch the
 # schedule: from the resume on, the rate is that of a run of so many
 _FREE = (
-    "output overwrite init steps device workers threads log_every checkpoint_every evaluate_every "
-    "best_metric evaluate_scenes threshold tensorboard data.root data.max_pixels "
+    "output overwrite init fresh_head steps device workers threads log_every checkpoint_every "
+    "evaluate_every best_metric evaluate_scenes threshold tensorboard data.root data.max_pixels "
     "cuda_graphs gradient_checkpointing"
 )
 
@@ -128,8 +128,9 @@ def train(
         model = build_model(config.model, pretrained=fresh)
     start, seconds, begun = 0, 0.0, None
     if state is None and config.init is not None:
-        begun = initialize(model, config.init)
+        begun = initialize(model, config.init, config.fresh_head)
     model.to(device).train()
+    freeze(model, config.freeze)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, config)
