@@ -315,9 +315,9 @@ def _train_command(arguments: list[str]) -> Callable:
         if name in _FIRST and arguments[0] == "train":
             given[name] = value or following
     root, resume, preset = (given.get(name) for name in ("--data.root", "--resume", "--preset"))
-    chosen = (
-        None if resume else given.get("--recipe") or _recipe_for(root, "--data.layout" in given)
-    )
+    chosen = None if resume else given.get("--recipe")
+    if root and not (chosen or resume):
+        chosen = _recipe_for(root, "--data.layout" in given)
     if resume:
         folder = Path(resume)
         default = stored_config(folder)
@@ -371,14 +371,10 @@ def _train_command(arguments: list[str]) -> Callable:
     return train
 
 
-def _recipe_for(root: str | None, maps: bool) -> str:
-    """The recipe for the data in a folder, if any is named; `maps` says that it has a layout of
-    maps of classes."""
-    if root is None:
-        return "digits"
-    if maps or "masks" not in find_format(root)[0].targets:
-        return "segmenter"
-    return "mask2former"
+def _recipe_for(root: str, layout: bool) -> str:
+    """The recipe for the data in a folder; one whose layout is given holds maps of classes."""
+    objects = not layout and "masks" in find_format(root)[0].targets
+    return "mask2former" if objects else "segmenter"
 
 
 def _data_of_run(name: str, digits: bool) -> DataConfig | None:

@@ -19,7 +19,7 @@ _DIGITS = {
     "clip": 1.0,
 }
 _SMALL = 256  # pixels of the short side, below which a model is for small images
-_SMALL_RATIOS = (0.5, 1.5)  # of 64 pixels a tenth would show nothing
+_SMALL_RATIOS = (0.7, 1.4)  # of 64 pixels a tenth would show nothing
 
 # a query counts from this score on; after so few steps most are right well below the paper's 0.8
 DIGITS_THRESHOLD = 0.5

@@ -38,6 +38,9 @@ class Targets(NamedTuple):
             there are fewer queries, are counted, as in the paper's code and transformers.
         pixel_normalizer: [] floating, the same for losses of pixels: number of those in `semantic`
             that count.
+        matched: [] floating, number of targets that find a query, from which the weight follows
+            that the class loss is divided by: as normalizer the same for all that make one step.
+            None takes that of this batch.
     """
 
     labels: Tensor
@@ -48,6 +51,7 @@ class Targets(NamedTuple):
     void: Tensor | None = None
     normalizer: Tensor | None = None
     pixel_normalizer: Tensor | None = None
+    matched: Tensor | None = None
 
     @classmethod
     def from_lists(

@@ -35,7 +35,9 @@ class TrainConfig:
         overwrite: start anew in a folder that holds a run; its files are removed.
         steps: batches to train on. A resumed run that gets more follows the longer schedule from
             there on.
-        batch_size: images of a step.
+        batch_size: images of a batch.
+        accumulate: batches whose gradients make one step, as one batch of all their images would:
+            for a batch that does not fit into memory.
         lr: highest learning rate.
         backbone_lr_factor: the backbone's rate over the others'.
         backbone_level_decay: the rate of a level of the backbone over that of the next, above 0
@@ -55,6 +57,9 @@ class TrainConfig:
             with Muon, whose rate is a number of the host.
         gradient_checkpointing: keep only the inputs of blocks and layers for backward, and compute
             the rest again: less memory, more time.
+        ema: decay of a moving average of the weights, such as 0.9999, whose first steps decay
+            faster; what is evaluated and saved as a model is the average then. It takes the memory
+            of another model. 0 for none.
         seed: of the weights, the order of the samples and dropout.
         device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
         threads: of the CPU; 0 keeps torch's own choice.
@@ -66,6 +71,7 @@ class TrainConfig:
         best_metric: of the evaluations, by which best/ holds the best model: pq, class_accuracy or
             dice; ap or ap50; miou or pixel_accuracy. Its task is the one that is measured. None
             takes pq, ap or miou, by the task of the data.
+        patience: evaluations without a better figure after which training stops; 0 never stops.
         evaluate_scenes: images of each.
         threshold: least score of a segment in evaluation, 0 to 1.
         void: what pixels without a label and crowds are to a model that finds masks: "background",
@@ -82,6 +88,7 @@ class TrainConfig:
     overwrite: bool = False
     steps: int = 2000
     batch_size: int = 8
+    accumulate: int = 1
     lr: float = 1e-4
     backbone_lr_factor: float = 0.1
     backbone_level_decay: float = 1.0
@@ -95,6 +102,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     cuda_graphs: bool = True
     gradient_checkpointing: bool = False
+    ema: float = 0.0
     seed: int = 0
     device: str = "auto"
     threads: int = 0
@@ -103,6 +111,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     evaluate_every: int = 0
     best_metric: str | None = None
+    patience: int = 0
     evaluate_scenes: int = 100
     threshold: float = 0.8
     void: Literal["background", "ignore"] = "background"
@@ -121,12 +130,19 @@ class TrainConfig:
                 "TrainConfig: backbone_level_decay must be in (0, 1], "
                 f"got {self.backbone_level_decay}"
             )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"TrainConfig: ema must be in [0, 1), got {self.ema}")
+        if self.patience and not self.evaluate_every:
+            raise ValueError(
+                "TrainConfig: patience must be 0 without evaluations (evaluate_every), "
+                f"got {self.patience}"
+            )
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"TrainConfig: threshold must be in [0, 1], got {self.threshold}")
         for names, least in (
-            ("steps batch_size log_every checkpoint_every evaluate_scenes", 1),
+            ("steps batch_size accumulate log_every checkpoint_every evaluate_scenes", 1),
             ("lr min_lr backbone_lr_factor momentum weight_decay warmup clip seed", 0),
-            ("threads workers evaluate_every", 0),
+            ("threads workers evaluate_every patience", 0),
         ):
             for name in names.split():
                 if not getattr(self, name) >= least:

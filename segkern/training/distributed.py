@@ -1,4 +1,6 @@
-"""Several processes that train one model: what they must agree on before a step."""
+"""Batches and processes that make one step together: what they must agree on before it."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -6,21 +8,37 @@ from ..structures.labels import VOID
 from ..structures.targets import Targets
 
 
-def normalized(targets: Targets) -> Targets:
-    """Targets whose normalizers are the mean numbers over the processes, of targets and of pixels
-    that count, each at least 1.
+def normalized(targets: Targets, num_queries: int | None = None) -> Targets:
+    """`together` of one batch a process."""
+    return together([targets], num_queries)[0]
+
+
+def together(parts: Sequence[Targets], num_queries: int | None = None) -> list[Targets]:
+    """Targets whose normalizers are the mean numbers over batches and processes, of targets and of
+    pixels that count, each at least 1, and of targets that find a query.
 
     To be called by every process of the group, each with its part of the batch, before the step:
-    the mean over processes of their gradients is then that of the joined batch. Nothing in a loss
-    waits for another process, so one alone may compute a loss at any time.
+    the mean over batches and processes of their gradients is then that of the joined batch.
+    Nothing in a loss waits for another process, so one alone may compute a loss at any time.
+
+    Args:
+        parts: of the step, of as many images each.
+        num_queries: of the model; None where it has none, or for losses of masks alone.
     """
-    counts = [targets.count.sum()]
-    if targets.semantic is not None:
-        counts.append((targets.semantic != VOID).sum())
-    total = torch.stack(counts).double()  # exact for any number of pixels
+    counts = [sum(part.count.sum() for part in parts)]
+    if num_queries is not None:
+        counts.append(sum(part.count.clamp(max=num_queries).sum() for part in parts))
+    pixels = parts[0].semantic is not None
+    if pixels:
+        counts.append(sum((part.semantic != VOID).sum() for part in parts))
+    total, shares = torch.stack(counts).double(), len(parts)  # exact for any number of pixels
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
-        total = total / torch.distributed.get_world_size()
-    total = total.clamp(min=1).float()
-    names = ("normalizer", "pixel_normalizer")
-    return targets._replace(**dict(zip(names, total.unbind())))
+        shares *= torch.distributed.get_world_size()
+    number, *more = (total / shares).unbind()
+    found = {"normalizer": number.clamp(min=1).float()}
+    if pixels:
+        found["pixel_normalizer"] = more[-1].clamp(min=1).float()
+    if num_queries is not None and shares > 1:  # one batch alone knows it without
+        found["matched"] = more[0]
+    return [part._replace(**found) for part in parts]
