@@ -14,8 +14,8 @@ def normalized(targets: Targets, num_queries: int | None = None) -> Targets:
 
 
 def together(parts: Sequence[Targets], num_queries: int | None = None) -> list[Targets]:
-    """Targets whose normalizers are the mean numbers over batches and processes, of targets and of
-    pixels that count, each at least 1, and of targets that find a query.
+    """Targets whose normalizers are the mean numbers over batches and processes: of all targets,
+    and of all pixels that count, each in all at least 1; and of targets that find a query.
 
     To be called by every process of the group, each with its part of the batch, before the step:
     the mean over batches and processes of their gradients is then that of the joined batch.
@@ -35,10 +35,10 @@ def together(parts: Sequence[Targets], num_queries: int | None = None) -> list[T
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
         shares *= torch.distributed.get_world_size()
-    number, *more = (total / shares).unbind()
-    found = {"normalizer": number.clamp(min=1).float()}
+    means = (total.clamp(min=1) / shares).float().unbind()
+    found = {"normalizer": means[0]}
     if pixels:
-        found["pixel_normalizer"] = more[-1].clamp(min=1).float()
+        found["pixel_normalizer"] = means[-1]
     if num_queries is not None and shares > 1:  # one batch alone knows it without
-        found["matched"] = more[0]
+        found["matched"] = (total[1] / shares).float()
     return [part._replace(**found) for part in parts]
