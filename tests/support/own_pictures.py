@@ -66,7 +66,7 @@ def _scene(photo, rng):
     for place in rng.permutation(4)[: rng.integers(2, 5)]:
         shape = int(rng.integers(1, 4))
         shapes.append(shape)
-        side = int(rng.integers(28, 42))
+        side = int(rng.integers(30, 43))
         x, y = (int(a + rng.integers(4, SIDE // 2 + 4 - side)) for a in corners[place])
         colour = tuple(int(c + rng.integers(60)) for c in COLOURS[shape - 1])
         for picture, fill in ((cut, colour), (ids, len(shapes))):
