@@ -326,7 +326,7 @@ def _train_command(arguments: list[str]) -> Callable:
     elif chosen == "segmenter":
         pretrained = "--model.no-backbone-pretrained" not in arguments
         layout = given.get("--data.layout", "plain")
-        default = recipes.segmenter(preset or "Seg-S-Mask/16", layout, pretrained, root)
+        default = recipes.segmenter(preset, layout, pretrained, root, given.get("--init"))
     elif chosen == "mask2former":
         if not root:
             raise ValueError("train: --recipe mask2former needs --data.root, a folder of pictures")
@@ -353,7 +353,7 @@ def _train_command(arguments: list[str]) -> Callable:
             resume: go on with the run in this folder; other options default to its settings.
             preset: model of a recipe: of mask2former tiny, resnet50, resnet101, swin_tiny,
                 swin_small, swin_base or swin_large, not given, swin_tiny, or that of --init; of
-                segmenter such as Seg-B-Mask/16, not given, Seg-S-Mask/16.
+                segmenter such as Seg-B-Mask/16, not given, that of --init or Seg-S-Mask/16.
         """
         if preset is not None and chosen not in ("segmenter", "mask2former"):
             raise ValueError(

@@ -10,7 +10,7 @@ import pytest
 
 from segkern import cli
 from segkern.cli import main
-from segkern.models import Mask2Former, Mask2FormerConfig
+from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterConfig
 from support.own_pictures import PHOTOS, SHAPES, write_shapes
 from support.pictures import noise, write, write_coco
 
@@ -87,6 +87,25 @@ def test_the_data_tell_the_recipe(steps, tmp_path, capsys):
     assert steps[0].init == start[1]
     assert main(["train", *objects, "--recipe", "mask2former", *start]) == 0
     assert steps[-1] == steps[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_segmenter_has_the_sizes_of_the_model_it_starts_from(steps, tmp_path, capsys):
+    for split in ("train", "val"):
+        write(tmp_path / f"own/images/{split}/a.png", noise(0))
+        write(tmp_path / f"own/labels/{split}/a.png", noise(0)[..., 0] % 2)
+    (tmp_path / "own/classes.txt").write_text("road\nriver\n")
+    sizes = {"image_size": (32, 32), "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1}
+    Segmenter(SegmenterConfig(num_labels=5, **sizes)).save_pretrained(tmp_path / "start")
+    own = ["train", "--data.root", str(tmp_path / "own"), "--init"]
+    assert main([*own, str(tmp_path / "start")]) == 0, capsys.readouterr().err
+    model = steps[0].model
+    assert {name: getattr(model, name) for name in sizes} == sizes
+    assert model.id2label == {0: "road", 1: "river"}
+    assert (model.num_labels, model.backbone_pretrained) == (2, False)
+    Mask2Former(Mask2FormerConfig.tiny(7)).save_pretrained(tmp_path / "other")
+    assert main([*own, str(tmp_path / "other")]) == 2
+    assert "init must be a segmenter, got a mask2former" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")
