@@ -33,7 +33,7 @@ class TrainConfig:
             backbone.layers.0. They have no gradient and no state of the optimizer, and run as in
             evaluation.
         overwrite: start anew in a folder that holds a run; its files are removed.
-        steps: batches to train on. A resumed run that gets more follows the longer schedule from
+        steps: of the optimizer. A resumed run that gets more follows the longer schedule from
             there on.
         batch_size: images of a batch.
         accumulate: batches whose gradients make one step, as one batch of all their images would:

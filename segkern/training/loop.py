@@ -125,7 +125,7 @@ def train(
     if state is None and config.init is not None:
         begun = initialize(model, config.init, config.fresh_head)
     model.to(device).train()
-    freeze(model, config.freeze)
+    frozen = freeze(model, config.freeze)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, config)
@@ -197,6 +197,8 @@ def train(
             raise KeyboardInterrupt(f"stopped after all {config.steps} steps; {folder} has them")
     if run.average is not None:
         model.load_state_dict(run.average.model.state_dict())
+    for parameter in frozen:
+        parameter.requires_grad_()
     images = done * config.batch_size * config.accumulate
     return Trained(model.eval(), done, seconds, images / max(seconds, 1e-9))
 

@@ -61,16 +61,20 @@ def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer | MuonAnd
     return torch.optim.AdamW(groups, fused=True, capturable=capturable)
 
 
-def freeze(model: nn.Module, parts: Sequence[str]) -> None:
+def freeze(model: nn.Module, parts: Sequence[str]) -> list[nn.Parameter]:
     """Takes parts of a model out of training: no gradients, and the mode of evaluation.
 
     Args:
         model: in training mode.
         parts: names of modules in it.
 
+    Returns:
+        the parameters that had gradients before, for who wants to give them back.
+
     Raises:
         ValueError: no such part, or nothing is left to train.
     """
+    trained = [p for p in model.parameters() if p.requires_grad]
     for name in parts:
         if name not in dict(model.named_modules()) or not name:
             known = [name for name, part in model.named_children() if [*part.parameters()]]
@@ -79,8 +83,10 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
                 f"these, got {name!r}"
             )
         model.get_submodule(name).requires_grad_(False).eval()
-    if not any(p.requires_grad for p in model.parameters()):
+    frozen = [p for p in trained if not p.requires_grad]
+    if len(frozen) == len(trained):
         raise ValueError(f"train: freeze must leave a part to train, got {', '.join(parts)}")
+    return frozen
 
 
 def parameter_groups(model: nn.Module, config) -> list[dict]:

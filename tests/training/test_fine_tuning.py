@@ -12,7 +12,7 @@ from test_validation import maps, of_maps  # noqa: F401  (a fixture)
 from segkern.models import Mask2Former, build_model, initialize
 from segkern.training.config import TrainConfig
 from segkern.training.loop import train
-from segkern.training.optimizer import build_optimizer, parameter_groups
+from segkern.training.optimizer import build_optimizer, freeze, parameter_groups
 
 
 def named(count, *names):
@@ -68,9 +68,11 @@ def test_frozen_parts_stay_and_take_no_state(kind, parts, optimizer, maps, tmp_p
         elif name.endswith("weight") and "criterion" not in name:
             assert moved, name
     frozen = {id(p) for part in parts for p in run.model.get_submodule(part).parameters()}
+    assert all(p.grad is None for p in run.model.parameters() if id(p) in frozen)
+    assert all(p.requires_grad for p in run.model.parameters())  # for the next training
+    assert {id(p) for p in freeze(run.model, parts)} == frozen
     groups = build_optimizer(run.model, setting).param_groups
     assert not frozen & {id(p) for group in groups for p in group["params"]}
-    assert all(p.grad is None for p in run.model.parameters() if id(p) in frozen)
     more = train(replace(setting, steps=3), resume=tmp_path / "run", progress=False)
     assert more.steps == 3
 
