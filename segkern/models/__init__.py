@@ -27,15 +27,17 @@ class Kind(NamedTuple):
         model: class of the model.
         files: names that tell a checkpoint of its original code; Hugging Face's format and ours
             say the kind in config.json.
+        suffix: of a checkpoint of its original code that is one file; "" where it is none.
     """
 
     config: type
     model: type
     files: tuple[str, ...] = ()
+    suffix: str = ""
 
 
 MODELS = {
-    "mask2former": Kind(Mask2FormerConfig, Mask2Former),
+    "mask2former": Kind(Mask2FormerConfig, Mask2Former, suffix=".pkl"),
     "segmenter": Kind(SegmenterConfig, Segmenter, files=("variant.yml",)),
 }
 Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
@@ -84,11 +86,16 @@ def open_model(name: str | Path) -> SegmentationModel:
 
     Args:
         name: a folder that a model's `save_pretrained`, transformers or a model's original code
-            wrote, or a file in it; the folder of a training run; or a name on the hub.
+            wrote, or a file in it, or a .pkl file of Mask2Former's; the folder of a training run;
+            or a name on the hub.
 
     Raises:
         ValueError: of no kind that segkern has; or see each model's `from_pretrained`.
     """
+    suffix = Path(name).suffix
+    for row in MODELS.values():
+        if suffix and row.suffix == suffix:
+            return row.model.from_pretrained(name)
     folder = find_folder(name)
     kinds = [
         kind
