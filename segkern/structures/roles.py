@@ -34,8 +34,8 @@ def parameter_roles(
 
     Args:
         model: whose parameters.
-        backbone: its part that starts from pretrained weights; `levels` are the names in it of
-            the modules at which its levels end, in order.
+        backbone: its part that starts from pretrained weights; `levels`, where it has them, are
+            the names in it of the modules at which its levels end, in order.
         blocks: its parts whose linear layers are matrices.
         undecayed: parameters that do not decay, besides those of norms and embeddings.
     """
@@ -62,7 +62,7 @@ def _depths(backbone: nn.Module) -> dict[int, int]:
     parameters = list(backbone.named_parameters())
     ends = [
         max(i for i, (name, _) in enumerate(parameters) if name.startswith(f"{level}."))
-        for level in backbone.levels
+        for level in getattr(backbone, "levels", ())
     ]
     return {
         id(p): max(0, sum(end >= i for end in ends) - 1) for i, (_, p) in enumerate(parameters)

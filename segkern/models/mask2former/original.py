@@ -79,8 +79,13 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(
             f"from_pretrained: {path} is no checkpoint of Mask2Former's original code"
         )
-    weights = from_original({name: torch.as_tensor(value) for name, value in state.items()})
-    settings = read_sizes(weights, str(path))
+    try:
+        weights = from_original({name: torch.as_tensor(value) for name, value in state.items()})
+        settings = read_sizes(weights, str(path))
+    except (KeyError, TypeError) as error:  # of MaskFormer, say, or values that are no numbers
+        raise ValueError(
+            f"from_pretrained: {path} is no checkpoint of Mask2Former's original code ({error})"
+        ) from error
     for name in [name for name in weights if name.endswith(".running_var")]:  # frozen there
         count = name.replace("running_var", "num_batches_tracked")
         weights.setdefault(count, torch.zeros((), dtype=torch.int64))

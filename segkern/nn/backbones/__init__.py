@@ -1,9 +1,10 @@
 """Backbones: four maps of an image, each at twice the stride of the one before.
 
 Our own Swin; a small ResNet for small images; any other that timm has with such maps. All have
-`channels` and `strides`, and give a list of maps [B, C_i, h_i, w_i], finest first. Convolutions
-keep their weights channels-last in memory, as they read maps; FSDP's `fully_shard` takes a model
-after `model.to(memory_format=torch.contiguous_format)`, which changes no result.
+`channels`, `strides` and `levels` (names of the parts at which the maps end), and give a list of
+maps [B, C_i, h_i, w_i], finest first. Convolutions keep their weights channels-last in memory, as
+they read maps; FSDP's `fully_shard` takes a model after
+`model.to(memory_format=torch.contiguous_format)`, which changes no result.
 
 Letters: B image, C channels, h w map size.
 """

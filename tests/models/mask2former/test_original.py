@@ -136,6 +136,9 @@ def test_training_starts_from_it(tmp_path):
         open_model(written(tmp_path / "other.pkl", Mask2Former(small(labels=7))))
 
 
+HEAD = "sem_seg_head.predictor.class_embed.weight"
+
+
 class Evil:
     def __reduce__(self):
         return print, ("run",)
@@ -146,10 +149,12 @@ class Evil:
     [
         (pickle.dumps({"model": Evil()}), "holds a builtins.print, which is code and not run"),
         (pickle.dumps({"model": {"weight": np.zeros(2)}}), "is no checkpoint of Mask2Former"),
+        (pickle.dumps({"model": {HEAD: np.zeros((4, 8))}}), r"no checkpoint .*query_feat"),
+        (pickle.dumps({"model": {HEAD: "weights"}}), "no checkpoint of Mask2Former"),
         (pickle.dumps(np.zeros(99))[:40], "not a whole pickle of arrays"),
         (b"", "not a whole pickle of arrays"),
     ],
-    ids=["code", "another model", "cut short", "empty"],
+    ids=["code", "another model", "a model like it", "no numbers", "cut short", "empty"],
 )
 def test_other_pickles_are_refused(content, message, tmp_path, capsys):
     path = tmp_path / "model.pkl"
