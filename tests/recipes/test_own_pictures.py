@@ -15,6 +15,7 @@ from support.own_pictures import PHOTOS, SHAPES, write_shapes
 from support.pictures import noise, write, write_coco
 
 ROOT = Path(__file__).parents[2]
+ONE_THREAD = ("--threads", 1)  # the same rounding, and so the same model, with any number of cores
 
 
 def segkern(*arguments):
@@ -29,7 +30,7 @@ def segkern(*arguments):
 def digits(tmp_path_factory):
     """A run on scenes of digits, half a minute of it: what the others start from."""
     folder = tmp_path_factory.mktemp("digits")
-    segkern("train", "--steps", 150, "--evaluate-every", 0, "--output", folder)
+    segkern("train", "--steps", 150, "--evaluate-every", 0, "--output", folder, *ONE_THREAD)
     return folder
 
 
@@ -40,7 +41,7 @@ def test_a_small_model_learns_new_classes_from_48_pictures(task, digits, tmp_pat
     root, run, figures = tmp_path / "own", tmp_path / "run", tmp_path / "metrics.json"
     write_shapes(root, task)
     segkern("data", "check", root, "--out", tmp_path / "report")
-    steps = ("--steps", 300, "--evaluate-every", 150, "--ema", 0.98)
+    steps = ("--steps", 300, "--evaluate-every", 150, "--ema", 0.98, *ONE_THREAD)
     shown = segkern("train", "--data.root", root, "--init", digits, "--output", run, *steps)
     assert "new is the class head (11 labels there," in " ".join(shown.split())
     segkern("evaluate", run, "--out", figures)
