@@ -144,6 +144,41 @@ def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu
     return step
 
 
+def build_openvino(folder: Path, height: int, width: int, batch: int, dtype: str):
+    """An inference of transformers' model in OpenVINO on the CPU, or why there is none.
+
+    OpenVINO computes in `dtype`, "float32" or "bfloat16"; images and results are float32.
+    """
+    try:
+        import openvino
+    except ImportError:
+        return "OpenVINO is not installed (pip install openvino)"
+    model = open_model("transformers", folder, "cpu")
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            out = self.model(x)
+            return out.class_queries_logits, out.masks_queries_logits
+
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, height, width)
+    with torch.no_grad():
+        graph = openvino.convert_model(Logits(), example_input=x)
+    graph.reshape(list(x.shape))  # constant shapes, as torch.compile has them
+    precision = "bf16" if dtype.startswith("bfloat16") else "f32"
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.Core().compile_model(graph, "CPU", settings)
+    return lambda: compiled(x.numpy())
+
+
 def peak_memory(*arguments, script: str = __file__) -> float:
     """Megabytes that a fresh process needs for two runs on the CPU, above the imports.
 

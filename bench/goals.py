@@ -48,12 +48,14 @@ DEFORM = "B=16 1024x1024"
 STEP, INFERENCE = "training step 1024 B=8 T=16", "inference (1024|800x1344) B=1"
 
 GOALS = [
-    Goal("cpu", "Swin-T inference 512", SWIN, "inference 512 B=1", F32, THEIRS, 2.5),
-    Goal("cpu", "Swin-T inference 1024", SWIN, "inference 1024 B=1", F32, THEIRS, 3),
+    Goal("cpu", "Swin-T inference 512", SWIN, "inference 512 B=1", F32, THEIRS, 3),
+    Goal("cpu", "Swin-T inference 1024", SWIN, "inference 1024 B=1", F32, THEIRS, 3.5),
     Goal(
-        "cpu", "Swin-T, bfloat16", SWIN, "inference (512|1024) B=1", HALF, THEIRS + ", float32", 5
+        "cpu", "Swin-T, bfloat16", SWIN, "inference (512|1024) B=1", HALF, THEIRS + ", float32", 7
     ),
-    Goal("cpu", "Swin-T step 512", SWIN, "training step 512 B=2 T=16", F32, THEIRS, 2.5, 0.4),
+    Goal("cpu", "Swin-T inference", SWIN, "inference (512|1024) B=1", F32, "OpenVINO", 1.5),
+    Goal("cpu", "Swin-T, bfloat16", SWIN, "inference (512|1024) B=1", HALF, "OpenVINO", 2),
+    Goal("cpu", "Swin-T step 512", SWIN, "training step 512 B=2 T=16", F32, THEIRS, 3, 0.35),
     Goal("cpu", "panoptic maps", "segment_map", "panoptic.*1024x2048.*", F32, THEIRS, 20),
     Goal("cpu", "instance maps", "segment_map", "instance.*1024x2048.*", F32, THEIRS, 10),
     Goal("cpu", "semantic maps", "segment_map", "semantic.*1024x2048.*", F32, THEIRS, 2),

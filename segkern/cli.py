@@ -16,7 +16,6 @@ from rich.console import Console
 
 from . import recipes
 from .data import (
-    DataConfig,
     Digits,
     DigitsConfig,
     Folder,
@@ -27,6 +26,7 @@ from .data import (
 )
 from .data.folder import Layout
 from .evaluation.evaluate import evaluate as run_evaluate
+from .evaluation.optional import import_extra
 from .evaluation.report import table
 from .inference.predict_files import Predicted, image_files, predict_files
 from .models import SegmentationModel, Segmenter, open_model
@@ -35,6 +35,7 @@ from .ops import _library
 from .ops.segment_map import TASKS
 from .recipes.check_data import check_data, show_data
 from .recipes.demo import demo as run_demo
+from .recipes.evaluate_run import data_of_run, run_folder, write_report
 from .runtime.device import usable_device
 from .structures.settings import Options, Views
 from .training import checkpoint
@@ -73,10 +74,12 @@ def evaluate(
     out: Path | None = None,
     device: str = "auto",
     cuda_graphs: bool = True,
+    max_detections: int = 100,
 ) -> None:
     """Measure a model on held-out scenes of digits, or images in folders: PQ, SQ, RQ, AP, mIoU.
 
-    A run is measured on the data that it was trained on, unless options name another.
+    A run is measured on the data that it was trained on, unless options name another, and gets a
+    report: evaluation/metrics.html, beside the figures in metrics.json.
 
     Args:
         model: what to measure.
@@ -96,12 +99,19 @@ def evaluate(
         stride: pixels from one window to the next; not given, the model's.
         scales: of a Segmenter: sizes of the images to average over; 1 is the model's.
         flip: of a Segmenter: average over the mirror images, too.
-        out: JSON file for the figures.
+        out: JSON file for the figures; the report is beside it, as .html. Not given, it is
+            evaluation/metrics.json of a run, and none of another model.
         device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
         cuda_graphs: on a GPU run the model from a CUDA graph for sizes that come again and again.
+        max_detections: results of a class in an image that AP counts.
     """
-    if out is not None and out.is_dir():
-        raise ValueError(f"evaluate: --out must be a file, {out} is a folder")
+    if out is not None and (out.is_dir() or out.suffix == ".html"):
+        raise ValueError(f"evaluate: --out must be a JSON file, got {out}")
+    run = run_folder(model)
+    if out is None and run is not None:
+        out = run / "evaluation" / "metrics.json"
+    if out is not None:
+        import_extra("matplotlib")  # missed now, and not after the figures are found
     opened = open_model(model).to(usable_device(device))
     given = {"size": size, "level": level, "seed": seed, "split": split}
     given = {name: value for name, value in given.items() if value is not None}
@@ -116,6 +126,7 @@ def evaluate(
             tasks = ("instance",)
     if threshold is None and isinstance(source, Digits) and "panoptic" in tasks:
         threshold = recipes.DIGITS_THRESHOLD
+    options, views = Options(threshold), Views(window, stride, scales, flip)
     value = run_evaluate(
         opened,
         source,
@@ -123,12 +134,18 @@ def evaluate(
         scenes,
         out=out,
         cuda_graphs=cuda_graphs,
-        options=Options(threshold),
-        views=Views(window, stride, scales, flip),
+        options=options,
+        views=views,
+        max_detections=max_detections,
     )
     Console().print(table(value, title))
-    if out is not None:
-        print(f"written: {out}")
+    if value.get("best_threshold") is not None:
+        print("best F1 of objects {mask_f1:.3f}, at score {best_threshold:.2f}".format(**value))
+    if out is None:
+        return
+    measured = value, opened, source, options, views
+    page = write_report(out, model, title, *measured, {"versions": _library.info()}, cuda_graphs)
+    print(f"written: {out} and {page}")
 
 
 def _source(
@@ -149,7 +166,7 @@ def _source(
         settings, line = find_format(data)
         print(line)
     else:
-        settings = _data_of_run(name, bool(given.keys() - {"split"}))
+        settings = data_of_run(name, bool(given.keys() - {"split"}))
     if settings is None or isinstance(settings, DigitsConfig):
         if max_pixels is not None:
             raise ValueError("evaluate: --max-pixels is for images in folders, not for digits")
@@ -375,38 +392,6 @@ def _recipe_for(root: str, layout: bool) -> str:
     """The recipe for the data in a folder; one whose layout is given holds maps of classes."""
     objects = not layout and "masks" in find_format(root)[0].targets
     return "mask2former" if objects else "segmenter"
-
-
-def _data_of_run(name: str, digits: bool) -> DataConfig | None:
-    """The data set that a run was trained on; None where the name is not that of a run.
-
-    Args:
-        name: of a model: a run's folder, model/ or best/ in it, or a file in one of these.
-        digits: whether options say that it is to be measured on scenes of digits.
-
-    Raises:
-        ValueError: the run trained on a data set that its settings do not describe, or that is
-            not here.
-    """
-    folder = Path(name).parent if Path(name).is_file() else Path(name)
-    if folder.name in ("model", BEST) and not (folder / checkpoint.FILE).is_file():
-        folder = folder.parent
-    if not (folder / checkpoint.FILE).is_file():
-        return None
-    state = checkpoint.load(folder)
-    config = stored_config(folder, state)
-    if state.get("own_data"):
-        if digits:
-            return None
-        raise ValueError(
-            f"evaluate: {name} was trained on a data set that its settings do not describe; name "
-            "one with --data, or call segkern.evaluate(model, dataset)"
-        )
-    if isinstance(config.data, FolderConfig) and not config.data.root.is_dir():
-        raise ValueError(
-            f"evaluate: {config.data.root}, the data of {name}, is no folder here: give --data"
-        )
-    return config.data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -88,6 +88,10 @@ def test_train_resume_evaluate_predict(tmp_path, capsys):
     command = ["evaluate", str(run), "--scenes", "4", "--level", "hard", "--out", str(figures)]
     assert main(command) == 0
     assert json.loads(figures.read_text())["images"] == 4
+    page = figures.with_suffix(".html").read_text(encoding="utf-8")
+    for part in ("run on hard scenes", 'id="curves"', 'id="worst"', "model.num_queries", "torch"):
+        assert part in page
+    assert not (run / "evaluation").exists()
     pictures = [tmp_path / name for name in ("grey.png", "alpha.png", "odd.jpg")]
     for path, shape in zip(pictures, ((70, 50), (64, 64, 4), (33, 91, 3))):
         Image.fromarray(np.full(shape, 90, np.uint8)).save(path)
@@ -179,6 +183,7 @@ ERRORS = [
     (lambda f: ["train", "--output", str(f), "--steps", "0"], "steps must be >= 1, got 0"),
     (lambda f: ["evaluate", str(f / "none")], "no such folder"),
     (lambda f: ["evaluate", str(f)], "config.json"),
+    (lambda f: ["evaluate", str(f), "--out", str(f / "x.html")], "--out must be a JSON file, got"),
     (wrong_device, "device 'abacus' cannot be used"),
     (lambda f: ["demo", "--output", str(f), "--scenes", "0"], "scenes must be >= 1, got 0"),
 ]

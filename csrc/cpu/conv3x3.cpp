@@ -7,7 +7,7 @@
 //
 // A band of tiles goes through all three steps before the next, so that its values stay in the
 // cache. The gradient of the filters is the transposed transforms around the transposed products.
-#include "../common.h"
+#include "matrix_product.h"
 
 namespace segkern {
 namespace {
@@ -120,17 +120,44 @@ void split(const Grid& grid, const T* x, int64_t C, int64_t first, int64_t n, co
   });
 }
 
+// The transformed filters as panels of matrix_product.h: for each value the columns K, summed over
+// C
+template <class T>
+struct Filters {
+  Filters(const T* filters /*[16, K, C]*/, int64_t K, int64_t C)
+      : K(K), C(C), size((K + kPanel<T> - 1) / kPanel<T> * kPanel<T> * C), panels(kValues * size) {
+    parallel_for(0, kValues, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        pack<T>({filters + i * K * C, 1, C}, C, K, panels.get() + i * size);
+    });
+  }
+  // m = v times the filters, [16, n, K] of [16, n, C]
+  void times(const T* v, int64_t n, T* m) const {
+    const auto make = [] { return Scratch<T>(kChunk * kPanel<T>); };
+    run_tasks(kValues, make, [&](int64_t i, const Scratch<T>& sums) {
+      multiply_rows<T>({v + i * n * C, C, 1}, 0, n, panels.get() + i * size, 0, K, C, sums.get(),
+                       [&](const T* sums, int64_t row, int64_t rows, int64_t k, int64_t some) {
+                         T* to = m + (i * n + row) * K + k;
+                         for (int64_t r = 0; r < rows; ++r)
+                           std::memcpy(to + r * K, sums + r * kPanel<T>, some * sizeof(T));
+                       });
+    });
+  }
+  int64_t K, C, size;
+  Scratch<T> panels;
+};
+
 template <class T>
 Tensor forward(const Tensor& x, const Tensor& filters) {
   const Grid grid(x);
   const int64_t C = x.size(3), K = filters.size(1);
-  const Tensor from = dense<T>(x), u = torch::stable::transpose(dense<T>(filters), 1, 2);
+  const Tensor from = dense<T>(x), of_filters = dense<T>(filters);
+  const Filters<T> u(data<T>(of_filters), K, C);
   const Tensor out = empty<T>(x, {grid.B, grid.h, grid.w, K});
   bands(grid, C + K, [&](int64_t first, int64_t n) {
-    const Tensor v = empty<T>(x, {kValues, n, C});
-    Tensor m = empty<T>(x, {kValues, n, K});
+    const Tensor v = empty<T>(x, {kValues, n, C}), m = empty<T>(x, {kValues, n, K});
     split(grid, data<T>(from), C, first, n, v);
-    products(v, u, m);
+    u.times(data<T>(v), n, mutable_data<T>(m));
     parallel_for(0, n, 4, [&](int64_t begin, int64_t end) {
       std::vector<T> outside(K);
       T *to = mutable_data<T>(out), *y[4];

@@ -48,9 +48,10 @@ struct Tiles {
   // out[d, j] = y[j, d], for d in [0, D), D a multiple of the lanes
   void (*transpose)(const T* y /*[lanes, D]*/, int64_t ldy, int64_t D, T* out /*[D, lanes]*/);
   // out[r, c] = sum_k x[r xr + k xk] y[k, c], for r in [0, n), k in [0, K) and c in so many lines;
-  // y[k, c] is at k yk + c % lanes in its line of columns, and these lie yl apart
+  // y[k, c] is at k yk + c % lanes in its line of columns, and these lie yl apart; added to what
+  // is in out, if so
   void (*product)(const T* x, int64_t xr, int64_t xk, int64_t n, const T* y, int64_t yk,
-                  int64_t yl, int64_t K, int64_t lines, T* out, int64_t ld);
+                  int64_t yl, int64_t K, int64_t lines, T* out, int64_t ld, bool add);
 };
 
 #ifdef SEGKERN_X86_CLONES

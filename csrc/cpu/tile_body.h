@@ -115,8 +115,14 @@ SEGKERN_TARGET void accumulate(const T* p, const int32_t* row, int64_t n, const 
 // R rows and N lines of product
 template <class T, int R, int N>
 SEGKERN_TARGET void product_rows(const T* x, int64_t xr, int64_t xk, const T* y, int64_t yk,
-                                 int64_t yl, int64_t K, T* out, int64_t ld) {
+                                 int64_t yl, int64_t K, T* out, int64_t ld, bool add) {
   V<T> sum[R][N * kParts] = {};
+  if (add) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int i = 0; i < N; ++i) load<T>(sum[r] + i * kParts, out + r * ld + i * kLanes<T>);
+  }
   for (int64_t k = 0; k < K; ++k) {
     V<T> t[N * kParts];
 #pragma GCC unroll 2
@@ -136,12 +142,12 @@ SEGKERN_TARGET void product_rows(const T* x, int64_t xr, int64_t xk, const T* y,
 
 template <class T>
 SEGKERN_TARGET void product(const T* x, int64_t xr, int64_t xk, int64_t n, const T* y, int64_t yk,
-                            int64_t yl, int64_t K, int64_t lines, T* out, int64_t ld) {
+                            int64_t yl, int64_t K, int64_t lines, T* out, int64_t ld, bool add) {
   for (int64_t l = 0; l < lines; l += SEGKERN_LINES) {
     const T* part = y + l * yl;
     T* to = out + l * kLanes<T>;
 #define SEGKERN_PRODUCT(R) \
-  product_rows<T, R, kLines>(x + r * xr, xr, xk, part, yk, yl, K, to + r * ld, ld)
+  product_rows<T, R, kLines>(x + r * xr, xr, xk, part, yk, yl, K, to + r * ld, ld, add)
     if (lines - l >= SEGKERN_LINES) {
       constexpr int kLines = SEGKERN_LINES;
       SEGKERN_EACH_ROWS(SEGKERN_PRODUCT)

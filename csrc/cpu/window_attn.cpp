@@ -217,14 +217,15 @@ void turn(const T* rows /*[L, E]*/, const Sizes& n, T* out /*[L / lanes][E, lane
 template <class T>
 void dots(const T* x, int64_t n, const T* y, const Sizes& sizes, T* out /*[n, L]*/) {
   tiles<T>().product(x, sizes.E, 1, n, y, kLanes<T>, sizes.E * kLanes<T>, sizes.E,
-                     sizes.L / kLanes<T>, out, sizes.L);
+                     sizes.L / kLanes<T>, out, sizes.L, false);
 }
 
 // out[r] = sum_k x[r xr + k xk] y[k]
 template <class T>
 void sums(const T* x, int64_t xr, int64_t xk, int64_t n, const T* y /*[K, E]*/, int64_t K,
           const Sizes& sizes, T* out /*[n, E]*/) {
-  tiles<T>().product(x, xr, xk, n, y, sizes.E, kLanes<T>, K, sizes.E / kLanes<T>, out, sizes.E);
+  tiles<T>().product(x, xr, xk, n, y, sizes.E, kLanes<T>, K, sizes.E / kLanes<T>, out, sizes.E,
+                     false);
 }
 
 // Calls each(window, head) for those of a task, while the rows of the next window are on their

@@ -88,6 +88,11 @@ class IdMaps:
     def __len__(self) -> int:
         return len(self.layer)
 
+    def __getitem__(self, index: int) -> np.ndarray:
+        """[H, W] bool: one mask."""
+        index = range(len(self))[index]
+        return self.maps[self.layer[index]] == index + 1
+
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         dense = np.empty(self.shape, np.uint8)
         for i, k in enumerate(self.layer):

@@ -20,8 +20,8 @@ from ..io.atomic_files import atomic
 from ..io.overlay import overlay
 from ..io.plots import save_data, save_sheet
 from ..structures.labels import VOID
-from ..structures.segmentation import Segment, Segmentation
-from .report import truth
+from ..structures.segmentation import Segmentation
+from .report import semantic_truth, truth
 
 _FINDINGS = 1000  # are listed one by one in the report; all are counted
 
@@ -189,9 +189,4 @@ def _picture(sample: dict, mean, std) -> np.ndarray:
 def _truth(sample: dict, dataset) -> Segmentation:
     if len(sample.get("labels", ())) or "semantic" not in sample:
         return truth(sample, dataset.stuff, dataset.classes)
-    labels = torch.as_tensor(sample["semantic"]).int()
-    ids = torch.where(labels == VOID, 0, labels + 1)
-    segments = [
-        Segment(i, i - 1, None, int((ids == i).sum()), True) for i in ids.unique().tolist() if i
-    ]
-    return Segmentation("panoptic", ids, segments, dict(enumerate(dataset.classes)))
+    return semantic_truth(sample, dataset.classes)

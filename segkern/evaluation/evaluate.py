@@ -5,8 +5,10 @@ What the figures are is said in panoptic.py, instance.py and semantic.py.
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from heapq import heappop, heappush
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,13 @@ from torch.utils.data import DataLoader
 from ..inference.segment import Input, check, find
 from ..io.atomic_files import writable_folder, write_json
 from ..models.protocol import ModelConfig, SegmentationModel
+from ..structures.segmentation import Segmentation
 from ..structures.settings import Options, Views, one_of
 from .instance import Instances
 from .panoptic import Panoptic
 from .semantic import Semantic
+
+WORST = 8  # images are named and drawn
 
 
 def evaluate(
@@ -43,6 +48,7 @@ def evaluate(
     cuda_graphs: bool = True,
     options: Options | None = None,
     views: Views | None = None,
+    max_detections: int = 100,
 ) -> dict:
     """Runs the model over a data set and measures the results.
 
@@ -66,14 +72,22 @@ def evaluate(
         progress: show a bar.
         cuda_graphs: as in `segment`.
         options, views: in place of their settings.
+        max_detections: instance results of a class in an image that count, the best ones; COCO's
+            100. More than that makes None of `top_k` as many, or the model would give no more.
 
     Returns:
         plain types, None where nothing occurs that could be measured: images, seconds,
-        images_per_second; panoptic: pq, sq, rq, things and stuff (pq, sq, rq each),
+        images_per_second, tasks; panoptic: pq, sq, rq, things and stuff (pq, sq, rq each),
         class_accuracy (of the true things, those that some predicted segment matches at IoU > 1/2:
         the share with the right class), dice (of these matches), matched, instances, confusion
-        [K + 1][K + 1] (truth by prediction, last: nothing); instance: ap, ap50, ap75; semantic:
-        miou, pixel_accuracy; classes: a list with each class's figures.
+        [K + 1][K + 1] (truth by prediction, last: nothing); instance: ap, ap50, ap75, boundary_ap,
+        boundary_ap50, instance_confusion (as confusion, of the results with a score of at least
+        1/2), thresholds (lists score, precision, recall, f1 at IoU 1/2), best_threshold
+        (that of the best F1), mask_f1 (there); semantic: miou, f1, pixel_accuracy, mean_accuracy,
+        pixel_confusion [K][K]; classes: a list with each class's figures; worst: the images of the
+        least score by the first task, the worst first: image (its index, of a DataLoader the
+        sample's id where it has one), score (the meter's `update` says of what), path where it is
+        known.
 
     Raises:
         TypeError: window or stride is no integer.
@@ -90,9 +104,11 @@ def evaluate(
             f"evaluate: threshold must be left out where tasks are {tasks}: it is for panoptic, "
             f"got {options.threshold}"
         )
-    wanted = {task: Options(**options.of(task)) for task in tasks}
-    if "instance" in wanted:
-        wanted["instance"] = replace(wanted["instance"], threshold=None)
+    if max_detections < 1:
+        raise ValueError(f"evaluate: max_detections must be at least 1, got {max_detections}")
+    if options.top_k is None and max_detections > 100 and "instance" in tasks:
+        options = replace(options, top_k=max_detections)
+    wanted = options_of(tasks, options)
     loader, source = _loader(dataset, limit, batch_size, num_workers)
     total = len(source) if limit is None else min(limit, len(source))
     classes, stuff = check_dataset(source, model.config, tasks)
@@ -100,18 +116,23 @@ def evaluate(
         if Path(out).is_dir():
             raise ValueError(f"evaluate: out must be a file, got the folder {out}")
         writable_folder(Path(out).parent)
-    kinds = {"panoptic": Panoptic, "instance": Instances, "semantic": Semantic}
+    kinds = {
+        "panoptic": Panoptic,
+        "instance": partial(Instances, most=max_detections),
+        "semantic": Semantic,
+    }
     meters = {task: kinds[task](len(classes), stuff) for task in tasks}
+    worst: list[tuple] = []  # a heap, the best of them on top
     images, start = 0, time.perf_counter()
     with _bar(progress) as bar:
         job = bar.add_task("evaluate", total=total)
         for samples in loader:
             samples = samples[: total - images]
-            inputs = [_input(model, sample, tasks, views) for sample in samples]
-            together = wanted, views, stuff, len(samples), cuda_graphs
-            for i, results in find(model, inputs, *together):
-                for task, result in results.items():
-                    meters[task].update(result, samples[i])
+            place = images
+            for i, results in found(model, samples, wanted, views, stuff, cuda_graphs):
+                scores = {task: meters[task].update(x, samples[i]) for task, x in results.items()}
+                index = _index(samples[i], place + i, source is dataset)
+                _remember(worst, scores[tasks[0]], place + i, index, samples[i])
                 images += 1
                 bar.advance(job)
             if images >= total:
@@ -123,6 +144,7 @@ def evaluate(
         "images": images,
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 2),
+        "tasks": list(tasks),
     }
     rows = [
         {"label_id": k, "name": name, "isthing": k not in stuff} for k, name in enumerate(classes)
@@ -130,6 +152,7 @@ def evaluate(
     for meter in meters.values():
         value |= meter.compute(rows)
     value["classes"] = rows
+    value["worst"] = [row for *_, row in sorted(worst, key=lambda x: (-x[0], -x[1]))]
     absent = [row["name"] for row in rows if not row.pop("occurs")]
     if absent and (limit is None or limit >= len(source)):
         warnings.warn(
@@ -140,6 +163,44 @@ def evaluate(
     if out is not None:
         write_json(out, value)
     return value
+
+
+def options_of(tasks: Sequence[str], options: Options) -> dict[str, Options]:
+    """What each task reads of the options; AP ranks all masks, whatever their score."""
+    wanted = {task: Options(**options.of(task)) for task in tasks}
+    if "instance" in wanted:
+        wanted["instance"] = replace(wanted["instance"], threshold=None)
+    return wanted
+
+
+def found(
+    model: SegmentationModel,
+    samples: list[dict],
+    wanted: dict[str, Options],
+    views: Views,
+    stuff: Sequence[int],
+    cuda_graphs: bool,
+) -> Iterator[tuple[int, dict[str, Segmentation]]]:
+    """Places in `samples`, and the result of every task at the size of their targets."""
+    inputs = [_input(model, sample, tuple(wanted), views) for sample in samples]
+    return find(model, inputs, wanted, views, stuff, len(samples), cuda_graphs)
+
+
+def _index(sample: dict, place: int, in_order: bool) -> int:
+    """Of a sample in its data set: a loader of the user's may have an order of its own."""
+    known = not in_order and isinstance(sample.get("id"), (int, np.integer))
+    return int(sample["id"]) if known else place
+
+
+def _remember(worst: list, score: float | None, place: int, index: int, sample: dict) -> None:
+    """Keeps an image where it is among the worst so far; of equal ones the first."""
+    if score is None:
+        return
+    row = {"image": index, "score": score}
+    row |= {"path": str(sample["path"])} if "path" in sample else {}
+    heappush(worst, (-score, -place, row))
+    if len(worst) > WORST:
+        heappop(worst)
 
 
 def some_of(names: Sequence[str]) -> str:

@@ -6,6 +6,9 @@ Letters: H W image size, K class, n target, p predicted segment, t true segment.
     SQ = mean IoU of the matches,  RQ = PQ / SQ; means go over the classes that occur
 
 Source: Panoptic Segmentation (Kirillov et al., CVPR 2019).
+The rules are those of its code, panopticapi: void pixels of the truth leave the union; a segment
+that lies by more than half in void and crowds of its class is not counted as wrong; a crowd is
+neither matched nor missed.
 Differs: torchmetrics' PanopticQuality forgives a missed segment where the prediction is void, and
 takes void predictions out of the union; the paper counts them, and so do we.
 """
@@ -27,25 +30,35 @@ class Panoptic:
         self.dice = np.zeros(classes)  # sums over the matches of each true class
         self.confusion = np.zeros((classes + 1, classes + 1), np.int64)
 
-    def update(self, result: Segmentation, sample: dict) -> None:
-        true, t_labels = truth_map(sample, self.stuff)
+    def update(self, result: Segmentation, sample: dict) -> float | None:
+        """Counts an image in.
+
+        Returns:
+            its own PQ, of all classes together; None where nothing could be found nor was.
+        """
+        true, t_labels, crowd = truth_map(sample, self.stuff)
         p_labels = np.array([s.label_id for s in result.segments], np.int64)
         P, T, K = len(p_labels) + 1, len(t_labels) + 1, len(self.iou)
         predicted = result.segmentation.cpu().numpy().astype(np.int64)
         both = np.bincount((predicted * T + true).ravel(), minlength=P * T).reshape(P, T)
-        t_area, p_area, ignored = both.sum(0)[1:], both.sum(1)[1:], both[1:, 0]
+        t_area, p_area, void = both.sum(0)[1:], both.sum(1)[1:], both[1:, 0]
         both = both[1:, 1:]
-        union = (p_area - ignored)[:, None] + t_area - both
+        union = (p_area - void)[:, None] + t_area - both
         iou = both / np.maximum(union, 1)  # [p, t]
-        seen = t_area > 0
+        same, seen = p_labels[:, None] == t_labels, (t_area > 0) & ~crowd
+        ignored = void + (both * (same & crowd)).sum(1)
         counted = (p_area > 0) & (ignored <= 0.5 * p_area)
 
-        match = (p_labels[:, None] == t_labels) & (iou > 0.5)
+        match = same & (iou > 0.5) & ~crowd
         p, t = match.nonzero()
-        self.iou += np.bincount(t_labels[t], iou[p, t], K)
-        self.tp += np.bincount(t_labels[t], minlength=K)
-        self.fn += np.bincount(t_labels[seen & ~match.any(0)], minlength=K)
-        self.fp += np.bincount(p_labels[counted & ~match.any(1)], minlength=K)
+        figures = (
+            np.bincount(t_labels[t], iou[p, t], K),
+            np.bincount(t_labels[t], minlength=K),
+            np.bincount(p_labels[counted & ~match.any(1)], minlength=K),
+            np.bincount(t_labels[seen & ~match.any(0)], minlength=K),
+        )
+        for total, x in zip((self.iou, self.tp, self.fp, self.fn), figures):
+            total += x
 
         things = seen & ~np.isin(t_labels, self.stuff)
         match = (iou > 0.5) & things  # at most one in a row and in a column
@@ -54,8 +67,10 @@ class Panoptic:
         np.add.at(self.confusion, (t_labels[things & ~match.any(0)], K), 1)
         extra = counted & ~match.any(1) & ~np.isin(p_labels, self.stuff)
         np.add.at(self.confusion, (K, p_labels[extra]), 1)
-        dice = 2 * both[p, t] / (p_area[p] - ignored[p] + t_area[t])
+        dice = 2 * both[p, t] / (p_area[p] - void[p] + t_area[t])
         self.dice += np.bincount(t_labels[t], dice, K)
+        iou, tp, fp, fn = (x.sum() for x in figures)
+        return ratio_or_none(iou, tp + 0.5 * fp + 0.5 * fn)
 
     def compute(self, rows: list[dict]) -> dict:
         total = self.tp + 0.5 * self.fp + 0.5 * self.fn
@@ -93,17 +108,21 @@ class Panoptic:
         }
 
 
-def truth_map(sample: dict, stuff: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """[H, W] int32 with 0 for void and i for the i-th segment, and the labels of the segments.
+def truth_map(sample: dict, stuff: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The segments of a sample as a map.
 
-    A segment that is marked as a crowd is void.
+    Crowds lie under the others; those of a class are one, and so are the pieces of stuff.
+
+    Returns:
+        [H, W] int32 with 0 for void and i for the i-th segment; of the segments the labels [n]
+        int64 and which are crowds [n] bool.
     """
-    masks, labels = np.asarray(sample["masks"]), np.asarray(sample["labels"]).astype(np.int64)
-    if "crowd" in sample:
-        alone = ~np.asarray(sample["crowd"], bool)
-        masks, labels = masks[alone], labels[alone]
+    masks, labels = sample["masks"], np.asarray(sample["labels"]).astype(np.int64)
+    crowd = np.asarray(sample.get("crowd", np.zeros(len(labels)))).astype(bool)
     ids = np.zeros(masks.shape[1:], np.int32)
-    first: dict[int, int] = {}
-    for i, (mask, label) in enumerate(zip(masks, labels.tolist()), 1):
-        ids[mask > 0] = first.setdefault(label, i) if label in stuff else i
-    return ids, labels
+    first: dict[tuple[int, bool], int] = {}
+    for i in np.argsort(~crowd, kind="stable").tolist():
+        label, many = int(labels[i]), bool(crowd[i])
+        one = many or label in stuff
+        ids[np.asarray(masks[i]) > 0] = first.setdefault((label, many), i + 1) if one else i + 1
+    return ids, labels, crowd

@@ -13,7 +13,7 @@ from .panoptic import truth_map
 def truth(sample: dict, stuff: Sequence[int], names: Sequence[str]) -> Segmentation:
     """A sample's targets as a panoptic result.
 
-    Later masks lie over earlier ones; stuff is merged by class.
+    Later masks lie over earlier ones; stuff is merged by class; crowds are left out.
 
     Args:
         sample: has masks [n, H, W] and labels [n].
@@ -23,7 +23,8 @@ def truth(sample: dict, stuff: Sequence[int], names: Sequence[str]) -> Segmentat
     Returns:
         a `Segmentation` without scores; targets of which nothing is seen are left out.
     """
-    ids, labels = truth_map(sample, stuff)
+    ids, labels, crowd = truth_map(sample, stuff)
+    ids[np.append(False, crowd)[ids]] = 0
     areas = np.bincount(ids.ravel(), minlength=len(labels) + 1)[1:]
     segments = [
         Segment(i, k, None, int(a), k not in stuff)
@@ -31,6 +32,16 @@ def truth(sample: dict, stuff: Sequence[int], names: Sequence[str]) -> Segmentat
         if a
     ]
     return Segmentation("panoptic", torch.from_numpy(ids), segments, dict(enumerate(names)))
+
+
+def semantic_truth(sample: dict, names: Sequence[str]) -> Segmentation:
+    """A sample's map of labels as a panoptic result without scores; other labels are void."""
+    labels = torch.as_tensor(np.asarray(sample["semantic"])).int()
+    ids = torch.where((labels >= 0) & (labels < len(names)), labels + 1, 0)
+    segments = [
+        Segment(i, i - 1, None, int((ids == i).sum()), True) for i in ids.unique().tolist() if i
+    ]
+    return Segmentation("panoptic", ids, segments, dict(enumerate(names)))
 
 
 def table(value: dict, title: str = "evaluation") -> Table:

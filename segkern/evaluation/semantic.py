@@ -1,4 +1,10 @@
-"""Mean IoU and pixel accuracy of semantic results."""
+"""Figures of semantic results, from their confusion matrix.
+
+Letters: TP, FP, FN are pixels of a class; void pixels of the truth do not count.
+
+    IoU = TP / (TP + FP + FN),  F1 = 2 TP / (2 TP + FP + FN),  accuracy of a class = TP / (TP + FN)
+    mIoU, F1, mean accuracy: over the classes that occur;  pixel accuracy = right pixels / pixels
+"""
 
 from collections.abc import Sequence
 
@@ -10,24 +16,50 @@ from .optional import import_extra, mean_or_none, or_none, ratio_or_none
 
 
 class Semantic:
-    """mIoU and pixel accuracy from torchmetrics' confusion matrix of the pixels not void."""
+    """Figures from torchmetrics' confusion matrix of the pixels not void."""
 
     def __init__(self, classes: int, stuff: Sequence[int]):
         matrix = import_extra("torchmetrics.classification").MulticlassConfusionMatrix
         self.classes = classes
         self.matrix = matrix(classes, validate_args=False)
 
-    def update(self, result: Segmentation, sample: dict) -> None:
+    def update(self, result: Segmentation, sample: dict) -> float | None:
+        """Counts an image in.
+
+        Returns:
+            its own mIoU, over the classes in truth or result; None where all is void.
+        """
         target = torch.as_tensor(np.asarray(sample["semantic"])).long()
         counts = (target >= 0) & (target < self.classes)  # else void
-        self.matrix.update(result.segmentation.cpu().long()[counts], target[counts])
+        found, target = result.segmentation.cpu().long()[counts], target[counts]
+        self.matrix.update(found, target)
+        sizes = (
+            torch.bincount(x, minlength=self.classes)
+            for x in (target[found == target], found, target)
+        )
+        right, found, target = (x.numpy() for x in sizes)
+        return mean_or_none(_share(right, found + target - right))
 
     def compute(self, rows: list[dict]) -> dict:
         matrix = self.matrix.compute().numpy().reshape(self.classes, -1)  # of one class a number
-        right, pixels = matrix.diagonal(), matrix.sum()
-        union = matrix.sum(0) + matrix.sum(1) - right
-        iou = np.where(union > 0, right / np.maximum(union, 1), np.nan)
-        for row, value, true in zip(rows, iou, matrix.sum(1)):
-            row["iou"] = or_none(value)
-            row["occurs"] = row.get("occurs", False) or bool(true)
-        return {"miou": mean_or_none(iou), "pixel_accuracy": ratio_or_none(right.sum(), pixels)}
+        right, found, true = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
+        figures = {
+            "iou": _share(right, found + true - right),
+            "f1": _share(2 * right, found + true),
+            "pixel_accuracy": _share(right, true),
+        }
+        for k, row in enumerate(rows):
+            row |= {name: or_none(x[k]) for name, x in figures.items()}
+            row["occurs"] = row.get("occurs", False) or bool(true[k])
+        return {
+            "miou": mean_or_none(figures["iou"]),
+            "f1": mean_or_none(figures["f1"]),
+            "pixel_accuracy": ratio_or_none(right.sum(), matrix.sum()),
+            "mean_accuracy": mean_or_none(figures["pixel_accuracy"]),
+            "pixel_confusion": matrix.tolist(),
+        }
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Their ratio, NaN where there is nothing."""
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)

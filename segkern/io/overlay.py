@@ -8,6 +8,7 @@ and `name(label)` like `structures.Segmentation`.
 """
 
 import colorsys
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,8 @@ def _edges(ids: np.ndarray, line: int) -> np.ndarray:
 def _write_names(picture: Image.Image, result, shades, ids: np.ndarray, label_stuff: bool) -> None:
     draw = ImageDraw.Draw(picture)
     height, width = ids.shape
-    font = ImageFont.load_default(max(11, round(min(height, width) / 26)))
+    names = "".join(result.name(s.label_id) for s in result.segments)
+    font = _font(max(11, round(min(height, width) / 26)), names)
     taken: list[tuple[float, float, float, float]] = []
     order = sorted(range(len(result.segments)), key=lambda i: -result.segments[i].area)
     boxes = scipy.ndimage.find_objects(ids + 1)  # of id 0, 1, ...; it takes 0 for nothing
@@ -189,6 +191,15 @@ def _write_names(picture: Image.Image, result, shades, ids: np.ndarray, label_st
         draw.rounded_rectangle(taken[-1], radius=3, fill=shades[i])
         light = np.dot(shades[i], (0.299, 0.587, 0.114)) > 140
         draw.text((x + 4 - left, y + 3 - top), text, fill="black" if light else "white", font=font)
+
+
+def _font(size: int, text: str):
+    """Pillow's own, or where letters beyond ASCII come and matplotlib is there, that of it."""
+    found = None if text.isascii() else importlib.util.find_spec("matplotlib")
+    if found is None:
+        return ImageFont.load_default(size)
+    path = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(path, size) if path.is_file() else ImageFont.load_default(size)
 
 
 def _overlap(box, taken) -> float:

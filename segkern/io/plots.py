@@ -4,7 +4,9 @@ Letters: H W picture size, K class. Matplotlib is imported by the functions that
 """
 
 import json
+import warnings
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -65,15 +67,7 @@ def save_curves(path: str | Path, log: str | Path) -> None:
     Raises:
         ValueError: no line with a step.
     """
-    lines = _read_log(log)
-    series: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}, "lr": {}, "metrics": {}}
-    for line in lines:
-        step = line["step"]
-        for name, value in (("total", line.get("loss")), *line.get("losses", {}).items()):
-            _add(series["loss"], name, step, value)
-        _add(series["lr"], "learning rate", step, line.get("lr"))
-        for name, value in line.get("metrics", {}).items():
-            _add(series["metrics"], name, step, value)
+    series = _series(_read_log(log))
     panels = [name for name, lines in series.items() if lines]
     if not panels:
         raise ValueError(f"{log}: no losses, rates or metrics to draw")
@@ -100,29 +94,78 @@ def save_curves(path: str | Path, log: str | Path) -> None:
     _save(figure, path)
 
 
+def has_curves(log: str | Path) -> bool:
+    """Whether there is such a log, and it has what `save_curves` draws."""
+    try:
+        return any(_series(_read_log(log)).values())
+    except (OSError, ValueError):
+        return False
+
+
+def _series(lines: list[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Of each panel the points of its lines by name."""
+    series = {"loss": {}, "lr": {}, "metrics": {}}
+    for line in lines:
+        step = line["step"]
+        for name, value in (("total", line.get("loss")), *line.get("losses", {}).items()):
+            _add(series["loss"], name, step, value)
+        _add(series["lr"], "learning rate", step, line.get("lr"))
+        for name, value in line.get("metrics", {}).items():
+            _add(series["metrics"], name, step, value)
+    return series
+
+
 def save_confusion(path: str | Path, matrix, names: list[str]) -> None:
-    """Draws a confusion matrix, each row as shares of its sum, with the counts written in.
+    """Draws a confusion matrix, each row as shares of its sum, with the counts written in, or of
+    large counts the shares in percent.
 
     Args:
         path: PNG, PDF or SVG to write.
-        matrix: [K + 1, K + 1] counts: truth by prediction; the last of each is "nothing".
+        matrix: [K + 1, K + 1] counts: truth by prediction; the last of each is "nothing"; or
+            [K, K] without it.
         names: K names.
     """
     matrix = np.asarray(matrix, dtype=float)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    size = max(4.0, 0.42 * len(matrix) + 1.6)
+    size = min(max(4.0, 0.42 * len(matrix) + 1.6), 20.0)
     figure = _figure(size, size)
     axis = figure.subplots()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    labels = [*names, "nothing"]
-    axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
-    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    labels = [*names, "nothing"][: len(matrix)]
+    letters = min(8.0, 72 * 0.75 * size / len(labels))  # a row's height, where they are many
+    axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=letters)
+    axis.set_yticks(range(len(labels)), labels, fontsize=letters)
     axis.set_xlabel("prediction")
     axis.set_ylabel("truth")
     if len(matrix) <= 32:
-        for y, x in zip(*matrix.nonzero()):
-            shade = "white" if shares[y, x] > 0.6 else "black"
-            axis.text(x, y, f"{matrix[y, x]:.0f}", ha="center", va="center", color=shade, size=7)
+        shown, form = (matrix, "{:.0f}") if matrix.max() < 1e4 else (100 * shares, "{:.0f}%")
+        for y, x in zip(*(shown >= 0.5).nonzero()):
+            text, shade = form.format(shown[y, x]), "white" if shares[y, x] > 0.6 else "black"
+            axis.text(x, y, text, ha="center", va="center", color=shade, size=7)
+    _save(figure, path)
+
+
+def save_thresholds(path: str | Path, curve: dict[str, list], best: float | None) -> None:
+    """Draws precision, recall and F1 against the least score.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        curve: lists "score", "precision" (None where nothing is left), "recall" and "f1".
+        best: score threshold to mark, if any.
+    """
+    figure = _figure(6.4, 3.6)
+    axis = figure.subplots()
+    for i, name in enumerate(("precision", "recall", "f1")):
+        values = np.array(curve[name], float)  # None is NaN
+        axis.plot(curve["score"], values, color=[x / 255 for x in colour(i)], label=name)
+    if best is not None:
+        axis.axvline(best, color="#5b6675", linestyle="--", linewidth=1, label=f"best: {best:.2f}")
+    axis.set_xlabel("least score")
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1.02)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, framealpha=0.8)
+    axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 
@@ -273,6 +316,12 @@ def _figure(width: float, height: float):
     return figure
 
 
-def _save(figure, path: str | Path) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+def _save(figure, path: str | Path | IO[bytes]) -> None:
+    """Into a file, whole or not at all, or as PNG into one that is open."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # names that no font here has
+        if hasattr(path, "write"):
+            figure.savefig(path, dpi=130, format="png")
+            return
+        with atomic(path) as temporary:
+            figure.savefig(temporary, dpi=130)

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import conv3x3, feed_forward, group_norm, ms_deform_attn
+from ..ops import conv3x3, feed_forward, group_norm, linear, ms_deform_attn
 from ..ops._linear_exact import linear_exact
+from .linear import Linear
 from .position import pixel_centres, sine_position
 from .recompute import plus, recomputed
 
@@ -33,12 +34,9 @@ GROUPS = 32
 
 
 def _pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1 x 1 convolution [B, C, h, w] as the matrix product that it is.
-
-    On a CPU the product has half the rounding error of the channels-last convolution.
-    """
+    """A 1 x 1 convolution [B, C, h, w] as the matrix product that it is."""
     weight = convolution.weight.flatten(1)
-    return F.linear(x.permute(0, 2, 3, 1), weight, convolution.bias).permute(0, 3, 1, 2)
+    return linear(x.permute(0, 2, 3, 1), weight, convolution.bias).permute(0, 3, 1, 2)
 
 
 def _normed(x: Tensor, norm: nn.GroupNorm, **then) -> Tensor:
@@ -58,10 +56,10 @@ class DeformableAttention(nn.Module):
     def __init__(self, channels: int, heads: int, levels: int, points: int):
         super().__init__()
         self.grid = (heads, levels, points)
-        self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(channels, heads * levels * points)
-        self.value_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
+        self.sampling_offsets = Linear(channels, heads * levels * points * 2)
+        self.attention_weights = Linear(channels, heads * levels * points)
+        self.value_proj = Linear(channels, channels)
+        self.output_proj = Linear(channels, channels)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -87,9 +85,10 @@ class DeformableAttention(nn.Module):
         position: Tensor,  # [S, C]
         shapes: tuple[tuple[int, int], ...],  # (h, w) of L levels
         reference: Tensor,  # [1, S, 1, 2]
+        residual: Tensor | None,  # [B S, C], added
     ) -> Tensor:  # [B S, C]
         out = recomputed(self._sample, x, position, shapes, reference)
-        return self.output_proj(out.flatten(0, 1))
+        return self.output_proj(out.flatten(0, 1), residual)
 
     def _sample(
         self, x: Tensor, position: Tensor, shapes: tuple, reference: Tensor
@@ -119,8 +118,8 @@ class PixelDecoderLayer(nn.Module):
         super().__init__()
         self.attn = DeformableAttention(channels, heads, LEVELS, points)
         self.norm1 = nn.LayerNorm(channels)
-        self.linear1 = nn.Linear(channels, feedforward)
-        self.linear2 = nn.Linear(feedforward, channels)
+        self.linear1 = Linear(channels, feedforward)
+        self.linear2 = Linear(feedforward, channels)
         self.norm2 = nn.LayerNorm(channels)
         self.dropout = nn.Dropout(dropout)
         for layer in (self.linear1, self.linear2):
@@ -133,15 +132,17 @@ class PixelDecoderLayer(nn.Module):
         shapes: tuple[tuple[int, int], ...],  # (h, w) of L levels
         reference: Tensor,  # [1, S, 1, 2]
     ) -> Tensor:  # [B, S, C]
-        attended = self.attn(x, position, shapes, reference)
-        y = self.norm1(plus(self.dropout(attended), x.flatten(0, 1)))
-        return self.norm2(plus(self.dropout(self._feed_forward(y)), y)).view_as(x)
-
-    def _feed_forward(self, x: Tensor) -> Tensor:  # [B S, C]
-        first, second = self.linear1, self.linear2
-        if self.training and self.dropout.p > 0:  # it drops hidden values too
-            return second(self.dropout(F.relu(first(x), inplace=True)))
-        return feed_forward(x, first.weight, first.bias, second.weight, second.bias, "relu")
+        flat, first, second = x.flatten(0, 1), self.linear1, self.linear2
+        if self.training and self.dropout.p > 0:
+            attended = self.attn(x, position, shapes, reference, None)
+            y = self.norm1(plus(self.dropout(attended), flat))
+            hidden = self.dropout(F.relu(first(y), inplace=True))
+            y = plus(self.dropout(second(hidden)), y)
+        else:
+            y = self.norm1(self.attn(x, position, shapes, reference, flat))
+            weights = first.weight, first.bias, second.weight, second.bias
+            y = feed_forward(y, *weights, "relu", residual=y)
+        return self.norm2(y).view_as(x)
 
 
 class PixelDecoder(nn.Module):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import mask_bits, masked_attn, query_layer, query_prediction
+from ..ops import linear, mask_bits, masked_attn, query_layer, query_prediction
 from ..ops.mask_bits import as_features
 from ..ops.query_layer import Layer, Prediction
 from .position import sine_position
@@ -212,5 +212,5 @@ class QueryDecoder(nn.Module):
         for name, source in (("k_proj", x + position), ("v_proj", x)):
             project = [getattr(self.layers[i].cross_attn, name) for i in users]
             weight = torch.cat([p.weight for p in project])
-            out.append(F.linear(source, weight, torch.cat([p.bias for p in project])))
+            out.append(linear(source, weight, torch.cat([p.bias for p in project])))
         return tuple(out)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..runtime.constants import is_recording
+from .linear import Linear, use_own_products
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import Block
@@ -37,7 +38,7 @@ def blocks(dim: int, heads: int, depth: int, dropout: float, drop_path: float) -
     # here, because it takes as long to import as torch
     from timm.models.vision_transformer import Block
 
-    return nn.ModuleList(
+    made = nn.ModuleList(
         Block(
             dim,
             heads,
@@ -49,6 +50,8 @@ def blocks(dim: int, heads: int, depth: int, dropout: float, drop_path: float) -
         )
         for i in range(depth)
     )
+    use_own_products(made)
+    return made
 
 
 def initialise(module: nn.Module) -> None:
@@ -236,7 +239,7 @@ class LinearDecoder(nn.Module):
 
     def __init__(self, dim: int, labels: int):
         super().__init__()
-        self.head = nn.Linear(dim, labels)
+        self.head = Linear(dim, labels)
         self.apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -269,7 +272,7 @@ class MaskTransformer(nn.Module):
         self.labels = labels
         self.blocks = blocks(dim, dim // 64, depth, dropout, drop_path_rate)
         self.cls_emb = nn.Parameter(torch.randn(1, labels, dim))
-        self.proj_dec = nn.Linear(encoder_dim, dim)
+        self.proj_dec = Linear(encoder_dim, dim)
         self.proj_patch = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
         self.proj_classes = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
         self.decoder_norm = nn.LayerNorm(dim)

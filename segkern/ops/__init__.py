@@ -7,6 +7,7 @@ from . import _norm_relu as _norm_relu  # of backbones alone, but declared with 
 from .conv3x3 import conv3x3 as conv3x3
 from .feed_forward import feed_forward as feed_forward
 from .group_norm import group_norm as group_norm
+from .linear import linear as linear
 from .linear_assignment import linear_assignment as linear_assignment
 from .mask_bits import mask_bits as mask_bits
 from .mask_bits import pack_bits as pack_bits

@@ -11,9 +11,10 @@ half precision, as of all layers under autocast.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .linear import linear
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -82,4 +83,4 @@ def linear_exact(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         if x.is_cuda and half and exact == torch.float32:
             return _Split.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
-        return F.linear(x.to(exact), weight.to(exact), bias.to(exact))
+        return linear(x.to(exact), weight.to(exact), bias.to(exact))

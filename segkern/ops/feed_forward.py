@@ -1,6 +1,6 @@
 r"""Two linear layers with an activation between them, whose hidden layer is never held.
 
-    y = act(x W1^T + b1) W2^T + b2        act: gelu (exact) or relu
+    y = act(x W1^T + b1) W2^T + b2 + residual        act: gelu (exact) or relu
 
 Letters: R row (all leading dimensions of x together), C channels, F hidden channels.
 
@@ -13,9 +13,8 @@ result is not kept either.
 FLOPs: 4 R C F forward, 10 R C F backward; bytes: 2 R C and 2 C F values.
 Source: Attention Is All You Need (Vaswani et al., NeurIPS 2017), section 3.3; keeping inputs only:
 Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
-The matrix products are those of PyTorch, so that the kernel is a composition in this file. On a
-CPU addmm copies the bias over the hidden block before it multiplies, and the activation is another
-pass: in float32 a kernel does both in one, after the product.
+The matrix products are those of `linear`: on a CPU its kernel adds the bias and activates while a
+piece of the hidden block is in the first cache; elsewhere PyTorch's.
 """
 
 from collections.abc import Iterator
@@ -26,7 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _library
-from ._checks import expect
+from ._checks import expect, got
+from .linear import INTEL, NUMBERS, linear_op_
 
 _aten = torch.ops.aten
 _HIDDEN = 2**22  # bytes of the hidden layer in a block
@@ -43,11 +43,13 @@ def feed_forward_reference(
     bias2: Tensor,
     activation: str = "gelu",
     norm: Norm | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The specification, in plain PyTorch; arguments as `feed_forward`."""
     if norm is not None:
         x = F.layer_norm(x, x.shape[-1:], *norm).to(weight1.dtype)
-    return F.linear(ACTIVATIONS[activation](F.linear(x, weight1, bias1)), weight2, bias2)
+    out = F.linear(ACTIVATIONS[activation](F.linear(x, weight1, bias1)), weight2, bias2)
+    return out if residual is None else out + residual
 
 
 def _blocks(x: Tensor, hidden: int) -> Iterator[slice]:
@@ -58,25 +60,34 @@ def _blocks(x: Tensor, hidden: int) -> Iterator[slice]:
     return (slice(i, min(i + rows, len(x))) for i in range(0, len(x), rows))
 
 
-def _first_layer(
+def _layer(
     x: Tensor,  # [R, C]
     weight: Tensor,  # [F, C]
     bias: Tensor,  # [F]
-    gelu: bool,
+    activation: str,
     out: Tensor,  # [R, F]
     before: Tensor | None = None,  # [R, F]
+    residual: Tensor | None = None,  # [R, F]
 ) -> None:
-    """out = act(x W^T + bias); before, if it is given, = x W^T + bias, for a gelu."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and "cpu" not in _library.MISSING:
-        torch.mm(x, weight.t(), out=out)
-        _bias_activation_op(out, bias.contiguous(), gelu, before)
+    """out = act(x W^T + bias) + residual; before, if it is given, = x W^T + bias, for a gelu."""
+    if _own(x):
+        linear_op_(out, x, weight, bias.contiguous(), NUMBERS[activation], residual, before)
         return
-    if not gelu:  # on a GPU the product's own end adds the bias and cuts
+    if activation == "relu":  # on a GPU the product's own end adds the bias and cuts
         torch._addmm_activation(bias, x, weight.t(), out=out)
         return
     total = out if before is None else before
     torch.addmm(bias, x, weight.t(), out=total)
-    _aten.gelu.out(total, out=out)
+    if activation == "gelu":
+        _aten.gelu.out(total, out=out)
+    if residual is not None:
+        out += residual
+
+
+def _own(x: Tensor) -> bool:
+    """Whether the products are the kernel of `linear`."""
+    cpu = x.device.type == "cpu" and "cpu" not in _library.MISSING
+    return cpu and x.dtype.itemsize >= 4
 
 
 def _forward(
@@ -86,18 +97,17 @@ def _forward(
     weight2: Tensor,  # [C, F]
     bias2: Tensor,  # [C]
     gelu: bool,
+    residual: Tensor | None,  # [R, C]
 ) -> Tensor:  # [R, C]
-    if x.device.type != "cpu":
-        hidden = x.new_empty(len(x), len(weight1))
-        _first_layer(x, weight1, bias1, gelu, hidden)
-        return F.linear(hidden, weight2, bias2)
+    activation = "gelu" if gelu else "relu"
     blocks = list(_blocks(x, len(weight1)))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     memory = x.new_empty(blocks[0].stop if blocks else 0, len(weight1))  # of every block in turn
     for rows in blocks:
         hidden = memory[: rows.stop - rows.start]
-        _first_layer(x[rows], weight1, bias1, gelu, hidden)
-        torch.addmm(bias2, hidden, weight2.t(), out=out[rows])
+        _layer(x[rows], weight1, bias1, activation, hidden)
+        beside = None if residual is None else residual[rows]
+        _layer(hidden, weight2, bias2, "none", out[rows], residual=beside)
     return out
 
 
@@ -120,29 +130,40 @@ def _backward(
         (before, inner), above = memory[:, : rows.stop - rows.start], grad[rows]
         # where the gradient goes a ReLU's result tells as well as what came before it
         hidden = inner if gelu else before
-        _first_layer(x[rows], weight1, bias1, gelu, hidden, before if gelu else None)
+        kept = before if gelu else None
+        _layer(x[rows], weight1, bias1, "gelu" if gelu else "relu", hidden, kept)
         _add_product(sums[2], above.t(), hidden)
-        torch.mm(above, weight2, out=inner)
+        _times(above, weight2, inner)
         if gelu:
             _aten.gelu_backward.grad_input(inner, before, grad_input=inner)
         else:
             _aten.threshold_backward.grad_input(inner, hidden, 0, grad_input=inner)
         _add_product(sums[0], inner.t(), x[rows])
         sums[1] += inner.sum(0, dtype=exact)
-        torch.mm(inner, weight1, out=grad_x[rows])
+        _times(inner, weight1, grad_x[rows])
     first, second, third = (total.to(x.dtype) for total in sums)
     return grad_x, first, second, third, grad.sum(0)
 
 
+def _times(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, of [R, F] and [F, C]."""
+    if _own(a):
+        linear_op_(out, a, b.t(), None, NUMBERS["none"], None, None)
+    else:
+        torch.mm(a, b, out=out)
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b."""
-    if total.dtype == a.dtype:
+    """total += a b, of [F, R] and [R, C]."""
+    if _own(a) and not INTEL:
+        linear_op_(total, a, b.t(), None, NUMBERS["none"], total, None)
+    elif total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
         total += a @ b
 
 
-def _fake(x, weight1, bias1, weight2, bias2, gelu) -> Tensor:
+def _fake(x, weight1, bias1, weight2, bias2, gelu, residual) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -151,14 +172,9 @@ def _fake_backward(grad, x, weight1, bias1, weight2, gelu) -> tuple[Tensor, ...]
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in likes)
 
 
-_bias_activation_op = _library.define(
-    "bias_activation_(Tensor(a!) x, Tensor bias, bool gelu, Tensor(b!)? before) -> ()",
-    lambda *args: None,
-    cpu_only=True,
-)
 _forward_op = _library.define(
     "feed_forward(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,"
-    " bool gelu) -> Tensor",
+    " bool gelu, Tensor? residual) -> Tensor",
     _fake,
     composed=_forward,
 )
@@ -172,26 +188,27 @@ _backward_op = _library.define(
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, gelu, scale, shift, eps):
+    def forward(ctx, x, weight1, bias1, weight2, bias2, gelu, scale, shift, eps, residual):
         ctx.save_for_backward(x, weight1, bias1, weight2, scale, shift)
         ctx.gelu, ctx.eps = gelu, eps
         if scale is not None:
             x = _normed(x, scale, shift, eps)[0].to(weight1.dtype)
-        return _forward_op(x, weight1, bias1, weight2, bias2, gelu)
+        return _forward_op(x, weight1, bias1, weight2, bias2, gelu, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, *weights, scale, shift = ctx.saved_tensors
+        beside = grad if ctx.needs_input_grad[9] else None
         if scale is None:
             grads = _backward_op(grad.contiguous(), x, *weights, ctx.gelu)
-            return *grads, None, None, None, None
+            return *grads, None, None, None, None, beside
         y, *moments = _normed(x, scale, shift, ctx.eps)
         grad, *grads = _backward_op(grad.contiguous(), y.to(weights[0].dtype), *weights, ctx.gelu)
         grad, *norm = _aten.native_layer_norm_backward(
             grad.to(y.dtype), x, x.shape[1:], *moments, scale, shift, [True, True, True]
         )
-        return grad, *grads, None, *norm, None
+        return grad, *grads, None, *norm, None, beside
 
 
 def _normed(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,6 +225,7 @@ def feed_forward(
     activation: str = "gelu",
     impl: str = "kernel",
     norm: Norm | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Two linear layers with an activation between them.
 
@@ -223,9 +241,10 @@ def feed_forward(
         activation: "gelu" (with the error function, not its tanh approximation) or "relu".
         impl: "kernel", or "reference" for plain PyTorch.
         norm: weight [C], bias [C] and epsilon of a layer norm of x that comes first, if any.
+        residual: [..., C], added last, if any.
 
     Returns:
-        [..., C] in the dtype of the products.
+        [..., C] in the dtype of the products, or of their sum with the residual.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or activation.
@@ -245,6 +264,11 @@ def feed_forward(
         named += zip(("norm's weight", "norm's bias"), norm)
         for name, weight in named[4:]:
             expect("feed_forward", name, weight, "C", "float", sizes)
+    if residual is not None:
+        if not isinstance(residual, Tensor) or residual.shape != x.shape:
+            raise ValueError(f"feed_forward: residual must be {got(x)}, got {got(residual)}")
+        residual = residual.reshape(flat.shape)
+        expect("feed_forward", "residual", residual, "R C", "float", sizes)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -259,7 +283,12 @@ def feed_forward(
     with torch.autocast(device, enabled=False):
         if _library.use_kernel("feed_forward", impl, x):
             options = norm or (None, None, 0.0)
-            out = _FeedForward.apply(flat, *tensors, activation == "gelu", *options)
+            # a residual of another dtype, as under autocast, is added to the result
+            like = residual is not None and residual.dtype == tensors[0].dtype
+            inside = residual.contiguous() if like else None
+            out = _FeedForward.apply(flat, *tensors, activation == "gelu", *options, inside)
+            if residual is not None and not like:
+                out = out + residual
         else:
-            out = feed_forward_reference(flat, *tensors, activation, norm)
+            out = feed_forward_reference(flat, *tensors, activation, norm, residual)
     return out if x.ndim == 2 else out.view(x.shape)

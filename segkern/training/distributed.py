@@ -14,8 +14,9 @@ def normalized(targets: Targets, num_queries: int | None = None) -> Targets:
 
 
 def together(parts: Sequence[Targets], num_queries: int | None = None) -> list[Targets]:
-    """Targets whose normalizers are the mean numbers over batches and processes: of all targets,
-    and of all pixels that count, each in all at least 1; and of targets that find a query.
+    """Targets whose normalizers are the mean numbers over batches and processes, of targets and of
+    pixels that count, each in all at least 1. Of an image's targets no more count than there are
+    queries, as the others are never matched.
 
     To be called by every process of the group, each with its part of the batch, before the step:
     the mean over batches and processes of their gradients is then that of the joined batch.
@@ -23,11 +24,12 @@ def together(parts: Sequence[Targets], num_queries: int | None = None) -> list[T
 
     Args:
         parts: of the step, of as many images each.
-        num_queries: of the model; None where it has none, or for losses of masks alone.
+        num_queries: of the model; None counts all targets.
     """
-    counts = [sum(part.count.sum() for part in parts)]
+    found = [part.count for part in parts]
     if num_queries is not None:
-        counts.append(sum(part.count.clamp(max=num_queries).sum() for part in parts))
+        found = [count.clamp(max=num_queries) for count in found]
+    counts = [sum(count.sum() for count in found)]
     pixels = parts[0].semantic is not None
     if pixels:
         counts.append(sum((part.semantic != VOID).sum() for part in parts))
@@ -36,9 +38,9 @@ def together(parts: Sequence[Targets], num_queries: int | None = None) -> list[T
         torch.distributed.all_reduce(total)
         shares *= torch.distributed.get_world_size()
     means = (total.clamp(min=1) / shares).float().unbind()
-    found = {"normalizer": means[0]}
+    agreed = {"normalizer": means[0]}
     if pixels:
-        found["pixel_normalizer"] = means[-1]
+        agreed["pixel_normalizer"] = means[-1]
     if num_queries is not None and shares > 1:  # one batch alone knows it without
-        found["matched"] = (total[1] / shares).float()
-    return [part._replace(**found) for part in parts]
+        agreed["matched"] = (total[0] / shares).float()
+    return [part._replace(**agreed) for part in parts]

@@ -322,6 +322,6 @@ def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float, precisi
 def _remove_run(folder: Path) -> None:
     """Removes what an earlier run left, or its results would pass for those of the new one."""
     if any((folder / name).exists() for name in (checkpoint.FILE, BEST)):
-        for part in ("model", BEST, "tensorboard"):
+        for part in ("model", BEST, "tensorboard", "evaluation"):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / checkpoint.FILE).unlink(missing_ok=True)

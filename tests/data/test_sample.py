@@ -39,6 +39,7 @@ def test_masks_are_those_that_came(maker, n):
     masks = MAKERS[maker](dense)
     assert masks.shape == dense.shape == np.shape(masks)
     assert np.array_equal(np.asarray(masks), dense)
+    assert all(np.array_equal(masks[i], dense[i]) for i in range(-n, n))
     assert np.array_equal(masks.areas(), dense.sum((1, 2)))
     assert masks.maps.dtype == (np.uint8 if n < 256 else np.int32)
     keep = np.arange(n) % 3 != 1
@@ -78,12 +79,12 @@ def sample(form):
 
 
 @pytest.mark.parametrize("form", [np.asarray, torch.as_tensor, MAKERS["arrays"]])
-def test_crowds_are_no_targets_and_void_in_the_truth(form):
+def test_crowds_are_no_targets_and_marked_in_the_truth(form):
     one = sample(form)
     targets = collate([one]).targets
     assert targets.count.tolist() == [2]
     assert targets.labels[0].tolist() == [4, 6]
     assert targets.masks[0].sum((1, 2)).tolist() == [9 * 33, 12 * 33]
-    ids, labels = truth_map(one, ())
-    assert labels.tolist() == [4, 6]
-    assert ids[:, 0].tolist() == [1] * 9 + [0] * 3 + [2] * 12
+    ids, labels, crowd = truth_map(one, ())
+    assert (labels.tolist(), crowd.tolist()) == ([4, 5, 6], [False, True, False])
+    assert ids[:, 0].tolist() == [1] * 9 + [2] * 3 + [3] * 12

@@ -1,5 +1,6 @@
 """What is drawn is where it belongs; how it looks is for eyes."""
 
+import io
 import json
 
 import numpy as np
@@ -67,6 +68,33 @@ def test_overlay_leaves_void_alone_and_writes_names():
     assert 50 < len(ys) < 4000  # the name stands beside the segment
     assert ys.min() > 150
     assert xs.max() < 320
+
+
+def test_letters_beyond_ascii_are_not_all_one_box():
+    drawn = set()
+    for name in ("ü", "é", "ж", "λ"):
+        found = halves(64, 64)
+        found.names = {0: name, 1: ""}
+        drawn.add(overlay.overlay(np.zeros((64, 64, 3), np.uint8), found).tobytes())
+    assert len(drawn) == 4
+
+
+def test_figures_are_silent_on_letters_that_no_font_has(tmp_path, recwarn):
+    plots.save_confusion(tmp_path / "c.png", np.eye(2), ["猫", "犬"])
+    assert not recwarn
+
+
+@pytest.mark.parametrize("best", [0.5, None])
+def test_thresholds(best):
+    curve = {
+        "score": [0, 0.5, 1],
+        "precision": [0.2, 1, None],
+        "recall": [1, 1, 0],
+        "f1": [0, 1, 0],
+    }
+    file = io.BytesIO()
+    plots.save_thresholds(file, curve, best)
+    assert Image.open(file).format == "PNG"
 
 
 def test_overlay_refuses_another_size():

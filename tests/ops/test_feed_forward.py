@@ -62,6 +62,27 @@ def test_a_norm_comes_first(dtype):
     compare(normed(feed_forward), normed(feed_forward_reference), inputs, range(7), stored=dtype)
 
 
+def with_residual(function):
+    """`function` of x, the four weights, the norm's weight and bias, and a residual."""
+    return lambda *t: function(*t[:5], norm=(t[5], t[6], 1e-5), residual=t[7])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_is_added(dtype):
+    inputs = [*norm_inputs(dtype=dtype), norm_inputs(dtype=dtype)[0].flip(0)]
+    functions = [with_residual(f) for f in (feed_forward, feed_forward_reference)]
+    compare(*functions, inputs, range(8), stored=dtype)
+
+
+def test_a_residual_of_another_dtype_is_added_to_the_result():
+    *inputs, scale, shift = (t.requires_grad_() for t in norm_inputs())
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        plain = feed_forward(*inputs, norm=(scale, shift, 1e-5))
+        out = feed_forward(*inputs, norm=(scale, shift, 1e-5), residual=inputs[0])
+    assert out.dtype == torch.float32
+    assert torch.equal(out, plain + inputs[0])
+
+
 @pytest.mark.parametrize("impl", ["kernel", "reference"])
 def test_a_norm_stays_in_float32_under_autocast(impl):
     x, *weights, scale, shift = (t.requires_grad_() for t in norm_inputs())
@@ -99,7 +120,8 @@ def test_gradcheck(activation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     x, *weights = feed_forward_inputs((7,), dtype=dtype)
-    torch.library.opcheck(torch.ops.segkern.feed_forward, (x, *weights, True))
+    torch.library.opcheck(torch.ops.segkern.feed_forward, (x, *weights, True, None))
+    torch.library.opcheck(torch.ops.segkern.feed_forward, (x, *weights, False, x.clone()))
     inputs = (torch.ones_like(x), x, *weights[:-1], False)
     torch.library.opcheck(torch.ops.segkern.feed_forward_backward, inputs)
 
@@ -207,62 +229,10 @@ def test_nan_stays_in_its_row():
     torch.testing.assert_close(out[rest], want[rest])
 
 
-def one_pass(x, bias, activation):
-    """act(x + bias) and x + bias by the CPU's kernel, and the first again without the second."""
-    out, again, before = x.clone(), x.clone(), torch.full_like(x, float("nan"))
-    torch.ops.segkern.bias_activation_(out, bias, activation == "gelu", before)
-    torch.ops.segkern.bias_activation_(again, bias, activation == "gelu", None)
-    assert torch.equal(out.nan_to_num(7), again.nan_to_num(7))
-    return out, before
-
-
-@pytest.mark.cpu_only
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (5, 384), (700, 131), (4, 0)], ids=str)
-def test_bias_and_activation_in_one_pass(shape, activation):
-    x, bias = 3 * torch.randn(shape), torch.randn(shape[1])
-    assert torch.equal(one_pass(x, bias, activation)[1], x + bias)
-    kernel, act = (lambda *t: one_pass(*t, activation)[0]), ACTIVATIONS[activation]
-    compare(kernel, lambda x, bias: act(x + bias), [x, bias])
-
-
-@pytest.mark.cpu_only
-def test_gelu_keeps_its_digits_below_zero():
-    x = torch.linspace(-12, 12, 100_001)[None]
-    out = one_pass(x, torch.zeros(x.shape[1]), "gelu")[0].double()
-    want = x.double() * torch.special.log_ndtr(x.double()).exp()
-    error = (out - want).abs()
-    assert (error <= 3e-7 * want.abs())[x >= -1].all()
-    assert (error <= 1e-4 * want.abs())[x >= -6].all()
-    assert error[x < -1].max() < 6e-8
-
-
-@pytest.mark.cpu_only
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_one_pass_of_special_values(activation):
-    inf, nan = float("inf"), float("nan")
-    values = [-inf, inf, nan, 0.0, 1e-40, -1e-40, 1e-20, 3e38, -3e38, -1e5, -1e4, -90.0, -11.7]
-    x = torch.tensor(values)[:, None].repeat(1, 37)  # whole vectors and what is left of a row
-    out, _ = one_pass(x, torch.zeros(37), activation)
-    want = ACTIVATIONS[activation](x.double()).float()
-    torch.testing.assert_close(out, want, rtol=3e-7, atol=0, equal_nan=True)
-
-
-@pytest.mark.cpu_only
-def test_one_pass_declares_what_it_writes_and_takes_float32_alone():
-    x, bias = torch.randn(3, 5), torch.randn(5)
-    op = torch.ops.segkern.bias_activation_
-    torch.library.opcheck(op, (x, bias, True, torch.zeros(3, 5)))
-    torch.library.opcheck(op, (x, bias, False, None))
-    for tensors in ((x.double(), bias), (x, bias[:4]), (x.t(), bias[:3]), (x[0], bias)):
-        with pytest.raises(RuntimeError, match="dense float32"):
-            op(*tensors, True, None)
-
-
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_without_the_library_pytorch_activates(activation, monkeypatch):
     monkeypatch.setitem(_library.MISSING, "cpu", "not built")
-    monkeypatch.setitem(feed_forward.__globals__, "_bias_activation_op", None)  # never called
+    monkeypatch.setitem(feed_forward.__globals__, "linear_op_", None)  # never called
     kernel, reference = (run(f, activation) for f in (feed_forward, feed_forward_reference))
     compare(kernel, reference, feed_forward_inputs((1030,), F=2100, C=3), grads=TENSORS)

@@ -159,6 +159,14 @@ def feed_forward_inputs(shape=(2, 7), C=12, F=40, dtype=torch.float32, seed=0) -
 
 
 @_made_on_cpu
+def linear_inputs(shape=(2, 7), K=12, N=40, dtype=torch.float32, seed=0) -> list[Tensor]:
+    """x [*shape, K], weight [N, K], bias [N], residual [*shape, N]."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = ((*shape, K), 1), ((N, K), max(K, 1)), ((N,), 1), ((*shape, N), 1)
+    return [(torch.randn(s, generator=g) * n**-0.5).to(dtype) for s, n in sizes]
+
+
+@_made_on_cpu
 def masked_attn_inputs(
     B=2,
     Q=13,

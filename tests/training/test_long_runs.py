@@ -73,6 +73,8 @@ def test_an_accumulated_step_is_that_of_the_joined_batch(kind):
         assert (two.state_dict()[name] - value).abs().max() <= 1e-9 * moved + 1e-14, name
     for name, value in losses.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
+    if queries == 2:  # of 3 and 1 targets 2 and 1 can be matched
+        assert parts[0].normalizer == parts[0].matched == 1.5
     if kind == "pixels":
         assert parts[0].matched is None
     else:

@@ -103,8 +103,14 @@ def test_a_run_of_one_class_is_measured_and_evaluate_knows_its_data(maps, tmp_pa
     same(open_model(output).state_dict(), Segmenter.from_pretrained(output / "best").state_dict())
     assert main(["evaluate", str(output)]) == 0
     assert "black" in capsys.readouterr().out
+    report = {"metrics.json", "metrics.html"}
+    report |= {f"metrics.pixel_confusion.{kind}" for kind in ("png", "csv")}
+    assert {p.name for p in (output / "evaluation").iterdir()} == report
+    assert 'id="curves"' in (output / "evaluation/metrics.html").read_text(encoding="utf-8")
     assert main(["evaluate", str(output), "--level", "hard"]) == 2
     assert "--level is for scenes of digits" in capsys.readouterr().err
+    train(of_maps(maps, output, num_labels=1, overwrite=True), progress=False)
+    assert not (output / "evaluation").exists()  # of the run before
 
 
 def test_the_best_of_earlier_steps_counts_and_no_other(maps, tmp_path):

@@ -14,14 +14,17 @@ Source: Swin Transformer (Liu et al., ICCV 2021). As in the published segmentati
 and odd blocks are shifted even where one window covers the whole map.
 """
 
+import functools
 import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...ops import feed_forward, window_attn
+from ...ops import feed_forward, linear, window_attn
+from ..linear import Linear
 from ..recompute import plus, recomputed
 
 VARIANTS = {
@@ -67,8 +70,8 @@ class WindowAttention(nn.Module):
     def __init__(self, channels: int, heads: int, window: int, shift: int):
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels)
+        self.proj = Linear(channels, channels)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
@@ -77,18 +80,19 @@ class WindowAttention(nn.Module):
         x: Tensor,  # [B, h, w, C]
         norm: nn.LayerNorm,  # of x
         offsets: Tensor,  # [S, S] rows of the bias table
+        residual: Tensor | None,  # [B h w, C], added
     ) -> Tensor:  # [B h w, C]
         if x.shape[3] < WIDE:
             out = recomputed(self._attend, x, norm, offsets)
         else:
             out = self._attention(recomputed(self._project, x, norm), offsets)
-        return self.proj(out.flatten(0, 2))
+        return self.proj(out.flatten(0, 2), residual)
 
     def _attend(self, x: Tensor, norm: nn.LayerNorm, offsets: Tensor) -> Tensor:
         return self._attention(self._project(x, norm), offsets)
 
     def _project(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:  # [B, h, w, 3 C]
-        return F.linear(norm(x), self.qkv.weight)
+        return linear(norm(x), self.qkv.weight)
 
     def _attention(self, qkv: Tensor, offsets: Tensor) -> Tensor:  # [B, h, w, C]
         qkv, added = (t.unflatten(-1, (3, self.heads, -1)) for t in (qkv, self.qkv.bias))
@@ -114,7 +118,7 @@ class Block(nn.Module):
         self.attn = WindowAttention(channels, heads, window, window // 2 if shifted else 0)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = nn.ModuleDict(
-            {"fc1": nn.Linear(channels, 4 * channels), "fc2": nn.Linear(4 * channels, channels)}
+            {"fc1": Linear(channels, 4 * channels), "fc2": Linear(4 * channels, channels)}
         )
 
     def keep(self, images: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -132,17 +136,26 @@ class Block(nn.Module):
         first: Tensor | None,  # [B, 1, 1, 1]
         second: Tensor | None,  # [B, 1, 1, 1]
     ) -> Tensor:  # [B, h, w, C]
-        x = _add(x, self.attn(x, self.norm1, offsets), first)
-        weights = (p for name in ("fc1", "fc2") for p in self.mlp[name].parameters())
+        x = _add(x, lambda flat: self.attn(x, self.norm1, offsets, flat), first)
+        weights = [p for name in ("fc1", "fc2") for p in self.mlp[name].parameters()]
         norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
-        return _add(x, feed_forward(x.flatten(0, 2), *weights, "gelu", norm=norm), second)
+        rows = x.flatten(0, 2)
+        mlp = functools.partial(feed_forward, rows, *weights, "gelu", norm=norm)
+        return _add(x, lambda flat: mlp(residual=flat), second)
 
 
-def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
-    """x + keep branch; [B, h, w, C], the branch [B h w, C]."""
-    if keep is not None:
-        branch = (branch.view(len(x), -1) * keep.view(-1, 1).to(branch.dtype)).view_as(branch)
-    return plus(branch, x.flatten(0, 2)).view_as(x)
+def _add(
+    x: Tensor,  # [B, h, w, C]
+    branch: Callable[[Tensor | None], Tensor],  # to [B h w, C], with what it is given added
+    keep: Tensor | None,  # [B, 1, 1, 1]
+) -> Tensor:  # [B, h, w, C]
+    """x + keep branch."""
+    flat = x.flatten(0, 2)
+    if keep is None:
+        return branch(flat).view_as(x)
+    out = branch(None)
+    out = (out.view(len(x), -1) * keep.view(-1, 1).to(out.dtype)).view_as(out)
+    return plus(out, flat).view_as(x)
 
 
 class Downsample(nn.Module):
@@ -155,7 +168,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * channels)
-        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+        self.reduction = Linear(4 * channels, 2 * channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, h, w, C] -> [B, ceil(h/2), ceil(w/2), 2 C]
         return recomputed(self._reduce, x)

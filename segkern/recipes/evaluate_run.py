@@ -1,0 +1,97 @@
+"""What is known of a run that is evaluated: its folder, the data it trained on, its report."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from ..data import DataConfig, FolderConfig
+from ..evaluation.page import write_page
+from ..models import SegmentationModel
+from ..structures.settings import Options, Views
+from ..training import checkpoint
+from ..training.log import FILE as LOG
+from ..training.loop import stored_config
+from ..training.validation import BEST
+
+
+def data_of_run(name: str, digits: bool) -> DataConfig | None:
+    """The data set that a run was trained on; None where the name is not that of a run.
+
+    Args:
+        name: of a model.
+        digits: whether options say that it is to be measured on scenes of digits.
+
+    Raises:
+        ValueError: the run trained on a data set that its settings do not describe, or that is
+            not here.
+    """
+    folder = run_folder(name)
+    if folder is None:
+        return None
+    state = checkpoint.load(folder)
+    config = stored_config(folder, state)
+    if state.get("own_data"):
+        if digits:
+            return None
+        raise ValueError(
+            f"evaluate: {name} was trained on a data set that its settings do not describe; name "
+            "one with --data, or call segkern.evaluate(model, dataset)"
+        )
+    if isinstance(config.data, FolderConfig) and not config.data.root.is_dir():
+        raise ValueError(
+            f"evaluate: {config.data.root}, the data of {name}, is no folder here: give --data"
+        )
+    return config.data
+
+
+def run_folder(name: str) -> Path | None:
+    """The folder of a run that is named by itself, by model/ or best/ in it, or by a file in one
+    of these; None of another model."""
+    folder = Path(name).parent if Path(name).is_file() else Path(name)
+    if folder.name in ("model", BEST) and not (folder / checkpoint.FILE).is_file():
+        folder = folder.parent
+    return folder if (folder / checkpoint.FILE).is_file() else None
+
+
+def write_report(
+    out: Path,
+    name: str,
+    title: str,
+    value: dict,
+    model: SegmentationModel,
+    dataset,
+    options: Options,
+    views: Views,
+    about: dict[str, dict],
+    cuda_graphs: bool = True,
+) -> Path:
+    """Writes the page of an evaluation beside its figures.
+
+    Args:
+        out: JSON file of the figures.
+        name: of the model; of a run its curves and settings are in the page, too.
+        title: of the data.
+        value: the figures.
+        model, dataset, options, views, cuda_graphs: as `evaluate` had them.
+        about: more settings to list, by the name of the group.
+
+    Returns:
+        the page.
+    """
+    run = run_folder(name)
+    measured = {"model": name, "kind": model.config.kind, **asdict(options), **asdict(views)}
+    settings = {"data": {"measured on": title, "images": value["images"]}, "evaluation": measured}
+    if run is not None:
+        settings["training"] = stored_config(run).to_dict()
+    page, *_ = write_page(
+        out.with_suffix(".html"),
+        value,
+        model,
+        dataset,
+        f"{Path(name).resolve().name} on {title}",
+        options,
+        views,
+        log=None if run is None else run / LOG,
+        settings=settings | about,
+        cuda_graphs=cuda_graphs,
+    )
+    return page
