@@ -331,47 +331,52 @@ def _train_command(arguments: list[str]) -> Callable:
         name, _, value = name.partition("=")
         if name in _FIRST and arguments[0] == "train":
             given[name] = value or following
-    recipe, root, resume = (given.get(name) for name in ("--recipe", "--data.root", "--resume"))
+    root, resume, preset = (given.get(name) for name in ("--data.root", "--resume", "--preset"))
+    chosen = None if resume else given.get("--recipe")
+    if root and not (chosen or resume):
+        chosen = _recipe_for(root, "--data.layout" in given)
     if resume:
         folder = Path(resume)
         default = stored_config(folder)
         default.output = checkpoint.folder_of(folder)
         default.overwrite = False  # it was said of that run, not of what comes now
-    elif recipe == "segmenter":
+    elif chosen == "segmenter":
         pretrained = "--model.no-backbone-pretrained" not in arguments
-        preset, layout = (
-            given.get("--preset", "Seg-S-Mask/16"),
-            given.get("--data.layout", "plain"),
-        )
-        default = recipes.segmenter(preset, layout, pretrained, root)
-    elif recipe == "mask2former":
+        layout = given.get("--data.layout", "plain")
+        default = recipes.segmenter(preset, layout, pretrained, root, given.get("--init"))
+    elif chosen == "mask2former":
         if not root:
             raise ValueError("train: --recipe mask2former needs --data.root, a folder of pictures")
-        default = recipes.mask2former(root, given.get("--data.task"), given.get("--init"))
+        task, init = given.get("--data.task"), given.get("--init")
+        default = recipes.mask2former(root, task, init, preset)
     else:
-        default = recipes.RECIPES.get(recipe, recipes.digits)()
+        default = recipes.RECIPES.get(chosen, recipes.digits)()
 
     def train(
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
-        recipe: Literal[tuple(recipes.RECIPES)] = "digits",
+        recipe: Literal[tuple(recipes.RECIPES)] | None = None,
         resume: Path | None = None,
         preset: str | None = None,
     ) -> None:
-        """Train on scenes of handwritten digits, with --recipe mask2former on pictures of objects,
-        with --recipe segmenter on maps of classes.
+        """Train on pictures of your own in --data.root, or on scenes of handwritten digits.
 
         Args:
             config: what and how.
-            recipe: the model, and the defaults of the other options. Those of segmenter are its
-                paper's for the layout of --data.root; those of mask2former its paper's, with the
-                classes of the data in --data.root, whose format is found, and with the sizes of
-                the model that --init names.
+            recipe: the model, and the defaults of the other options; not given, mask2former for
+                pictures of objects in --data.root, segmenter for maps of classes there, digits
+                without. Those of segmenter are its paper's for the layout of --data.root; those of
+                mask2former its paper's, with the classes of the data in --data.root, whose format
+                is found, and with the sizes of the model that --init names.
             resume: go on with the run in this folder; other options default to its settings.
-            preset: model of the recipe segmenter, such as Seg-B-Mask/16; not given, Seg-S-Mask/16.
+            preset: model of a recipe: of mask2former tiny, resnet50, resnet101, swin_tiny,
+                swin_small, swin_base or swin_large, not given, swin_tiny, or that of --init; of
+                segmenter such as Seg-B-Mask/16, not given, that of --init or Seg-S-Mask/16.
         """
-        if preset is not None and (recipe != "segmenter" or resume is not None):
-            raise ValueError("train: --preset is for a new run with --recipe segmenter")
-        if recipe == "mask2former" and resume is None:
+        if preset is not None and chosen not in ("segmenter", "mask2former"):
+            raise ValueError(
+                "train: --preset is for a new run with --recipe mask2former or segmenter"
+            )
+        if chosen == "mask2former":
             names = list((config.model.id2label or {}).values())
             found = f"{config.data.root}: data of kind {config.data.kind} ({config.data.task})"
             print(f"{found}, {len(names)} classes: {', '.join(names[:20])}")
@@ -381,6 +386,12 @@ def _train_command(arguments: list[str]) -> Callable:
             print("best: step {}, {} {:.3f}: {}".format(*best, config.output / BEST))
 
     return train
+
+
+def _recipe_for(root: str, layout: bool) -> str:
+    """The recipe for the data in a folder; one whose layout is given holds maps of classes."""
+    objects = not layout and "masks" in find_format(root)[0].targets
+    return "mask2former" if objects else "segmenter"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,15 +27,17 @@ class Kind(NamedTuple):
         model: class of the model.
         files: names that tell a checkpoint of its original code; Hugging Face's format and ours
             say the kind in config.json.
+        suffix: of a checkpoint of its original code that is one file; "" where it is none.
     """
 
     config: type
     model: type
     files: tuple[str, ...] = ()
+    suffix: str = ""
 
 
 MODELS = {
-    "mask2former": Kind(Mask2FormerConfig, Mask2Former),
+    "mask2former": Kind(Mask2FormerConfig, Mask2Former, suffix=".pkl"),
     "segmenter": Kind(SegmenterConfig, Segmenter, files=("variant.yml",)),
 }
 Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
@@ -84,11 +86,16 @@ def open_model(name: str | Path) -> SegmentationModel:
 
     Args:
         name: a folder that a model's `save_pretrained`, transformers or a model's original code
-            wrote, or a file in it; the folder of a training run; or a name on the hub.
+            wrote, or a file in it, or a .pkl file of Mask2Former's; the folder of a training run;
+            or a name on the hub.
 
     Raises:
         ValueError: of no kind that segkern has; or see each model's `from_pretrained`.
     """
+    suffix = Path(name).suffix
+    for row in MODELS.values():
+        if suffix and row.suffix == suffix:
+            return row.model.from_pretrained(name)
     folder = find_folder(name)
     kinds = [
         kind
@@ -107,7 +114,7 @@ def open_model(name: str | Path) -> SegmentationModel:
 _UNSEEN = ("num_heads", "num_attention_heads", "num_points_encoder")
 
 
-def initialize(model: SegmentationModel, source: str | Path) -> str:
+def initialize(model: SegmentationModel, source: str | Path, fresh_head: bool = False) -> str:
     """Starts a model from the weights of a checkpoint of its kind.
 
     Where the numbers of labels differ, the class head stays as it is; all else must fit. What the
@@ -116,9 +123,10 @@ def initialize(model: SegmentationModel, source: str | Path) -> str:
     Args:
         model: keeps its mode, device and dtype.
         source: as `open_model` takes it.
+        fresh_head: the class head stays as it is in any case.
 
     Returns:
-        a line that says what was taken.
+        a line that says what was taken and what is new.
 
     Raises:
         ValueError: no such checkpoint, of another kind, or weights that do not fit (names them);
@@ -134,16 +142,36 @@ def initialize(model: SegmentationModel, source: str | Path) -> str:
         if getattr(config, name, None) != getattr(model.config, name, None)
     ]
     here, there = model.config.num_labels, config.num_labels
+    fresh = fresh_head or here != there
     own = model.state_dict()
     kept = [name for name in own if name.startswith("criterion.")]
-    weights = with_new_head(
-        donor.state_dict(), own, kept if here == there else (*kept, *model.class_head)
-    )
+    weights = with_new_head(donor.state_dict(), own, (*kept, *model.class_head) if fresh else kept)
     if faults := faults + misfits(weights, own):
         raise ValueError(f"initialize: {source} does not fit the model; {'; '.join(faults)}")
     model.load_state_dict(weights)
-    head = "" if here == there else f", but for the class head ({there} labels there, {here} here)"
-    return f"started from the weights of {source}{head}"
+    count = len(own.keys() - kept)
+    if fresh:
+        new = len(set(model.class_head) - set(kept))
+        text = (
+            f"{count - new} of {count} weights are those of {source}; new is the class head "
+            f"({there} labels there, {here} here)"
+        )
+    else:
+        text = f"all {count} weights are those of {source}"
+        if renamed := _renamed(config, model.config):
+            text += f"; its class head, too, where {renamed} (--fresh-head: a new one)"
+    return text
+
+
+def _renamed(there: ModelConfig, here: ModelConfig) -> str | None:
+    """The first label that has another name in another model, and how many have."""
+    before, now = (config.id2label or {} for config in (there, here))
+    changed = [k for k in now if before.get(k) != now[k]]
+    if not changed:
+        return None
+    more = f" and {len(changed) - 1} more names differ" if len(changed) > 1 else ""
+    k = changed[0]
+    return f"label {k} was {before.get(k, k)!r} and is {now[k]!r} now{more}"
 
 
 def __getattr__(name: str):

@@ -175,7 +175,11 @@ class Criterion(nn.Module):
         label = label.where(target_of_query >= 0, nothing)  # [B, R, Q]
         exact = torch.promote_types(class_logits.dtype, torch.float32)
         weight = self.empty_weight.to(exact)
+        total = weight[label].sum((0, 2))
+        if targets.matched is not None:  # each weighs 1, the other queries as "no object"
+            matched = targets.matched.to(exact)
+            total = matched + (B * Q - matched) * weight[nothing]
         each = F.cross_entropy(
             class_logits.to(exact).flatten(0, 2), label.flatten(), weight, reduction="none"
         )
-        return each.view(B, R, Q).sum((0, 2)) / weight[label].sum((0, 2))
+        return each.view(B, R, Q).sum((0, 2)) / total

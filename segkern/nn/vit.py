@@ -107,6 +107,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, count, dim))
         self.dropout = nn.Dropout(dropout)
         self.blocks = blocks(dim, heads, depth, dropout, drop_path_rate)
+        self.levels = tuple(f"blocks.{i}" for i in range(depth))
         self.norm = nn.LayerNorm(dim)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)

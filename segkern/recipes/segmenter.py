@@ -1,10 +1,11 @@
 """Recipes of Segmenter: functions that return a `TrainConfig`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..data import DigitsConfig, FolderConfig
 from ..data.folder import class_names
-from ..models import SegmenterConfig
+from ..models import SegmenterConfig, open_model
 from ..structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD
 from ..training.config import TrainConfig
 
@@ -65,28 +66,31 @@ def digits_segmenter(
 
 
 def segmenter(
-    model: str = "Seg-S-Mask/16",
+    model: str | None = None,
     dataset: str = "ade20k",
     pretrained: bool = True,
     root: str | Path | None = None,
+    init: str | Path | None = None,
 ):
     """The recipes of Segmenter's paper: SGD with momentum and a polynomial schedule.
 
     Args:
-        model: as `SegmenterConfig.preset` takes it.
+        model: as `SegmenterConfig.preset` takes it; None takes the model of `init`, or
+            Seg-S-Mask/16.
         dataset: "ade20k", "pascal_context" or "cityscapes"; "plain", one's own images, has
             ADE20K's settings.
         pretrained: start the encoder from timm's ImageNet weights, as the paper does.
         root: folder of the images (data.FolderConfig), in the layout of that name. The model gets
             the names of its classes, and of "plain" their number. None: set `config.data.root`
             before training, or give `train` a `dataset`.
+        init: model to start from, as `TrainConfig.init`.
 
     Returns:
         a `TrainConfig`.
 
     Raises:
-        ValueError: no such model or data set, timm has no weights of it, or there is no file of
-            the classes' names.
+        ValueError: no such model or data set, timm has no weights of it, there is no file of the
+            classes' names, or init is no Segmenter.
     """
     if dataset not in _SEGMENTER:
         raise ValueError(
@@ -100,19 +104,22 @@ def segmenter(
     names = class_names(data) if root or named else None
     if names and dataset == "plain":
         labels = len(names)
-    config = SegmenterConfig.preset(model, labels)
-    config.id2label = dict(enumerate(names)) if names else None
-    if dataset not in ("ade20k", "plain"):  # the preset's, where L has 640
-        config.image_size, config.window_stride = (crop, crop), stride
-        config.shortest_edge = {"pascal_context": 520, "cityscapes": 1024}[dataset]
-    if dataset == "cityscapes":
-        config.longest_edge = 2048
-    config.backbone_pretrained = pretrained
-    if dataset == "cityscapes" and model.startswith("Seg-L"):
-        config.decoder_layers = 1
-    config.__post_init__()
+    config = _model(init, labels) if init is not None and model is None else None
+    if config is None:
+        model = model or "Seg-S-Mask/16"
+        config = SegmenterConfig.preset(model, labels)
+        if dataset not in ("ade20k", "plain"):  # the preset's, where L has 640
+            config.image_size, config.window_stride = (crop, crop), stride
+            config.shortest_edge = {"pascal_context": 520, "cityscapes": 1024}[dataset]
+        if dataset == "cityscapes":
+            config.longest_edge = 2048
+        config.backbone_pretrained = pretrained
+        if dataset == "cityscapes" and model.startswith("Seg-L"):
+            config.decoder_layers = 1
+    config = replace(config, id2label=dict(enumerate(names)) if names else None)
     return TrainConfig(
         output=Path("runs/segmenter"),
+        init=init,
         steps=epochs * (images // batch),
         batch_size=batch,
         lr=lr,
@@ -128,3 +135,11 @@ def segmenter(
         data=data,
         model=config,
     )
+
+
+def _model(init: str | Path, labels: int) -> SegmenterConfig:
+    """The config of the model to start from, for so many labels."""
+    config = open_model(init).config
+    if not isinstance(config, SegmenterConfig):
+        raise ValueError(f"segmenter: init must be a segmenter, got a {config.kind}")
+    return replace(config, num_labels=labels, id2label=None)

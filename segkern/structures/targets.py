@@ -58,10 +58,13 @@ class Targets(NamedTuple):
             of masks, packed as `ops.pack_bits` does; None where all have it.
         normalizer: [] floating, number of targets that losses of masks are divided by: where
             several processes or batches make one step, the same for all (training.distributed).
-            None takes the number in this batch, at least 1. Targets that find no query, where
-            there are fewer queries, are counted, as in the paper's code and transformers.
+            None takes the number in this batch, at least 1, in which targets that find no query,
+            where there are fewer queries, are counted, as in the paper's code and transformers.
         pixel_normalizer: [] floating, the same for losses of pixels: number of those in `semantic`
             that count.
+        matched: [] floating, number of targets that find a query, from which the weight follows
+            that the class loss is divided by: as normalizer the same for all that make one step.
+            None takes that of this batch.
     """
 
     labels: Tensor
@@ -72,6 +75,7 @@ class Targets(NamedTuple):
     void: Tensor | None = None
     normalizer: Tensor | None = None
     pixel_normalizer: Tensor | None = None
+    matched: Tensor | None = None
 
     @classmethod
     def from_lists(

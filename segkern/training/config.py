@@ -27,12 +27,22 @@ class TrainConfig:
         init: model to start from, of the same kind: a folder of a run or a model, or a name on the
             hub. The class head starts anew where the number of labels differs. None starts from
             the backbone that the model's config asks for.
+        fresh_head: with init, start the class head anew also where the number of labels is equal.
+        freeze: parts of the model that stay as they are: of a mask2former backbone, pixel_decoder
+            and query_decoder, of a segmenter encoder and decoder; or parts of these, such as
+            backbone.layers.0. They have no gradient and no state of the optimizer, and run as in
+            evaluation.
         overwrite: start anew in a folder that holds a run; its files are removed.
-        steps: batches to train on. A resumed run that gets more follows the longer schedule from
+        steps: of the optimizer. A resumed run that gets more follows the longer schedule from
             there on.
-        batch_size: images of a step.
+        batch_size: images of a batch.
+        accumulate: batches whose gradients make one step, as one batch of all their images would:
+            for a batch that does not fit into memory.
         lr: highest learning rate.
         backbone_lr_factor: the backbone's rate over the others'.
+        backbone_level_decay: the rate of a level of the backbone over that of the next, above 0
+            and at most 1: what lies near the image changes less. A level is what gives a map, or a
+            block of a plain transformer. 1 for one rate.
         min_lr: least learning rate of the schedule.
         optimizer: "adamw", "sgd", or "muon" for the matrices inside blocks with AdamW for the
             rest, which takes fewer steps from scratch and more time for each.
@@ -47,6 +57,9 @@ class TrainConfig:
             with Muon, whose rate is a number of the host.
         gradient_checkpointing: keep only the inputs of blocks and layers for backward, and compute
             the rest again: less memory, more time.
+        ema: decay of a moving average of the weights, such as 0.9999, whose first steps decay
+            faster; what is evaluated and saved as a model is the average then. It takes the memory
+            of another model. 0 for none.
         seed: of the weights, the order of the samples and dropout.
         device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
         threads: of the CPU; 0 keeps torch's own choice.
@@ -58,6 +71,7 @@ class TrainConfig:
         best_metric: of the evaluations, by which best/ holds the best model: pq, class_accuracy or
             dice; ap or ap50; miou or pixel_accuracy. Its task is the one that is measured. None
             takes pq, ap or miou, by the task of the data.
+        patience: evaluations without a better figure after which training stops; 0 never stops.
         evaluate_scenes: images of each.
         threshold: least score of a segment in evaluation, 0 to 1.
         void: what pixels without a label and crowds are to a model that finds masks: "background",
@@ -69,11 +83,15 @@ class TrainConfig:
 
     output: Path = Path("runs/digits")
     init: str | None = None
+    fresh_head: bool = False
+    freeze: tuple[str, ...] = ()
     overwrite: bool = False
     steps: int = 2000
     batch_size: int = 8
+    accumulate: int = 1
     lr: float = 1e-4
     backbone_lr_factor: float = 0.1
+    backbone_level_decay: float = 1.0
     min_lr: float = 0.0
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     momentum: float = 0.9
@@ -84,6 +102,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     cuda_graphs: bool = True
     gradient_checkpointing: bool = False
+    ema: float = 0.0
     seed: int = 0
     device: str = "auto"
     threads: int = 0
@@ -92,6 +111,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     evaluate_every: int = 0
     best_metric: str | None = None
+    patience: int = 0
     evaluate_scenes: int = 100
     threshold: float = 0.8
     void: Literal["background", "ignore"] = "background"
@@ -102,12 +122,27 @@ class TrainConfig:
     def __post_init__(self):
         self.output = Path(self.output)
         self.init = None if self.init is None else str(self.init)
+        self.freeze = tuple(self.freeze)
+        if self.fresh_head and self.init is None:
+            raise ValueError("TrainConfig: fresh_head must be False without init, got True")
+        if not 0 < self.backbone_level_decay <= 1:
+            raise ValueError(
+                "TrainConfig: backbone_level_decay must be in (0, 1], "
+                f"got {self.backbone_level_decay}"
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"TrainConfig: ema must be in [0, 1), got {self.ema}")
+        if self.patience and not self.evaluate_every:
+            raise ValueError(
+                "TrainConfig: patience must be 0 without evaluations (evaluate_every), "
+                f"got {self.patience}"
+            )
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"TrainConfig: threshold must be in [0, 1], got {self.threshold}")
         for names, least in (
-            ("steps batch_size log_every checkpoint_every evaluate_scenes", 1),
+            ("steps batch_size accumulate log_every checkpoint_every evaluate_scenes", 1),
             ("lr min_lr backbone_lr_factor momentum weight_decay warmup clip seed", 0),
-            ("threads workers evaluate_every", 0),
+            ("threads workers evaluate_every patience", 0),
         ):
             for name in names.split():
                 if not getattr(self, name) >= least:

@@ -31,22 +31,17 @@ from ..io.atomic_files import writable_folder
 from ..models import SegmentationModel, build_model, initialize
 from ..runtime.device import usable_device
 from ..runtime.interrupt import Interrupt, leave_interrupts_to_parent
-from ..weights.state_dicts import misfits
 from . import checkpoint
+from .average import Average
 from .config import TrainConfig
-from .distributed import normalized
+from .distributed import together
 from .log import Log, ProgressBar
-from .optimizer import build_optimizer, learning_rate
+from .optimizer import build_optimizer, freeze, learning_rate
+from .state import Trainee, restore, resumable, save
+from .state import stored_config as stored_config
 from .step import Step
+from .unmatched import Unmatched
 from .validation import BEST, Validation
-
-# settings that a resumed run may change: none touches a step, except that more steps stretch the
-# schedule: from the resume on, the rate is that of a run of so many
-_FREE = (
-    "output overwrite init steps device workers threads log_every checkpoint_every evaluate_every "
-    "best_metric evaluate_scenes threshold tensorboard data.root data.max_pixels "
-    "cuda_graphs gradient_checkpointing"
-)
 
 
 @dataclass
@@ -54,8 +49,8 @@ class Trained:
     """What `train` returns.
 
     Attributes:
-        model: in eval mode.
-        steps: trained in all, also before a resume.
+        model: in eval mode; with the average of its weights where one is kept.
+        steps: trained in all, also before a resume; fewer than asked for where patience ended.
         seconds: spent on them, evaluation left out.
         images_per_second: over that time.
     """
@@ -107,7 +102,7 @@ def train(
             raise ValueError(f"train: init must be None where model is given, got {config.init!r}")
         config = replace(config, model=model.config)
     folder = writable_folder(config.output)
-    state = None if resume is None else _open(resume, config)
+    state = None if resume is None else resumable(resume, config)
     if state is not None:
         _check_resumed(state, config, resume, dataset, val_dataset)
     own = resume is not None and checkpoint.folder_of(resume).resolve() == folder.resolve()
@@ -128,26 +123,30 @@ def train(
         model = build_model(config.model, pretrained=fresh)
     start, seconds, begun = 0, 0.0, None
     if state is None and config.init is not None:
-        begun = initialize(model, config.init)
+        begun = initialize(model, config.init, config.fresh_head)
     model.to(device).train()
+    frozen = freeze(model, config.freeze)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, config)
     graphs = config.cuda_graphs and config.optimizer != "muon"
     train_step = Step(model, optimizer, config.clip, config.precision, graphs)
+    run = Trainee(train_step, Average(model, config.ema) if config.ema else None)
     if state is not None:
-        start, seconds = _restore(state, train_step, resume)
+        start, seconds = restore(state, run, resume)
     batches = _batches(data, config, start)
     first = next(batches)  # before an earlier run is removed, for what is wrong with the files
     validation = None
     if held_out is not None:
         validation = Validation(held_out, config, folder, start if own else None)
+    queries = getattr(config.model, "num_queries", None)
+    unmatched = Unmatched(queries, len(data))
     if not own:
         _remove_run(folder)
     log = Log(folder, start, config.tensorboard, keep=own)
     with (
         log,
-        ProgressBar(config.steps, start, config.batch_size, progress) as bar,
+        ProgressBar(config.steps, start, config.batch_size * config.accumulate, progress) as bar,
         Interrupt() as stop,
     ):
         if begun is not None:
@@ -157,11 +156,17 @@ def train(
         given = {"own_data": dataset is not None, "own_val": own_val}
         for step in range(start, config.steps):
             began = time.perf_counter()
-            batch = next(batches).to(device)
-            batch.targets = normalized(batch.targets, getattr(config.model, "num_queries", None))
-            rate = learning_rate(step, config)
-            loss, losses = train_step(batch, rate)
             done = step + 1
+            parts = [next(batches) for _ in range(config.accumulate)]
+            if told := unmatched(parts, done == config.steps):
+                bar.show(told)
+            parts = [part.to(device) for part in parts]
+            for part, targets in zip(parts, together([p.targets for p in parts], queries)):
+                part.targets = targets
+            rate = learning_rate(step, config)
+            loss, losses = train_step(parts, rate)
+            if run.average is not None:
+                run.average.update(done)
             stopping = stop.asked and done < config.steps  # read once: it may change any time
             measure = config.evaluate_every and done % config.evaluate_every == 0
             due = (
@@ -173,9 +178,9 @@ def train(
             seconds += time.perf_counter() - began
             bar.advance(line)
             if due:  # before the evaluation, whose failure shall cost nothing
-                _save(folder, train_step, config, done, seconds, given)
+                save(folder, run, config, done, seconds, given)
             if measure:
-                metrics, text = validation(model, done)
+                metrics, text = validation(run.shown, done)
                 line |= {"metrics": metrics}
                 bar.show(text)
             if line is not None:
@@ -185,18 +190,24 @@ def train(
                     f"stopped after step {done} of {config.steps}; "
                     f"go on with: segkern train --resume {folder}"
                 )
+            if measure and config.patience and validation.waited(done) >= config.patience:
+                bar.show(f"stopped: {config.patience} evaluations without a better figure")
+                break
         if stop.asked:
             raise KeyboardInterrupt(f"stopped after all {config.steps} steps; {folder} has them")
-    return Trained(
-        model.eval(), config.steps, seconds, config.steps * config.batch_size / max(seconds, 1e-9)
-    )
+    if run.average is not None:
+        model.load_state_dict(run.average.model.state_dict())
+    for parameter in frozen:
+        parameter.requires_grad_()
+    images = done * config.batch_size * config.accumulate
+    return Trained(model.eval(), done, seconds, images / max(seconds, 1e-9))
 
 
 def _refuse_processes() -> None:
     """Raises ValueError where several processes would write one run."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
     count = int(os.environ.get("WORLD_SIZE") or 1)
-    count = torch.distributed.get_world_size() if together else count
+    count = torch.distributed.get_world_size() if several else count
     if count > 1:
         raise ValueError(
             f"train: the number of processes (WORLD_SIZE) must be 1, got {count}: several would "
@@ -265,12 +276,12 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
 
 def _batches(data, config: TrainConfig, start: int) -> Iterator:
     passes = getattr(data, "passes", False)
-    order = Order(len(data), config.batch_size, config.seed, start, config.steps, passes)
+    first, last = start * config.accumulate, config.steps * config.accumulate
+    order = Order(len(data), config.batch_size, config.seed, first, last, passes)
     pack = partial(
         collate,
         num_labels=config.model.num_labels,
         divisor=config.model.input.divisor,
-        num_queries=getattr(config.model, "num_queries", None),
         void=config.void,
     )
     loader = DataLoader(
@@ -308,104 +319,9 @@ def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float, precisi
     return {"step": step, "loss": total, "losses": values, "lr": lr}
 
 
-def _check_weights(weights: dict[str, Tensor], step: int) -> None:
-    """Raises FloatingPointError for weights that are not finite."""
-    spoilt = [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
-    if spoilt:
-        raise FloatingPointError(
-            f"weights are not finite after step {step} ({spoilt[0]} and {len(spoilt) - 1} more): "
-            "lower --lr or clip harder; earlier checkpoints are kept"
-        )
-
-
 def _remove_run(folder: Path) -> None:
     """Removes what an earlier run left, or its results would pass for those of the new one."""
     if any((folder / name).exists() for name in (checkpoint.FILE, BEST)):
         for part in ("model", BEST, "tensorboard", "evaluation"):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / checkpoint.FILE).unlink(missing_ok=True)
-
-
-def _save(
-    folder: Path, run: Step, config: TrainConfig, step: int, seconds: float, given: dict
-) -> None:
-    """Writes a checkpoint and model/, unless the weights are spoilt: those before stay then.
-
-    Raises:
-        FloatingPointError: weights that are not finite.
-    """
-    weights = run.model.state_dict()
-    _check_weights(weights, step)
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    checkpoint.save(
-        folder,
-        {
-            "config": config.to_dict(),
-            **given,
-            "step": step,
-            "seconds": seconds,
-            "seed": config.seed,
-            "model": weights,
-            "optimizer": run.optimizer.state_dict(),
-            "scaler": run.scaler.state_dict(),
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
-        },
-    )
-    run.model.save_pretrained(folder / "model")
-
-
-def _open(path: str | Path, config: TrainConfig) -> dict:
-    """A checkpoint that the config may go on from.
-
-    Raises:
-        ValueError: it is of another model, data set or recipe, or has all the steps.
-    """
-    state = checkpoint.load(path)
-    stored = stored_config(path, state).to_dict()
-    found = checkpoint.differences(stored, config.to_dict(), tuple(_FREE.split()))
-    if found:
-        raise ValueError(f"{path}: cannot go on from it: {'; '.join(found)}")
-    if state["step"] >= config.steps:
-        raise ValueError(
-            f"{path}: has its {state['step']} steps; --steps must be larger to go on, "
-            f"got {config.steps}"
-        )
-    return state
-
-
-def stored_config(path: str | Path, state: dict | None = None) -> TrainConfig:
-    """The settings of a run.
-
-    Args:
-        path: of its checkpoint, or its folder.
-        state: the checkpoint, if it is read already.
-
-    Raises:
-        ValueError: no such checkpoint, or settings that this version does not know.
-    """
-    state = checkpoint.load(path) if state is None else state
-    try:
-        return TrainConfig.from_dict(state["config"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _restore(state: dict, run: Step, name) -> tuple[int, float]:
-    """Loads weights, optimizer, scale and generators. Returns steps and seconds done.
-
-    Raises:
-        ValueError: the weights are not of this model; nothing is loaded then.
-    """
-    found = misfits(state["model"], run.model.state_dict())
-    if found:
-        raise ValueError(f"{name}: the weights are of another model; {'; '.join(found)}")
-    try:
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.scaler.load_state_dict(state.get("scaler", {}))
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{name}: the optimizer's state is of another model ({error})") from error
-    run.model.load_state_dict(state["model"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if torch.cuda.is_available() and state["random"]["cuda"]:
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
-    return state["step"], state["seconds"]

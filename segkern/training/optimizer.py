@@ -1,6 +1,7 @@
 """Optimizers, their parameter groups, and schedules of the learning rate."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,12 @@ class MuonAndAdamW:
         capturable = groups[0]["params"][0].is_cuda
         hidden = [group | {"lr": group["lr"].cpu()} for group in groups if group["matrices"]]
         rest = [group for group in groups if not group["matrices"]]
-        self.parts = (
-            torch.optim.Muon(hidden, momentum=momentum, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, fused=True, capturable=capturable),
-        )
+        self.parts = []  # one alone where the parameters of the other are frozen
+        if hidden:
+            muon = torch.optim.Muon(hidden, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+            self.parts.append(muon)
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, fused=True, capturable=capturable))
 
     @property
     def param_groups(self) -> list[dict]:
@@ -58,6 +61,34 @@ def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer | MuonAnd
     return torch.optim.AdamW(groups, fused=True, capturable=capturable)
 
 
+def freeze(model: nn.Module, parts: Sequence[str]) -> list[nn.Parameter]:
+    """Takes parts of a model out of training: no gradients, and the mode of evaluation.
+
+    Args:
+        model: in training mode.
+        parts: names of modules in it.
+
+    Returns:
+        the parameters that had gradients before, for who wants to give them back.
+
+    Raises:
+        ValueError: no such part, or nothing is left to train.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for name in parts:
+        if name not in dict(model.named_modules()) or not name:
+            known = [name for name, part in model.named_children() if [*part.parameters()]]
+            raise ValueError(
+                f"train: freeze must name parts of the model: {', '.join(known)}, or parts of "
+                f"these, got {name!r}"
+            )
+        model.get_submodule(name).requires_grad_(False).eval()
+    frozen = [p for p in trained if not p.requires_grad]
+    if len(frozen) == len(trained):
+        raise ValueError(f"train: freeze must leave a part to train, got {', '.join(parts)}")
+    return frozen
+
+
 def parameter_groups(model: nn.Module, config) -> list[dict]:
     """Parameters by rate and decay, as `model.parameter_roles` has them; for Muon the matrices
     are groups of their own."""
@@ -66,6 +97,7 @@ def parameter_groups(model: nn.Module, config) -> list[dict]:
     for name, parameter in model.named_parameters():
         role = roles[name]
         factor = config.backbone_lr_factor if role.backbone else 1.0
+        factor *= config.backbone_level_decay**role.depth
         decay = config.weight_decay if role.decayed else 0.0
         matrix = role.matrix and config.optimizer == "muon"
         if parameter.requires_grad:

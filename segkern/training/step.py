@@ -1,8 +1,13 @@
 """One training step: forward, matching, loss, backward, clipping, optimizer.
 
+    gradient = mean over parts of the step of the gradient of each
+    seed of the random points: the same for all parts, so that each draws what one batch would
+
 Nothing in it waits for the device, so that on a GPU the whole of it is captured in one CUDA graph
 for each size of a batch (image size and bucket of targets) and replayed.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +32,7 @@ class TrainingLoss(nn.Module):
 
 
 class Step:
-    """Trains a model on one batch a call.
+    """Trains a model on one batch a call, or on one in several parts.
 
     Args:
         model: in training mode; has `loss(pixel_values, targets)`. Its `TrainingLoss` is `loss`,
@@ -50,35 +55,48 @@ class Step:
     ):
         self.model, self.optimizer, self.clip = model, optimizer, clip
         self.loss: nn.Module = TrainingLoss(model)
+        buffers = model.named_buffers()
+        self.seeds = [buffer for name, buffer in buffers if name.rpartition(".")[2] == "seed"]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device.type
         self.dtype = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(self.device, enabled=precision == "fp16")
         self._run = Replay(self._eager) if graphs else self._eager
 
-    def __call__(self, batch: Batch, rate: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, batch: Batch | Sequence[Batch], rate: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step.
 
         Args:
-            batch: on the model's device; several processes, or batches of one step, first agree
+            batch: on the model's device, or its parts; several processes, or parts, first agree
                 on `batch.targets.normalizer` (training.distributed).
             rate: learning rate; each group takes it times its factor.
 
         Returns:
-            What the model's loss returns, without gradient.
+            What the model's loss returns, without gradient: its mean over the parts.
         """
+        parts = [batch] if isinstance(batch, Batch) else batch
         for group in self.optimizer.param_groups:
             group["lr"].fill_(rate * group["factor"])
-        return self._run(batch.pixel_values, batch.targets)
+        return self._run([(part.pixel_values, part.targets) for part in parts])
 
-    def _eager(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+    def _eager(self, parts: list[tuple[Tensor, Targets]]) -> tuple[Tensor, dict[str, Tensor]]:
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-            loss, losses = self.loss(pixel_values, targets)
-        self.scaler.scale(loss).backward()
+        seeds, found = [seed.clone() for seed in self.seeds], []
+        for pixel_values, targets in parts:
+            for seed, value in zip(self.seeds, seeds):
+                seed.copy_(value)
+            with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+                loss, losses = self.loss(pixel_values, targets)
+            self.scaler.scale(loss / len(parts)).backward()
+            found.append((loss.detach(), {name: x.detach() for name, x in losses.items()}))
+            del loss, losses  # or its graph would lie beside that of the next part
         if self.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.clip, error_if_nonfinite=False)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.detach(), {name: value.detach() for name, value in losses.items()}
+        total = sum(loss for loss, _ in found) / len(parts)
+        names = found[0][1]
+        return total, {name: sum(x[name] for _, x in found) / len(parts) for name in names}

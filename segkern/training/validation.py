@@ -34,7 +34,7 @@ class Validation:
     def __init__(self, data, config: TrainConfig, folder: Path, start: int | None):
         self.data, self.config, self.folder = data, config, folder / BEST
         self.metric = config.best_metric or METRICS[config.task][0]
-        self.best = _to_surpass(folder, self.metric, start)
+        self.best, self.best_step = _to_surpass(folder, self.metric, start) or (None, start or 0)
 
     def __call__(self, model: SegmentationModel, step: int) -> tuple[dict[str, float], str]:
         """Measures, and keeps the model if it is the best so far.
@@ -60,10 +60,14 @@ class Validation:
         text = f"step {step}: {figures or 'the held-out images have nothing to measure'}"
         x = found.get(self.metric)
         if x is not None and (self.best is None or x > self.best):
-            self.best = x
+            self.best, self.best_step = x, step
             self._keep(model, {"step": step, "metric": self.metric, **found})
             text += f", the best {self.metric} so far"
         return {name.replace("_", " "): x for name, x in found.items()}, text
+
+    def waited(self, step: int) -> int:
+        """Evaluations up to `step` since the best, or since the start where there is none."""
+        return (step - self.best_step) // self.config.evaluate_every
 
     def _keep(self, model: SegmentationModel, figures: dict) -> None:
         """Puts the model in place of the best before, whole or not at all."""
@@ -71,9 +75,15 @@ class Validation:
             new, old = Path(name, "new"), Path(name, "old")
             model.save_pretrained(new)
             write_json(new / _FIGURES, figures)
-            if self.folder.exists():
+            held = self.folder.exists()
+            if held:
                 os.replace(self.folder, old)
-            os.replace(new, self.folder)
+            try:
+                os.replace(new, self.folder)
+            except OSError:
+                if held:
+                    os.replace(old, self.folder)
+                raise
 
 
 def best_of(run: Path) -> tuple[int, str, float] | None:
@@ -95,8 +105,8 @@ def best_of(run: Path) -> tuple[int, str, float] | None:
         ) from error
 
 
-def _to_surpass(run: Path, metric: str, start: int | None) -> float | None:
-    """The figure of the best model of a run that goes on from `start`.
+def _to_surpass(run: Path, metric: str, start: int | None) -> tuple[float, int] | None:
+    """Figure and step of the best model of a run that goes on from `start`.
 
     One of later steps, to which it has not come, or by another metric stays until the next
     evaluation.
@@ -105,4 +115,4 @@ def _to_surpass(run: Path, metric: str, start: int | None) -> float | None:
     if best is None:
         return None
     step, by, figure = best
-    return figure if by == metric and step <= start else None
+    return (figure, step) if by == metric and step <= start else None

@@ -1,8 +1,11 @@
 """Reads pickled checkpoints without executing anything that they hold."""
 
 import argparse
+import codecs
+import pickle
 import re
 import threading
+from collections import OrderedDict
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -46,3 +49,39 @@ def load(path: str | Path):
         reason = text.splitlines()[0][:120] if text else ""
         reason = f"{type(error).__name__}: {reason}".rstrip(": ")
         raise ValueError(f"not a whole checkpoint ({reason})") from error
+
+
+_OF_ARRAYS = {
+    "collections.OrderedDict": OrderedDict,
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "_codecs.encode": codecs.encode,  # of bytes, in old protocols
+    **{
+        f"numpy.{core}.multiarray.{name}": made
+        for core in ("core", "_core")
+        for name, made in (("_reconstruct", _ARRAY), ("scalar", _SCALAR))
+    },
+}
+
+
+class _Arrays(pickle.Unpickler):
+    """Makes arrays, and nothing else that a pickle names."""
+
+    def find_class(self, module: str, name: str):
+        if (found := f"{module}.{name}") not in _OF_ARRAYS:
+            raise ValueError(f"holds a {found}, which is code and not run here")
+        return _OF_ARRAYS[found]
+
+
+def load_arrays(path: str | Path):
+    """What a pickle holds of NumPy arrays and plain types, as Detectron2 writes checkpoints.
+
+    Raises:
+        ValueError: damaged, cut short, or holds other things; says why in one line.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return _Arrays(file).load()
+    except Exception as error:  # a foreign or cut file makes the unpickler raise anything
+        reason = str(error).partition("\n")[0][:120]
+        raise ValueError(f"{path}: not a whole pickle of arrays ({reason})") from error

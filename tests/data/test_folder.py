@@ -397,7 +397,7 @@ BAD_COMMANDS = {
         "predict {image} --model {other} --window 64",
         "window, stride, scales and flip are for models that give class logits of pixels",
     ),
-    "preset": ("train --preset Seg-T/16", "--preset is for a new run with --recipe segmenter"),
+    "preset": ("train --preset Seg-T/16", "--preset is for a new run with --recipe mask2former"),
     "no such preset": ("train --recipe segmenter --preset T", "name must be Seg-{T,S,B,L}"),
     "no classes": ("train --recipe segmenter --data.root {run}", "classes.txt: no such file"),
 }

@@ -337,7 +337,7 @@ BAD = [
     ("swin_tiney", {}, "did you mean swin_tiny"),
     ("vit_tiny_patch16_224", {}, r"got strides \(16, 16, 16, 16\) from 'vit_tiny_patch16_224'"),
     ("test_resnet_cannot", {}, "backbone must be swin_tiny, swin_small"),
-    ("swin_tiny", {"pretrained": True}, "backbone_pretrained must be False for 'swin_tiny'"),
+    ("resnet_digits", {"pretrained": True}, "must be False for 'resnet_digits'"),
     ("swin_tiny", {"depths": (2, 2)}, "depths and num_heads must have four entries"),
     ("swin_tiny", {"drop_path_rate": 1.0}, r"drop_path_rate must be in \[0, 1\), got 1.0"),
     ("swin_tiny", {"num_heads": (5, 5, 5, 5)}, r"num_heads must divide the channels \(96, 192"),

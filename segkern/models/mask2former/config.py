@@ -10,7 +10,7 @@ from ...structures.settings import InputConfig
 
 _DATASETS = ("coco", "ade20k", "cityscapes")
 _HOME = {"panoptic": "coco", "instance": "coco", "semantic": "ade20k"}
-_BACKBONES = {
+BACKBONES = {  # of the presets
     "resnet50": {"backbone": "resnet50", "backbone_options": {"freeze_norm": True}},
     "resnet101": {"backbone": "resnet101", "backbone_options": {"freeze_norm": True}},
     "swin_tiny": {"backbone": "swin_tiny", "drop_path_rate": 0.3},
@@ -29,8 +29,8 @@ class Mask2FormerConfig:
         num_labels: K, at least 1; "no object" is not counted.
         backbone: "swin_tiny", "swin_small", "swin_base", "swin_large", "resnet_digits", or any
             timm model with four feature maps.
-        backbone_pretrained: start from timm's pretrained weights (downloads them; not for our own
-            Swin).
+        backbone_pretrained: start from timm's ImageNet weights, which are downloaded; those of
+            swin_base and swin_large are of ImageNet-22k.
         backbone_options: further arguments of the backbone, such as Swin's depths.
         drop_path_rate: rate of dropped residual branches of the last block, in [0, 1).
         num_queries: Q.
@@ -160,9 +160,9 @@ class Mask2FormerConfig:
         """
         dataset = dataset or _HOME.get(task)
         known = [f"{name}/{t}" for name in _DATASETS for t in DATASETS[name].labels]
-        if backbone not in _BACKBONES or f"{dataset}/{task}" not in known:
+        if backbone not in BACKBONES or f"{dataset}/{task}" not in known:
             raise ValueError(
-                f"Mask2FormerConfig.preset: backbone must be one of {', '.join(_BACKBONES)}, "
+                f"Mask2FormerConfig.preset: backbone must be one of {', '.join(BACKBONES)}, "
                 f"dataset and task one of {', '.join(known)}, "
                 f"got {backbone}, {dataset}/{task}"
             )
@@ -174,7 +174,7 @@ class Mask2FormerConfig:
             stuff=facts.stuff if task == "panoptic" else (),
             shortest_edge=shortest,
             longest_edge=longest,
-            **deepcopy(_BACKBONES[backbone]),
+            **deepcopy(BACKBONES[backbone]),
         )
 
     @classmethod

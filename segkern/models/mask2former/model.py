@@ -30,7 +30,7 @@ from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ...weights.state_dicts import misfits, with_new_head
-from . import huggingface
+from . import huggingface, original
 from .config import Mask2FormerConfig
 
 
@@ -244,11 +244,11 @@ class Mask2Former(nn.Module):
     def from_pretrained(
         cls, name_or_folder: str | Path, num_labels: int | None = None
     ) -> "Mask2Former":
-        """Opens a checkpoint in Hugging Face's format.
+        """Opens a checkpoint in Hugging Face's format, or a .pkl file of the original code.
 
         Args:
             name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
-                `save_pretrained`, or the folder of a training run.
+                `save_pretrained`, or the folder of a training run; or a .pkl file.
             num_labels: K of the new task; where it differs from the checkpoint's, the class head
                 starts anew. None keeps the checkpoint's.
 
@@ -259,7 +259,10 @@ class Mask2Former(nn.Module):
             ValueError: the weights are not those of the configured model (names the keys); nothing
                 is loaded then.
         """
-        settings, weights = huggingface.read_folder(name_or_folder, num_labels)
+        if Path(name_or_folder).suffix == original.SUFFIX:
+            settings, weights = original.read_file(name_or_folder)
+        else:
+            settings, weights = huggingface.read_folder(name_or_folder, num_labels)
         known = {f.name for f in fields(Mask2FormerConfig)}
         config = Mask2FormerConfig(**{k: v for k, v in settings.items() if k in known})
         config.backbone_pretrained = False

@@ -1,9 +1,10 @@
 """Backbones: four maps of an image, each at twice the stride of the one before.
 
 Our own Swin; a small ResNet for small images; any other that timm has with such maps. All have
-`channels` and `strides`, and give a list of maps [B, C_i, h_i, w_i], finest first. Convolutions
-keep their weights channels-last in memory, as they read maps; FSDP's `fully_shard` takes a model
-after `model.to(memory_format=torch.contiguous_format)`, which changes no result.
+`channels`, `strides` and `levels` (names of the parts at which the maps end), and give a list of
+maps [B, C_i, h_i, w_i], finest first. Convolutions keep their weights channels-last in memory, as
+they read maps; FSDP's `fully_shard` takes a model after
+`model.to(memory_format=torch.contiguous_format)`, which changes no result.
 
 Letters: B image, C channels, h w map size.
 """
@@ -12,6 +13,7 @@ from torch import nn
 
 from .resnet_digits import ResNetDigits
 from .swin import VARIANTS, Swin
+from .swin_timm import load_pretrained
 from .timm_backbone import OWN_SMALL, TimmBackbone
 
 
@@ -29,8 +31,8 @@ def build_backbone(config, channels: int = 3) -> nn.Module:
         A module from [B, channels, H, W] to four maps, with `channels` and `strides`.
 
     Raises:
-        ValueError: unknown name, no four maps at doubling strides, or pretrained weights of a
-            backbone that has none.
+        ValueError: unknown name, no four maps at doubling strides, or pretrained weights that a
+            backbone does not have or that cannot be downloaded.
     """
     name, options = config.backbone, dict(config.backbone_options)
     if config.drop_path_rate:
@@ -41,12 +43,15 @@ def build_backbone(config, channels: int = 3) -> nn.Module:
         freeze_norm = options.pop("freeze_norm", False)
         sizes = config.size_divisor, config.longest_edge
         return TimmBackbone(name, config.backbone_pretrained, freeze_norm, options, *sizes)
-    if config.backbone_pretrained:
-        raise ValueError(
-            f"build_backbone: backbone_pretrained must be False for '{name}', whose weights come "
-            "with whole models; timm's names have pretrained backbones"
-        )
     if name == OWN_SMALL:
+        if config.backbone_pretrained:
+            raise ValueError(
+                f"build_backbone: backbone_pretrained must be False for '{name}', which has no "
+                "weights by itself"
+            )
         options.pop("drop_path_rate", None)
         return ResNetDigits(**options)
-    return Swin(**VARIANTS[name] | options)
+    backbone = Swin(**VARIANTS[name] | options)
+    if config.backbone_pretrained:
+        load_pretrained(backbone, name)
+    return backbone

@@ -58,6 +58,7 @@ class ResNetDigits(nn.Module):
             nn.Conv2d(in_chans, channels[0], 3, 2, 1, bias=False), nn.BatchNorm2d(channels[0])
         )
         self.stages = nn.ModuleList()
+        self.levels = tuple(f"stages.{i}" for i in range(len(self.channels)))
         before = channels[0]
         for i, (out, depth) in enumerate(zip(channels, depths)):
             first = BasicBlock(before, out, 1 if i == 0 else 2)

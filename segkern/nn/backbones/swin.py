@@ -244,6 +244,7 @@ class Swin(nn.Module):
             raise ValueError(f"Swin: drop_path_rate must be in [0, 1), got {drop_path_rate}")
         self.channels = tuple(embed_dim * 2**i for i in range(4))
         self.strides = (4, 8, 16, 32)
+        self.levels = tuple(f"layers.{i}" for i in range(4))
         for channels, heads in zip(self.channels, num_heads):
             if channels % heads:
                 raise ValueError(

@@ -60,6 +60,7 @@ class TimmBackbone(nn.Module):
                 f"build_backbone: backbone must have four maps, each at twice the stride of the "
                 f"one before, got strides {self.strides} from '{name}'"
             )
+        self.levels = self._level_names()
         self.channels_last = getattr(self.body, "output_fmt", None) == "NHWC"
         self.freeze_norm = freeze_norm
         if freeze_norm:
@@ -97,6 +98,18 @@ class TimmBackbone(nn.Module):
             if any(abs(n - side / stride) >= 1 for n, side in zip(found.shape[2:], size)):
                 return f"a map of {tuple(found.shape[2:])} does not have stride {stride}"
         return None
+
+    def _level_names(self) -> tuple[str, ...]:
+        """The modules that give the maps, as far as they have weights, under the names that timm's
+        wrappers give them."""
+        own = [name for name, _ in self.named_parameters()]
+        names = [
+            name
+            for stage in self.body.feature_info.module_name()
+            for name in (f"body.{stage.replace('.', '_')}", f"body.{stage}", f"body.model.{stage}")
+            if any(path.startswith(f"{name}.") for path in own)
+        ]
+        return tuple(dict.fromkeys(names))
 
     def _norms(self) -> list[nn.Module]:
         return [m for m in self.body.modules() if isinstance(m, nn.BatchNorm2d)]
