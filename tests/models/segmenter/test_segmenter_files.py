@@ -111,9 +111,7 @@ def test_what_people_keep_beside_weights_does_not_matter(value, tmp_path):
     again = Segmenter.from_pretrained(tmp_path)
     assert all(map(torch.equal, again.parameters(), model.parameters()))
     added = set(torch.serialization.get_safe_globals()) - allowed
-    assert all(
-        kind.__module__.startswith("torch.") for kind in added
-    )
+    assert all(kind.__module__.startswith("torch.") for kind in added)
 
 
 def test_code_is_named_and_does_not_run(tmp_path):
