@@ -33,12 +33,12 @@ $(KERNELS): $(SOURCES) | $(VENV)/installed
 demo: setup
 	$(BIN)/segkern demo
 
-# a process a core, for tests that no second thread would help
+# a process a core: most tests are too small for a second thread to help
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(MAX_JOBS)
 
 test: setup
 	$(PARALLEL) tests/ops -m "not slow and not gpu"
-	$(BIN)/pytest tests --ignore tests/ops -m "not slow and not gpu"
+	$(PARALLEL) --dist loadscope tests --ignore tests/ops -m "not slow and not gpu"
 
 # every stage, also after one that failed, and at the end what became of each
 STAGES = lint sdist slow interpret avx2 sanitize emulate racecheck oldest gate
@@ -64,7 +64,7 @@ sdist: setup
 
 slow: setup
 	$(PARALLEL) tests/kernels/test_triton.py -m "slow and not gpu"
-	$(BIN)/pytest tests --ignore tests/kernels/test_triton.py -m "slow and not gpu"
+	$(PARALLEL) tests --ignore tests/kernels/test_triton.py -m "slow and not gpu"
 
 tests_of = $(wildcard $(patsubst %,tests/*/test_%.py,$(basename $(notdir $(1)))))
 OPS = $(call tests_of,$(filter-out segkern/ops/_%,$(wildcard segkern/ops/*.py)))
