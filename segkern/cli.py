@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 """
 
+import importlib.util
 import json
 import sys
 import warnings
@@ -108,7 +109,8 @@ def evaluate(
     if out is not None and (out.is_dir() or out.suffix == ".html"):
         raise ValueError(f"evaluate: --out must be a JSON file, got {out}")
     run = run_folder(model)
-    if out is None and run is not None:
+    # without matplotlib a run that was not asked for its report has its figures alone
+    if out is None and run is not None and importlib.util.find_spec("matplotlib"):
         out = run / "evaluation" / "metrics.json"
     if out is not None:
         import_extra("matplotlib")  # missed now, and not after the figures are found

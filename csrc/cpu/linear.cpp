@@ -111,6 +111,7 @@ void run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bia
                                       : finish<T, kNone>;
   T* to = mutable_data<T>(out);
   const bool adds = residual && data<T>(*residual) == to;  // the result is its own residual
+  STD_TORCH_CHECK(!adds || kind == kNone, "linear_: an activation goes before its own residual");
   const int64_t pieces = std::max<int64_t>((K + kLong / 2) / kLong, 1);
   const int64_t length = (K + pieces - 1) / pieces;
   for (int64_t k = 0, n; k == 0 || k < K; k += n) {

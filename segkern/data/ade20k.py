@@ -62,7 +62,7 @@ class Ade20kConfig:
     read: ReadConfig = field(default_factory=ReadConfig)
     views: ViewConfig = field(
         default_factory=lambda: ViewConfig(
-            (512, 512), short_sides=scaled_sides(512), long_side=2048, colours=True, most=0.75
+            (512, 512), short_sides=scaled_sides(512), long_side=2048, colours=True
         )
     )
 
@@ -145,7 +145,7 @@ class Classes:
         """
         path, K = self.files[index], len(ADE20K)
         values = read_map(path, size, channels=1)
-        if (foreign := values[(values > K) & (values != VOID)]).size:
+        if (foreign := values[(values < 0) | ((values > K) & (values != VOID))]).size:
             raise ValueError(f"{path}: values must be 0 to {K} or {VOID}, got {foreign[0]}")
         return np.where((values == 0) | (values == VOID), VOID, values - 1).astype(np.uint8)
 

@@ -70,7 +70,7 @@ class CityscapesConfig:
     read: ReadConfig = field(default_factory=ReadConfig)
     views: ViewConfig = field(
         default_factory=lambda: ViewConfig(
-            (512, 1024), short_sides=scaled_sides(1024), colours=True, most=0.75
+            (512, 1024), short_sides=scaled_sides(1024), colours=True
         )
     )
 

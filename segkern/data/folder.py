@@ -210,7 +210,11 @@ class Folder:
         else:
             table[:K] = range(K)
         wide = values.dtype != np.uint8
-        labels = table[values.astype(np.int64).clip(0, void + 1) if wide else values]
+        if wide:
+            wider = values.astype(np.int64)
+            labels = table[np.where((wider < 0) | (wider > void), void + 1, wider)]
+        else:
+            labels = table[values]
         if (labels < 0).any():
             found = np.unique(values[labels < 0])
             hint = ""

@@ -76,6 +76,8 @@ def read_ids(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     values = read_map(path, size).astype(np.int64, copy=False)
     if values.ndim == 2:
         return values
+    if values.shape[2] < 3:  # grey and alpha
+        return values[..., 0]
     return values[..., 0] + 256 * values[..., 1] + 65536 * values[..., 2]
 
 

@@ -110,7 +110,7 @@ class Maps:
             labels = _of_459(path, size)
         else:
             labels = read_map(path, size, channels=1)
-            if (foreign := labels[(labels >= K) & (labels != VOID)]).size:
+            if (foreign := labels[(labels < 0) | ((labels >= K) & (labels != VOID))]).size:
                 raise ValueError(f"{path}: values must be 0 to {K - 1} or 255, got {foreign[0]}")
         labels = labels.astype(np.uint8)
         if not self.background:

@@ -34,7 +34,8 @@ class IdMaps:
         """Masks that lie apart: mask i is where `values` [H, W] integers are ids[i], each once."""
         flat, n = values.ravel(), len(ids)
         heads = _heads(flat)
-        wanted = np.append(np.asarray(ids, np.int64), -1)  # never empty, and -1 never occurs
+        never = np.iinfo(np.int64).min  # occurs in no map, so that there is always one to find
+        wanted = np.append(np.asarray(ids, np.int64), never)
         order = np.argsort(wanted)
         found = flat[heads].astype(np.int64)
         places = order[np.searchsorted(wanted, found, sorter=order).clip(max=n)]

@@ -151,6 +151,8 @@ def evaluate(
     ]
     for meter in meters.values():
         value |= meter.compute(rows)
+    if "instance" in tasks:
+        value["max_detections"] = max_detections
     value["classes"] = rows
     value["worst"] = [row for *_, row in sorted(worst, key=lambda x: (-x[0], -x[1]))]
     absent = [row["name"] for row in rows if not row.pop("occurs")]

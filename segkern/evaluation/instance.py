@@ -143,7 +143,8 @@ class Instances:
         for k, row in enumerate(rows):
             row |= dict.fromkeys(("ap", "ap50", "boundary_ap", "best_threshold", "mask_f1"))
             there = self.objects[k] + self.crowds[k] > 0
-            row["occurs"] = row.get("occurs", False) or bool(there) or k not in self.things
+            # what stuff occurs the panoptic task tells, where it is measured before
+            row["occurs"] = row.get("occurs", k not in self.things) or bool(there)
         for i, k in enumerate(self.things):
             curve = _curve(results[i], self.objects[k])
             rows[k] |= {
@@ -206,9 +207,8 @@ def _curve(rows: np.ndarray, objects: int) -> dict:
     """What each score threshold would leave, at IoU 0.5, and the one of the best F1."""
     if not objects:
         return {"best_threshold": None, "mask_f1": None, "thresholds": None}
-    right, wrong = (
-        (judged & (rows["score"] >= _GRID[:, None])).sum(1) for judged in _judged(rows)
-    )
+    scores = (np.sort(rows["score"][judged]) for judged in _judged(rows))
+    right, wrong = (len(s) - np.searchsorted(s, _GRID) for s in scores)
     f1 = 2 * right / (right + wrong + objects)
     best = np.flatnonzero(f1 == f1.max())
     middle = best[len(best) // 2]  # of a plateau: as far from its edges as can be

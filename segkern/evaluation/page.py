@@ -10,12 +10,15 @@ from dataclasses import replace
 from datetime import datetime
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from ..io.atomic_files import atomic
+from ..io.images import shown
 from ..io.overlay import overlay
 from ..io.plots import has_curves, save_confusion, save_curves, save_thresholds
 from ..models.protocol import SegmentationModel
@@ -138,6 +141,10 @@ def worst(
 
     Of instances those that the best threshold leaves.
     """
+    if isinstance(dataset, DataLoader):
+        dataset = dataset.dataset
+    if options.top_k is None and value.get("max_detections", 100) > 100:
+        options = replace(options, top_k=value["max_detections"])
     task = value["tasks"][0]
     classes, stuff = check_dataset(dataset, model.config, value["tasks"])
     wanted = options_of((task,), options)
@@ -158,11 +165,12 @@ def worst(
 def _picture(sample: dict, model: SegmentationModel, size: tuple[int, int]) -> np.ndarray:
     """[H, W, 3] uint8, of the size of the targets."""
     if "image" in sample:
-        pixels = np.asarray(sample["image"])
+        pixels = torch.as_tensor(np.asarray(sample["image"])).movedim(2, 0)
     else:
         mean, std = (torch.tensor(x)[:, None, None] for x in _colours(model))
         pixels = (torch.as_tensor(sample["pixel_values"]) * std + mean).clamp(0, 1)
-        pixels = (255 * pixels).round().byte().permute(1, 2, 0).numpy()
+        pixels = (255 * pixels).round().byte()
+    pixels = np.ascontiguousarray(shown(pixels).expand(3, -1, -1).permute(1, 2, 0).numpy())
     if pixels.shape[:2] != size:
         pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1]))
     return pixels
@@ -202,7 +210,7 @@ def _confusion(path: Path, matrix: Sequence[Sequence[int]], names: list[str], ke
     writer.writerows([label, *row] for label, row in zip(labels, matrix))
     with atomic(path.with_suffix(".csv")) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
-    link = f'<a href="{escape(path.with_suffix(".csv").name)}">as CSV</a>'
+    link = f'<a href="{escape(quote(path.with_suffix(".csv").name))}">as CSV</a>'
     caption = f"{about}; each row as shares of its sum; {link}."
     return html.figure(caption, html.drawing(path.read_bytes(), f"confusion matrix of {what}"))
 

@@ -239,6 +239,10 @@ def read_values(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
     """
     image = open_image(path, max_pixels, upright=False)
     values = np.asarray(image)
+    if values.dtype.kind == "f":
+        if not (values == np.rint(values)).all():
+            raise ValueError(f"{path}: a map must hold integers, got {values.dtype} with others")
+        return values.astype(np.int64)
     if image.mode == "L" and Path(path).suffix.lower() == ".png":
         with open(path, "rb") as file:
             depth = file.read(25)[24]  # of the head that every PNG begins with
@@ -319,8 +323,11 @@ def _from_pil(image: Image.Image, name: str) -> np.ndarray:
         pixels = np.asarray(image).astype(np.float32)
         low, high = pixels.min(initial=0), pixels.max(initial=0)
         white = 1 if image.mode == "F" and high <= 1 else max(_FULL[image.mode], high)
-        if image.mode != "F" and 0 < high <= _NARROW[-1]:
-            white = image.info.get("white") or _narrow_white(high, name)
+        if image.mode != "F" and high > 0:
+            if stated := image.info.get("white"):
+                white = max(stated, high)
+            elif high <= _NARROW[-1]:
+                white = _narrow_white(high, name)
         if low < -1e-3 * white:
             raise ValueError(f"{name}: pixels must not be negative, got {low:.4g}")
         return pixels / np.float32(white)

@@ -14,6 +14,13 @@ from PIL import Image
 from .atomic_files import atomic
 from .overlay import colour, overlay
 
+_LABELLED = 256  # classes: the names of more could not be read
+
+
+def plain(text: str) -> str:
+    """A name as it is: two dollar signs would make it a formula."""
+    return str(text).replace("$", r"\$")
+
 
 def save_scenes(path: str | Path, rows, title: str | None = None, notes=None) -> None:
     """Draws rows of input, truth and prediction.
@@ -49,10 +56,16 @@ def save_scenes(path: str | Path, rows, title: str | None = None, notes=None) ->
                 axis.set_title(name, fontsize=12)
         if notes:
             axes[r, 1].text(
-                0.5, -0.03, notes[r], transform=axes[r, 1].transAxes, ha="center", va="top", size=8
+                0.5,
+                -0.03,
+                plain(notes[r]),
+                transform=axes[r, 1].transAxes,
+                ha="center",
+                va="top",
+                size=8,
             )
     if title:
-        figure.suptitle(title, fontsize=13)
+        figure.suptitle(plain(title), fontsize=13)
     _save(figure, path)
 
 
@@ -80,7 +93,9 @@ def save_curves(path: str | Path, log: str | Path) -> None:
                 axis.plot(steps, values, color=shade, alpha=0.2, linewidth=0.8)
                 values = _smooth(values)
             marker = "o" if len(values) < 20 else None
-            axis.plot(steps, values, color=shade, label=name, linewidth=1.6, marker=marker, ms=3)
+            axis.plot(
+                steps, values, color=shade, label=plain(name), linewidth=1.6, marker=marker, ms=3
+            )
         axis.set_title(panel)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
@@ -133,8 +148,10 @@ def save_confusion(path: str | Path, matrix, names: list[str]) -> None:
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     labels = [*names, "nothing"][: len(matrix)]
     letters = min(8.0, 72 * 0.75 * size / len(labels))  # a row's height, where they are many
-    axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=letters)
-    axis.set_yticks(range(len(labels)), labels, fontsize=letters)
+    if len(labels) <= _LABELLED:
+        names = [plain(name) for name in labels]
+        axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=letters)
+        axis.set_yticks(range(len(names)), names, fontsize=letters)
     axis.set_xlabel("prediction")
     axis.set_ylabel("truth")
     if len(matrix) <= 32:
@@ -192,7 +209,7 @@ def save_attention(path: str | Path, image, maps, titles, at, plane, names) -> N
         axis.set_axis_off()
     for axis, title in zip(axes, ["image", *titles]):
         axis.imshow(image, extent=extent)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(plain(title), fontsize=9)
         axis.plot(at[0] * width, at[1] * height, "o", color="white", mec="black", ms=6)
     for axis, values in zip(axes[1:], maps):
         axis.imshow(values / max(values.max(), 1e-12), extent=extent, cmap="inferno", alpha=0.75)
@@ -202,7 +219,7 @@ def save_attention(path: str | Path, image, maps, titles, at, plane, names) -> N
         axis.set_title("class embeddings", fontsize=9)
         for k, (x, y) in enumerate(plane):
             axis.plot(x, y, ".", color=[c / 255 for c in colour(k)])
-            axis.annotate(names[k], (x, y), fontsize=7)
+            axis.annotate(plain(names[k]), (x, y), fontsize=7)
         axis.tick_params(labelsize=6)
     _save(figure, path)
 
@@ -251,7 +268,9 @@ def save_data(path: str | Path, report: dict, title: str) -> None:
     rows = sorted(report["classes"], key=lambda row: row["objects"])[-60:]
     figure = _figure(13, max(4.5, 0.2 * len(rows) + 1.2))
     classes, sides, sizes = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
-    classes.barh([row["name"] for row in rows], [row["objects"] for row in rows], color="#1e88e5")
+    classes.barh(
+        [plain(row["name"]) for row in rows], [row["objects"] for row in rows], color="#1e88e5"
+    )
     classes.set_title("objects of each class" + " (the 60 commonest)" * (len(rows) == 60))
     if max((row["objects"] for row in rows), default=0) > 100:
         classes.set_xscale("symlog")
@@ -298,7 +317,7 @@ def save_sheet(path: str | Path, pictures, columns: int = 4) -> None:
         axis.set_axis_off()
     for axis, (picture, title) in zip(axes, pictures):
         axis.imshow(picture)
-        axis.set_title(title, fontsize=8)
+        axis.set_title(plain(title), fontsize=8)
     _save(figure, path)
 
 

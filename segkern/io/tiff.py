@@ -98,8 +98,10 @@ def _page(path: str | Path, data: bytes, number: int, tags) -> np.ndarray:
     places = [(p, y, x) for p in range(planes) for y in range(0, H, h) for x in range(0, W, w)]
     for (p, y, x), start, length in zip(places, tags[offsets], tags[lengths], strict=True):
         part = data[start : start + length]
-        part = zlib.decompress(part) if compression in _DEFLATE else part
         rows = h if tiled else min(h, H - y)
+        if compression in _DEFLATE:  # no more than what belongs there
+            size = rows * w * (C // planes) * np.dtype(dtype).itemsize
+            part = zlib.decompressobj().decompress(part, size)
         pixels = np.frombuffer(part, order + dtype, rows * w * (C // planes))
         pixels = pixels.reshape(rows, w, -1).astype(dtype)
         if predictor == 2:

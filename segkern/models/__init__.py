@@ -151,7 +151,7 @@ def initialize(model: SegmentationModel, source: str | Path, fresh_head: bool = 
     model.load_state_dict(weights)
     count = len(own.keys() - kept)
     if fresh:
-        new = len(set(model.class_head) - set(kept))
+        new = len((set(model.class_head) & own.keys()) - set(kept))
         text = (
             f"{count - new} of {count} weights are those of {source}; new is the class head "
             f"({there} labels there, {here} here)"

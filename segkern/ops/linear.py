@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from . import _library
 from ._checks import alike, expect
@@ -70,19 +69,18 @@ _linear_op = _library.define(
     cpu_only=True,
 )
 
-
-@register_flop_formula(torch.ops.segkern.linear)
-def _flops(x: torch.Size, weight: torch.Size, *_, out_shape=None, **__) -> int:
-    """What `torch.utils.flop_counter` counts."""
-    return 2 * math.prod(x) * weight[0]
-
-
 linear_op_ = _library.define(
     "linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, int activation,"
     " Tensor? residual, Tensor(b!)? before) -> ()",
     lambda *args: None,
     cpu_only=True,
 )
+
+
+def flops(x: torch.Size, weight: torch.Size, *_, out_shape=None, **__) -> int:
+    """Operations of the product, for `torch.utils.flop_counter`, which takes too long to import
+    here: `FlopCounterMode(custom_mapping={torch.ops.segkern.linear: flops})`."""
+    return 2 * math.prod(x) * weight[0]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -173,7 +171,7 @@ def linear(
         named["residual"] = _flat(residual)
         expect("linear", "residual", named["residual"], "M N", "float", sizes)
     device = x.device.type
-    if x.is_cuda or torch.is_autocast_enabled(device) or x.dtype.itemsize < 4:
+    if device != "cpu" or torch.is_autocast_enabled(device) or x.dtype.itemsize < 4:
         return linear_reference(x, weight, bias, activation, residual)
     tensors = dict(zip(named, alike("linear", **named)))
     if not _library.use_kernel("linear", impl, x):
@@ -188,4 +186,4 @@ def linear(
         out = _Linear.apply(*arguments)
     else:
         out = _linear_op(*arguments, False)[0]
-    return out.view(*x.shape[:-1], len(weight))
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], len(weight))

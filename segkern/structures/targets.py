@@ -128,9 +128,13 @@ class Targets(NamedTuple):
                 "model more queries",
                 "queries",
             )
-        T, device = bucket(int(count.max())), class_labels[0].device
+        T, first = bucket(int(count.max())), mask_labels[0]
+        device = first.device if isinstance(first, Tensor) else class_labels[0].device
         packed_labels = torch.zeros(B, T, dtype=torch.int64, device=device)
-        packed_masks = fresh(B, T, H, W, dtype=np.uint8, zeros=True).to(device)
+        if device.type == "cpu":
+            packed_masks = fresh(B, T, H, W, dtype=np.uint8, zeros=True)
+        else:
+            packed_masks = torch.zeros(B, T, H, W, dtype=torch.uint8, device=device)
         for b, (masks, labels) in enumerate(zip(mask_labels, class_labels)):
             packed_labels[b, : len(labels)] = labels
             if isinstance(masks, Tensor):

@@ -54,7 +54,7 @@ class TrainConfig:
         clip: largest norm of the gradient; 0 does not clip.
         precision: "fp32", "bf16" for autocast, or "fp16" for autocast with a scaled loss.
         cuda_graphs: on a GPU capture the whole step in a CUDA graph for each size of a batch; not
-            with Muon, whose rate is a number of the host.
+            with Muon, whose rate is a number of the host, nor with accumulated batches.
         gradient_checkpointing: keep only the inputs of blocks and layers for backward, and compute
             the rest again: less memory, more time.
         ema: decay of a moving average of the weights, such as 0.9999, whose first steps decay

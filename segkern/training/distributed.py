@@ -24,7 +24,7 @@ def together(parts: Sequence[Targets], num_queries: int | None = None) -> list[T
 
     Args:
         parts: of the step, of as many images each.
-        num_queries: of the model; None counts all targets.
+        num_queries: of the model; None, for a model without queries, counts all targets.
     """
     found = [part.count for part in parts]
     if num_queries is not None:

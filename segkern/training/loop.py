@@ -10,6 +10,7 @@ position tables, a smaller rate for the backbone, the whole model's gradient cli
 Segmenter (Strudel et al., ICCV 2021): SGD with momentum, a polynomial schedule, nothing clipped.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -125,11 +126,11 @@ def train(
     if state is None and config.init is not None:
         begun = initialize(model, config.init, config.fresh_head)
     model.to(device).train()
-    frozen = freeze(model, config.freeze)
+    frozen = freeze(model, config.freeze)  # until the run ends, however it does
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, config)
-    graphs = config.cuda_graphs and config.optimizer != "muon"
+    graphs = config.cuda_graphs and config.optimizer != "muon" and config.accumulate == 1
     train_step = Step(model, optimizer, config.clip, config.precision, graphs)
     run = Trainee(train_step, Average(model, config.ema) if config.ema else None)
     if state is not None:
@@ -139,12 +140,15 @@ def train(
     validation = None
     if held_out is not None:
         validation = Validation(held_out, config, folder, start if own else None)
+        if not own:
+            validation.best_step = start  # patience counts from here
     queries = getattr(config.model, "num_queries", None)
     unmatched = Unmatched(queries, len(data))
     if not own:
         _remove_run(folder)
     log = Log(folder, start, config.tensorboard, keep=own)
     with (
+        _given_back(frozen),
         log,
         ProgressBar(config.steps, start, config.batch_size * config.accumulate, progress) as bar,
         Interrupt() as stop,
@@ -160,7 +164,8 @@ def train(
             parts = [next(batches) for _ in range(config.accumulate)]
             if told := unmatched(parts, done == config.steps):
                 bar.show(told)
-            parts = [part.to(device) for part in parts]
+            if config.accumulate == 1:  # else a part is moved when its turn comes
+                parts = [part.to(device) for part in parts]
             for part, targets in zip(parts, together([p.targets for p in parts], queries)):
                 part.targets = targets
             rate = learning_rate(step, config)
@@ -194,13 +199,21 @@ def train(
                 bar.show(f"stopped: {config.patience} evaluations without a better figure")
                 break
         if stop.asked:
-            raise KeyboardInterrupt(f"stopped after all {config.steps} steps; {folder} has them")
+            raise KeyboardInterrupt(f"stopped after {done} steps; {folder} has them")
     if run.average is not None:
         model.load_state_dict(run.average.model.state_dict())
-    for parameter in frozen:
-        parameter.requires_grad_()
     images = done * config.batch_size * config.accumulate
     return Trained(model.eval(), done, seconds, images / max(seconds, 1e-9))
+
+
+@contextlib.contextmanager
+def _given_back(frozen: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Parameters that were frozen for a run train again after it."""
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_()
 
 
 def _refuse_processes() -> None:

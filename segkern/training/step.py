@@ -85,6 +85,9 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         seeds, found = [seed.clone() for seed in self.seeds], []
         for pixel_values, targets in parts:
+            if len(parts) > 1:
+                device = self.parameters[0].device
+                pixel_values, targets = pixel_values.to(device), targets.to(device)
             for seed, value in zip(self.seeds, seeds):
                 seed.copy_(value)
             with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):

@@ -12,18 +12,64 @@ import numpy as np
 import torch
 from torch.serialization import get_safe_globals, safe_globals
 
-_SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
-_DTYPES = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
-# what people keep beside weights: values that do nothing when they are made; a name is what the
-# pickle calls it, which versions of Python and NumPy spell differently
+
+class _Dtype:
+    """Stands in for numpy.dtype, whose own would take flags that make numbers pointers."""
+
+    def __init__(self, name: str, *_):
+        if not re.fullmatch(r"[biuf]\d{1,2}", name):
+            raise ValueError(f"holds values of type {name}, which are no numbers")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: tuple):
+        if state[1] == ">":
+            self.dtype = self.dtype.newbyteorder(">")
+
+
+class _Array:
+    """Stands in for numpy.ndarray until its numbers are copied."""
+
+    def __init__(self, *_):
+        self.value = None
+
+    def __setstate__(self, state: tuple):
+        _, shape, kind, fortran, data = state
+        order = "F" if fortran else "C"
+        self.value = np.ndarray(shape, kind.dtype, bytearray(data), order=order)
+
+
+class _Scalar(_Array):
+    def __init__(self, kind: _Dtype, data: bytes):
+        self.value = np.frombuffer(data, kind.dtype)[0]
+
+
+def _plain(x):
+    """The arrays themselves in a tree of dicts, lists and tuples."""
+    if isinstance(x, _Array):
+        return x.value
+    if type(x) in (dict, OrderedDict):
+        return type(x)((key, _plain(value)) for key, value in x.items())
+    return type(x)(map(_plain, x)) if type(x) in (list, tuple) else x
+
+
+# a name is what the pickle calls it, which versions of Python and NumPy spell differently
+_ARRAYS = {
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _Dtype,
+    **{
+        f"numpy.{core}.multiarray.{name}": made
+        for core in ("core", "_core")
+        for name, made in (("_reconstruct", _Array), ("scalar", _Scalar))
+    },
+}
+# what people keep beside weights: values that do nothing when they are made
 _HARMLESS = [
     argparse.Namespace,
     frozenset,
-    np.dtype,
-    np.ndarray,
-    *_DTYPES,
-    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    _Array,
+    _Dtype,
+    _Scalar,
+    *((made, name) for name, made in _ARRAYS.items()),
     *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
     *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
 ]
@@ -39,7 +85,7 @@ def load(path: str | Path):
     """
     try:
         with _LOCK, safe_globals([x for x in _HARMLESS if x not in get_safe_globals()]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _plain(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a foreign or cut file makes the unpickler raise anything
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes for a terminal
         if found := re.search(r"(?:GLOBAL|class) (\S+) (?:was not an allowed|whose module)", text):
@@ -51,16 +97,9 @@ def load(path: str | Path):
         raise ValueError(f"not a whole checkpoint ({reason})") from error
 
 
-_OF_ARRAYS = {
+_OF_ARRAYS = _ARRAYS | {
     "collections.OrderedDict": OrderedDict,
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
     "_codecs.encode": codecs.encode,  # of bytes, in old protocols
-    **{
-        f"numpy.{core}.multiarray.{name}": made
-        for core in ("core", "_core")
-        for name, made in (("_reconstruct", _ARRAY), ("scalar", _SCALAR))
-    },
 }
 
 
@@ -81,7 +120,7 @@ def load_arrays(path: str | Path):
     """
     try:
         with Path(path).open("rb") as file:
-            return _Arrays(file).load()
+            return _plain(_Arrays(file).load())
     except Exception as error:  # a foreign or cut file makes the unpickler raise anything
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(f"{path}: not a whole pickle of arrays ({reason})") from error

@@ -202,12 +202,37 @@ def test_deep_pictures_that_use_few_bits(case, suffix, tmp_path):
     assert found[0, :, 0].tolist() == [0, *(round(x / white * 255) for x in (top // 2, top))]
 
 
-def test_white_that_a_tiff_states(tmp_path, recwarn):
-    Image.fromarray(np.array([[0, 500]], np.uint16)).save(
-        tmp_path / "a.tiff", tiffinfo={281: 4095}
+@pytest.mark.parametrize(
+    ("value", "stated", "white"),
+    [(500, 4095, 4095), (4200, 16383, 16383), (1000, 255, 1000)],
+    ids=["dark", "brighter than 12 bits", "less than there is"],
+)
+def test_white_that_a_tiff_states(value, stated, white, tmp_path, recwarn):
+    Image.fromarray(np.array([[0, value]], np.uint16)).save(
+        tmp_path / "a.tiff", tiffinfo={281: stated}
     )
-    assert read_pixels(tmp_path / "a.tiff")[0, 1, 0] == round(500 / 4095 * 255)
+    assert read_pixels(tmp_path / "a.tiff")[0, 1, 0] == round(value / white * 255)
     assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (np.int16, -1, r"values must be 0 to .*got -1|-1"),
+        (np.float32, 0.5, "a map must hold integers"),
+    ],
+    ids=["below zero", "a fraction"],
+)
+def test_values_that_stand_for_no_class(where, value, message, root):
+    (root / "labels/train/a.png").unlink()
+    labels = np.zeros(SIZE, np.int32 if where is np.int16 else where)
+    labels[0, 0] = value
+    Image.fromarray(labels).save(root / "labels/train/a.tif")
+    with (
+        pytest.warns(UserWarning, match=message),
+        pytest.raises(ValueError, match="no picture is left"),
+    ):
+        opened(root)[0]
 
 
 def test_pages_that_are_not_read_are_told(root):

@@ -112,3 +112,8 @@ def test_masks_are_written_into_larger_arrays():
     assert np.array_equal(out[:, : SIZE[0], : SIZE[1]], dense)
     assert (out[:, SIZE[0] :] == 7).all()
     assert (out[:, :, SIZE[1] :] == 7).all()
+
+
+def test_ids_below_zero_are_ids_like_others():
+    maps = IdMaps.of_map(np.array([[-1, -1, 3], [3, 5, -1]]), [3, 5])
+    assert maps.maps[0].tolist() == [[0, 0, 1], [1, 2, 0]]

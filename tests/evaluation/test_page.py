@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
+from segkern.evaluation import page
 from segkern.evaluation.evaluate import WORST, evaluate
 from segkern.evaluation.page import write_page
 from support.models import Squares, half_bright
@@ -34,6 +36,22 @@ class Halves:
         masks = np.stack((semantic == 0, semantic == 1)).astype(np.uint8)
         found = {"image": image, "masks": masks, "labels": np.array([0, 1]), "id": i}
         return found | {"semantic": semantic, "path": f"/data/<{i}>.png"}
+
+
+def test_a_loader_and_names_with_dollars(tmp_path):
+    class Dollars(Halves):
+        classes = ("$x_$", "cost $5-$9")
+
+    data = Dollars()
+    value = evaluate(Squares(), data, ("semantic",), progress=False)
+    write_page(tmp_path / "a#1.html", value, Squares(), DataLoader(data, collate_fn=list), "a")
+    assert 'href="a%231.' in (tmp_path / "a#1.html").read_text()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_of_many_channels_three_are_drawn(channels):
+    sample = {"image": np.zeros((8, 9, channels), np.uint8)}
+    assert page._picture(sample, Squares(), (4, 5)).shape == (4, 5, 3)
 
 
 TASKS = {

@@ -82,7 +82,7 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         weights = from_original({name: torch.as_tensor(value) for name, value in state.items()})
         settings = read_sizes(weights, str(path))
-    except (KeyError, TypeError) as error:  # of MaskFormer, say, or values that are no numbers
+    except (KeyError, TypeError, RuntimeError) as error:  # of MaskFormer, or no numbers
         raise ValueError(
             f"from_pretrained: {path} is no checkpoint of Mask2Former's original code ({error})"
         ) from error

@@ -55,4 +55,5 @@ def load_pretrained(model: Swin, name: str) -> None:
     Raises:
         ValueError: they cannot be had, or `backbone_options` made a Swin of other sizes.
     """
-    load_timm(model, pretrained_model(PRETRAINED[name]).state_dict())
+    channels = model.patch_embed["proj"].in_channels
+    load_timm(model, pretrained_model(PRETRAINED[name], in_chans=channels).state_dict())
