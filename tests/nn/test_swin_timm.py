@@ -46,11 +46,23 @@ def test_weights_of_other_sizes_load_nothing():
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
 
 
-def test_the_config_asks_for_them(monkeypatch):
-    theirs, asked = written().float(), []
-    monkeypatch.setattr(swin_timm, "pretrained_model", lambda name: asked.append(name) or theirs)
+@pytest.mark.parametrize("channels", [3, 5])
+def test_the_config_asks_for_them(channels, monkeypatch):
+    theirs, asked = written(in_chans=channels).float(), []
+
+    def pretrained(name, in_chans):
+        asked.append(name)
+        assert in_chans == channels
+        return theirs
+
+    monkeypatch.setattr(swin_timm, "pretrained_model", pretrained)
     config = Mask2FormerConfig(
-        num_labels=2, backbone="swin_tiny", backbone_pretrained=True, backbone_options=SIZES
+        num_labels=2,
+        backbone="swin_tiny",
+        backbone_pretrained=True,
+        backbone_options=SIZES,
+        image_mean=(0.5,) * channels,
+        image_std=(0.2,) * channels,
     )
     found = build_model(config).backbone.state_dict()
     assert asked == ["swin_tiny_patch4_window7_224.ms_in1k"]

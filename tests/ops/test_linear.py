@@ -95,6 +95,11 @@ def test_autocast():
     assert torch.equal(out, want)
 
 
+def test_other_devices_take_pytorchs_product():
+    inputs = [t.to("meta") for t in linear_inputs()]
+    assert linear(*inputs[:3], "gelu", inputs[3]).shape == (2, 7, 40)
+
+
 @pytest.mark.parametrize("change", ["transposed", "steps", "expanded"])
 def test_any_strides(change):
     def strided(t):

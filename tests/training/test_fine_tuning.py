@@ -9,7 +9,8 @@ from test_loop import config
 from test_step import SMALL_SWIN
 from test_validation import maps, of_maps  # noqa: F401  (a fixture)
 
-from segkern.models import Mask2Former, build_model, initialize
+from segkern.models import Mask2Former, Segmenter, SegmenterConfig, build_model, initialize
+from segkern.training import loop
 from segkern.training.config import TrainConfig
 from segkern.training.loop import train
 from segkern.training.optimizer import build_optimizer, freeze, parameter_groups
@@ -45,6 +46,16 @@ def test_what_is_reused_and_what_is_new(model, fresh, line, tmp_path):
         assert torch.equal(value, wanted), name
 
 
+def test_the_weights_that_are_new_are_counted(tmp_path):
+    sizes = {"image_size": (32, 32), "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1}
+    there, here = (Segmenter(SegmenterConfig(num_labels=n, **sizes)) for n in (3, 4))
+    there.save_pretrained(tmp_path)
+    kept, everything = re.match(r"(\d+) of (\d+) ", initialize(here, tmp_path)).groups()
+    donor = there.state_dict()
+    same = [k for k, value in here.state_dict().items() if value.shape == donor[k].shape]
+    assert (int(kept), int(everything)) == (len(same), len(donor))
+
+
 PARTS = [
     ("mask2former", ("backbone", "pixel_decoder"), "adamw"),
     ("mask2former", ("backbone.stages.0",), "muon"),
@@ -75,6 +86,15 @@ def test_frozen_parts_stay_and_take_no_state(kind, parts, optimizer, maps, tmp_p
     assert not frozen & {id(p) for group in groups for p in group["params"]}
     more = train(replace(setting, steps=3), resume=tmp_path / "run", progress=False)
     assert more.steps == 3
+
+
+def test_what_was_frozen_trains_again_after_a_run_that_failed(tmp_path, monkeypatch):
+    setting = config(tmp_path / "run", steps=2, freeze=("backbone",))
+    model = build_model(setting.model)
+    monkeypatch.setattr(loop, "learning_rate", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(setting, model=model, progress=False)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_what_cannot_be_frozen(maps, tmp_path):  # noqa: F811
