@@ -12,6 +12,8 @@ from .ade20k import read_ade20k
 from .cityscapes import CityscapesConfig as CityscapesConfig
 from .cityscapes import export_cityscapes as export_cityscapes
 from .cityscapes import read_cityscapes
+from .class_maps import ClassMapsConfig as ClassMapsConfig
+from .class_maps import read_class_maps
 from .coco import CocoConfig as CocoConfig
 from .coco import read_coco
 from .collate import Batch as Batch
@@ -65,6 +67,7 @@ FORMATS = {
     "ade20k": Format(Ade20kConfig, read_ade20k),
     "cityscapes": Format(CityscapesConfig, read_cityscapes),
     "pascal_context": Format(PascalContextConfig, read_pascal_context),
+    "class_maps": Format(ClassMapsConfig, read_class_maps),
 }
 DataConfig = Union[tuple(row.config for row in FORMATS.values())]  # noqa: UP007
 

@@ -166,7 +166,7 @@ class Folder:
             ValueError: it cannot be read; names the file.
         """
         of_image, of_map = self.pairs[index]
-        labels = self._labels(of_map)
+        labels = self.labels(of_map)
         image = read_drawn(of_image, labels.shape, self.config.read)
         match_sizes(of_image, image.shape[:2], of_map, labels)
         sample = {"image": image, "semantic": labels, "id": index, "path": str(of_image)}
@@ -187,10 +187,10 @@ class Folder:
         """
         rule = f"{self.config.layout}, {len(self.classes)} classes, exif {self.config.exif}"
         settings = self.config.exif, self.config.max_pixels
-        found = check_maps(self.pairs, self._labels, rule, progress, *settings)
+        found = check_maps(self.pairs, self.labels, rule, progress, *settings)
         return [name for k, name in enumerate(self.classes) if k not in found]
 
-    def _labels(self, path: Path) -> np.ndarray:
+    def labels(self, path: Path) -> np.ndarray:
         """Labels [H, W] of a map's values: uint8, or uint16 of more than 255 classes.
 
         Raises:

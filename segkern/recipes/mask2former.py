@@ -3,7 +3,7 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ..data import DigitsConfig, build_dataset, find_format
+from ..data import ClassMapsConfig, DigitsConfig, FolderConfig, build_dataset, find_format
 from ..models import Mask2FormerConfig, open_model
 from ..models.mask2former.config import BACKBONES
 from ..training.config import TrainConfig
@@ -65,9 +65,9 @@ def mask2former(
 
     Args:
         root: folder of a data set, in one of the formats that `data.find_format` knows and that
-            have objects.
-        task: "instance" or "panoptic", where the folder holds both; None takes what it holds,
-            panoptic first.
+            have objects or maps of classes.
+        task: "instance", "panoptic" or "semantic", where the folder holds several; None takes
+            what it holds, panoptic first.
         init: model to start from, as `TrainConfig.init`, whose sizes the model then has; None
             starts from the backbone's ImageNet weights, which takes far more pictures.
         preset: without init, "tiny" or a backbone of `Mask2FormerConfig.preset`; None takes
@@ -81,6 +81,8 @@ def mask2former(
             preset, or init is no Mask2Former.
     """
     data, _ = find_format(root)
+    if isinstance(data, FolderConfig):  # maps of classes: a segment each
+        data = ClassMapsConfig(data.root, data.layout, data.seed, data.read)
     if task is not None and "task" in {field.name for field in fields(data)}:
         data = replace(data, task=task)
     if "masks" not in data.targets or task not in (None, data.task):
@@ -98,7 +100,8 @@ def mask2former(
     settings = _PAPER
     if model.shortest_edge < _SMALL:
         sides = model.input.padded((model.shortest_edge,) * 2)
-        data = replace(data, views=replace(data.views, size=sides, ratios=_SMALL_RATIOS))
+        small = {"size": sides, "ratios": _SMALL_RATIOS, "short_sides": ()}
+        data = replace(data, views=replace(data.views, **small))
         settings = _DIGITS
     steps = max(1000, _EPOCHS * len(pictures) // settings["batch_size"])
     return TrainConfig(

@@ -108,7 +108,7 @@ def test_what_the_recipe_cannot_learn_from(tmp_path, capsys):
     write_coco(tmp_path / "objects", name="train")
     for folder in ("images/train", "labels/train"):
         (tmp_path / "maps" / folder).mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"must hold objects, got data of kind folder, semantic"):
+    with pytest.raises(ValueError, match=r"images/train: holds no image"):
         mask2former(tmp_path / "maps")
     with pytest.raises(ValueError, match="task must be instance or panoptic"):
         mask2former(tmp_path / "objects", "semantic")

@@ -11,6 +11,7 @@ import segkern
 from segkern.data import (
     Ade20kConfig,
     CityscapesConfig,
+    ClassMapsConfig,
     CocoConfig,
     PascalContextConfig,
     ReadConfig,
@@ -58,7 +59,15 @@ def five_channels(root):
     return CocoConfig(root, read=ReadConfig(channels=5))
 
 
-@pytest.mark.parametrize("make", [cityscapes, ade20k, pascal_context, five_channels])
+def class_maps(root):
+    for split in ("train", "val"):
+        write(root / f"images/{split}/a.jpg", noise(0))
+        write(root / f"labels/{split}/a.png", np.full(SIZE, 1, np.uint8))
+    (root / "classes.txt").write_text("ground\nroad\n")
+    return ClassMapsConfig(root)
+
+
+@pytest.mark.parametrize("make", [class_maps, cityscapes, ade20k, pascal_context, five_channels])
 @pytest.mark.filterwarnings("ignore")
 def test_a_run(make, tmp_path):
     data = make(tmp_path / "set")

@@ -63,8 +63,8 @@ def test_a_bad_map_of_any_split_is_found_before_the_first_step(maps, tmp_path):
 
 def test_maps_are_read_once_while_they_stay(maps, monkeypatch):
     data, read = Folder(FolderConfig(maps)), []
-    real = folder_format.Folder._labels
-    monkeypatch.setattr(Folder, "_labels", lambda s, p: read.append(p.name) or real(s, p))
+    real = folder_format.Folder.labels
+    monkeypatch.setattr(Folder, "labels", lambda s, p: read.append(p.name) or real(s, p))
     assert data.check(False) == []
     assert sorted(read) == ["0.png", "1.png"]
     assert data.check(False) == []
