@@ -64,7 +64,7 @@ sdist: setup
 
 slow: setup
 	$(PARALLEL) tests/kernels/test_triton.py -m "slow and not gpu"
-	$(PARALLEL) tests --ignore tests/kernels/test_triton.py -m "slow and not gpu"
+	$(PARALLEL) --dist loadscope tests --ignore tests/kernels/test_triton.py -m "slow and not gpu"
 
 tests_of = $(wildcard $(patsubst %,tests/*/test_%.py,$(basename $(notdir $(1)))))
 OPS = $(call tests_of,$(filter-out segkern/ops/_%,$(wildcard segkern/ops/*.py)))
