@@ -73,7 +73,7 @@ class Interrupting(Custom):
 
     def __getitem__(self, index):
         handler = signal.getsignal(signal.SIGINT)
-        if not getattr(handler.__self__, "asked", True):
+        if not getattr(getattr(handler, "__self__", None), "asked", True):
             signal.raise_signal(signal.SIGINT)
         return super().__getitem__(index)
 
