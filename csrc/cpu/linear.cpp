@@ -97,7 +97,7 @@ SEGKERN_CLONES void finish(const T* sums /*[rows, kPanel]*/, int64_t rows, int64
   }
 }
 
-constexpr int64_t kLong = 1024;  // of K at a time: the gradient of a weight sums over all rows
+constexpr int64_t kLong = 2048;  // of K at a time: the gradient of a weight sums over all rows
 
 template <class T>
 void run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t kind,

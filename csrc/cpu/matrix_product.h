@@ -23,7 +23,7 @@ template <class T>
 constexpr int64_t kPanel = 2 * kLanes<T>;     // columns
 constexpr int64_t kDepth = 256;               // of K summed in registers: short chains round less
 constexpr int64_t kChunk = 24;                // rows whose sums stay in the first cache
-constexpr int64_t kGroup = int64_t{1} << 19;  // bytes of the panels of a group
+constexpr int64_t kGroup = int64_t{1} << 18;  // bytes of the panels of a group
 constexpr int64_t kRows = 10 * kChunk;        // that a copied group should serve
 
 // panels[l, k, j] = b[k, l lanes + j] for n columns, rounded up to panels; zero from column n on

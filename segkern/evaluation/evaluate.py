@@ -106,9 +106,7 @@ def evaluate(
         )
     if max_detections < 1:
         raise ValueError(f"evaluate: max_detections must be at least 1, got {max_detections}")
-    if options.top_k is None and max_detections > 100 and "instance" in tasks:
-        options = replace(options, top_k=max_detections)
-    wanted = options_of(tasks, options)
+    wanted = options_of(tasks, options, max_detections)
     loader, source = _loader(dataset, limit, batch_size, num_workers)
     total = len(source) if limit is None else min(limit, len(source))
     classes, stuff = check_dataset(source, model.config, tasks)
@@ -167,11 +165,15 @@ def evaluate(
     return value
 
 
-def options_of(tasks: Sequence[str], options: Options) -> dict[str, Options]:
-    """What each task reads of the options; AP ranks all masks, whatever their score."""
+def options_of(tasks: Sequence[str], options: Options, max_detections: int) -> dict[str, Options]:
+    """What each task reads of the options; AP ranks all masks, whatever their score, and asks for
+    as many as it counts."""
     wanted = {task: Options(**options.of(task)) for task in tasks}
     if "instance" in wanted:
-        wanted["instance"] = replace(wanted["instance"], threshold=None)
+        top_k = options.top_k
+        if top_k is None and max_detections > 100:
+            top_k = max_detections
+        wanted["instance"] = replace(wanted["instance"], threshold=None, top_k=top_k)
     return wanted
 
 

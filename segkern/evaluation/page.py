@@ -143,11 +143,9 @@ def worst(
     """
     if isinstance(dataset, DataLoader):
         dataset = dataset.dataset
-    if options.top_k is None and value.get("max_detections", 100) > 100:
-        options = replace(options, top_k=value["max_detections"])
     task = value["tasks"][0]
     classes, stuff = check_dataset(dataset, model.config, value["tasks"])
-    wanted = options_of((task,), options)
+    wanted = options_of((task,), options, value.get("max_detections", 100))
     names = dict(enumerate(classes))
     least = value.get("best_threshold")
     for row in value["worst"]:

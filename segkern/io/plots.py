@@ -14,10 +14,10 @@ from PIL import Image
 from .atomic_files import atomic
 from .overlay import colour, overlay
 
-_LABELLED = 256  # classes: the names of more could not be read
+LABELLED = 256  # classes: the names of more could not be read
 
 
-def plain(text: str) -> str:
+def _plain(text: str) -> str:
     """A name as it is: two dollar signs would make it a formula."""
     return str(text).replace("$", r"\$")
 
@@ -58,14 +58,14 @@ def save_scenes(path: str | Path, rows, title: str | None = None, notes=None) ->
             axes[r, 1].text(
                 0.5,
                 -0.03,
-                plain(notes[r]),
+                _plain(notes[r]),
                 transform=axes[r, 1].transAxes,
                 ha="center",
                 va="top",
                 size=8,
             )
     if title:
-        figure.suptitle(plain(title), fontsize=13)
+        figure.suptitle(_plain(title), fontsize=13)
     _save(figure, path)
 
 
@@ -93,9 +93,7 @@ def save_curves(path: str | Path, log: str | Path) -> None:
                 axis.plot(steps, values, color=shade, alpha=0.2, linewidth=0.8)
                 values = _smooth(values)
             marker = "o" if len(values) < 20 else None
-            axis.plot(
-                steps, values, color=shade, label=plain(name), linewidth=1.6, marker=marker, ms=3
-            )
+            axis.plot(steps, values, color=shade, label=name, linewidth=1.6, marker=marker, ms=3)
         axis.set_title(panel)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
@@ -148,8 +146,8 @@ def save_confusion(path: str | Path, matrix, names: list[str]) -> None:
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     labels = [*names, "nothing"][: len(matrix)]
     letters = min(8.0, 72 * 0.75 * size / len(labels))  # a row's height, where they are many
-    if len(labels) <= _LABELLED:
-        names = [plain(name) for name in labels]
+    if len(labels) <= LABELLED:
+        names = [_plain(name) for name in labels]
         axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=letters)
         axis.set_yticks(range(len(names)), names, fontsize=letters)
     axis.set_xlabel("prediction")
@@ -209,7 +207,7 @@ def save_attention(path: str | Path, image, maps, titles, at, plane, names) -> N
         axis.set_axis_off()
     for axis, title in zip(axes, ["image", *titles]):
         axis.imshow(image, extent=extent)
-        axis.set_title(plain(title), fontsize=9)
+        axis.set_title(_plain(title), fontsize=9)
         axis.plot(at[0] * width, at[1] * height, "o", color="white", mec="black", ms=6)
     for axis, values in zip(axes[1:], maps):
         axis.imshow(values / max(values.max(), 1e-12), extent=extent, cmap="inferno", alpha=0.75)
@@ -219,7 +217,7 @@ def save_attention(path: str | Path, image, maps, titles, at, plane, names) -> N
         axis.set_title("class embeddings", fontsize=9)
         for k, (x, y) in enumerate(plane):
             axis.plot(x, y, ".", color=[c / 255 for c in colour(k)])
-            axis.annotate(plain(names[k]), (x, y), fontsize=7)
+            axis.annotate(_plain(names[k]), (x, y), fontsize=7)
         axis.tick_params(labelsize=6)
     _save(figure, path)
 
@@ -269,7 +267,7 @@ def save_data(path: str | Path, report: dict, title: str) -> None:
     figure = _figure(13, max(4.5, 0.2 * len(rows) + 1.2))
     classes, sides, sizes = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
     classes.barh(
-        [plain(row["name"]) for row in rows], [row["objects"] for row in rows], color="#1e88e5"
+        [_plain(row["name"]) for row in rows], [row["objects"] for row in rows], color="#1e88e5"
     )
     classes.set_title("objects of each class" + " (the 60 commonest)" * (len(rows) == 60))
     if max((row["objects"] for row in rows), default=0) > 100:
@@ -317,7 +315,7 @@ def save_sheet(path: str | Path, pictures, columns: int = 4) -> None:
         axis.set_axis_off()
     for axis, (picture, title) in zip(axes, pictures):
         axis.imshow(picture)
-        axis.set_title(plain(title), fontsize=8)
+        axis.set_title(_plain(title), fontsize=8)
     _save(figure, path)
 
 

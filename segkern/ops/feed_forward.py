@@ -147,7 +147,7 @@ def _backward(
 
 def _times(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a b, of [R, F] and [F, C]."""
-    if _own(a):
+    if _own(a) and not INTEL:
         linear_op_(out, a, b.t(), None, NUMBERS["none"], None, None)
     else:
         torch.mm(a, b, out=out)

@@ -9,8 +9,8 @@ W's rows to dense panels, takes its rows of x through tiles of 12 x 32 values th
 registers, and finishes each tile while it is in the first cache. A panel costs one pass over W for
 hundreds of rows, so that no copy of W is kept: nothing is stale when W changes, training runs
 at the same speed as inference, and no memory is held. The sums over K come in pieces of 256, which
-also rounds less. PyTorch's product (MKL) is as fast on Intel's CPUs; on AMD's it takes its path
-for AVX2 and reaches half as much. The gradient of W, a sum over all rows, is MKL's on Intel's.
+also rounds less. PyTorch's product (MKL) takes its path for AVX2 on AMD's CPUs; on Intel's it is
+as fast, and the products of backward and of few rows are left to it there.
 Elsewhere, and in half precision, the products are PyTorch's, with the ends as ops of their own.
 Backward: dx = dz W, dW = dz^T x, db = sum of dz; dz = dy act'(x W^T + b), whose argument is kept
 for gelu; a ReLU's result tells as much where no residual was added.
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _library
-from ._checks import alike, expect
+from ._checks import alike, expect, got
 
 _aten = torch.ops.aten
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
@@ -55,6 +55,7 @@ def _made_by_intel() -> bool:
 
 
 INTEL = _made_by_intel()  # MKL takes its fastest path on this CPU
+_FEW = 128  # rows, for which copying the weight to panels is a tenth of the product
 
 
 def _fake(x, weight, bias, activation, residual, keep) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,7 @@ class _Linear(torch.autograd.Function):
         elif ctx.activation == NUMBERS["relu"]:
             above = _aten.threshold_backward(grad, before, 0)
         if ctx.needs_input_grad[0]:
-            of_x = product(above, weight.t())
+            of_x = above @ weight if INTEL else product(above, weight.t())
         if ctx.needs_input_grad[1]:
             of_weight = above.t() @ x if INTEL else product(above.t(), x.t())
         if ctx.needs_input_grad[2]:
@@ -144,7 +145,7 @@ def linear(
             under autocast and for CUDA tensors: it uses the matrix units there.
 
     Returns:
-        [..., N] in the dtype of the product.
+        [..., N] in the dtype of the product, or of its sum with the residual.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or activation.
@@ -161,29 +162,28 @@ def linear(
     if bias is not None:
         expect("linear", "bias", bias, "N", "float", sizes)
         named["bias"] = bias
+    shape = (*x.shape[:-1], len(weight))
     if residual is not None:
-        shape = (*x.shape[:-1], len(weight))
         if not isinstance(residual, Tensor) or residual.shape != shape:
-            found = (
-                list(residual.shape) if isinstance(residual, Tensor) else type(residual).__name__
-            )
-            raise ValueError(f"linear: residual must be {list(shape)}, got {found}")
-        named["residual"] = _flat(residual)
-        expect("linear", "residual", named["residual"], "M N", "float", sizes)
+            raise ValueError(f"linear: residual must be {list(shape)}, got {got(residual)}")
+        expect("linear", "residual", _flat(residual), "M N", "float", sizes)
     device = x.device.type
-    if device != "cpu" or torch.is_autocast_enabled(device) or x.dtype.itemsize < 4:
-        return linear_reference(x, weight, bias, activation, residual)
-    tensors = dict(zip(named, alike("linear", **named)))
+    autocast = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False
+    flat, weight, *rest = alike("linear", **named)
+    pytorchs = device != "cpu" or autocast or x.dtype.itemsize < 4 or (INTEL and len(flat) < _FEW)
+    if pytorchs and impl == "kernel":
+        impl = "reference"
     if not _library.use_kernel("linear", impl, x):
-        return linear_reference(x, weight, bias, activation, residual)
-    bias, residual = (
-        t if t is None else t.contiguous() for t in map(tensors.get, ("bias", "residual"))
-    )
-    arguments = tensors["x"], tensors["weight"], bias, NUMBERS[activation], residual
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in tensors.values()
-    ):
+        return linear_reference(x, weight, *rest or (None,), activation, residual)
+    # a residual of another dtype is added to the result
+    like = residual is not None and residual.dtype == x.dtype
+    beside = _flat(residual).contiguous() if like else None
+    bias = rest[0].contiguous() if rest else None
+    arguments = flat, weight, bias, NUMBERS[activation], beside
+    given = (flat, weight, bias, beside)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         out = _Linear.apply(*arguments)
     else:
         out = _linear_op(*arguments, False)[0]
-    return out if x.ndim == 2 else out.view(*x.shape[:-1], len(weight))
+    out = out if x.ndim == 2 else out.view(shape)
+    return out if like or residual is None else out + residual

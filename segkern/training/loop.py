@@ -139,9 +139,7 @@ def train(
     first = next(batches)  # before an earlier run is removed, for what is wrong with the files
     validation = None
     if held_out is not None:
-        validation = Validation(held_out, config, folder, start if own else None)
-        if not own:
-            validation.best_step = start  # patience counts from here
+        validation = Validation(held_out, config, folder, start, own)
     queries = getattr(config.model, "num_queries", None)
     unmatched = Unmatched(queries, len(data))
     if not own:
@@ -164,8 +162,6 @@ def train(
             parts = [next(batches) for _ in range(config.accumulate)]
             if told := unmatched(parts, done == config.steps):
                 bar.show(told)
-            if config.accumulate == 1:  # else a part is moved when its turn comes
-                parts = [part.to(device) for part in parts]
             for part, targets in zip(parts, together([p.targets for p in parts], queries)):
                 part.targets = targets
             rate = learning_rate(step, config)

@@ -58,7 +58,8 @@ class Step:
         buffers = model.named_buffers()
         self.seeds = [buffer for name, buffer in buffers if name.rpartition(".")[2] == "seed"]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.device = self.parameters[0].device.type
+        self.place = self.parameters[0].device
+        self.device = self.place.type
         self.dtype = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(self.device, enabled=precision == "fp16")
         self._run = Replay(self._eager) if graphs else self._eager
@@ -69,14 +70,17 @@ class Step:
         """One step.
 
         Args:
-            batch: on the model's device, or its parts; several processes, or parts, first agree
-                on `batch.targets.normalizer` (training.distributed).
+            batch: one, or its parts, which are moved to the model when their turn comes; several
+                processes, or parts, first agree on `batch.targets.normalizer`
+                (training.distributed).
             rate: learning rate; each group takes it times its factor.
 
         Returns:
             What the model's loss returns, without gradient: its mean over the parts.
         """
         parts = [batch] if isinstance(batch, Batch) else batch
+        if len(parts) == 1:
+            parts = [parts[0].to(self.place)]  # where a graph reads it
         for group in self.optimizer.param_groups:
             group["lr"].fill_(rate * group["factor"])
         return self._run([(part.pixel_values, part.targets) for part in parts])
@@ -85,9 +89,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         seeds, found = [seed.clone() for seed in self.seeds], []
         for pixel_values, targets in parts:
-            if len(parts) > 1:
-                device = self.parameters[0].device
-                pixel_values, targets = pixel_values.to(device), targets.to(device)
+            pixel_values, targets = pixel_values.to(self.place), targets.to(self.place)
             for seed, value in zip(self.seeds, seeds):
                 seed.copy_(value)
             with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):

@@ -24,17 +24,18 @@ class Validation:
         data: held-out samples as `evaluate` takes them; None where there are no evaluations.
         config: of the run.
         folder: of the run.
-        start: steps done before; what `folder` holds as best counts, unless it is from later ones.
-            None for a run that begins: nothing counts.
+        start: steps done before, from which `waited` counts.
+        own: what `folder` holds as best counts, unless it is from later steps.
 
     Raises:
         ValueError: `folder`/best is not what training writes.
     """
 
-    def __init__(self, data, config: TrainConfig, folder: Path, start: int | None):
+    def __init__(self, data, config: TrainConfig, folder: Path, start: int, own: bool):
         self.data, self.config, self.folder = data, config, folder / BEST
         self.metric = config.best_metric or METRICS[config.task][0]
-        self.best, self.best_step = _to_surpass(folder, self.metric, start) or (None, start or 0)
+        held = _to_surpass(folder, self.metric, start) if own else None
+        self.best, self.best_step = held or (None, start)
 
     def __call__(self, model: SegmentationModel, step: int) -> tuple[dict[str, float], str]:
         """Measures, and keeps the model if it is the best so far.
@@ -105,13 +106,13 @@ def best_of(run: Path) -> tuple[int, str, float] | None:
         ) from error
 
 
-def _to_surpass(run: Path, metric: str, start: int | None) -> tuple[float, int] | None:
+def _to_surpass(run: Path, metric: str, start: int) -> tuple[float, int] | None:
     """Figure and step of the best model of a run that goes on from `start`.
 
     One of later steps, to which it has not come, or by another metric stays until the next
     evaluation.
     """
-    best = None if start is None else best_of(run)
+    best = best_of(run)
     if best is None:
         return None
     step, by, figure = best

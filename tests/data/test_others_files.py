@@ -1,14 +1,17 @@
 """Files as other tools wrote them, in tests/expected/written: LabelMe 6.3.1 with each of its usual
-shapes, and an export of supervision 0.31.2 as COCO and as YOLO: two boxes and a disc."""
+shapes, an export of supervision 0.31.2 as COCO and as YOLO: two boxes and a disc, maps that
+cityscapesScripts 2.3.0 drew of polygons, and TIFFs of five bands by tifffile 2026.3.3."""
 
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 
-from segkern.data import build_dataset, find_format
+from segkern.data import CityscapesConfig, build_dataset, find_format
+from segkern.io.tiff import read_bands
 from support.pictures import noise, write
 
 WRITTEN = Path(__file__).parents[1] / "expected/written"
@@ -74,3 +77,43 @@ def test_labelme(tmp_path):
     assert masks.sum((1, 2)).tolist() == [611, 525, 200, 63]  # as its own shape_to_mask has them
     assert masks[1, 20:45, 60:81].all()
     assert masks[3, 62:69, 93:102].all()
+
+
+def cityscapes(root, end):
+    """A set of one picture with one of the files of its truth."""
+    name = "ulm_000000_000019"
+    for split in ("train", "val"):
+        write(root / f"leftImg8bit/{split}/ulm/{name}_leftImg8bit.png", noise(0, (40, 64)))
+        to = root / f"gtFine/{split}/ulm/{name}_gtFine_{end}"
+        to.parent.mkdir(parents=True)
+        shutil.copyfile(WRITTEN / f"cityscapes/{name}_gtFine_{end}", to)
+    return root
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+def test_polygons_of_cityscapes_are_what_its_scripts_draw(task, tmp_path):
+    polygons, maps = (
+        build_dataset(CityscapesConfig(cityscapes(tmp_path / end, end), task), "train")[0]
+        for end in ("polygons.json", "instanceIds.png")
+    )
+    assert polygons.keys() == maps.keys()
+    for name in polygons.keys() - {"path", "id"}:
+        assert np.array_equal(np.asarray(polygons[name]), np.asarray(maps[name])), name
+    assert len(maps["labels"]) > (2 if task == "instance" else 4)
+    assert maps["crowd"].sum() == (task != "semantic")
+
+
+@pytest.mark.parametrize("end", ["labelIds.png", "labelTrainIds.png", "polygons.json"])
+def test_labels_of_cityscapes_are_its_train_ids(end, tmp_path):
+    sample = build_dataset(CityscapesConfig(cityscapes(tmp_path, end), "semantic"), "train")[0]
+    wanted = np.asarray(
+        Image.open(WRITTEN / "cityscapes/ulm_000000_000019_gtFine_labelTrainIds.png")
+    )
+    assert np.array_equal(sample["semantic"], wanted)
+
+
+@pytest.mark.parametrize("kind", ["planar", "pages", "tiled"])
+def test_bands_of_a_tiff(kind):
+    bands, _ = read_bands(WRITTEN / f"bands_{kind}.tif")
+    wanted = np.moveaxis(np.load(WRITTEN / "bands.npy"), 0, 2)
+    assert np.array_equal(bands, wanted * np.uint16(257) if kind == "pages" else wanted)

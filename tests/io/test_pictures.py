@@ -155,7 +155,9 @@ def test_scenes_and_confusion(tmp_path):
     width, height = Image.open(tmp_path / "scenes.png").size
     assert width > 800
     assert height > 600
-    plots.save_confusion(tmp_path / "confusion.png", np.eye(4) * 7, ["a", "b", "c"])
+    plots.save_confusion(tmp_path / "confusion.png", np.eye(4) * 7, ["a", "$x_$", "c"])
+    many = [f"class {k}" for k in range(plots.LABELLED + 1)]
+    plots.save_confusion(tmp_path / "many.png", np.eye(len(many)), many)
     assert min(Image.open(tmp_path / "confusion.png").size) > 300
 
 

@@ -1,6 +1,7 @@
 """TIFFs of many bands, written byte by byte and by Pillow: each layout, and damaged files."""
 
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -18,8 +19,18 @@ def values(dtype=np.uint8, shape=(H, W, C)):
     return (np.random.default_rng(0).random(shape) * top).astype(dtype)
 
 
-def tiff(pixels, order="<", planar=False, deflate=False, predictor=1, tile=0, rows=0, more=()):
-    """A TIFF of one page, its bands by pixel or by plane."""
+def tiff(
+    pixels,
+    order="<",
+    planar=False,
+    deflate=False,
+    predictor=1,
+    tile=0,
+    rows=0,
+    more=(),
+    packed=b"",
+):
+    """A TIFF of one page, its bands by pixel or by plane; `packed` stands for each part."""
     height, width, bands = pixels.shape
     kind = 3 if pixels.dtype.kind == "f" else 1
     planes = np.moveaxis(pixels, 2, 0)[..., None] if planar else pixels[None]
@@ -34,7 +45,7 @@ def tiff(pixels, order="<", planar=False, deflate=False, predictor=1, tile=0, ro
                 if predictor == 2:
                     part = np.diff(part, axis=1, prepend=part[:, :1] * 0).astype(part.dtype)
                 data = part.astype(part.dtype.newbyteorder(order)).tobytes()
-                parts.append(zlib.compress(data) if deflate else data)
+                parts.append(packed or (zlib.compress(data) if deflate else data))
     tags = {
         256: [width], 257: [height], 258: [8 * pixels.dtype.itemsize] * bands,
         259: [8 if deflate else 1], 262: [1], 277: [bands], 278: [rows or height],
@@ -154,3 +165,15 @@ def test_other_numbers_of_channels_are_refused(tmp_path):
         ValueError, match="must be a TIFF, array or tensor of 5 channels, got a PIL"
     ):
         read_image(Image.new("RGB", (4, 4)), channels=5)
+
+
+def test_a_part_gives_no_more_than_what_belongs_there(tmp_path):
+    pixels = values()
+    parts = zlib.compress(pixels.tobytes() + bytes(50_000_000))
+    (tmp_path / "a.tif").write_bytes(tiff(pixels, deflate=True, packed=parts))
+    tracemalloc.start()
+    found, _ = read_bands(tmp_path / "a.tif")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(found, pixels)
+    assert peak < 5_000_000

@@ -44,6 +44,15 @@ def test_gradients(case, dtype):
     check(feed_forward_inputs(**sizes, dtype=dtype), activation, grads=TENSORS)
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", ["several blocks of rows", "a block and one row"])
+def test_gradients_where_all_products_are_the_kernels(case, dtype, monkeypatch):
+    monkeypatch.setitem(feed_forward.__globals__, "INTEL", False)
+    sizes, activation = CASES[case]
+    check(feed_forward_inputs(**sizes, dtype=dtype), activation, grads=TENSORS)
+
+
 def normed(function, activation="gelu"):
     """`function` of x, the four weights, and the norm's weight and bias."""
     return lambda *t: function(*t[:5], activation, norm=(t[5], t[6], 1e-5))

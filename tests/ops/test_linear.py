@@ -44,6 +44,12 @@ def check(case, dtype, backward):
         assert_same(kernel, reference, inputs, grads)
 
 
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch):
+    """The kernel runs also where PyTorch's product would be taken as the faster one."""
+    monkeypatch.setitem(linear.__globals__, "INTEL", False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_forward(case, dtype):
@@ -52,13 +58,12 @@ def test_forward(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_gradients(case, dtype, monkeypatch):
-    monkeypatch.setitem(linear.__globals__, "INTEL", False)  # all products are the kernel's
+def test_gradients(case, dtype):
     check(case, dtype, backward=True)
 
 
 @pytest.mark.parametrize("case", ["bias", "several blocks and groups"])
-def test_gradients_where_a_weights_is_pytorchs(case, monkeypatch):
+def test_gradients_where_their_products_are_pytorchs(case, monkeypatch):
     monkeypatch.setitem(linear.__globals__, "INTEL", True)
     check(case, torch.float32, backward=True)
 
@@ -98,6 +103,22 @@ def test_autocast():
         want = torch.nn.functional.linear(*inputs[:3]).relu()
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, want)
+
+
+def test_a_residual_of_another_dtype_is_added_to_the_result():
+    x, weight, bias, residual = (t.requires_grad_() for t in linear_inputs())
+    wide = residual.detach().double().requires_grad_()
+    out = linear(x, weight, bias, "gelu", wide)
+    assert out.dtype == torch.float64
+    assert torch.equal(out, linear(x, weight, bias, "gelu") + wide)
+    assert all(g is not None for g in torch.autograd.grad(out.sum(), (x, weight, bias, wide)))
+
+
+@pytest.mark.parametrize("device", ["meta", None])
+def test_an_impl_that_is_none(device):
+    inputs = [t if device is None else t.to(device) for t in linear_inputs()]
+    with pytest.raises(ValueError, match="impl must be 'kernel' or 'reference', got 'fast'"):
+        linear(*inputs[:3], impl="fast")
 
 
 def test_other_devices_take_pytorchs_product():

@@ -118,12 +118,13 @@ def test_the_best_of_earlier_steps_counts_and_no_other(maps, tmp_path):
     path = tmp_path / "best/metrics.json"
     path.parent.mkdir()
     path.write_text('{"step": 3, "metric": "miou", "miou": 0.5}')
-    assert Validation(None, setting, tmp_path, 4).best == 0.5
-    assert (
-        Validation(None, replace(setting, best_metric="pixel_accuracy"), tmp_path, 4).best is None
-    )
-    assert Validation(None, setting, tmp_path, 2).best is None
-    assert Validation(None, setting, tmp_path, None).best is None
+    assert Validation(None, setting, tmp_path, 4, True).best == 0.5
+    other = replace(setting, best_metric="pixel_accuracy")
+    assert Validation(None, other, tmp_path, 4, True).best is None
+    assert Validation(None, setting, tmp_path, 2, True).best is None
+    assert Validation(None, setting, tmp_path, 4, False).best is None
+    new = Validation(None, replace(setting, evaluate_every=2), tmp_path, 4, False)
+    assert (new.waited(4), new.waited(8)) == (0, 2)  # from where it goes on in a new folder
     assert path.is_file()
 
 
