@@ -19,6 +19,7 @@ from ..models.protocol import SegmentationModel
 from ..ops._checks import expect_integer
 from ..ops.segment_map import check_options
 from ..runtime.cuda_graphs import replayed
+from ..runtime.memory import note_size
 from ..structures.logits import PixelLogits, QueryLogits
 from ..structures.segmentation import Segmentation
 from ..structures.settings import InputConfig, Options, Views, one_of
@@ -215,7 +216,8 @@ def find(
     for i, one in enumerate(inputs):
         size = one.sizes if by_pixels else model.config.input.padded(one.sizes[0])
         groups.setdefault(size, []).append(i)
-    for members in groups.values():
+    for size, members in groups.items():
+        note_size(size)
         at_once = batch_size
         if by_pixels:  # large images one by one, as their windows do not go together anyway
             pixels = sum(h * w for h, w in inputs[members[0]].sizes)
