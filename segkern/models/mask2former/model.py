@@ -14,7 +14,7 @@ Source: Mask2Former (Cheng et al., CVPR 2022). Names of arguments, results and m
 those of Hugging Face transformers.
 """
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from ...structures.logits import QueryLogits
 from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ...weights.state_dicts import misfits, with_new_head
+from ..huggingface import build
 from . import huggingface, original
 from .config import Mask2FormerConfig
 
@@ -263,23 +263,7 @@ class Mask2Former(nn.Module):
             settings, weights = original.read_file(name_or_folder)
         else:
             settings, weights = huggingface.read_folder(name_or_folder, num_labels)
-        known = {f.name for f in fields(Mask2FormerConfig)}
-        config = Mask2FormerConfig(**{k: v for k, v in settings.items() if k in known})
-        config.backbone_pretrained = False
-        fresh = num_labels is not None and num_labels != config.num_labels
-        if fresh:
-            config = replace(config, num_labels=num_labels, id2label=None, stuff=())
-        model = cls(config)
-        own = model.state_dict()
-        if fresh:
-            weights = with_new_head(weights, own, cls.class_head)
-        weights = {"criterion.seed": own["criterion.seed"]} | weights
-        if faults := misfits(weights, own):
-            raise ValueError(
-                f"Mask2Former: {name_or_folder} does not fit the model; {'; '.join(faults)}"
-            )
-        model.load_state_dict(weights)
-        return model.eval()
+        return build(name_or_folder, cls, Mask2FormerConfig, settings, weights, num_labels)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors as transformers reads them.
