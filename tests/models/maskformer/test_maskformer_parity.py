@@ -131,13 +131,12 @@ def test_logits_of_all_predictions_equal_the_reference(pair, batch):
     assert last["masks_queries_logits"].std() > 0.1  # masks are not all open or all closed
 
 
-@pytest.mark.parametrize("deep", [False, True], ids=["last", "every prediction"])
 @pytest.mark.parametrize(
-    "counts",
+    ("counts", "deep"),
     [
-        pytest.param((3, 5), id="3 and 5 targets"),
-        pytest.param((0, 4), id="an image without target"),
-        pytest.param((QUERIES + 3, 2), id="more targets than queries"),
+        pytest.param((3, 5), True, id="3 and 5 targets, every prediction"),
+        pytest.param((0, 4), True, id="an image without target, every prediction"),
+        pytest.param((QUERIES + 3, 2), False, id="more targets than queries, the last prediction"),
     ],
 )
 def test_losses_and_gradients_equal_the_reference(pair, counts, deep, monkeypatch, tmp_path):
