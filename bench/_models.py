@@ -1,4 +1,4 @@
-"""Mask2Former of transformers and ours, on the same random weights, for the benchmarks of models.
+"""Models of transformers and ours, on the same random weights, for the benchmarks of models.
 
 Run as a script it is the process of its own that `peak_memory` starts.
 """
@@ -33,46 +33,65 @@ TINY = {  # runs in a moment
 }
 
 
-def save_weights(backbone: str, folder: Path, queries: int | None = None) -> None:
+TINY_PYRAMID = {  # a MaskFormer that runs in a moment
+    "num_labels": 7,
+    "fpn_feature_size": 32,
+    "mask_feature_size": 32,
+    "decoder_config": {
+        "model_type": "detr",
+        "num_queries": 6,
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 64,
+    },
+}
+
+
+def save_weights(
+    backbone: str, folder: Path, queries: int | None = None, kind: str = "mask2former"
+) -> None:
     """Random weights, as transformers initialises and stores them.
 
     Args:
         backbone: "swin_tiny" to "swin_large", "resnet50" or "tiny".
         folder: to write to.
-        queries: None takes 100, of "tiny" 6.
+        queries: None takes 100, of "tiny" 6; of a Mask2Former.
+        kind: "mask2former" or "maskformer".
     """
-    from transformers import (
-        Mask2FormerConfig,
-        Mask2FormerForUniversalSegmentation,
-        ResNetConfig,
-        SwinConfig,
-    )
+    import transformers
+    from transformers import ResNetConfig, SwinConfig
 
     from segkern.nn.backbones.swin import VARIANTS
 
     torch.manual_seed(0)
-    settings = {"num_labels": LABELS}
+    tiny = backbone not in VARIANTS and backbone != "resnet50"
     if backbone in VARIANTS:
         body = SwinConfig(**VARIANTS[backbone], drop_path_rate=0.3, out_features=STAGES)
-    elif backbone == "resnet50":
+    elif not tiny:
         body = ResNetConfig(out_features=STAGES)
     else:
         body = SwinConfig(
             embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], out_features=STAGES
         )
-        settings = TINY
+    if kind == "maskformer":
+        settings = TINY_PYRAMID if tiny else {"num_labels": LABELS}
+        config = transformers.MaskFormerConfig(backbone_config=body, **settings)
+        transformers.MaskFormerForInstanceSegmentation(config).save_pretrained(folder)
+        return
+    settings = TINY if tiny else {"num_labels": LABELS}
     if queries is not None:
         settings = settings | {"num_queries": queries}
-    config = Mask2FormerConfig(backbone_config=body, **settings)
-    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    config = transformers.Mask2FormerConfig(backbone_config=body, **settings)
+    transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
 
 
 @functools.cache
-def weights(backbone: str, queries: int | None = None) -> Path:
+def weights(backbone: str, queries: int | None = None, kind: str = "mask2former") -> Path:
     """A folder that lasts as long as the process."""
     folder = tempfile.TemporaryDirectory()
     _kept.append(folder)
-    save_weights(backbone, Path(folder.name), queries)
+    save_weights(backbone, Path(folder.name), queries, kind)
     return Path(folder.name)
 
 
@@ -82,10 +101,12 @@ _kept = []
 def open_model(impl: str, folder: Path, device: str) -> torch.nn.Module:
     """The model of "segkern..." or "transformers...", in eval mode."""
     if impl.startswith("segkern"):
-        from segkern.models import Mask2Former as Model
-    else:
-        from transformers import Mask2FormerForUniversalSegmentation as Model
-    return Model.from_pretrained(folder).eval().to(device)
+        import segkern
+
+        return segkern.open_model(folder).to(device)
+    from transformers import AutoModelForUniversalSegmentation
+
+    return AutoModelForUniversalSegmentation.from_pretrained(folder).eval().to(device)
 
 
 def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu", compiled=False):
@@ -206,6 +227,7 @@ def load(impl: str) -> None:
         import segkern.models  # noqa: F401
     else:
         import transformers.models.mask2former.modeling_mask2former
+        import transformers.models.maskformer.modeling_maskformer
         import transformers.models.swin.modeling_swin  # noqa: F401
 
 

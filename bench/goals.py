@@ -43,6 +43,7 @@ BOTH = r" forward\+backward"
 THEIRS, COMPILED = "transformers", "transformers, compiled"
 ORIGINAL = "original CUDA op"
 SWIN, ANY = "mask2former swin_tiny", "mask2former (swin_tiny|resnet50)"
+PYRAMID = "maskformer swin_tiny"
 MASKED = rf"B=16 S=\d+ open=\d+% with its mask{BOTH}"
 DEFORM = "B=16 1024x1024"
 STEP, INFERENCE = "training step 1024 B=8 T=16", "inference (1024|800x1344) B=1"
@@ -56,6 +57,8 @@ GOALS = [
     Goal("cpu", "Swin-T inference", SWIN, "inference (512|1024) B=1", F32, "OpenVINO", 1.5),
     Goal("cpu", "Swin-T, bfloat16", SWIN, "inference (512|1024) B=1", HALF, "OpenVINO", 2),
     Goal("cpu", "Swin-T step 512", SWIN, "training step 512 B=2 T=16", F32, THEIRS, 3, 0.35),
+    Goal("cpu", "MaskFormer 512", PYRAMID, "inference 512 B=1", F32, THEIRS, 2.5),
+    Goal("cpu", "MaskFormer 512", PYRAMID, "inference 512 B=1", F32, "OpenVINO", 1.3),
     Goal("cpu", "panoptic maps", "segment_map", "panoptic.*1024x2048.*", F32, THEIRS, 20),
     Goal("cpu", "instance maps", "segment_map", "instance.*1024x2048.*", F32, THEIRS, 10),
     Goal("cpu", "semantic maps", "segment_map", "semantic.*1024x2048.*", F32, THEIRS, 2),

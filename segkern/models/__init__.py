@@ -12,6 +12,9 @@ from ..weights.state_dicts import misfits, with_new_head
 from .mask2former import Mask2Former as Mask2Former
 from .mask2former import Mask2FormerConfig as Mask2FormerConfig
 from .mask2former import Mask2FormerOutput as Mask2FormerOutput
+from .maskformer import MaskFormer as MaskFormer
+from .maskformer import MaskFormerConfig as MaskFormerConfig
+from .maskformer import MaskFormerOutput as MaskFormerOutput
 from .protocol import ModelConfig as ModelConfig
 from .protocol import SegmentationModel as SegmentationModel
 from .segmenter import Segmenter as Segmenter
@@ -39,6 +42,7 @@ class Kind(NamedTuple):
 MODELS = {
     "mask2former": Kind(Mask2FormerConfig, Mask2Former, suffix=".pkl"),
     "segmenter": Kind(SegmenterConfig, Segmenter, files=("variant.yml",)),
+    "maskformer": Kind(MaskFormerConfig, MaskFormer),
 }
 Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
 

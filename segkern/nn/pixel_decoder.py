@@ -23,24 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import conv3x3, feed_forward, group_norm, linear, ms_deform_attn
+from ..ops import conv3x3, feed_forward, ms_deform_attn
 from ..ops._linear_exact import linear_exact
 from .linear import Linear
+from .maps import GROUPS, normed, pointwise
 from .position import pixel_centres, sine_position
 from .recompute import plus, recomputed
 
 LEVELS = 3
-GROUPS = 32
-
-
-def _pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1 x 1 convolution [B, C, h, w] as the matrix product that it is."""
-    weight = convolution.weight.flatten(1)
-    return linear(x.permute(0, 2, 3, 1), weight, convolution.bias).permute(0, 3, 1, 2)
-
-
-def _normed(x: Tensor, norm: nn.GroupNorm, **then) -> Tensor:
-    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **then)
 
 
 class DeformableAttention(nn.Module):
@@ -208,7 +198,7 @@ class PixelDecoder(nn.Module):
             the three other maps, coarsest first; the (h, w) of those three.
         """
         maps = [
-            _normed(_pointwise(project, feature), norm)
+            normed(pointwise(project, feature), norm)
             for (project, norm), feature in zip(self.input_proj, reversed(features[1:]))
         ]
         shapes = tuple((m.shape[2], m.shape[3]) for m in maps)
@@ -236,8 +226,8 @@ class PixelDecoder(nn.Module):
         # `x` is overwritten at each step so that no map outlives its use: the allocator can then
         # give its memory, which is large, to the map after the next
         project, norm = self.adapter
-        x = _normed(_pointwise(project, x), norm, up=coarser)
+        x = normed(pointwise(project, x), norm, up=coarser)
         convolution, norm = self.output_conv
         x = conv3x3(x, convolution.weight)
-        x = _normed(x, norm, relu=True)
-        return _pointwise(self.mask_features, x)
+        x = normed(x, norm, relu=True)
+        return pointwise(self.mask_features, x)

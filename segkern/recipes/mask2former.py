@@ -1,28 +1,11 @@
 """Recipes of Mask2Former: functions that return a `TrainConfig`."""
 
-from dataclasses import fields, replace
 from pathlib import Path
 
-from ..data import ClassMapsConfig, DigitsConfig, FolderConfig, build_dataset, find_format
-from ..models import Mask2FormerConfig, open_model
+from ..models import Mask2FormerConfig
 from ..models.mask2former.config import BACKBONES
-from ..training.config import TrainConfig
-
-_EPOCHS = 50  # the paper's on COCO
-_PAPER = {"batch_size": 16, "schedule": "steps"}
-_DIGITS = {
-    "batch_size": 8,
-    "lr": 2e-3,
-    "backbone_lr_factor": 1.0,
-    "schedule": "cosine",
-    "warmup": 50,
-    "clip": 1.0,
-}
-_SMALL = 256  # pixels of the short side, below which a model is for small images
-_SMALL_RATIOS = (0.7, 1.4)  # of 64 pixels a tenth would show nothing
-
-# a query counts from this score on; after so few steps most are right well below the paper's 0.8
-DIGITS_THRESHOLD = 0.5
+from .own_objects import DIGITS_THRESHOLD as DIGITS_THRESHOLD
+from .own_objects import digit_scenes, own_objects
 
 
 def digits(level: str = "mixed", task: str = "panoptic", size: tuple[int, int] = (64, 64)):
@@ -36,19 +19,7 @@ def digits(level: str = "mixed", task: str = "panoptic", size: tuple[int, int] =
     Returns:
         a `TrainConfig`.
     """
-    names = [str(k) for k in range(10)] + ["background"] * (task != "instance")
-    model = Mask2FormerConfig.tiny(len(names))
-    model.id2label = dict(enumerate(names))
-    model.stuff = () if task == "instance" else (10,)
-    model.shortest_edge, model.longest_edge = min(size), 2 * max(size)
-    return TrainConfig(
-        steps=1800,
-        evaluate_every=300,
-        threshold=DIGITS_THRESHOLD,
-        data=DigitsConfig(size=size, level=level, task=task),
-        model=model,
-        **_DIGITS,
-    )
+    return digit_scenes(Mask2FormerConfig.tiny, level, task, size, steps=1800)
 
 
 def mask2former(
@@ -80,56 +51,7 @@ def mask2former(
         ValueError: no data set is found, it holds no objects or nothing for the task, no such
             preset, or init is no Mask2Former.
     """
-    data, _ = find_format(root)
-    if isinstance(data, FolderConfig):  # maps of classes: a segment each
-        data = ClassMapsConfig(data.root, data.layout, data.seed, data.read)
-    if task is not None and "task" in {field.name for field in fields(data)}:
-        data = replace(data, task=task)
-    if "masks" not in data.targets or task not in (None, data.task):
-        raise ValueError(
-            f"mask2former: {root} must hold objects{f' for task {task}' if task else ''}, "
-            f"got data of kind {data.kind}, {data.task}"
-        )
-    pictures = build_dataset(data, "train")
-    model = replace(
-        _model(init, preset),
-        num_labels=len(pictures.classes),
-        id2label=dict(enumerate(pictures.classes)),
-        stuff=tuple(pictures.stuff),
+    paper = {"batch_size": 16, "schedule": "steps"}
+    return own_objects(
+        "mask2former", Mask2FormerConfig, tuple(BACKBONES), root, task, init, preset, paper
     )
-    settings = _PAPER
-    if model.shortest_edge < _SMALL:
-        sides = model.input.padded((model.shortest_edge,) * 2)
-        small = {"size": sides, "ratios": _SMALL_RATIOS, "short_sides": ()}
-        data = replace(data, views=replace(data.views, **small))
-        settings = _DIGITS
-    steps = max(1000, _EPOCHS * len(pictures) // settings["batch_size"])
-    return TrainConfig(
-        output=Path("runs/mask2former"),
-        init=init,
-        steps=steps,
-        checkpoint_every=min(5000, steps // 10),
-        evaluate_every=steps // 10,
-        data=data,
-        model=model,
-        **settings,
-    )
-
-
-def _model(init: str | Path | None, preset: str | None) -> Mask2FormerConfig:
-    """The config whose sizes the model has."""
-    if init is not None:
-        if preset is not None:
-            raise ValueError(
-                f"mask2former: preset must be left out where init gives the model, got {preset!r}"
-            )
-        config = open_model(init).config
-        if not isinstance(config, Mask2FormerConfig):
-            raise ValueError(f"mask2former: init must be a mask2former, got a {config.kind}")
-        return config
-    known = ("tiny", *BACKBONES)
-    if preset not in (None, *known):
-        raise ValueError(f"mask2former: preset must be one of {', '.join(known)}, got {preset!r}")
-    if preset == "tiny":
-        return Mask2FormerConfig.tiny(1)
-    return replace(Mask2FormerConfig.preset(preset or "swin_tiny"), backbone_pretrained=True)

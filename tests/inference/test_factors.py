@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import segkern
 from segkern.models import Mask2Former, Mask2FormerConfig
-from segkern.models.mask2former.model import mask_logits
+from segkern.models.query_output import mask_logits
 
 WIDE = {  # everything is a segment
     "panoptic": segkern.Options(0.0, 0.0),

@@ -9,6 +9,7 @@ import torch
 import segkern
 from segkern.models import initialize
 from segkern.models.mask2former import Mask2Former, Mask2FormerConfig
+from segkern.models.maskformer import MaskFormer, MaskFormerConfig
 from segkern.models.segmenter import Segmenter, SegmenterConfig
 
 
@@ -20,6 +21,14 @@ def queries(num_labels=3, **changes):
     return Mask2Former(Mask2FormerConfig(num_labels, **(sizes | changes)))
 
 
+def pyramid(num_labels=3, **changes):
+    """A small MaskFormer."""
+    sizes = dict.fromkeys(("hidden_dim", "fpn_feature_size", "mask_feature_size"), 32)
+    sizes |= {"backbone": "resnet_digits", "backbone_options": {"channels": (8, 8, 8, 8)}}
+    sizes |= {"num_queries": 4, "decoder_layers": 2, "dim_feedforward": 16, "dropout": 0.0}
+    return MaskFormer(MaskFormerConfig(num_labels, **(sizes | changes)))
+
+
 def pixels(num_labels=3, **changes):
     """A small Segmenter."""
     sizes = {"image_size": (32, 32), "embed_dim": 64, "depth": 1, "num_heads": 1}
@@ -28,6 +37,7 @@ def pixels(num_labels=3, **changes):
 
 MODELS = {
     "Mask2Former": queries,
+    "MaskFormer": pyramid,
     "Segmenter, mask": pixels,
     "Segmenter, linear": lambda *a, **changes: pixels(*a, decoder="linear", **changes),
 }
@@ -119,6 +129,7 @@ def test_settings_that_no_model_has(build, settings, message, tmp_path):
 
 UNFIT = {
     "another kind": (queries, pixels, "is a mask2former, the model a segmenter"),
+    "another kind of masks": (pyramid, queries, "is a maskformer, the model a mask2former"),
     "another shape": (
         pixels,
         lambda: pixels(image_size=(64, 32)),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_opening import pixels, queries
+from test_opening import pixels, pyramid, queries
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -14,11 +14,13 @@ from segkern.structures.targets import Targets
 from support.inputs import random_targets
 from support.processes import in_two_processes
 
+KINDS = {"Mask2Former": queries, "MaskFormer": pyramid, "Segmenter": pixels}
+
 
 def asked(kind, rank=0):
     """A model, and the arguments of its forward that differ with the rank."""
     torch.manual_seed(0)
-    model = {"Mask2Former": queries, "Segmenter": pixels}[kind]()
+    model = KINDS[kind]()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(rank))
     if kind == "Segmenter":
         labels = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
@@ -28,7 +30,7 @@ def asked(kind, rank=0):
     return model, {"pixel_values": x, "targets": targets}
 
 
-@pytest.mark.parametrize("kind", ["Mask2Former", "Segmenter"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_output_is_read_by_attribute_name_and_place(kind):
     model, arguments = asked(kind)
     out = model(**arguments)
@@ -64,7 +66,7 @@ WRAPPED = {
 
 def work(rank):
     found = {}
-    for kind in ("Mask2Former", "Segmenter"):
+    for kind in KINDS:
         for name, options in WRAPPED.items():
             for checkpointing in (False, True):
                 model, arguments = asked(kind, rank)
@@ -82,13 +84,13 @@ def work(rank):
 @pytest.mark.slow
 def test_processes_average_the_gradients(tmp_path):
     found = in_two_processes(work, tmp_path)
-    assert len(found[0]) == 8
+    assert len(found[0]) == 12
     for case, steps in found[0].items():
         for step, mine, other in zip((1, 2), steps, found[1][case], strict=True):
             assert mine == other, f"{case}, step {step}"
 
 
-@pytest.mark.parametrize("kind", ["Mask2Former", "Segmenter"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_contiguous_weights_are_sharded(kind, tmp_path):
     """FSDP takes no channels-last weights; the maps stay channels-last without them."""
     plain, arguments = asked(kind)

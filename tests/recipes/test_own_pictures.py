@@ -127,8 +127,18 @@ def test_presets_are_models_of_the_recipe(steps, tmp_path, capsys):
     assert (swin.data.views.size, swin.batch_size, swin.schedule) == ((1024, 1024), 16, "steps")
     assert [c.model.backbone_pretrained for c in (resnet, swin, random)] == [True, True, False]
     assert {c.model.num_labels for c in steps} == {3}
+    assert main([*own, "--recipe", "maskformer", "--preset", "swin_small"]) == 0
+    masks = steps[-1]
+    assert (masks.model.kind, masks.model.backbone) == ("maskformer", "swin_small")
+    assert (masks.lr, masks.weight_decay, masks.backbone_lr_factor, masks.clip) == (
+        *(1e-4, 1e-4, 0.1, 0.01),
+    )
+    assert masks.output.name == "maskformer"
     Mask2Former(Mask2FormerConfig.tiny(7)).save_pretrained(tmp_path / "start")
     for wrong, message in {
+        ("--recipe", "maskformer", "--init", str(tmp_path / "start")): (
+            "maskformer: init must be a maskformer, got a mask2former"
+        ),
         ("--preset", "huge"): "preset must be one of tiny, resnet50, .*, got 'huge'",
         ("--preset", "tiny", "--init", str(tmp_path / "start")): "preset must be left out",
     }.items():

@@ -1,5 +1,7 @@
 """Mask2Former: its settings, its model, its checkpoints."""
 
+from ..query_output import QueryOutput as Mask2FormerOutput
 from .config import Mask2FormerConfig as Mask2FormerConfig
 from .model import Mask2Former as Mask2Former
-from .model import Mask2FormerOutput as Mask2FormerOutput
+
+__all__ = ["Mask2Former", "Mask2FormerConfig", "Mask2FormerOutput"]

@@ -6,24 +6,15 @@ transformers carries along. transformers opens what is written here if the backb
 plain ResNet or another timm model; "resnet_digits" only opens here.
 """
 
-import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...nn.backbones.swin import VARIANTS
+from ...nn.backbones.huggingface import check_fixed, read_backbone, write_backbone
 from ...structures.labels import IMAGENET_MEAN, known_stuff
-from ...weights import unpickling
-from ...weights.folders import find_folder, read_json
-from ...weights.state_dicts import on_disk
+from .. import huggingface as folders
 from .huggingface_keys import from_huggingface, to_huggingface
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
 _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
     "num_queries": 100,
     "hidden_dim": 256,
@@ -49,36 +40,6 @@ _FIXED = {  # what the architecture does not leave open here
     "common_stride": 4,
     "use_auxiliary_loss": True,
 }
-_FIXED_SWIN = {
-    "patch_size": 4,
-    "mlp_ratio": 4.0,
-    "qkv_bias": True,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-    "use_absolute_embeddings": False,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-_FIXED_RESNET = {
-    "embedding_size": 64,
-    "hidden_act": "relu",
-    "downsample_in_first_stage": False,
-    "downsample_in_bottleneck": False,
-}
-_SWIN_FIELDS = ("embed_dim", "depths", "num_heads", "window_size")
-_SWIN = {  # as JSON has them
-    name: tuple(list(v) if isinstance(v, tuple) else v for v in map(variant.get, _SWIN_FIELDS))
-    for name, variant in VARIANTS.items()
-}
-_RESNET = {  # layer_type, depths
-    "resnet18": ("basic", (2, 2, 2, 2)),
-    "resnet34": ("basic", (3, 4, 6, 3)),
-    "resnet50": ("bottleneck", (3, 4, 6, 3)),
-    "resnet101": ("bottleneck", (3, 4, 23, 3)),
-    "resnet152": ("bottleneck", (3, 8, 36, 3)),
-}
-_RESNET_WIDTHS = {"basic": (64, 128, 256, 512), "bottleneck": (256, 512, 1024, 2048)}
-_STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
 def read_folder(
@@ -100,36 +61,17 @@ def read_folder(
         ValueError: no such folder or name, a file that is missing or broken, an option that
             Mask2Former has not here, or a number of labels that does not fit the weights.
     """
-    folder = find_folder(name_or_folder)
-    config = read_json(folder / "config.json")
-    settings = read_config(config, str(name_or_folder))
-    if (folder / "preprocessor_config.json").is_file():
-        settings |= read_preprocessor(read_json(folder / "preprocessor_config.json"))
-    channels = (config.get("backbone_config") or {}).get("num_channels", 3)
-    if channels != len(settings.get("image_mean", IMAGENET_MEAN)):
-        raise ValueError(
-            f"from_pretrained: {name_or_folder}: image_mean of preprocessor_config.json must have "
-            f"num_channels ({channels}) numbers, got {settings.get('image_mean')}"
-        )
-    weights = from_huggingface(_read_weights(folder), _family(settings))
-    head = weights.get("query_decoder.class_embed.bias")
-    if head is not None and head.shape[0] - 1 != settings["num_labels"]:
-        has = head.shape[0] - 1
-        if num_labels is None:
-            raise ValueError(
-                f"from_pretrained: {name_or_folder}: config.json names {settings['num_labels']} "
-                f"classes, the weights have {has}; num_labels=... starts the class head anew"
-            )
-        settings |= {"num_labels": has, "id2label": None, "stuff": ()}
-    return settings, weights
+    return folders.read_folder(
+        name_or_folder,
+        num_labels,
+        read_config,
+        lambda state, settings: from_huggingface(state, _family(settings)),
+        "query_decoder.class_embed.bias",
+    )
 
 
 def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor]) -> None:
-    """Writes config.json, preprocessor_config.json and model.safetensors.
-
-    All is written beside its place and renamed in the end, one file after the other, so each file
-    is whole at any time. What fails before the renames leaves an earlier save as it was; what is
-    killed between them leaves new weights beside old settings.
+    """Writes config.json, preprocessor_config.json and model.safetensors, each whole at any time.
 
     Args:
         folder: is made if it is not there; other files in it stay, other weights go.
@@ -139,26 +81,9 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     Raises:
         OSError: the folder cannot be written to.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = on_disk(to_huggingface(weights, _family(settings)))
-    floats = {str(v.dtype).removeprefix("torch.") for v in state.values() if v.is_floating_point()}
-    config = write_config(settings) | {"dtype": min(floats, default="float32")}
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        save_file(state, temporary / _WEIGHTS[0], metadata={"format": "pt"})
-        _write_json(temporary / "preprocessor_config.json", write_preprocessor(settings))
-        _write_json(temporary / "config.json", config)
-        mode = (temporary / "config.json").stat().st_mode  # safetensors' own is private
-        (temporary / _WEIGHTS[0]).chmod(mode)
-        # config.json last: a folder without it is refused, so half of a first save never opens
-        for name in (_WEIGHTS[0], "preprocessor_config.json", "config.json"):
-            os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for pattern in ("model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*"):
-        for old in folder.glob(pattern):
-            old.unlink()
+    preprocessor = folders.write_preprocessor(settings, "Mask2FormerImageProcessor")
+    state = to_huggingface(weights, _family(settings))
+    folders.write_folder(folder, write_config(settings), preprocessor, state)
 
 
 def read_config(config: dict, name: str = "config.json") -> dict:
@@ -171,17 +96,10 @@ def read_config(config: dict, name: str = "config.json") -> dict:
     Raises:
         ValueError: another model, or an option that Mask2Former has not here.
     """
-    if config.get("model_type") != "mask2former":
-        raise ValueError(
-            f"from_pretrained: {name}: model_type must be mask2former, "
-            f"got {config.get('model_type')}"
-        )
-    _check_fixed(config, _FIXED, name)
+    folders.check_type(config, "mask2former", name)
+    check_fixed(config, _FIXED, name)
     own = config.get("segkern") or {}
-    labels = config.get("id2label") or {i: f"LABEL_{i}" for i in range(2)}
-    labels = {int(i): str(label) for i, label in labels.items()}
-    if sorted(labels) != list(range(len(labels))):
-        raise ValueError(f"from_pretrained: {name}: id2label must name labels 0, 1, 2, ...")
+    labels = folders.read_labels(config, name)
     settings = {field: config.get(field, default) for field, default in _SAME.items()}
     settings |= {
         "decoder_layers": config.get("decoder_layers", 10) - 1,
@@ -190,23 +108,20 @@ def read_config(config: dict, name: str = "config.json") -> dict:
         "num_points_encoder": own.get("num_points_encoder", 4),
         "stuff": tuple(own["stuff"]) if "stuff" in own else known_stuff(labels),
     }
-    return settings | _read_backbone(config, own, name)
+    return settings | read_backbone(config, name)
 
 
 def write_config(settings: dict) -> dict:
     """config.json of Hugging Face from settings under the names of `Mask2FormerConfig`."""
-    count = settings["num_labels"]
-    labels = settings.get("id2label") or {i: f"LABEL_{i}" for i in range(count)}
     return {
         "architectures": ["Mask2FormerForUniversalSegmentation"],
         "model_type": "mask2former",
-        "backbone_config": _write_backbone(settings)
+        "backbone_config": write_backbone(settings)
         | {"num_channels": len(settings.get("image_mean", IMAGENET_MEAN))},
         "decoder_layers": settings["decoder_layers"] + 1,
         **{field: settings[field] for field in _SAME},
         **_FIXED,
-        "id2label": {str(i): label for i, label in labels.items()},
-        "label2id": {label: i for i, label in labels.items()},
+        **folders.write_labels(settings),
         "segkern": {
             "stuff": list(settings.get("stuff", ())),
             "num_points_encoder": settings["num_points_encoder"],
@@ -217,176 +132,6 @@ def write_config(settings: dict) -> dict:
     }
 
 
-def read_preprocessor(config: dict) -> dict:
-    """Settings under the names of `Mask2FormerConfig` from a preprocessor_config.json."""
-    settings = {}
-    for field in ("image_mean", "image_std"):
-        if config.get(field):
-            settings[field] = tuple(config[field])
-    size = config.get("size")
-    if isinstance(size, int):  # files of before 2023
-        size = {"shortest_edge": size, "longest_edge": config.get("max_size", size)}
-    if size and "height" in size:
-        size = {"shortest_edge": min(size.values()), "longest_edge": max(size.values())}
-    if size and "shortest_edge" in size:
-        settings["shortest_edge"] = size["shortest_edge"]
-        settings["longest_edge"] = size.get("longest_edge") or 2 * size["shortest_edge"]
-    if config.get("size_divisor", config.get("size_divisibility")):
-        settings["size_divisor"] = config.get("size_divisor", config.get("size_divisibility"))
-    settings["ignore_index"] = config.get("ignore_index")
-    settings["do_reduce_labels"] = config.get(
-        "do_reduce_labels", config.get("reduce_labels", False)
-    )
-    return settings
-
-
-def write_preprocessor(settings: dict) -> dict:
-    """preprocessor_config.json of Hugging Face from settings."""
-    return {
-        "image_processor_type": "Mask2FormerImageProcessor",
-        "do_resize": True,
-        "size": {k: settings[k] for k in ("shortest_edge", "longest_edge")},
-        "size_divisor": settings["size_divisor"],
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(settings["image_mean"]),
-        "image_std": list(settings["image_std"]),
-        "ignore_index": settings.get("ignore_index"),
-        "do_reduce_labels": settings.get("do_reduce_labels", False),
-        "num_labels": settings["num_labels"],
-    }
-
-
 def _family(settings: dict) -> str:
     """Which table of names the backbone's weights follow."""
-    return _write_backbone(settings)["model_type"]
-
-
-def _read_backbone(config: dict, own: dict, name: str) -> dict:
-    """backbone, backbone_options and drop_path_rate."""
-    if own.get("backbone"):  # written here
-        fields = ("backbone", "backbone_options", "drop_path_rate")
-        return {field: own[field] for field in fields}
-    backbone = config.get("backbone_config")
-    if backbone is None and config.get("use_timm_backbone"):
-        backbone = {"model_type": "timm_backbone", "backbone": config.get("backbone")}
-    family = (backbone or {}).get("model_type")
-    stages = (backbone or {}).get("out_features", _STAGES)
-    if family in ("swin", "resnet") and list(stages) != _STAGES:
-        raise ValueError(
-            f"from_pretrained: {name}: out_features must be {', '.join(_STAGES)}, got {stages}"
-        )
-    if family == "swin":
-        _check_fixed(backbone, _FIXED_SWIN, name)
-        rate = backbone.get("drop_path_rate", 0.1)
-        return _read_swin(backbone) | {"drop_path_rate": rate}
-    if family == "resnet":
-        _check_fixed(backbone, _FIXED_RESNET, name)
-        return _read_resnet(backbone) | {"drop_path_rate": 0.0}
-    if family == "timm_backbone":
-        frozen = {"freeze_norm": True} if backbone.get("freeze_batch_norm_2d") else {}
-        return {
-            "backbone": backbone["backbone"],
-            "backbone_options": frozen,
-            "drop_path_rate": 0.0,
-        }
-    raise ValueError(
-        f"from_pretrained: {name}: the backbone must be swin, resnet or timm_backbone, "
-        f"got {family}"
-    )
-
-
-def _read_swin(backbone: dict) -> dict:
-    values = {f: backbone.get(f, default) for f, default in zip(_SWIN_FIELDS, _SWIN["swin_tiny"])}
-    for name, variant in _SWIN.items():
-        if tuple(values.values()) == variant:
-            return {"backbone": name, "backbone_options": {}}
-    return {"backbone": "swin_tiny", "backbone_options": values}
-
-
-def _read_resnet(backbone: dict) -> dict:
-    kind = backbone.get("layer_type", "bottleneck")
-    depths = tuple(backbone.get("depths", (3, 4, 6, 3)))
-    widths = tuple(backbone.get("hidden_sizes", _RESNET_WIDTHS["bottleneck"]))
-    options = {}
-    names = [name for name, value in _RESNET.items() if value == (kind, depths)]
-    if not names:
-        options["layers"] = list(depths)
-        names = ["resnet34" if kind == "basic" else "resnet50"]
-    if widths != _RESNET_WIDTHS[kind]:
-        options["channels"] = [w if kind == "basic" else w // 4 for w in widths]
-    return {"backbone": names[0], "backbone_options": options}
-
-
-def _write_backbone(settings: dict) -> dict:
-    """backbone_config of Hugging Face."""
-    name, options = settings["backbone"], settings["backbone_options"]
-    if name in _SWIN:
-        values = dict(zip(_SWIN_FIELDS, _SWIN[name])) | options
-        return {
-            "model_type": "swin",
-            "out_features": _STAGES,
-            "image_size": 384 if values["window_size"] == 12 else 224,
-            "drop_path_rate": settings["drop_path_rate"],
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
-            **_FIXED_SWIN,
-        }
-    if name in _RESNET and not set(options) - {"layers", "channels", "freeze_norm"}:
-        kind, depths = _RESNET[name]
-        widths = list(_RESNET_WIDTHS[kind])
-        if "channels" in options:
-            widths = [c if kind == "basic" else 4 * c for c in options["channels"]]
-        return {
-            "model_type": "resnet",
-            "out_features": _STAGES,
-            "layer_type": kind,
-            "depths": list(options.get("layers", depths)),
-            "hidden_sizes": widths,
-            **_FIXED_RESNET,
-        }
-    if name == "resnet_digits":
-        return {"model_type": "resnet_digits"}
-    return {
-        "model_type": "timm_backbone",
-        "backbone": name,
-        "features_only": True,
-        "out_indices": [-4, -3, -2, -1],
-        "freeze_batch_norm_2d": False,
-    }
-
-
-def _check_fixed(config: dict, fixed: dict, name: str) -> None:
-    for field, value in fixed.items():
-        if config.get(field, value) != value:
-            raise ValueError(
-                f"from_pretrained: {name}: {field} must be {value}, got {config[field]}"
-            )
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return _read_tensors(folder / name)
-        if (folder / f"{name}.index.json").is_file():
-            shards = read_json(folder / f"{name}.index.json").get("weight_map", {})
-            state = {}
-            for shard in sorted(set(shards.values())):
-                state |= _read_tensors(folder / shard)
-            return state
-    raise ValueError(f"from_pretrained: {folder} has neither {' nor '.join(_WEIGHTS)}")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else unpickling.load(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"from_pretrained: {path} cannot be read: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"from_pretrained: {path} must hold a dict of tensors")
-    return state
+    return write_backbone(settings)["model_type"]

@@ -14,46 +14,22 @@ Source: Mask2Former (Cheng et al., CVPR 2022). Names of arguments, results and m
 those of Hugging Face transformers.
 """
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ...nn.backbones import build_backbone
 from ...nn.criterion import Criterion
 from ...nn.pixel_decoder import PixelDecoder
 from ...nn.query_decoder import QueryDecoder
-from ...ops._checks import expect, got
 from ...structures.logits import QueryLogits
-from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ...weights.state_dicts import misfits, with_new_head
+from ..huggingface import build
+from ..query_output import QueryOutput, expect_pixels, query_output
 from . import huggingface, original
 from .config import Mask2FormerConfig
-
-
-@output
-class Mask2FormerOutput:
-    """What `Mask2Former.forward` returns.
-
-    Attributes:
-        loss: [], weighted sum of `losses`; None without targets.
-        class_queries_logits: [B, Q, K + 1]; the last class is "no object".
-        masks_queries_logits: [B, Q, h, w]; None in training with targets, unless
-            `auxiliary_logits` was asked for.
-        auxiliary_logits: class_queries_logits and masks_queries_logits of every prediction but the
-            last, if asked for.
-        losses: "loss_cross_entropy", "loss_mask" and "loss_dice" of each prediction, [R] each,
-            unweighted; None without targets.
-    """
-
-    loss: Tensor | None = None
-    class_queries_logits: Tensor | None = None
-    masks_queries_logits: Tensor | None = None
-    auxiliary_logits: list[dict[str, Tensor]] | None = None
-    losses: dict[str, Tensor] | None = None
 
 
 class Mask2Former(nn.Module):
@@ -70,6 +46,7 @@ class Mask2Former(nn.Module):
         "query_decoder.class_embed.bias",
         "criterion.empty_weight",
     )
+    deep_supervision = True
 
     def __init__(self, config: Mask2FormerConfig):
         super().__init__()
@@ -161,12 +138,7 @@ class Mask2Former(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
-        shape = f"B {self.config.input.channels} H W"
-        expect("Mask2Former", "pixel_values", pixel_values, shape, "float", {})
-        if 0 in pixel_values.shape:
-            raise ValueError(
-                f"Mask2Former: pixel_values must not be empty, got {got(pixel_values)}"
-            )
+        expect_pixels(self, pixel_values)
         mask_features, pixels, shapes = self.pixel_decoder(self.backbone(pixel_values))
         class_logits, embeddings = self.query_decoder(pixels, shapes, mask_features, last)
         return class_logits, embeddings, mask_features
@@ -192,7 +164,7 @@ class Mask2Former(nn.Module):
         class_labels: list[Tensor] | None = None,  # B of [T_b]
         targets: Targets | None = None,
         auxiliary_logits: bool = False,
-    ) -> Mask2FormerOutput:
+    ) -> QueryOutput:
         """Predictions, and the loss if there are targets.
 
         Args:
@@ -206,39 +178,14 @@ class Mask2Former(nn.Module):
             auxiliary_logits: also return the logits of the earlier predictions.
 
         Returns:
-            A `Mask2FormerOutput`.
+            A `QueryOutput`.
 
         Raises:
             TypeError, ValueError: wrong dtype, shape or combination of arguments.
         """
-        if mask_labels is not None or class_labels is not None:
-            if targets is not None or mask_labels is None or class_labels is None:
-                raise ValueError(
-                    "Mask2Former: give mask_labels and class_labels together, or targets alone"
-                )
-            targets = Targets.from_lists(
-                mask_labels,
-                class_labels,
-                pixel_values.shape[2:],
-                self.config.num_labels,
-                num_queries=self.config.num_queries,
-            ).to(pixel_values.device)
-        last = targets is None and not auxiliary_logits
-        class_logits, embeddings, mask_features = self.all_predictions(pixel_values, last)
-        out = Mask2FormerOutput(class_queries_logits=class_logits[:, -1])
-        if targets is not None:
-            out.loss, out.losses = self.criterion(class_logits, embeddings, mask_features, targets)
-        if targets is None or not self.training or auxiliary_logits:
-            out.masks_queries_logits = mask_logits(embeddings[:, -1], mask_features)
-        if auxiliary_logits:
-            out.auxiliary_logits = [
-                {
-                    "class_queries_logits": class_logits[:, r],
-                    "masks_queries_logits": mask_logits(embeddings[:, r], mask_features),
-                }
-                for r in range(class_logits.shape[1] - 1)
-            ]
-        return out
+        return query_output(
+            self, pixel_values, mask_labels, class_labels, targets, auxiliary_logits
+        )
 
     @classmethod
     def from_pretrained(
@@ -263,23 +210,7 @@ class Mask2Former(nn.Module):
             settings, weights = original.read_file(name_or_folder)
         else:
             settings, weights = huggingface.read_folder(name_or_folder, num_labels)
-        known = {f.name for f in fields(Mask2FormerConfig)}
-        config = Mask2FormerConfig(**{k: v for k, v in settings.items() if k in known})
-        config.backbone_pretrained = False
-        fresh = num_labels is not None and num_labels != config.num_labels
-        if fresh:
-            config = replace(config, num_labels=num_labels, id2label=None, stuff=())
-        model = cls(config)
-        own = model.state_dict()
-        if fresh:
-            weights = with_new_head(weights, own, cls.class_head)
-        weights = {"criterion.seed": own["criterion.seed"]} | weights
-        if faults := misfits(weights, own):
-            raise ValueError(
-                f"Mask2Former: {name_or_folder} does not fit the model; {'; '.join(faults)}"
-            )
-        model.load_state_dict(weights)
-        return model.eval()
+        return build(name_or_folder, cls, Mask2FormerConfig, settings, weights, num_labels)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors as transformers reads them.
@@ -289,18 +220,3 @@ class Mask2Former(nn.Module):
         """
         settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
         huggingface.write_folder(folder, settings, self.state_dict())
-
-
-def mask_logits(embeddings: Tensor, mask_features: Tensor) -> Tensor:
-    """Product of mask embeddings and mask features.
-
-    Args:
-        embeddings: [B, Q, M].
-        mask_features: [B, M, h, w].
-
-    Returns:
-        [B, Q, h, w].
-    """
-    # image by image: a CPU copies a stack of transposed maps in half precision before its product
-    logits = [x @ features.flatten(1) for x, features in zip(embeddings, mask_features)]
-    return torch.stack(logits).unflatten(2, mask_features.shape[2:])
