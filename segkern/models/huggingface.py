@@ -1,27 +1,19 @@
-"""Folders in Hugging Face's format, as models of masks share them: config.json, the weights, and
-preprocessor_config.json.
+"""Folders in Hugging Face's format, as models of masks share them: how they are read, and what
+their preprocessor_config.json holds.
 
 Plain functions on dicts: settings have the names of a model's config.
 """
 
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..structures.labels import IMAGENET_MEAN
-from ..weights import unpickling
 from ..weights.folders import find_folder, read_json
-from ..weights.state_dicts import misfits, on_disk, with_new_head
-
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
+from ..weights.huggingface_files import read_weights
+from ..weights.state_dicts import misfits, with_new_head
 
 
 def read_folder(
@@ -61,7 +53,7 @@ def read_folder(
             f"from_pretrained: {name_or_folder}: image_mean of preprocessor_config.json must have "
             f"num_channels ({channels}) numbers, got {settings.get('image_mean')}"
         )
-    weights = read_names(_read_weights(folder), settings)
+    weights = read_names(read_weights(folder), settings)
     if head in weights and len(weights[head]) - 1 != settings["num_labels"]:
         has = len(weights[head]) - 1
         if num_labels is None:
@@ -111,76 +103,6 @@ def build(
     return model.eval()
 
 
-def write_folder(
-    folder: str | Path, config: dict, preprocessor: dict, state: dict[str, Tensor]
-) -> None:
-    """Writes config.json, preprocessor_config.json and model.safetensors.
-
-    All is written beside its place and renamed in the end, one file after the other, so each file
-    is whole at any time. What fails before the renames leaves an earlier save as it was; what is
-    killed between them leaves new weights beside old settings.
-
-    Args:
-        folder: is made if it is not there; other files in it stay, other weights go.
-        config, preprocessor: what the two files hold.
-        state: the weights under the names that they have there.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = on_disk(state)
-    floats = {str(v.dtype).removeprefix("torch.") for v in state.values() if v.is_floating_point()}
-    config = config | {"dtype": min(floats, default="float32")}
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        save_file(state, temporary / _WEIGHTS[0], metadata={"format": "pt"})
-        _write_json(temporary / "preprocessor_config.json", preprocessor)
-        _write_json(temporary / "config.json", config)
-        mode = (temporary / "config.json").stat().st_mode  # safetensors' own is private
-        (temporary / _WEIGHTS[0]).chmod(mode)
-        # config.json last: a folder without it is refused, so half of a first save never opens
-        for name in (_WEIGHTS[0], "preprocessor_config.json", "config.json"):
-            os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for pattern in ("model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*"):
-        for old in folder.glob(pattern):
-            old.unlink()
-
-
-def read_labels(config: dict, name: str) -> dict[int, str]:
-    """The names of the labels, with Hugging Face's default.
-
-    Raises:
-        ValueError: labels that are not 0, 1, 2, ...
-    """
-    labels = config.get("id2label") or {i: f"LABEL_{i}" for i in range(2)}
-    labels = {int(i): str(label) for i, label in labels.items()}
-    if sorted(labels) != list(range(len(labels))):
-        raise ValueError(f"from_pretrained: {name}: id2label must name labels 0, 1, 2, ...")
-    return labels
-
-
-def write_labels(settings: dict) -> dict[str, dict]:
-    """id2label and label2id."""
-    count = settings["num_labels"]
-    labels = settings.get("id2label") or {i: f"LABEL_{i}" for i in range(count)}
-    return {
-        "id2label": {str(i): label for i, label in labels.items()},
-        "label2id": {label: i for i, label in labels.items()},
-    }
-
-
-def check_type(config: dict, wanted: str, name: str) -> None:
-    """Raises ValueError where config.json is of another kind of model."""
-    if config.get("model_type") != wanted:
-        raise ValueError(
-            f"from_pretrained: {name}: model_type must be {wanted}, got {config.get('model_type')}"
-        )
-
-
 def read_preprocessor(config: dict) -> dict:
     """Settings from a preprocessor_config.json."""
     settings = {}
@@ -221,30 +143,3 @@ def write_preprocessor(settings: dict, kind: str) -> dict:
         "do_reduce_labels": settings.get("do_reduce_labels", False),
         "num_labels": settings["num_labels"],
     }
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return _read_tensors(folder / name)
-        if (folder / f"{name}.index.json").is_file():
-            shards = read_json(folder / f"{name}.index.json").get("weight_map", {})
-            state = {}
-            for shard in sorted(set(shards.values())):
-                state |= _read_tensors(folder / shard)
-            return state
-    raise ValueError(f"from_pretrained: {folder} has neither {' nor '.join(_WEIGHTS)}")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else unpickling.load(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"from_pretrained: {path} cannot be read: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"from_pretrained: {path} must hold a dict of tensors")
-    return state

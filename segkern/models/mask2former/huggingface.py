@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...nn.backbones.huggingface import check_fixed, read_backbone, write_backbone
+from ...nn.backbones.huggingface import read_backbone, write_backbone
 from ...structures.labels import IMAGENET_MEAN, known_stuff
+from ...weights import huggingface_files as files
 from .. import huggingface as folders
 from .huggingface_keys import from_huggingface, to_huggingface
 
@@ -83,7 +84,7 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     """
     preprocessor = folders.write_preprocessor(settings, "Mask2FormerImageProcessor")
     state = to_huggingface(weights, _family(settings))
-    folders.write_folder(folder, write_config(settings), preprocessor, state)
+    files.write_folder(folder, write_config(settings), preprocessor, state)
 
 
 def read_config(config: dict, name: str = "config.json") -> dict:
@@ -96,10 +97,10 @@ def read_config(config: dict, name: str = "config.json") -> dict:
     Raises:
         ValueError: another model, or an option that Mask2Former has not here.
     """
-    folders.check_type(config, "mask2former", name)
-    check_fixed(config, _FIXED, name)
+    files.check_type(config, "mask2former", name)
+    files.check_fixed(config, _FIXED, name)
     own = config.get("segkern") or {}
-    labels = folders.read_labels(config, name)
+    labels = files.read_labels(config, name)
     settings = {field: config.get(field, default) for field, default in _SAME.items()}
     settings |= {
         "decoder_layers": config.get("decoder_layers", 10) - 1,
@@ -121,7 +122,7 @@ def write_config(settings: dict) -> dict:
         "decoder_layers": settings["decoder_layers"] + 1,
         **{field: settings[field] for field in _SAME},
         **_FIXED,
-        **folders.write_labels(settings),
+        **files.write_labels(settings),
         "segkern": {
             "stuff": list(settings.get("stuff", ())),
             "num_points_encoder": settings["num_points_encoder"],

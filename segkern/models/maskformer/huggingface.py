@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ...nn.backbones import huggingface as backbones
-from ...nn.backbones.huggingface import ENCODER, check_fixed, read_backbone, write_backbone
+from ...nn.backbones.huggingface import ENCODER, read_backbone, write_backbone
 from ...nn.backbones.swin import bias_rows
 from ...structures.labels import IMAGENET_MEAN, known_stuff
+from ...weights import huggingface_files as files
 from .. import huggingface as folders
 
 _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
@@ -121,7 +122,7 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     state = to_huggingface(
         weights, _family(settings), config["backbone_config"].get("window_size")
     )
-    folders.write_folder(folder, config, preprocessor, state)
+    files.write_folder(folder, config, preprocessor, state)
 
 
 def read_config(config: dict, name: str = "config.json") -> dict:
@@ -134,11 +135,11 @@ def read_config(config: dict, name: str = "config.json") -> dict:
     Raises:
         ValueError: another model, or an option that MaskFormer has not here.
     """
-    folders.check_type(config, "maskformer", name)
+    files.check_type(config, "maskformer", name)
     decoder = config.get("decoder_config") or {}
-    check_fixed(decoder, _FIXED_DECODER, f"{name}: decoder_config")
+    files.check_fixed(decoder, _FIXED_DECODER, f"{name}: decoder_config")
     own = config.get("segkern") or {}
-    labels = folders.read_labels(config, name)
+    labels = files.read_labels(config, name)
     settings = {field: config.get(field, default) for field, default in _SAME.items()}
     settings |= {ours: decoder.get(field, value) for field, (value, ours) in _DECODER.items()}
     settings |= {
@@ -162,7 +163,7 @@ def write_config(settings: dict) -> dict:
         | {"num_channels": len(settings.get("image_mean", IMAGENET_MEAN))},
         "decoder_config": decoder | _FIXED_DECODER,
         **{field: settings[field] for field in _SAME},
-        **folders.write_labels(settings),
+        **files.write_labels(settings),
         "segkern": {
             "stuff": list(settings.get("stuff", ())),
             "backbone": settings["backbone"],

@@ -11,6 +11,7 @@ import re
 import torch
 from torch import Tensor
 
+from ...weights.huggingface_files import check_fixed
 from ...weights.key_tables import renamed
 from .swin import VARIANTS
 
@@ -216,15 +217,6 @@ def write_backbone(settings: dict) -> dict:
         "out_indices": [-4, -3, -2, -1],
         "freeze_batch_norm_2d": False,
     }
-
-
-def check_fixed(config: dict, fixed: dict, name: str) -> None:
-    """Raises ValueError where a field of `config` differs from what is `fixed` here."""
-    for field, value in fixed.items():
-        if config.get(field, value) != value:
-            raise ValueError(
-                f"from_pretrained: {name}: {field} must be {value}, got {config[field]}"
-            )
 
 
 def from_huggingface(
