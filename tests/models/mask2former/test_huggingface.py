@@ -19,6 +19,7 @@ from transformers import (
 
 from segkern.models import Mask2Former
 from segkern.models import Mask2FormerConfig as OurConfig
+from segkern.models.huggingface import read_preprocessor
 from segkern.models.mask2former import huggingface
 from segkern.models.mask2former.huggingface import read_config, read_folder, write_config
 from segkern.models.mask2former.huggingface_keys import from_huggingface, to_huggingface
@@ -196,7 +197,7 @@ PREPROCESSORS = [
 @pytest.mark.parametrize(("name", "config", "edges"), PREPROCESSORS, ids=lambda v: str(v)[:6])
 def test_preprocessors(name, config, edges):
     config = config | {"reduce_labels": True, "ignore_index": 255, "image_mean": [0.1, 0.2, 0.3]}
-    settings = folders.read_preprocessor(config)
+    settings = read_preprocessor(config)
     assert (settings["shortest_edge"], settings["longest_edge"]) == edges
     assert settings["image_mean"] == (0.1, 0.2, 0.3)
     assert settings["do_reduce_labels"] is True
@@ -250,7 +251,8 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(folder, tmp_path, monkeyp
 
     more = {k: v + 1 for k, v in weights.items()}
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface_files, "_write_json", interrupted)  # the weights are written by then
+        # the weights are written by then
+        patch.setattr(huggingface_files, "_write_json", interrupted)
         with pytest.raises(KeyboardInterrupt):
             huggingface.write_folder(ours, settings, more)
     assert {p.name: p.read_bytes() for p in ours.iterdir()} == before
