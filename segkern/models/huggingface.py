@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..structures.labels import IMAGENET_MEAN
 from ..weights.folders import find_folder, read_json
-from ..weights.huggingface_files import read_weights
+from ..weights.hf_folders import read_weights
 from ..weights.state_dicts import misfits, with_new_head
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...nn.backbones.huggingface import read_backbone, write_backbone
 from ...structures.labels import IMAGENET_MEAN, known_stuff
-from ...weights import huggingface_files as files
+from ...weights import hf_folders as files
 from .. import huggingface as folders
 from .huggingface_keys import from_huggingface, to_huggingface
 
@@ -84,7 +84,7 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     """
     preprocessor = folders.write_preprocessor(settings, "Mask2FormerImageProcessor")
     state = to_huggingface(weights, _family(settings))
-    files.write_folder(folder, write_config(settings), preprocessor, state)
+    files.write_folder(folder, state, write_config(settings), preprocessor)
 
 
 def read_config(config: dict, name: str = "config.json") -> dict:
@@ -122,7 +122,7 @@ def write_config(settings: dict) -> dict:
         "decoder_layers": settings["decoder_layers"] + 1,
         **{field: settings[field] for field in _SAME},
         **_FIXED,
-        **files.write_labels(settings),
+        **files.write_labels(settings.get("id2label"), settings["num_labels"]),
         "segkern": {
             "stuff": list(settings.get("stuff", ())),
             "num_points_encoder": settings["num_points_encoder"],

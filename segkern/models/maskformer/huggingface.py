@@ -16,7 +16,7 @@ from ...nn.backbones import huggingface as backbones
 from ...nn.backbones.huggingface import ENCODER, read_backbone, write_backbone
 from ...nn.backbones.swin import bias_rows
 from ...structures.labels import IMAGENET_MEAN, known_stuff
-from ...weights import huggingface_files as files
+from ...weights import hf_folders as files
 from .. import huggingface as folders
 
 _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
@@ -122,7 +122,7 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     state = to_huggingface(
         weights, _family(settings), config["backbone_config"].get("window_size")
     )
-    files.write_folder(folder, config, preprocessor, state)
+    files.write_folder(folder, state, config, preprocessor)
 
 
 def read_config(config: dict, name: str = "config.json") -> dict:
@@ -163,7 +163,7 @@ def write_config(settings: dict) -> dict:
         | {"num_channels": len(settings.get("image_mean", IMAGENET_MEAN))},
         "decoder_config": decoder | _FIXED_DECODER,
         **{field: settings[field] for field in _SAME},
-        **files.write_labels(settings),
+        **files.write_labels(settings.get("id2label"), settings["num_labels"]),
         "segkern": {
             "stuff": list(settings.get("stuff", ())),
             "backbone": settings["backbone"],

@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor
 
-from ...weights.huggingface_files import check_fixed
+from ...weights.hf_folders import check_fixed
 from ...weights.key_tables import renamed
 from .swin import VARIANTS
 

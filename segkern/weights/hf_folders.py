@@ -1,10 +1,5 @@
-"""Files of Hugging Face's format, of any model: config.json, preprocessor_config.json, the weights
-in one file or in shards.
+"""Folders in Hugging Face's format, of any model: the weights in one file or in shards, labels."""
 
-Settings are dicts as JSON has them; weights have the names that they have in the files.
-"""
-
-import json
 import os
 import shutil
 import tempfile
@@ -15,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import unpickling
-from .folders import read_json
+from .folders import read_json, write_json
 from .state_dicts import on_disk
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
@@ -39,10 +34,10 @@ def check_fixed(config: dict, fixed: dict, name: str) -> None:
 
 
 def read_labels(config: dict, name: str) -> dict[int, str]:
-    """The names of the labels in config.json; where it has none, transformers' two.
+    """The names of the labels that config.json holds.
 
     Raises:
-        ValueError: labels that are not 0, 1, 2, ...
+        ValueError: they are not 0, 1, 2, ...
     """
     labels = config.get("id2label") or {i: f"LABEL_{i}" for i in range(2)}
     labels = {int(i): str(label) for i, label in labels.items()}
@@ -51,21 +46,20 @@ def read_labels(config: dict, name: str) -> dict[int, str]:
     return labels
 
 
-def write_labels(settings: dict) -> dict[str, dict]:
-    """id2label and label2id of settings with num_labels and, or None, id2label."""
-    count = settings["num_labels"]
-    labels = settings.get("id2label") or {i: f"LABEL_{i}" for i in range(count)}
+def write_labels(names: dict[int, str] | None, count: int) -> dict:
+    """The same for config.json."""
+    names = names or {i: f"LABEL_{i}" for i in range(count)}
     return {
-        "id2label": {str(i): label for i, label in labels.items()},
-        "label2id": {label: i for i, label in labels.items()},
+        "id2label": {str(i): label for i, label in names.items()},
+        "label2id": {label: i for i, label in names.items()},
     }
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder, of one file or of several with an index.
+    """Weights of a folder under the names in its file, or in its shards.
 
     Raises:
-        ValueError: there are none, or a file is damaged or holds other things.
+        ValueError: there is no such file, or one is broken.
     """
     for name in _WEIGHTS:
         if (folder / name).is_file():
@@ -80,7 +74,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def write_folder(
-    folder: str | Path, config: dict, preprocessor: dict, state: dict[str, Tensor]
+    folder: str | Path, weights: dict[str, Tensor], config: dict, preprocessor: dict
 ) -> None:
     """Writes config.json, preprocessor_config.json and model.safetensors.
 
@@ -90,22 +84,23 @@ def write_folder(
 
     Args:
         folder: is made if it is not there; other files in it stay, other weights go.
-        config, preprocessor: what the two files hold.
-        state: the weights under the names that they have there.
+        weights: under Hugging Face's names.
+        config: for config.json, which gets the weights' dtype.
+        preprocessor: for preprocessor_config.json.
 
     Raises:
         OSError: the folder cannot be written to.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = on_disk(state)
+    state = on_disk(weights)
     floats = {str(v.dtype).removeprefix("torch.") for v in state.values() if v.is_floating_point()}
     config = config | {"dtype": min(floats, default="float32")}
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         save_file(state, temporary / _WEIGHTS[0], metadata={"format": "pt"})
-        _write_json(temporary / "preprocessor_config.json", preprocessor)
-        _write_json(temporary / "config.json", config)
+        write_json(temporary / "preprocessor_config.json", preprocessor)
+        write_json(temporary / "config.json", config)
         mode = (temporary / "config.json").stat().st_mode  # safetensors' own is private
         (temporary / _WEIGHTS[0]).chmod(mode)
         # config.json last: a folder without it is refused, so half of a first save never opens
@@ -116,10 +111,6 @@ def write_folder(
     for pattern in ("model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*"):
         for old in folder.glob(pattern):
             old.unlink()
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
