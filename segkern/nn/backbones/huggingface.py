@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...weights.hf_folders import check_fixed
-from ...weights.key_tables import renamed
+from ...weights.state_dicts import name_rules, renamed
 from .swin import VARIANTS
 
 ENCODER = "model.pixel_level_module.encoder"
@@ -237,8 +237,8 @@ def from_huggingface(
             for pattern, replacement in _SPELLINGS:
                 name = pattern.sub(replacement, name)
         kept[name] = value
-    names = renamed(kept, decoders + _TABLES.get(family, []), _PREFIXES.get(family))
-    out = {names[name]: value for name, value in kept.items()}
+    rules, prefix = name_rules(decoders + _TABLES.get(family, [])), _PREFIXES.get(family)
+    out = {_renamed(name, rules, prefix): value for name, value in kept.items()}
     for name in list(out):
         if match := re.fullmatch(r"(backbone\..*\.attn\.)query(\.weight|\.bias)", name):
             parts = [f"{match[1]}{part}{match[2]}" for part in ("query", "key", "value")]
@@ -259,6 +259,16 @@ def to_huggingface(
                 split[f"{match[1]}{part}{match[2]}"] = piece
         else:
             split[name] = value
-    pairs = decoders + _TABLES.get(family, [])
-    names = renamed(split, pairs, _PREFIXES.get(family), back=True)
-    return {names[name]: value for name, value in split.items()}
+    rules = name_rules((ours, theirs) for theirs, ours in decoders + _TABLES.get(family, []))
+    prefix = _PREFIXES.get(family)
+    back = None if prefix is None else prefix[::-1]
+    return {_renamed(name, rules, back): value for name, value in split.items()}
+
+
+def _renamed(name: str, rules: list, prefix: tuple[str, str] | None) -> str:
+    """A name by the first rule that fits, or by what it begins with before and after."""
+    if new := renamed(name, rules):
+        return new
+    if prefix is not None and name.startswith(prefix[0]):
+        return prefix[1] + name.removeprefix(prefix[0])
+    return name

@@ -127,7 +127,7 @@ def test_logits_of_all_predictions_equal_the_reference(pair, batch):
     assert len(predictions) == r + 1 == ours.config.decoder_layers
     for name in want:
         assert error(getattr(have, name), last[name]) < 1e-8, name
-        assert torch.equal(getattr(ours(x), name), getattr(have, name)), name
+        assert error(getattr(ours(x), name), getattr(have, name)) < 1e-12, name
     assert last["masks_queries_logits"].std() > 0.1  # masks are not all open or all closed
 
 
