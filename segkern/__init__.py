@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from .inference.segment import segment as segment
     from .models import Mask2Former as Mask2Former
     from .models import Mask2FormerConfig as Mask2FormerConfig
+    from .models import SegFormer as SegFormer
+    from .models import SegFormerConfig as SegFormerConfig
     from .models import Segmenter as Segmenter
     from .models import SegmenterConfig as SegmenterConfig
     from .models import open_model as open_model
@@ -37,6 +39,8 @@ _HOME = {
     "segment": "inference.segment",
     "Mask2Former": "models",
     "Mask2FormerConfig": "models",
+    "SegFormer": "models",
+    "SegFormerConfig": "models",
     "Segmenter": "models",
     "SegmenterConfig": "models",
     "open_model": "models",

@@ -3,6 +3,8 @@
 from .mask2former import DIGITS_THRESHOLD as DIGITS_THRESHOLD
 from .mask2former import digits as digits
 from .mask2former import mask2former as mask2former
+from .segformer import digits_segformer as digits_segformer
+from .segformer import segformer as segformer
 from .segmenter import digits_segmenter as digits_segmenter
 from .segmenter import segmenter as segmenter
 
@@ -12,4 +14,6 @@ RECIPES = {
     "digits-segmenter": digits_segmenter,
     "mask2former": mask2former,
     "segmenter": segmenter,
+    "segformer": segformer,
+    "digits-segformer": digits_segformer,
 }
