@@ -110,16 +110,20 @@ def read_sizes(weights: dict[str, Tensor], name: str) -> dict:
     labels = len(weights["head.classifier.bias"]) if "head.classifier.bias" in weights else None
     sets = {DATASETS[name].labels["semantic"]: name for name in ("cityscapes", "ade20k")}
     sizes = [size for size, (*known, _) in SIZES.items() if known == [channels, depths]]
-    if (labels is not None and labels not in sets) or not sizes:
-        warnings.warn(
-            f"{name}: is of sizes, or of {labels} classes, that no published checkpoint has: "
-            "heads are taken to be 1, 2, 5, 8, and pictures are resized as ADE20K's "
-            "(shortest_edge, longest_edge)",
-            stacklevel=3,
+    taken = []
+    if not sizes:
+        taken.append(
+            "heads are taken to be 1, 2, 5, 8, as its sizes are of no published checkpoint"
         )
-    settings = asdict(
-        SegFormerConfig.preset(sizes[0] if sizes else "b0", sets.get(labels, "ade20k"))
-    )
+    if labels is not None and labels not in sets:
+        taken.append(
+            f"pictures are resized as ADE20K's (shortest_edge, longest_edge), as its {labels} "
+            "classes are of no published checkpoint"
+        )
+    if taken:
+        warnings.warn(f"{name}: {'; '.join(taken)}", stacklevel=4)
+    dataset = sets.get(labels, "ade20k")
+    settings = asdict(SegFormerConfig.preset(sizes[0] if sizes else "b0", dataset))
     settings |= {"hidden_sizes": channels, "depths": depths, "layer_norm_eps": LAYER_NORM_EPS}
     settings["sr_ratios"] = tuple(
         weights[key].shape[-1] if (key := f"{s}.blocks.0.attn.sr.weight") in weights else 1

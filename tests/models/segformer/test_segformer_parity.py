@@ -215,10 +215,10 @@ class _Live(TorchDispatchMode):
         return out
 
 
-def counted(build, size):
+def counted(model, config, size):
     """Bytes at the highest and values of the largest tensor of an inference that is not run."""
     with torch.device("meta"):
-        model = build().eval()
+        model = model(config).eval()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model, x = model.to_empty(device="cpu"), torch.empty(1, 3, size, size)
         with _Live() as live:
@@ -231,7 +231,7 @@ def test_b2_at_1024_is_never_laid_side_by_side():
     ours = replace(SegFormerConfig.preset("b2"), depths=(1, 1, 1, 1))  # blocks come and go
     sizes = {"hidden_sizes": ours.hidden_sizes, "depths": ours.depths, "num_labels": 150}
     theirs = ReferenceConfig(decoder_hidden_size=768, **sizes)
-    want, have = (counted(lambda: f(c), 1024) for f, c in ((Reference, theirs), (SegFormer, ours)))
+    want, have = counted(Reference, theirs, 1024), counted(SegFormer, ours, 1024)
     one = 768 * 256 * 256
     assert want.largest == 4 * one
     assert have.largest == one
