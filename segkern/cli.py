@@ -342,10 +342,11 @@ def _train_command(arguments: list[str]) -> Callable:
         default = stored_config(folder)
         default.output = checkpoint.folder_of(folder)
         default.overwrite = False  # it was said of that run, not of what comes now
-    elif chosen == "segmenter":
+    elif chosen in ("segmenter", "segformer"):
         pretrained = "--model.no-backbone-pretrained" not in arguments
         layout = given.get("--data.layout", "plain")
-        default = recipes.segmenter(preset, layout, pretrained, root, given.get("--init"))
+        recipe = recipes.RECIPES[chosen]
+        default = recipe(preset, layout, pretrained, root, given.get("--init"))
     elif chosen == "mask2former":
         if not root:
             raise ValueError("train: --recipe mask2former needs --data.root, a folder of pictures")
@@ -366,17 +367,20 @@ def _train_command(arguments: list[str]) -> Callable:
             config: what and how.
             recipe: the model, and the defaults of the other options; not given, mask2former for
                 pictures of objects in --data.root, segmenter for maps of classes there, digits
-                without. Those of segmenter are its paper's for the layout of --data.root; those of
-                mask2former its paper's, with the classes of the data in --data.root, whose format
-                is found, and with the sizes of the model that --init names.
+                without. Those of segmenter and segformer are their papers' for the layout of
+                --data.root; those of mask2former its paper's, with the classes of the data in
+                --data.root, whose format is found, and with the sizes of the model that --init
+                names.
             resume: go on with the run in this folder; other options default to its settings.
             preset: model of a recipe: of mask2former tiny, resnet50, resnet101, swin_tiny,
                 swin_small, swin_base or swin_large, not given, swin_tiny, or that of --init; of
-                segmenter such as Seg-B-Mask/16, not given, that of --init or Seg-S-Mask/16.
+                segmenter such as Seg-B-Mask/16, not given, that of --init or Seg-S-Mask/16; of
+                segformer b0 to b5, not given, that of --init or b0.
         """
-        if preset is not None and chosen not in ("segmenter", "mask2former"):
+        if preset is not None and chosen not in ("segmenter", "mask2former", "segformer"):
             raise ValueError(
-                "train: --preset is for a new run with --recipe mask2former or segmenter"
+                "train: --preset is for a new run with --recipe mask2former, segmenter or "
+                "segformer"
             )
         if chosen == "mask2former":
             names = list((config.model.id2label or {}).values())

@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import SegformerConfig as ReferenceConfig
-from transformers import SegformerForImageClassification, SegformerForSemanticSegmentation
-from transformers import SegformerImageProcessor
+from transformers import (
+    SegformerForImageClassification,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
+)
 
 from segkern.models import SegFormer, SegFormerConfig, initialize, open_model
 from segkern.models.segformer import huggingface, original
