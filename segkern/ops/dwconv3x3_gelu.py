@@ -51,25 +51,16 @@ def _weight(filters: Tensor) -> Tensor:
     return filters.mT.reshape(-1, 1, 3, 3)
 
 
-def _composed(x, filters, bias):
-    return dwconv3x3_gelu_reference(x, _weight(filters), bias)
-
-
-def _composed_backward(grad, x, filters, bias):
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (x, filters, bias)]
-        found = torch.autograd.grad(_composed(*inputs), inputs, grad)
-    return tuple(t.clone(memory_format=torch.contiguous_format) for t in found)
-
-
 _forward = _library.define(
-    "dwconv3x3_gelu(Tensor x, Tensor filters, Tensor bias) -> Tensor", _fake, composed=_composed
+    "dwconv3x3_gelu(Tensor x, Tensor filters, Tensor bias) -> Tensor",
+    _fake,
+    triton="dwconv3x3_gelu",
 )
 _backward = _library.define(
     "dwconv3x3_gelu_backward(Tensor grad, Tensor x, Tensor filters, Tensor bias)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_backward,
-    composed=_composed_backward,
+    triton="dwconv3x3_gelu",
 )
 
 

@@ -56,31 +56,13 @@ def _fake_backward(grad: Tensor, sizes: list[int]) -> list[Tensor]:
     return [grad.new_empty((B, h, w, E)) for h, w in pairs]
 
 
-def _rows_last(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
-def _composed(maps, bias, relu):
-    out = resize_sum_reference([_rows_last(x) for x in maps], bias, relu)
-    return out.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-
-
-def _composed_backward(grad, sizes):
-    (B, h, w, E), grad = grad.shape, _rows_last(grad)
-    found = []
-    for size in zip(sizes[::2], sizes[1::2]):
-        of_map = _aten.upsample_bilinear2d_backward(grad, (h, w), (B, E, *size), False)
-        found.append(of_map.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format))
-    return found
-
-
 _forward = _library.define(
-    "resize_sum(Tensor[] maps, Tensor? bias, bool relu) -> Tensor", _fake, composed=_composed
+    "resize_sum(Tensor[] maps, Tensor? bias, bool relu) -> Tensor", _fake, triton="resize_sum"
 )
 _backward = _library.define(
     "resize_sum_backward(Tensor grad, int[] sizes) -> Tensor[]",
     _fake_backward,
-    composed=_composed_backward,
+    triton="resize_sum",
 )
 
 
