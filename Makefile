@@ -126,8 +126,8 @@ PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.1
 oldest: setup .venv-oldest/installed
 	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n $(MAX_JOBS) $(OPS) tests/kernels/test_triton.py -m "not slow and not gpu" -k "not float16"
 
-# the demo and the recipe of Segmenter must have learned what they are there to show; the recipe
-# with a quarter more steps, as machines that round otherwise end a little above or below
+# the demo and the recipes of Segmenter and SegFormer must have learned what they are there to show;
+# Segmenter's with a quarter more steps, as machines that round otherwise end a little above or below
 gate: demo
 	$(PY) -c "import json; m = json.load(open('demo/metrics.json')); \
 	  assert m['pq'] >= 0.8 and m['class_accuracy'] >= 0.9, m; print('demo:', m)"
@@ -135,6 +135,10 @@ gate: demo
 	$(BIN)/segkern evaluate build/segmenter --out build/segmenter.json
 	$(PY) -c "import json; m = json.load(open('build/segmenter.json')); \
 	  assert m['miou'] >= 0.8, m; print('Segmenter:', m['miou'])"
+	$(BIN)/segkern train --recipe digits-segformer --output build/segformer --overwrite
+	$(BIN)/segkern evaluate build/segformer --out build/segformer.json
+	$(PY) -c "import json; m = json.load(open('build/segformer.json')); \
+	  assert m['miou'] >= 0.8, m; print('SegFormer:', m['miou'])"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -26,14 +26,14 @@ def digits_segformer(level: str = "easy", size: tuple[int, int] = (64, 64)):
         SegFormerConfig.tiny(len(names)), image_size=size, id2label=dict(enumerate(names))
     )
     return TrainConfig(
-        steps=1000,
+        steps=1800,
         batch_size=4,
         lr=2e-3,
         backbone_lr_factor=1.0,
         schedule="cosine",
         warmup=50,
         clip=1.0,
-        evaluate_every=500,
+        evaluate_every=900,
         data=DigitsConfig(size=size, level=level, task="semantic"),
         model=model,
     )

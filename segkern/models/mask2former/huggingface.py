@@ -12,14 +12,8 @@ from torch import Tensor
 
 from ...nn.backbones.swin import VARIANTS
 from ...structures.labels import IMAGENET_MEAN, known_stuff
+from ...weights import hf_folders as files
 from ...weights.folders import find_folder, read_json
-from ...weights.transformers_files import (
-    check_fixed,
-    read_labels,
-    read_weights,
-    write_files,
-    write_labels,
-)
 from .huggingface_keys import from_huggingface, to_huggingface
 
 _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
@@ -109,7 +103,7 @@ def read_folder(
             f"from_pretrained: {name_or_folder}: image_mean of preprocessor_config.json must have "
             f"num_channels ({channels}) numbers, got {settings.get('image_mean')}"
         )
-    weights = from_huggingface(read_weights(folder), _family(settings))
+    weights = from_huggingface(files.read_weights(folder), _family(settings))
     head = weights.get("query_decoder.class_embed.bias")
     if head is not None and head.shape[0] - 1 != settings["num_labels"]:
         has = head.shape[0] - 1
@@ -123,7 +117,8 @@ def read_folder(
 
 
 def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor]) -> None:
-    """Writes config.json, preprocessor_config.json and model.safetensors, as `write_files` does.
+    """Writes config.json, preprocessor_config.json and model.safetensors
+    (`weights.hf_folders.write_folder`).
 
     Args:
         folder: is made if it is not there; other files in it stay, other weights go.
@@ -134,7 +129,7 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
         OSError: the folder cannot be written to.
     """
     state = to_huggingface(weights, _family(settings))
-    write_files(folder, write_config(settings), write_preprocessor(settings), state)
+    files.write_folder(folder, state, write_config(settings), write_preprocessor(settings))
 
 
 def read_config(config: dict, name: str = "config.json") -> dict:
@@ -152,9 +147,9 @@ def read_config(config: dict, name: str = "config.json") -> dict:
             f"from_pretrained: {name}: model_type must be mask2former, "
             f"got {config.get('model_type')}"
         )
-    check_fixed(config, _FIXED, name)
+    files.check_fixed(config, _FIXED, name)
     own = config.get("segkern") or {}
-    labels = read_labels(config, name)
+    labels = files.read_labels(config, name)
     settings = {field: config.get(field, default) for field, default in _SAME.items()}
     settings |= {
         "decoder_layers": config.get("decoder_layers", 10) - 1,
@@ -176,7 +171,7 @@ def write_config(settings: dict) -> dict:
         "decoder_layers": settings["decoder_layers"] + 1,
         **{field: settings[field] for field in _SAME},
         **_FIXED,
-        **write_labels(settings["num_labels"], settings.get("id2label")),
+        **files.write_labels(settings.get("id2label"), settings["num_labels"]),
         "segkern": {
             "stuff": list(settings.get("stuff", ())),
             "num_points_encoder": settings["num_points_encoder"],
@@ -249,11 +244,11 @@ def _read_backbone(config: dict, own: dict, name: str) -> dict:
             f"from_pretrained: {name}: out_features must be {', '.join(_STAGES)}, got {stages}"
         )
     if family == "swin":
-        check_fixed(backbone, _FIXED_SWIN, name)
+        files.check_fixed(backbone, _FIXED_SWIN, name)
         rate = backbone.get("drop_path_rate", 0.1)
         return _read_swin(backbone) | {"drop_path_rate": rate}
     if family == "resnet":
-        check_fixed(backbone, _FIXED_RESNET, name)
+        files.check_fixed(backbone, _FIXED_RESNET, name)
         return _read_resnet(backbone) | {"drop_path_rate": 0.0}
     if family == "timm_backbone":
         frozen = {"freeze_norm": True} if backbone.get("freeze_batch_norm_2d") else {}

@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 
 from ...structures.labels import IMAGENET_MEAN
+from ...weights import hf_folders
 from ...weights.folders import find_folder, read_json
-from ...weights.transformers_files import (
-    check_fixed,
-    read_labels,
-    read_weights,
-    write_files,
-    write_labels,
-)
+from ...weights.hf_folders import check_fixed, read_labels, read_weights, write_labels
+from ...weights.state_dicts import name_rules, renamed
 
 _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
     "hidden_sizes": (32, 64, 160, 256),
@@ -46,59 +42,48 @@ _OWN = (
     *("layer_norm_eps", "backbone", "image_size", "window_size", "window_stride"),
     *("shortest_edge", "longest_edge"),
 )
-_PARTS = (  # ours and theirs, on disk
-    ("head.linears.{}.", "decode_head.linear_c.{}.proj."),
-    ("head.fuse.", "decode_head.linear_fuse."),
-    ("head.norm.", "decode_head.batch_norm."),
-    ("head.classifier.", "decode_head.classifier."),
-    ("backbone.stages.{}.patch_embed.proj.", "segformer.encoder.patch_embeddings.{}.proj."),
-    ("backbone.stages.{}.patch_embed.norm.", "segformer.encoder.patch_embeddings.{}.layer_norm."),
-    ("backbone.stages.{}.norm.", "segformer.encoder.layer_norm.{}."),
+_STAGE, _DISK, _MEMORY = "backbone.stages.#", "segformer.encoder", "segformer.stages.#"
+_NAMES = (  # ours; on disk; in the memory of transformers 5
+    ("head.linears.#", "decode_head.linear_c.#.proj", "decode_head.linear_projections.#.proj"),
+    ("head.fuse", "decode_head.linear_fuse", "decode_head.linear_fuse"),
+    ("head.norm", "decode_head.batch_norm", "decode_head.batch_norm"),
+    ("head.classifier", "decode_head.classifier", "decode_head.classifier"),
+    (f"{_STAGE}.norm", f"{_DISK}.layer_norm.#", f"{_MEMORY}.layer_norm"),
     *(
         (
-            f"backbone.stages.{{}}.blocks.{{}}.{ours}.",
-            f"segformer.encoder.block.{{}}.{{}}.{theirs}.",
+            f"{_STAGE}.patch_embed.{ours}",
+            f"{_DISK}.patch_embeddings.#.{theirs}",
+            f"{_MEMORY}.patch_embeddings.{theirs}",
         )
-        for ours, theirs in (
-            ("norm1", "layer_norm_1"),
-            ("attn.q", "attention.self.query"),
-            ("attn.key", "attention.self.key"),
-            ("attn.value", "attention.self.value"),
-            ("attn.sr", "attention.self.sr"),
-            ("attn.norm", "attention.self.layer_norm"),
-            ("attn.proj", "attention.output.dense"),
-            ("norm2", "layer_norm_2"),
-            ("mlp.fc1", "mlp.dense1"),
-            ("mlp.dwconv", "mlp.dwconv.dwconv"),
-            ("mlp.fc2", "mlp.dense2"),
+        for ours, theirs in (("proj", "proj"), ("norm", "layer_norm"))
+    ),
+    *(
+        (f"{_STAGE}.blocks.#.{ours}", f"{_DISK}.block.#.#.{disk}", f"{_MEMORY}.blocks.#.{memory}")
+        for ours, disk, memory in (
+            ("norm1", "layer_norm_1", "layernorm_before"),
+            ("attn.q", "attention.self.query", "attention.q_proj"),
+            ("attn.key", "attention.self.key", "attention.k_proj"),
+            ("attn.value", "attention.self.value", "attention.v_proj"),
+            (
+                "attn.sr",
+                "attention.self.sr",
+                "attention.sequence_reduction.sequence_reduction",
+            ),
+            (
+                "attn.norm",
+                "attention.self.layer_norm",
+                "attention.sequence_reduction.layer_norm",
+            ),
+            ("attn.proj", "attention.output.dense", "attention.o_proj"),
+            ("norm2", "layer_norm_2", "layernorm_after"),
+            ("mlp.fc1", "mlp.dense1", "mlp.fc1"),
+            ("mlp.dwconv", "mlp.dwconv.dwconv", "mlp.dwconv.dwconv"),
+            ("mlp.fc2", "mlp.dense2", "mlp.fc2"),
         )
     ),
 )
-_MEMORY = [  # of transformers 5 in memory to the names on disk
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"decode_head\.linear_projections\.", "decode_head.linear_c."),
-        (
-            r"segformer\.stages\.(\d+)\.patch_embeddings\.",
-            r"segformer.encoder.patch_embeddings.\1.",
-        ),
-        (r"segformer\.stages\.(\d+)\.layer_norm\.", r"segformer.encoder.layer_norm.\1."),
-        (r"segformer\.stages\.(\d+)\.blocks\.(\d+)\.", r"segformer.encoder.block.\1.\2."),
-        (r"\.layernorm_before\.", ".layer_norm_1."),
-        (r"\.layernorm_after\.", ".layer_norm_2."),
-        (r"\.attention\.q_proj\.", ".attention.self.query."),
-        (r"\.attention\.k_proj\.", ".attention.self.key."),
-        (r"\.attention\.v_proj\.", ".attention.self.value."),
-        (r"\.attention\.o_proj\.", ".attention.output.dense."),
-        (r"\.sequence_reduction\.sequence_reduction\.", ".self.sr."),
-        (r"\.sequence_reduction\.layer_norm\.", ".self.layer_norm."),
-        (r"\.mlp\.fc(\d)\.", r".mlp.dense\1."),
-    )
-]
-_OURS, _THEIRS = (
-    [(re.compile(re.escape(row[i]).replace(r"\{\}", r"(\d+)")), row[1 - i]) for row in _PARTS]
-    for i in (1, 0)
-)
+_OURS = name_rules((theirs, ours) for ours, *spellings in _NAMES for theirs in spellings)
+_THEIRS = name_rules((ours, disk) for ours, disk, _ in _NAMES)
 _FILTERS = ("decode_head.linear_fuse.weight", "decode_head.classifier.weight")  # 1 x 1 there
 
 
@@ -131,7 +116,7 @@ def read_folder(name_or_folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor]) -> None:
-    """Writes config.json, preprocessor_config.json and model.safetensors, as `write_files` does.
+    """Writes config.json, preprocessor_config.json and model.safetensors, each whole.
 
     Args:
         folder: is made if it is not there; other files in it stay, other weights go.
@@ -141,8 +126,8 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     Raises:
         OSError: the folder cannot be written to.
     """
-    preprocessor = write_preprocessor(settings)
-    write_files(folder, write_config(settings), preprocessor, to_huggingface(weights))
+    config, preprocessor = write_config(settings), write_preprocessor(settings)
+    hf_folders.write_folder(folder, to_huggingface(weights), config, preprocessor)
 
 
 def read_config(config: dict, name: str = "config.json") -> dict:
@@ -177,7 +162,7 @@ def write_config(settings: dict) -> dict:
         **_FIXED,
         "layer_norm_eps": settings["layer_norm_eps"],
         "reshape_last_stage": True,
-        **write_labels(settings["num_labels"], settings.get("id2label")),
+        **write_labels(settings.get("id2label"), settings["num_labels"]),
         "segkern": {field: settings[field] for field in _OWN},
     }
 
@@ -230,11 +215,9 @@ def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     out = {}
     for name, value in state.items():
-        for pattern, replacement in _MEMORY:
-            name = pattern.sub(replacement, name)
-        if name in ("classifier.weight", "classifier.bias"):
-            continue
-        out[_renamed(name, _OURS)] = value.flatten(1) if name in _FILTERS else value
+        if name not in ("classifier.weight", "classifier.bias"):
+            value = value.flatten(1) if name in _FILTERS else value
+            out[renamed(name, _OURS) or name] = value
     for name in list(out):
         if match := re.fullmatch(r"(.*\.attn\.)key(\.weight|\.bias)", name):
             parts = [f"{match[1]}{part}{match[2]}" for part in ("key", "value")]
@@ -249,16 +232,8 @@ def to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         if match := re.fullmatch(r"(.*\.attn\.)kv(\.weight|\.bias)", name):
             for part, piece in zip(("key", "value"), value.chunk(2)):
-                out[_renamed(f"{match[1]}{part}{match[2]}", _THEIRS)] = piece
+                out[renamed(f"{match[1]}{part}{match[2]}", _THEIRS)] = piece
         else:
-            name = _renamed(name, _THEIRS)
+            name = renamed(name, _THEIRS)
             out[name] = value[..., None, None] if name in _FILTERS else value
     return out
-
-
-def _renamed(name: str, table: list[tuple[re.Pattern, str]]) -> str:
-    """A name as the first fitting row of a table has it; one that fits none stays."""
-    for pattern, replacement in table:
-        if match := pattern.match(name):
-            return replacement.format(*match.groups()) + name[match.end() :]
-    return name

@@ -1,10 +1,5 @@
-"""The files of a model in Hugging Face's format: config.json, preprocessor_config.json, weights.
+"""Folders in Hugging Face's format, of any model: the weights in one file or in shards, labels."""
 
-What every model's format there shares; settings are dicts as JSON has them, weights have the names
-that are on disk.
-"""
-
-import json
 import os
 import shutil
 import tempfile
@@ -15,23 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import unpickling
-from .folders import read_json
+from .folders import read_json, write_json
 from .state_dicts import on_disk
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
 
 
 def check_fixed(config: dict, fixed: dict, name: str) -> None:
-    """Checks options that an architecture does not leave open here.
-
-    Args:
-        config: as it is on disk; what is missing is as it must be.
-        fixed: what they must be.
-        name: of the checkpoint, for messages.
-
-    Raises:
-        ValueError: another value.
-    """
+    """Raises ValueError where a config has another value than the one that a model has here."""
     for field, value in fixed.items():
         if config.get(field, value) != value:
             raise ValueError(
@@ -40,10 +26,10 @@ def check_fixed(config: dict, fixed: dict, name: str) -> None:
 
 
 def read_labels(config: dict, name: str) -> dict[int, str]:
-    """Names of the labels 0, 1, 2, ... in a config.json; where it has none, transformers' two.
+    """The names of the labels that config.json holds.
 
     Raises:
-        ValueError: other numbers.
+        ValueError: they are not 0, 1, 2, ...
     """
     labels = config.get("id2label") or {i: f"LABEL_{i}" for i in range(2)}
     labels = {int(i): str(label) for i, label in labels.items()}
@@ -52,20 +38,20 @@ def read_labels(config: dict, name: str) -> dict[int, str]:
     return labels
 
 
-def write_labels(count: int, labels: dict[int, str] | None) -> dict[str, dict]:
-    """id2label and label2id of so many labels, whose names may be None."""
-    labels = labels or {i: f"LABEL_{i}" for i in range(count)}
+def write_labels(names: dict[int, str] | None, count: int) -> dict:
+    """The same for config.json."""
+    names = names or {i: f"LABEL_{i}" for i in range(count)}
     return {
-        "id2label": {str(i): label for i, label in labels.items()},
-        "label2id": {label: i for i, label in labels.items()},
+        "id2label": {str(i): label for i, label in names.items()},
+        "label2id": {label: i for i, label in names.items()},
     }
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder, of one file or of several with an index.
+    """Weights of a folder under the names in its file, or in its shards.
 
     Raises:
-        ValueError: there are none, or a file is damaged or holds other things.
+        ValueError: there is no such file, or one is broken.
     """
     for name in _WEIGHTS:
         if (folder / name).is_file():
@@ -79,18 +65,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise ValueError(f"from_pretrained: {folder} has neither {' nor '.join(_WEIGHTS)}")
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else unpickling.load(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"from_pretrained: {path} cannot be read: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"from_pretrained: {path} must hold a dict of tensors")
-    return state
-
-
-def write_files(
-    folder: str | Path, config: dict, preprocessor: dict, weights: dict[str, Tensor]
+def write_folder(
+    folder: str | Path, weights: dict[str, Tensor], config: dict, preprocessor: dict
 ) -> None:
     """Writes config.json, preprocessor_config.json and model.safetensors.
 
@@ -100,8 +76,9 @@ def write_files(
 
     Args:
         folder: is made if it is not there; other files in it stay, other weights go.
-        config, preprocessor: as JSON has them; the config gets the weights' dtype.
-        weights: by their names on disk.
+        weights: under Hugging Face's names.
+        config: for config.json, which gets the weights' dtype.
+        preprocessor: for preprocessor_config.json.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -114,8 +91,8 @@ def write_files(
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         save_file(state, temporary / _WEIGHTS[0], metadata={"format": "pt"})
-        _write_json(temporary / "preprocessor_config.json", preprocessor)
-        _write_json(temporary / "config.json", config)
+        write_json(temporary / "preprocessor_config.json", preprocessor)
+        write_json(temporary / "config.json", config)
         mode = (temporary / "config.json").stat().st_mode  # safetensors' own is private
         (temporary / _WEIGHTS[0]).chmod(mode)
         # config.json last: a folder without it is refused, so half of a first save never opens
@@ -128,5 +105,11 @@ def write_files(
             old.unlink()
 
 
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else unpickling.load(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"from_pretrained: {path} cannot be read: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"from_pretrained: {path} must hold a dict of tensors")
+    return state
