@@ -166,15 +166,26 @@ def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu
 
 
 def build_openvino(folder: Path, height: int, width: int, batch: int, dtype: str):
-    """An inference of transformers' model in OpenVINO on the CPU, or why there is none.
+    """An inference of transformers' model in OpenVINO on the CPU, or why there is none."""
+    model = open_model("transformers", folder, "cpu")
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, height, width)
+    return in_openvino(model, ("class_queries_logits", "masks_queries_logits"), x, dtype)
+
+
+def in_openvino(model: torch.nn.Module, results: tuple[str, ...], x: torch.Tensor, dtype: str):
+    """An inference of a model of transformers in OpenVINO on the CPU, or why there is none.
 
     OpenVINO computes in `dtype`, "float32" or "bfloat16"; images and results are float32.
+
+    Args:
+        results: names in the model's output.
+        x: the images.
     """
     try:
         import openvino
     except ImportError:
         return "OpenVINO is not installed (pip install openvino)"
-    model = open_model("transformers", folder, "cpu")
 
     class Logits(torch.nn.Module):
         def __init__(self):
@@ -183,10 +194,8 @@ def build_openvino(folder: Path, height: int, width: int, batch: int, dtype: str
 
         def forward(self, x):
             out = self.model(x)
-            return out.class_queries_logits, out.masks_queries_logits
+            return tuple(out[name] for name in results)
 
-    torch.manual_seed(0)
-    x = torch.randn(batch, 3, height, width)
     with torch.no_grad():
         graph = openvino.convert_model(Logits(), example_input=x)
     graph.reshape(list(x.shape))  # constant shapes, as torch.compile has them

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from .models import Mask2FormerConfig as Mask2FormerConfig
     from .models import MaskFormer as MaskFormer
     from .models import MaskFormerConfig as MaskFormerConfig
+    from .models import SegFormer as SegFormer
+    from .models import SegFormerConfig as SegFormerConfig
     from .models import Segmenter as Segmenter
     from .models import SegmenterConfig as SegmenterConfig
     from .models import open_model as open_model
@@ -41,6 +43,8 @@ _HOME = {
     "Mask2FormerConfig": "models",
     "MaskFormer": "models",
     "MaskFormerConfig": "models",
+    "SegFormer": "models",
+    "SegFormerConfig": "models",
     "Segmenter": "models",
     "SegmenterConfig": "models",
     "open_model": "models",

@@ -53,6 +53,7 @@ _Model = Annotated[
 # options of train that are read before the others, whose defaults depend on them
 _FIRST = ("--recipe", "--resume", "--preset", "--init")
 _FIRST += ("--data.root", "--data.layout", "--data.task")
+_MAPS = ("segmenter", "segformer")  # recipes for maps of classes
 _OBJECTS = ("mask2former", "maskformer")  # recipes for pictures of objects
 _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error arose."
 
@@ -343,10 +344,11 @@ def _train_command(arguments: list[str]) -> Callable:
         default = stored_config(folder)
         default.output = checkpoint.folder_of(folder)
         default.overwrite = False  # it was said of that run, not of what comes now
-    elif chosen == "segmenter":
+    elif chosen in _MAPS:
         pretrained = "--model.no-backbone-pretrained" not in arguments
         layout = given.get("--data.layout", "plain")
-        default = recipes.segmenter(preset, layout, pretrained, root, given.get("--init"))
+        recipe = recipes.RECIPES[chosen]
+        default = recipe(preset, layout, pretrained, root, given.get("--init"))
     elif chosen in _OBJECTS:
         if not root:
             raise ValueError(f"train: --recipe {chosen} needs --data.root, a folder of pictures")
@@ -367,19 +369,18 @@ def _train_command(arguments: list[str]) -> Callable:
             config: what and how.
             recipe: the model, and the defaults of the other options; not given, mask2former for
                 pictures of objects in --data.root, segmenter for maps of classes there, digits
-                without. Those of segmenter are its paper's for the layout of --data.root; those of
-                mask2former and maskformer have the classes of the data in --data.root, whose
-                format is found, and the sizes of the model that --init names.
+                without. Those of segmenter and segformer are their papers' for the layout of
+                --data.root; those of mask2former and maskformer have the classes of the data in
+                --data.root, whose format is found, and the sizes of the model that --init names.
             resume: go on with the run in this folder; other options default to its settings.
             preset: model of a recipe: of mask2former and maskformer tiny, resnet50, resnet101,
                 swin_tiny, swin_small, swin_base or swin_large, not given, swin_tiny, or that of
-                --init; of
-                segmenter such as Seg-B-Mask/16, not given, that of --init or Seg-S-Mask/16.
+                --init; of segmenter such as Seg-B-Mask/16, not given, that of --init or
+                Seg-S-Mask/16; of segformer b0 to b5, not given, that of --init or b0.
         """
-        if preset is not None and chosen not in ("segmenter", *_OBJECTS):
+        if preset is not None and chosen not in (*_MAPS, *_OBJECTS):
             raise ValueError(
-                "train: --preset is for a new run with --recipe mask2former, maskformer or "
-                "segmenter"
+                f"train: --preset is for a new run with --recipe {', '.join(_OBJECTS + _MAPS)}"
             )
         if chosen in _OBJECTS:
             names = list((config.model.id2label or {}).values())

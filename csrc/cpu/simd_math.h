@@ -105,4 +105,36 @@ SEGKERN_INLINE T simd_softplus(T x) {
   return (x > T(0) ? x : T(0)) + simd_log1p(e);
 }
 
+// Phi(-t) = 2^r(t) / 2, Phi the normal distribution's, t >= 0; r is a polynomial without constant
+// term, fitted on [0, 7]. Relative errors: 2e-7 up to t = 1, 1e-5 at 5, 3e-4 at 7; 0 from 12 on.
+// Nothing branches, so that gcc vectorises the loop around it.
+SEGKERN_INLINE float normal_tail(float t) {
+  const float u = t * t;  // even and odd powers apart: half as long a chain
+  float even = 6.709793752e-7f, odd = -2.103155872e-8f;
+  even = even * u + 6.631584256e-5f, odd = odd * u - 9.087637409e-6f;
+  even = even * u - 5.993325249e-5f, odd = odd * u - 2.476584923e-4f;
+  even = even * u - 5.247807875e-2f, odd = odd * u + 7.011417300e-3f;
+  even = even * u - 1.151104927e+0f, odd = odd * u - 4.592114389e-1f;
+  float r = (odd * t + even) * t;
+  r = r > -126.0f ? r : -126.0f;                // there the result is 0; also if r is inf - inf
+  const float shifted = r + 12582911.0f;        // rounds; its last bits are the integer n - 1
+  const float f = r - (shifted - 12582911.0f);  // r = n + f
+  float p = 1.535336341e-4f;                    // 2^f
+  p = p * f + 1.339887502e-3f;
+  p = p * f + 9.618436918e-3f;
+  p = p * f + 5.550332367e-2f;
+  p = p * f + 2.402264774e-1f;
+  p = p * f + 6.931471825e-1f;
+  p = p * f + 1.0f;
+  return bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));  // 2^(n - 1) p
+}
+SEGKERN_INLINE double normal_tail(double t) { return 0.5 * std::erfc(t * 0.70710678118654752); }
+
+// Phi(x), with the errors of the tail
+template <class T>
+SEGKERN_INLINE T normal_below(T x) {
+  const T tail = normal_tail(std::fabs(x));
+  return x < T(0) ? tail : T(1) - tail;
+}
+
 }  // namespace segkern

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Union
 
-from ..weights.folders import find_folder, model_type
+from ..weights.folders import FILES, find_folder, model_type
 from ..weights.state_dicts import misfits, with_new_head
 from .mask2former import Mask2Former as Mask2Former
 from .mask2former import Mask2FormerConfig as Mask2FormerConfig
@@ -17,6 +17,9 @@ from .maskformer import MaskFormerConfig as MaskFormerConfig
 from .maskformer import MaskFormerOutput as MaskFormerOutput
 from .protocol import ModelConfig as ModelConfig
 from .protocol import SegmentationModel as SegmentationModel
+from .segformer import SegFormer as SegFormer
+from .segformer import SegFormerConfig as SegFormerConfig
+from .segformer import SegFormerOutput as SegFormerOutput
 from .segmenter import Segmenter as Segmenter
 from .segmenter import SegmenterConfig as SegmenterConfig
 from .segmenter import SegmenterOutput as SegmenterOutput
@@ -43,6 +46,7 @@ MODELS = {
     "mask2former": Kind(Mask2FormerConfig, Mask2Former, suffix=".pkl"),
     "segmenter": Kind(SegmenterConfig, Segmenter, files=("variant.yml",)),
     "maskformer": Kind(MaskFormerConfig, MaskFormer),
+    "segformer": Kind(SegFormerConfig, SegFormer, suffix=".pth"),
 }
 Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
 
@@ -90,13 +94,13 @@ def open_model(name: str | Path) -> SegmentationModel:
 
     Args:
         name: a folder that a model's `save_pretrained`, transformers or a model's original code
-            wrote, or a file in it, or a .pkl file of Mask2Former's; the folder of a training run;
-            or a name on the hub.
+            wrote, or a file in it, or a .pkl file of Mask2Former's or a .pth file of SegFormer's;
+            the folder of a training run; or a name on the hub.
 
     Raises:
         ValueError: of no kind that segkern has; or see each model's `from_pretrained`.
     """
-    suffix = Path(name).suffix
+    suffix = "" if Path(name).name in FILES else Path(name).suffix
     for row in MODELS.values():
         if suffix and row.suffix == suffix:
             return row.model.from_pretrained(name)
@@ -115,7 +119,7 @@ def open_model(name: str | Path) -> SegmentationModel:
 
 
 # settings that change what the weights compute and show in no shape
-_UNSEEN = ("num_heads", "num_attention_heads", "num_points_encoder")
+_UNSEEN = ("num_heads", "num_attention_heads", "num_points_encoder", "strides")
 
 
 def initialize(model: SegmentationModel, source: str | Path, fresh_head: bool = False) -> str:

@@ -5,6 +5,8 @@ from .mask2former import digits as digits
 from .mask2former import mask2former as mask2former
 from .maskformer import digits_maskformer as digits_maskformer
 from .maskformer import maskformer as maskformer
+from .segformer import digits_segformer as digits_segformer
+from .segformer import segformer as segformer
 from .segmenter import digits_segmenter as digits_segmenter
 from .segmenter import segmenter as segmenter
 
@@ -16,4 +18,6 @@ RECIPES = {
     "segmenter": segmenter,
     "digits-maskformer": digits_maskformer,
     "maskformer": maskformer,
+    "segformer": segformer,
+    "digits-segformer": digits_segformer,
 }

@@ -48,8 +48,9 @@ class TrainConfig:
             rest, which takes fewer steps from scratch and more time for each.
         momentum: of SGD and Muon.
         weight_decay: of the optimizer.
-        schedule: "cosine" or "poly" (power 0.9) to min_lr, or "steps": a tenth at 8/9 of the steps
-            and again at 26/27.
+        schedule: "cosine" or "poly" to min_lr, or "steps": a tenth at 8/9 of the steps and again
+            at 26/27.
+        power: of "poly".
         warmup: steps in which the rate rises.
         clip: largest norm of the gradient; 0 does not clip.
         precision: "fp32", "bf16" for autocast, or "fp16" for autocast with a scaled loss.
@@ -97,6 +98,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 0.05
     schedule: Literal["cosine", "poly", "steps"] = "cosine"
+    power: float = 0.9
     warmup: int = 10
     clip: float = 0.01
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -141,7 +143,7 @@ class TrainConfig:
             raise ValueError(f"TrainConfig: threshold must be in [0, 1], got {self.threshold}")
         for names, least in (
             ("steps batch_size accumulate log_every checkpoint_every evaluate_scenes", 1),
-            ("lr min_lr backbone_lr_factor momentum weight_decay warmup clip seed", 0),
+            ("lr min_lr backbone_lr_factor momentum weight_decay power warmup clip seed", 0),
             ("threads workers evaluate_every patience", 0),
         ):
             for name in names.split():

@@ -121,7 +121,7 @@ def learning_rate(step: int, config) -> float:
     if config.schedule == "cosine":
         share *= 0.5 * (1 + math.cos(math.pi * gone))
     elif config.schedule == "poly":
-        share *= (1 - gone) ** 0.9
+        share *= (1 - gone) ** config.power
     else:
         share *= 0.1 ** ((gone >= 8 / 9) + (gone >= 26 / 27))
     return config.min_lr + (config.lr - config.min_lr) * share

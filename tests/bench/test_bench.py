@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import _measure
 import _models
+import _segformer
 import _segmenter
 import goals
 
@@ -133,6 +134,9 @@ def test_peak_memory_of_a_process_of_its_own():
     assert 0 < _models.peak_memory("segkern", folder, "inference", 64, 64, 1) < 1000
     for impl in ("segkern", "timm"):
         assert 0 < _segmenter.peak_memory(impl, "tiny", "training step", 32, 1) < 1000
+    for impl in ("segkern", "transformers"):
+        case = impl, _segformer.weights("tiny"), "training step", 64, 2
+        assert 0 < _segformer.peak_memory(*case) < 1000
 
 
 CONFIGS = {

@@ -10,6 +10,7 @@ import segkern
 from segkern.models import initialize
 from segkern.models.mask2former import Mask2Former, Mask2FormerConfig
 from segkern.models.maskformer import MaskFormer, MaskFormerConfig
+from segkern.models.segformer import SegFormer, SegFormerConfig
 from segkern.models.segmenter import Segmenter, SegmenterConfig
 
 
@@ -35,11 +36,18 @@ def pixels(num_labels=3, **changes):
     return Segmenter(SegmenterConfig(num_labels, **(sizes | changes)))
 
 
+def levels(num_labels=3, **changes):
+    """A small SegFormer."""
+    sizes = {"hidden_sizes": (4, 8, 10, 16), "depths": (1, 1, 1, 1), "decoder_hidden_size": 8}
+    return SegFormer(SegFormerConfig(num_labels, **(sizes | changes)))
+
+
 MODELS = {
     "Mask2Former": queries,
     "MaskFormer": pyramid,
     "Segmenter, mask": pixels,
     "Segmenter, linear": lambda *a, **changes: pixels(*a, decoder="linear", **changes),
+    "SegFormer": levels,
 }
 models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 

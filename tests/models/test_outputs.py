@@ -3,18 +3,24 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_opening import pixels, pyramid, queries
+from test_opening import levels, pixels, pyramid, queries
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from segkern.models import Mask2FormerOutput, SegmenterOutput
+from segkern.models import Mask2FormerOutput, SegFormerOutput, SegmenterOutput
+from segkern.structures.logits import PixelLogits
 from segkern.structures.targets import Targets
 from support.inputs import random_targets
 from support.processes import in_two_processes
 
-KINDS = {"Mask2Former": queries, "MaskFormer": pyramid, "Segmenter": pixels}
+KINDS = {
+    "Mask2Former": queries,
+    "MaskFormer": pyramid,
+    "Segmenter": pixels,
+    "SegFormer": levels,
+}
 
 
 def asked(kind, rank=0):
@@ -22,7 +28,7 @@ def asked(kind, rank=0):
     torch.manual_seed(0)
     model = KINDS[kind]()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(rank))
-    if kind == "Segmenter":
+    if model.config.logits is PixelLogits:
         labels = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
         return model, {"pixel_values": x, "labels": labels}
     masks, labels = random_targets((2, 1), 3, 64, 64)
@@ -40,7 +46,7 @@ def test_an_output_is_read_by_attribute_name_and_place(kind):
     plain = model.eval()(arguments["pixel_values"])
     assert plain.loss is None
     assert "loss" not in plain
-    name = "logits" if kind == "Segmenter" else "class_queries_logits"
+    name = "class_queries_logits" if kind == "Mask2Former" else "logits"
     assert plain[0] is getattr(plain, name) is plain[name]
     assert [v.shape for v in plain] == [v.shape for v in plain[:]]
     assert dict(**plain).keys() == plain.keys()
@@ -50,7 +56,7 @@ def test_an_output_is_read_by_attribute_name_and_place(kind):
             plain[key]
 
 
-@pytest.mark.parametrize("cls", [Mask2FormerOutput, SegmenterOutput])
+@pytest.mark.parametrize("cls", [Mask2FormerOutput, SegmenterOutput, SegFormerOutput])
 def test_an_output_is_a_tree_of_tensors(cls):
     out = cls(loss=torch.ones(()))
     doubled = pytree.tree_map_only(torch.Tensor, lambda t: 2 * t, out)

@@ -12,6 +12,7 @@ from transformers import ResNetBackbone, ResNetConfig, SwinBackbone, SwinConfig
 from segkern.data import DigitsConfig
 from segkern.models import Mask2FormerConfig, SegmenterConfig
 from segkern.models.mask2former.huggingface_keys import from_huggingface
+from segkern.nn import drop_path
 from segkern.nn.backbones import build_backbone, resnet, timm_backbone
 from segkern.nn.backbones.swin import VARIANTS, Block, Swin
 from segkern.training.config import TrainConfig
@@ -158,7 +159,7 @@ def test_swin_in_bfloat16_is_near():
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
     block = Block(8, 2, 7, False, 0.5)
-    first, second = block.keep(64, torch.device("cpu"))
+    first, second = drop_path.draw(0.5, 64, torch.device("cpu"), True)
     assert set(first.flatten().tolist()) == set(second.flatten().tolist()) == {0.0, 2.0}
     assert not torch.equal(first, second)
     x, offsets = torch.randn(64, 1, 5, 8), torch.zeros(49, 49, dtype=torch.int64)
@@ -169,7 +170,8 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     mixed = block(x, offsets, half, half)
     assert torch.equal(mixed[32:], x[32:])
     assert not torch.equal(mixed[:32], x[:32])
-    assert block.eval().keep(64, torch.device("cpu")) == (None, None)
+    for rate, training in ((0.5, False), (0.0, True)):
+        assert drop_path.draw(rate, 64, torch.device("cpu"), training) == (None, None)
     rates = [
         b.drop_path for s in backbone("swin_tiny", drop_path_rate=0.3).layers for b in s.blocks
     ]

@@ -15,6 +15,7 @@ LABELS, MASKS = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, 4, 4, dty
 # of each op a call, and the shapes of its floating tensors
 MIXED = {
     "conv3x3": (ops.conv3x3, [(1, 3, 5, 5), (4, 3, 3, 3)]),
+    "dwconv3x3_gelu": (ops.dwconv3x3_gelu, [(1, 5, 5, 3), (3, 1, 3, 3), (3,)]),
     "feed_forward": (ops.feed_forward, [(3, 4), (8, 4), (8,), (4, 8), (4,)]),
     "group_norm": (
         lambda x, w, b, up: ops.group_norm(x, 2, w, b, up=up),
@@ -35,6 +36,10 @@ MIXED = {
     ),
     "point_sample": (ops.point_sample, [(1, 3, 5, 5), (1, 4, 2)]),
     "resize_argmax": (ops.resize_argmax, [(1, 3, 5, 5), (7, 5), (8, 5)]),
+    "resize_sum": (
+        lambda b, x, y: ops.resize_sum((x, y), b),
+        [(3,), (1, 3, 5, 5), (1, 3, 3, 4)],
+    ),
     "segment_map": (
         lambda c, m, f: ops.segment_map(c, m, "instance", *SIZES, f).scores,
         [(1, 3, 4), (1, 3, 5), (1, 5, 6, 6)],

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.cpu_only
 FEW_POINTS = (40, 3.0, 0.75)
 CASES = {  # inputs, what follows them, places of the gradients
     "conv3x3": (inputs.conv3x3_inputs(), (), (0, 1)),
+    "dwconv3x3_gelu": (inputs.dwconv3x3_gelu_inputs(), (), (0, 1, 2)),
     "feed_forward": (inputs.feed_forward_inputs(), (), range(5)),
     "group_norm": (inputs.group_norm_inputs(), (), (0, 1, 2)),
     "masked_attn": (inputs.masked_attn_inputs(), (), (0, 1, 2)),
@@ -29,6 +30,7 @@ CASES = {  # inputs, what follows them, places of the gradients
     "ms_deform_attn": (inputs.ms_deform_attn_inputs(margin=0.01), (), (0, 2, 3, 4)),
     "point_mask_loss": (inputs.point_mask_loss_inputs(), FEW_POINTS, (0,)),
     "point_sample": (inputs.point_sample_inputs(spread=0.0), (), (0,)),
+    "resize_sum": (inputs.resize_sum_inputs(), (), range(4)),
     "window_attn": (inputs.window_attn_inputs(shift=1), (), (0, 1, 2)),
 }
 ALGORITHMS = {"conv3x3": test_conv3x3.winograd, "masked_attn": test_masked_attn.with_gradient}
@@ -45,6 +47,8 @@ def functions(op):
     reference = getattr(importlib.import_module(f"segkern.ops.{op}"), f"{op}_reference")
     if op == "group_norm":
         return [lambda x, w, b, f=f: f(x, 3, w, b) for f in (kernel, reference)]
+    if op == "resize_sum":
+        return [lambda bias, *maps, f=f: f(maps, bias) for f in (kernel, reference)]
     return kernel, reference
 
 

@@ -1,12 +1,18 @@
 """The recipes hold what their papers say, and their models and data fit together."""
 
+from dataclasses import replace
+
 import pytest
 
 from segkern import recipes
 from segkern.data import FolderConfig, build_dataset
+from segkern.models import Mask2Former, Mask2FormerConfig, SegFormer, SegFormerConfig
+from segkern.training.optimizer import learning_rate
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-segmenter", "digits-maskformer"])
+@pytest.mark.parametrize(
+    "name", ["digits", "digits-segmenter", "digits-maskformer", "digits-segformer"]
+)
 def test_model_and_data_fit(name):
     config = recipes.RECIPES[name]()
     data = build_dataset(config.data, "train")
@@ -59,6 +65,50 @@ def test_a_segmenters_labels_are_those_of_its_folder(tmp_path):
     assert recipes.segmenter().model.id2label is None
 
 
-def test_no_such_data_set():
+# steps, batch, crop, window, labels, pretrained encoder
+SEGFORMER = {
+    ("b0", "ade20k"): (160_000, 16, 512, None, 150, "nvidia/mit-b0"),
+    ("b5", "ade20k"): (160_000, 16, 640, None, 150, "nvidia/mit-b5"),
+    ("b2", "cityscapes"): (160_000, 8, 1024, 1024, 19, "nvidia/mit-b2"),
+}
+
+
+@pytest.mark.parametrize("case", SEGFORMER, ids="/".join)
+def test_segformers_recipes(case):
+    config = recipes.segformer(*case)
+    steps, batch, crop, window, labels, backbone = SEGFORMER[case]
+    assert (config.steps, config.batch_size, config.warmup) == (steps, batch, 1500)
+    assert (config.optimizer, config.weight_decay, config.clip) == ("adamw", 0.01, 0.0)
+    assert config.lr * config.backbone_lr_factor == pytest.approx(6e-5)
+    assert (config.lr, config.schedule, config.power) == (6e-4, "poly", 1.0)
+    rates = [learning_rate(i, config) / config.lr for i in (0, 749, 80_000, 159_999)]
+    assert rates == pytest.approx([1 / 1500, 0.5, 0.5, 1 / 160_000], rel=0.01)
+    model = config.model
+    assert (model.input.crop, model.input.window) == ((crop,) * 2, window)
+    assert (model.num_labels, model.backbone, model.backbone_pretrained) == (
+        labels,
+        backbone,
+        True,
+    )
+    assert type(config).from_dict(config.to_dict()) == config
+
+
+def test_a_segformers_labels_and_start(tmp_path):
+    (tmp_path / "classes.txt").write_text("road\nriver\n")
+    config = recipes.segformer(None, "plain", False, tmp_path)
+    assert (config.model.num_labels, config.model.id2label) == (2, {0: "road", 1: "river"})
+    assert (config.model.hidden_sizes[0], config.model.backbone_pretrained) == (32, False)
+    small = replace(SegFormerConfig.tiny(4), layer_norm_eps=1e-6)
+    SegFormer(small).save_pretrained(tmp_path / "run")
+    again = recipes.segformer(None, "plain", True, tmp_path, tmp_path / "run")
+    want = replace(small, num_labels=2, id2label={0: "road", 1: "river"})
+    assert (again.model, again.init) == (want, str(tmp_path / "run"))
+    Mask2Former(Mask2FormerConfig.tiny(2)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="init must be a segformer, got a mask2former"):
+        recipes.segformer(None, "plain", True, tmp_path, tmp_path / "other")
+
+
+@pytest.mark.parametrize("recipe", [recipes.segmenter, recipes.segformer])
+def test_no_such_data_set(recipe):
     with pytest.raises(ValueError, match=r"dataset must be one of ade20k, .*, got 'coco'"):
-        recipes.segmenter(dataset="coco")
+        recipe(dataset="coco")

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from segkern.ops import (
+    dwconv3x3_gelu,
     group_norm,
     linear_assignment,
     mask_bits,
@@ -16,12 +17,14 @@ from segkern.ops import (
     query_layer,
     random_points,
     resize_argmax,
+    resize_sum,
     segment_map,
     window_attn,
 )
 from segkern.ops.query_layer import Layer, Prediction
 from segkern.ops.segment_map import TASKS
 from support.inputs import (
+    dwconv3x3_gelu_inputs,
     group_norm_inputs,
     linear_assignment_inputs,
     mask_bits_inputs,
@@ -33,6 +36,7 @@ from support.inputs import (
     point_sample_inputs,
     query_layer_inputs,
     resize_argmax_inputs,
+    resize_sum_inputs,
     segment_map_inputs,
     window_attn_inputs,
 )
@@ -48,6 +52,10 @@ def random_points_inputs(N=40, n=101, dtype=None, seed=0, device="cpu"):
 
 def norm_of_groups(x, weight, bias, up):
     return group_norm(x, 4, weight, bias, up=up)
+
+
+def sum_of_maps(bias, *maps):
+    return resize_sum(maps, bias, relu=True)
 
 
 def layer_of(*values):
@@ -126,6 +134,18 @@ OPS = {  # op, inputs, sizes as in a model but small, places of the inputs that 
         resize_argmax_inputs,
         {"K": 150, "h": 32, "w": 32, "H": 500, "W": 400},
         (),
+    ),
+    "resize_sum": (
+        sum_of_maps,
+        resize_sum_inputs,
+        {"E": 256, "sizes": ((40, 56), (20, 28), (10, 14), (5, 7))},
+        (0, 1, 2, 3, 4),
+    ),
+    "dwconv3x3_gelu": (
+        dwconv3x3_gelu,
+        dwconv3x3_gelu_inputs,
+        {"C": 128, "h": 40, "w": 56},
+        (0, 1, 2),
     ),
     "query_layer": (layer_of, query_layer_inputs, {"Q": 100, "C": 256, "H": 8, "F": 512}, ()),
 }

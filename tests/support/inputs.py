@@ -347,6 +347,25 @@ def group_norm_inputs(
 
 
 @_made_on_cpu
+def resize_sum_inputs(
+    B=2, E=6, sizes=((7, 10), (4, 5), (2, 3)), dtype=torch.float32, seed=0
+) -> list[Tensor]:
+    """bias [E] and maps [B, E, *size], normal, channels last."""
+    g = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(B, *size, E, generator=g).permute(0, 3, 1, 2) for size in sizes]
+    return [t.to(dtype) for t in (torch.randn(E, generator=g), *maps)]
+
+
+@_made_on_cpu
+def dwconv3x3_gelu_inputs(B=2, h=7, w=10, C=6, dtype=torch.float32, seed=0) -> list[Tensor]:
+    """x [B, h, w, C], weight [C, 1, 3, 3] and bias [C], so that the sums are about 1."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = (B, h, w, C), (C, 1, 3, 3), (C,)
+    x, weight, bias = (torch.randn(s, generator=g) for s in shapes)
+    return [x.to(dtype), (weight / 3).to(dtype), (bias / 2).to(dtype)]
+
+
+@_made_on_cpu
 def query_layer_inputs(
     B=2, Q=20, C=32, H=2, F=40, M=24, more=True, dtype=torch.float32, seed=0
 ) -> list[Tensor]:

@@ -102,7 +102,8 @@ def _convolution(y, x, weight, bias, *rest):
 def _convolution_backward(ys, grad, x, weight, *rest):
     squares = aten.convolution_backward(grad.square(), x.square(), weight.square(), *rest)
     pixels = grad.numel() / max(grad.shape[1], 1)
-    counts = (weight.numel() / max(weight.shape[1], 1), pixels, pixels)
+    groups = rest[-2]
+    counts = (weight.numel() / max(weight.shape[1] * groups, 1), pixels, pixels)
     parts = zip(ys, squares, counts)
     return [None if y is None else _sum(y, s, n) for y, s, n in parts]
 

@@ -16,7 +16,6 @@ and odd blocks are shifted even where one window covers the whole map.
 
 import functools
 import operator
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...ops import feed_forward, linear, window_attn
+from .. import drop_path
 from ..linear import Linear
-from ..recompute import plus, recomputed
+from ..recompute import recomputed
 
 VARIANTS = {
     "swin_tiny": {
@@ -121,14 +121,6 @@ class Block(nn.Module):
             {"fc1": Linear(channels, 4 * channels), "fc2": Linear(4 * channels, channels)}
         )
 
-    def keep(self, images: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Stochastic depth (Huang et al., ECCV 2016): what the two branches are multiplied with,
-        [B, 1, 1, 1], 0 where an image leaves the branch out; None where all stay."""
-        if not self.training or self.drop_path == 0:
-            return None, None
-        kept = torch.rand(2, images, 1, 1, 1, device=device) >= self.drop_path
-        return (kept / (1 - self.drop_path)).unbind(0)
-
     def forward(
         self,
         x: Tensor,  # [B, h, w, C]
@@ -136,26 +128,12 @@ class Block(nn.Module):
         first: Tensor | None,  # [B, 1, 1, 1]
         second: Tensor | None,  # [B, 1, 1, 1]
     ) -> Tensor:  # [B, h, w, C]
-        x = _add(x, lambda flat: self.attn(x, self.norm1, offsets, flat), first)
+        x = drop_path.add(x, lambda flat: self.attn(x, self.norm1, offsets, flat), first)
         weights = [p for name in ("fc1", "fc2") for p in self.mlp[name].parameters()]
         norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
         rows = x.flatten(0, 2)
         mlp = functools.partial(feed_forward, rows, *weights, "gelu", norm=norm)
-        return _add(x, lambda flat: mlp(residual=flat), second)
-
-
-def _add(
-    x: Tensor,  # [B, h, w, C]
-    branch: Callable[[Tensor | None], Tensor],  # to [B h w, C], with what it is given added
-    keep: Tensor | None,  # [B, 1, 1, 1]
-) -> Tensor:  # [B, h, w, C]
-    """x + keep branch."""
-    flat = x.flatten(0, 2)
-    if keep is None:
-        return branch(flat).view_as(x)
-    out = branch(None)
-    out = (out.view(len(x), -1) * keep.view(-1, 1).to(out.dtype)).view_as(out)
-    return plus(out, flat).view_as(x)
+        return drop_path.add(x, lambda flat: mlp(residual=flat), second)
 
 
 class Downsample(nn.Module):
@@ -202,7 +180,8 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # [B, h, w, C]
         for block in self.blocks:
-            inputs = (x, offsets, *block.keep(len(x), x.device))
+            drawn = drop_path.draw(block.drop_path, len(x), x.device, block.training)
+            inputs = (x, offsets, *drawn)
             if self.checkpointing and self.training:
                 # nothing random is inside: a generator's state cannot be read in a CUDA graph
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -257,7 +236,7 @@ class Swin(nn.Module):
                 "norm": nn.LayerNorm(embed_dim),
             }
         )
-        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        rates = drop_path.rates(drop_path_rate, sum(depths))
         self.layers = nn.ModuleList(
             Stage(c, heads, window_size, [rates.pop(0) for _ in range(depth)], i == 3)
             for i, (c, heads, depth) in enumerate(zip(self.channels, num_heads, depths))

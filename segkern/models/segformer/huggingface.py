@@ -1,0 +1,239 @@
+"""SegFormer's folders in Hugging Face's format: config.json, preprocessor_config.json, weights.
+
+Plain functions on dicts: settings have the names of `SegFormerConfig`, weights those of
+`SegFormer`. What Hugging Face has no field for stands under "segkern" in config.json, which
+transformers carries along. Written are the names that transformers 5 writes, which are those of
+the hub; read are also the names that it has in memory. Keys and values are one product here.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...structures.labels import IMAGENET_MEAN
+from ...weights import hf_folders
+from ...weights.folders import find_folder, read_json
+from ...weights.hf_folders import check_fixed, read_labels, read_weights, write_labels
+from ...weights.state_dicts import name_rules, renamed
+
+_SAME = {  # fields with one name and meaning, and Hugging Face's defaults
+    "hidden_sizes": (32, 64, 160, 256),
+    "depths": (2, 2, 2, 2),
+    "num_attention_heads": (1, 2, 5, 8),
+    "sr_ratios": (8, 4, 2, 1),
+    "mlp_ratios": (4, 4, 4, 4),
+    "patch_sizes": (7, 3, 3, 3),
+    "strides": (4, 2, 2, 2),
+    "decoder_hidden_size": 256,
+    "drop_path_rate": 0.1,
+    "classifier_dropout_prob": 0.1,
+}
+_FIXED = {  # what the architecture does not leave open here
+    "num_encoder_blocks": 4,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "semantic_loss_ignore_index": 255,
+}
+# settings that Hugging Face has no place for; layer_norm_eps has one there that nothing reads
+_OWN = (
+    *("layer_norm_eps", "backbone", "image_size", "window_size", "window_stride"),
+    *("shortest_edge", "longest_edge"),
+)
+_STAGE, _DISK, _MEMORY = "backbone.stages.#", "segformer.encoder", "segformer.stages.#"
+_NAMES = (  # ours; on disk; in the memory of transformers 5
+    ("head.linears.#", "decode_head.linear_c.#.proj", "decode_head.linear_projections.#.proj"),
+    ("head.fuse", "decode_head.linear_fuse", "decode_head.linear_fuse"),
+    ("head.norm", "decode_head.batch_norm", "decode_head.batch_norm"),
+    ("head.classifier", "decode_head.classifier", "decode_head.classifier"),
+    (f"{_STAGE}.norm", f"{_DISK}.layer_norm.#", f"{_MEMORY}.layer_norm"),
+    *(
+        (
+            f"{_STAGE}.patch_embed.{ours}",
+            f"{_DISK}.patch_embeddings.#.{theirs}",
+            f"{_MEMORY}.patch_embeddings.{theirs}",
+        )
+        for ours, theirs in (("proj", "proj"), ("norm", "layer_norm"))
+    ),
+    *(
+        (f"{_STAGE}.blocks.#.{ours}", f"{_DISK}.block.#.#.{disk}", f"{_MEMORY}.blocks.#.{memory}")
+        for ours, disk, memory in (
+            ("norm1", "layer_norm_1", "layernorm_before"),
+            ("attn.q", "attention.self.query", "attention.q_proj"),
+            ("attn.key", "attention.self.key", "attention.k_proj"),
+            ("attn.value", "attention.self.value", "attention.v_proj"),
+            (
+                "attn.sr",
+                "attention.self.sr",
+                "attention.sequence_reduction.sequence_reduction",
+            ),
+            (
+                "attn.norm",
+                "attention.self.layer_norm",
+                "attention.sequence_reduction.layer_norm",
+            ),
+            ("attn.proj", "attention.output.dense", "attention.o_proj"),
+            ("norm2", "layer_norm_2", "layernorm_after"),
+            ("mlp.fc1", "mlp.dense1", "mlp.fc1"),
+            ("mlp.dwconv", "mlp.dwconv.dwconv", "mlp.dwconv.dwconv"),
+            ("mlp.fc2", "mlp.dense2", "mlp.fc2"),
+        )
+    ),
+)
+_OURS = name_rules((theirs, ours) for ours, *spellings in _NAMES for theirs in spellings)
+_THEIRS = name_rules((ours, disk) for ours, disk, _ in _NAMES)
+_FILTERS = ("decode_head.linear_fuse.weight", "decode_head.classifier.weight")  # 1 x 1 there
+
+
+def read_folder(name_or_folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Settings and weights of a SegFormer, or of an image classifier with its encoder.
+
+    Args:
+        name_or_folder: a folder, or a name on the hub, which is downloaded.
+
+    Returns:
+        settings under the names of `SegFormerConfig`, and weights under our names, those of an
+        image classifier without its classifier; weights that have no name here keep theirs.
+
+    Raises:
+        ValueError: no such folder or name, a file that is missing or broken, or an option that
+            SegFormer has not here.
+    """
+    folder = find_folder(name_or_folder)
+    config = read_json(folder / "config.json")
+    settings = read_config(config, str(name_or_folder))
+    if (folder / "preprocessor_config.json").is_file():
+        settings = read_preprocessor(read_json(folder / "preprocessor_config.json")) | settings
+    channels = config.get("num_channels", 3)
+    if channels != len(settings.get("image_mean", IMAGENET_MEAN)):
+        raise ValueError(
+            f"from_pretrained: {name_or_folder}: image_mean of preprocessor_config.json must have "
+            f"num_channels ({channels}) numbers, got {settings.get('image_mean')}"
+        )
+    return settings, from_huggingface(read_weights(folder))
+
+
+def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor]) -> None:
+    """Writes config.json, preprocessor_config.json and model.safetensors, each whole.
+
+    Args:
+        folder: is made if it is not there; other files in it stay, other weights go.
+        settings: names of `SegFormerConfig`.
+        weights: names of `SegFormer`.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    config, preprocessor = write_config(settings), write_preprocessor(settings)
+    hf_folders.write_folder(folder, to_huggingface(weights), config, preprocessor)
+
+
+def read_config(config: dict, name: str = "config.json") -> dict:
+    """Settings under the names of `SegFormerConfig` from a config.json of Hugging Face.
+
+    Args:
+        config: what the file holds; a field that is missing has Hugging Face's default.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: another model, or an option that SegFormer has not here.
+    """
+    if config.get("model_type") != "segformer":
+        raise ValueError(
+            f"from_pretrained: {name}: model_type must be segformer, "
+            f"got {config.get('model_type')}"
+        )
+    check_fixed(config, _FIXED, name)
+    own, labels = config.get("segkern") or {}, read_labels(config, name)
+    settings = {field: config.get(field, default) for field, default in _SAME.items()}
+    settings |= {field: own[field] for field in _OWN if field in own}
+    return settings | {"num_labels": len(labels), "id2label": labels}
+
+
+def write_config(settings: dict) -> dict:
+    """config.json of Hugging Face from settings under the names of `SegFormerConfig`."""
+    return {
+        "architectures": ["SegformerForSemanticSegmentation"],
+        "model_type": "segformer",
+        "num_channels": len(settings["image_mean"]),
+        **{field: settings[field] for field in _SAME},
+        **_FIXED,
+        "layer_norm_eps": settings["layer_norm_eps"],
+        "reshape_last_stage": True,
+        **write_labels(settings.get("id2label"), settings["num_labels"]),
+        "segkern": {field: settings[field] for field in _OWN},
+    }
+
+
+def read_preprocessor(config: dict) -> dict:
+    """Settings under the names of `SegFormerConfig` from a preprocessor_config.json.
+
+    Hugging Face's processor squashes a picture to a square; here it keeps its shape, as in the
+    paper, and its short side becomes that of the square.
+    """
+    settings = {}
+    for field in ("image_mean", "image_std"):
+        if config.get(field):
+            settings[field] = tuple(config[field])
+    size = config.get("size")
+    if isinstance(size, dict):
+        size = min(size.values(), default=None)
+    if size:
+        settings |= {"image_size": (size, size), "shortest_edge": size, "longest_edge": 4 * size}
+    reduce = config.get("do_reduce_labels", config.get("reduce_labels", False))
+    return settings | {"do_reduce_labels": bool(reduce)}
+
+
+def write_preprocessor(settings: dict) -> dict:
+    """preprocessor_config.json of Hugging Face from settings."""
+    side = settings["shortest_edge"] or min(settings["image_size"])
+    return {
+        "image_processor_type": "SegformerImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(settings["image_mean"]),
+        "image_std": list(settings["image_std"]),
+        "do_reduce_labels": settings["do_reduce_labels"],
+    }
+
+
+def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names and products.
+
+    Args:
+        state: under the names of the hub, or of transformers 4 or 5, on disk or in memory. The
+            classifier of an image classifier is left out.
+
+    Returns:
+        The weights under our names; those that have none keep theirs.
+    """
+    out = {}
+    for name, value in state.items():
+        if name not in ("classifier.weight", "classifier.bias"):
+            value = value.flatten(1) if name in _FILTERS else value
+            out[renamed(name, _OURS) or name] = value
+    for name in list(out):
+        if match := re.fullmatch(r"(.*\.attn\.)key(\.weight|\.bias)", name):
+            parts = [f"{match[1]}{part}{match[2]}" for part in ("key", "value")]
+            if all(part in out for part in parts):
+                out[f"{match[1]}kv{match[2]}"] = torch.cat([out.pop(part) for part in parts])
+    return out
+
+
+def to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names and products that transformers finds on disk, from our weights."""
+    out = {}
+    for name, value in state.items():
+        if match := re.fullmatch(r"(.*\.attn\.)kv(\.weight|\.bias)", name):
+            for part, piece in zip(("key", "value"), value.chunk(2)):
+                out[renamed(f"{match[1]}{part}{match[2]}", _THEIRS)] = piece
+        else:
+            name = renamed(name, _THEIRS)
+            out[name] = value[..., None, None] if name in _FILTERS else value
+    return out
