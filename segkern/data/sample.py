@@ -51,23 +51,7 @@ class IdMaps:
         Raises:
             TypeError, ValueError: a code is damaged or not of `size` (H, W).
         """
-        area = coco_masks().area
-        n = len(codes)
-        rest, layer, maps = np.arange(n), np.zeros(n, np.int64), []
-        areas = None
-        while len(rest):
-            top = rle.decode([codes[i] for i in rest], (rest + 1).tolist(), size)
-            if areas is None:  # after the codes were found whole
-                areas = np.array([area(code) for code in codes], np.int64)  # it takes 255 at most
-            top = top.astype(_dtype(n), copy=False)
-            whole = _counts(top, n)[rest] == areas[rest]
-            kept = np.zeros(n + 1, _dtype(n))  # the last of `rest` is always whole
-            kept[rest[whole] + 1] = rest[whole] + 1
-            layer[rest[whole]] = len(maps)
-            maps.append(_replaced(top, kept))
-            rest = rest[~whole]
-        areas = np.zeros(0, np.int64) if areas is None else areas
-        return cls(np.stack(maps or [np.zeros(size, np.uint8)]), layer, areas)
+        return cls(*rle.layers(codes, size))
 
     @classmethod
     def of_arrays(cls, masks: Iterable[np.ndarray], size: tuple[int, int]) -> "IdMaps":

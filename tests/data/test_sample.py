@@ -37,7 +37,8 @@ MAKERS = {
 @pytest.mark.parametrize("n", [0, 1, 7, 300])
 def test_masks_are_those_that_came(maker, n, host, monkeypatch):
     if host == "missing":
-        monkeypatch.setattr("segkern.data.sample._host", None)
+        for module in ("segkern.data.sample", "segkern.io.rle"):
+            monkeypatch.setattr(f"{module}._host", None)
     dense = rectangles(n)
     masks = MAKERS[maker](dense)
     assert masks.shape == dense.shape == np.shape(masks)
