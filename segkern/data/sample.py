@@ -136,6 +136,7 @@ class Sample(TypedDict, total=False):
         id: index in the data set; random points of the loss depend on it.
         path: of the picture.
         dropped: segments of which a view shows nothing, and which it left out.
+        finite: pixel_values are known to be so, as they were made of bytes: nobody need look.
     """
 
     image: np.ndarray
@@ -147,6 +148,7 @@ class Sample(TypedDict, total=False):
     id: int
     path: str
     dropped: int
+    finite: bool
 
 
 def generator_of(seed: int, epoch: int, index: int) -> Generator:

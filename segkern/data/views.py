@@ -12,6 +12,7 @@ COCO with it, and the short sides of its ADE20K and Cityscapes recipes.
 Differs: pads with the mean colour and not with grey.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,7 @@ class InstanceViews:
         import torchvision.transforms.v2  # noqa: F401
 
         self.config, self.mean, self.std = config, list(mean), list(std)
+        self.finite = all(math.isfinite(x) for m, s in zip(mean, std) for x in (m / s, 1 / s))
 
     def __call__(
         self, sample: Sample, generator: Generator | None = None, out: Tensor | None = None
@@ -126,6 +128,7 @@ class InstanceViews:
             sample["semantic"] = labels
         return sample | {
             "pixel_values": pixels,
+            "finite": self.finite,
             "masks": masks.chosen(seen),
             "labels": sample["labels"][seen],
             "crowd": sample["crowd"][seen],
