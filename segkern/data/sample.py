@@ -81,13 +81,17 @@ class IdMaps:
         return self.maps[self.layer[index]] == index + 1
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        dense = np.empty(self.shape, np.uint8)
+        dense = np.zeros(self.shape, np.uint8)
         self.write(dense)
         return dense if dtype is None else dense.astype(dtype, copy=False)
 
     def write(self, out: np.ndarray) -> None:
-        """Writes the masks into the upper left of `out` [n, at least H, at least W] uint8."""
+        """Writes the masks into the upper left of `out` [n, at least H, at least W] uint8, which
+        is 0: only where they are, so that untouched pages of a large array stay so."""
         _, H, W = self.shape
+        if _host is not None and out.flags.c_contiguous:
+            _host.spread(np.ascontiguousarray(self.maps), self.layer, out)
+            return
         for mask, (i, k) in zip(out, enumerate(self.layer)):
             np.equal(self.maps[k], i + 1, out=mask[:H, :W].view(bool))
 

@@ -43,7 +43,8 @@ class SparseMasks(Protocol):
         """The masks where `keep` [n] is true."""
 
     def write(self, out: np.ndarray) -> None:
-        """Writes them into the upper left of `out` [n, at least H, at least W] uint8."""
+        """Writes them into the upper left of `out` [n, at least H, at least W] uint8, which is
+        0."""
 
 
 class Targets(NamedTuple):
