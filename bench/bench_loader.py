@@ -2,9 +2,9 @@
 against pycocotools.
 
 Pictures are JPEGs of 640 x 480 with seven polygons each; a batch of them is decoded, jittered to
-1024 x 1024 (0.1 to 2 times, crop, mirror), normalised and packed, by one thread. What is called "CPU
-time" is what that thread computed, which other work on the machine moves less. `peak_mb` is the
-memory that a worker of a loader has for itself, with the annotations of 5,000 pictures.
+1024 x 1024 (0.1 to 2 times, crop, mirror), normalised and packed, by one thread. "CPU time" is
+what that thread computed, which other work on the machine moves less. `peak_mb` is the memory that
+a worker of a loader has for itself, with the annotations of 5,000 pictures.
 transformers' processor has no jitter: it resizes to 1024 x 1024.
 """
 
