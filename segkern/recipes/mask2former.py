@@ -3,7 +3,15 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ..data import ClassMapsConfig, DigitsConfig, FolderConfig, build_dataset, find_format
+from ..data import (
+    Ade20kConfig,
+    ClassMapsConfig,
+    DigitsConfig,
+    FolderConfig,
+    ade20k_views,
+    build_dataset,
+    find_format,
+)
 from ..models import Mask2FormerConfig, open_model
 from ..models.mask2former.config import BACKBONES
 from ..training.config import TrainConfig
@@ -85,6 +93,8 @@ def mask2former(
         data = ClassMapsConfig(data.root, data.layout, data.seed, data.read)
     if task is not None and "task" in {field.name for field in fields(data)}:
         data = replace(data, task=task)
+        if isinstance(data, Ade20kConfig):
+            data = replace(data, views=ade20k_views(task))
     if "masks" not in data.targets or task not in (None, data.task):
         raise ValueError(
             f"mask2former: {root} must hold objects{f' for task {task}' if task else ''}, "
