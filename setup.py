@@ -1,5 +1,5 @@
 """Builds segkern/_C_cpu.abi3.so (always), segkern/_C_cuda.abi3.so (where nvcc and torch are of one
-CUDA) and segkern/_host (run-length codes and maps of ids, for this Python).
+CUDA) and segkern/_host (run-length codes, maps of ids and views, for this Python).
 
 The first two speak LibTorch's stable ABI only: one binary serves torch >= 2.11 and any
 Python >= 3.11. No GPU is needed. Environment:
@@ -157,8 +157,9 @@ def extensions():
     ]
     if not (SANITIZE or EMULATE):
         # returns Python objects: built for this Python alone; without it NumPy works
-        of_host = ["csrc/host/rle.cpp", "csrc/host/id_maps.cpp"]
-        host = Pybind11Extension("segkern._host", of_host, cxx_std=17)
+        host = Pybind11Extension("segkern._host", sources("host", ".cpp"), cxx_std=17)
+        # the same values on every CPU, and as PyTorch's separate product and sum
+        host.extra_compile_args += ["-O3", "-ffp-contract=off"]
         found.append(host)
     nvcc, plan = plan_cuda(torch)
     info = {

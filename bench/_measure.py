@@ -50,6 +50,8 @@ class Work:
         rate: dtype of the matrix product that `flops` are compared with.
         peaks: peak memory in MB, where it was measured in processes of their own.
         threads: of the CPU, for this case; None leaves them.
+        clock: gives seconds on the CPU; `time.process_time` those that the process computed, which
+            also count where others use the machine.
     """
 
     impls: dict[str, Callable | str]
@@ -58,6 +60,7 @@ class Work:
     rate: torch.dtype = torch.float32
     peaks: dict[str, float] = field(default_factory=dict)
     threads: int | None = None
+    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclass
@@ -135,13 +138,18 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _timed(function: Callable, repeat: int = 1, flush: torch.Tensor | None = None) -> float:
-    """Seconds a call: between two events of the device, or by the host's clock."""
+def _timed(
+    function: Callable,
+    repeat: int = 1,
+    flush: torch.Tensor | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds a call: between two events of the device, or by a clock of the host."""
     if DEVICE == "cpu":
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeat):
             function()
-        return (time.perf_counter() - start) / repeat
+        return (clock() - start) / repeat
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if flush is not None:
         flush.zero_()
@@ -255,12 +263,12 @@ def measure(work: Work) -> tuple[dict[str, Figures], dict[str, str]]:
     for name, peak in work.peaks.items():
         if name in figures:
             figures[name].peak_mb = peak
-    _alternate(runs, figures)
+    _alternate(runs, figures, work.clock)
     torch.set_num_threads(threads)
     return figures, missing
 
 
-def _alternate(runs: dict[str, Callable], figures: dict[str, Figures]) -> None:
+def _alternate(runs: dict[str, Callable], figures: dict[str, Figures], clock: Callable) -> None:
     once = {name: _timed(run) for name, run in runs.items()}
     # short work is repeated up to a millisecond, which events and clocks resolve well
     repeat = {name: min(50, max(1, math.ceil(1e-3 / max(t, 1e-9)))) for name, t in once.items()}
@@ -274,7 +282,7 @@ def _alternate(runs: dict[str, Callable], figures: dict[str, Figures]) -> None:
         for name, run in runs.items():
             if name in brief:
                 run()  # its inputs are in the cache where they fit
-            figures[name].warm.append(_timed(run, repeat[name]))
+            figures[name].warm.append(_timed(run, repeat[name], clock=clock))
     for _ in range(rounds):
         for name, run in brief.items():
             figures[name].cold.append(_timed(run, 1, flush))
@@ -299,7 +307,7 @@ def rows(bench: str, case: str, dtype: str, work: Work, figures: dict[str, Figur
             "ratio": f"{p50 / ours:.2f}",
             "peak_mb": "" if f.peak_mb is None else f"{f.peak_mb:.0f}",
             "threads": work.threads or torch.get_num_threads(),
-            "how": f.how,
+            "how": "CPU time" if work.clock is time.process_time else f.how,
             "first_ms": f"{1e3 * f.first:.3f}",
             "cold_ms": f"{1e3 * against:.4f}" if f.cold else "",
             "bytes": f"{work.bytes:.0f}" if floor else "",

@@ -11,10 +11,11 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <variant>
 #include <vector>
 
-#include "id_maps.h"
+#include "host.h"
 
 using LabelMap = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
 using Bits = LabelMap;  // bit j of word w: column 32 w + j; 0 beyond the width
@@ -142,6 +143,22 @@ std::vector<py::bytes> encode_bits(const Bits& bits, int64_t W) {
   return {texts.begin(), texts.end()};
 }
 
+// Begin and end of each run of ones, down the columns
+std::vector<std::pair<int64_t, int64_t>> runs_of(const Counts& counts, int64_t pixels) {
+  std::vector<std::pair<int64_t, int64_t>> runs;
+  int64_t at = 0;
+  bool inside = false;
+  const auto* text = std::get_if<std::string>(&counts);
+  for (const int64_t n : text ? expand(*text) : std::get<std::vector<int64_t>>(counts)) {
+    if (n < 0 || n > pixels - at) throw std::invalid_argument("rle: counts exceed the size");
+    if (inside && n > 0) runs.emplace_back(at, at + n);
+    at += n;
+    inside = !inside;
+  }
+  if (at != pixels) throw std::invalid_argument("rle: counts do not fill the size");
+  return runs;
+}
+
 // Writes `ids[i]` into labels [H, W] (zero elsewhere) where the i-th segment is; later ones over
 // earlier ones
 py::array_t<int32_t> decode(const std::vector<Counts>& segments, const std::vector<int32_t>& ids,
@@ -153,18 +170,81 @@ py::array_t<int32_t> decode(const std::vector<Counts>& segments, const std::vect
   py::gil_scoped_release unlocked;
   std::fill(map, map + H * W, 0);
   for (size_t i = 0; i < segments.size(); ++i) {
-    int64_t at = 0;
-    bool inside = false;
-    const auto* text = std::get_if<std::string>(&segments[i]);
-    for (const int64_t n : text ? expand(*text) : std::get<std::vector<int64_t>>(segments[i])) {
-      if (n < 0 || n > H * W - at) throw std::invalid_argument("rle: counts exceed the size");
-      for (int64_t k = at; inside && k < at + n; ++k) map[(k % H) * W + k / H] = ids[i];
-      at += n;
-      inside = !inside;
+    for (const auto& [begin, end] : runs_of(segments[i], H * W)) {
+      for (int64_t k = begin; k < end; ++k) map[(k % H) * W + k / H] = ids[i];
     }
-    if (at != H * W) throw std::invalid_argument("rle: counts do not fill the size");
   }
   return labels;
+}
+
+// [W, H] to [H, W], in squares that stay in the cache
+template <typename T>
+void transpose(const T* columns, int64_t H, int64_t W, T* rows) {
+  constexpr int64_t side = 32;
+  for (int64_t y = 0; y < H; y += side) {
+    for (int64_t x = 0; x < W; x += side) {
+      for (int64_t j = y; j < std::min(y + side, H); ++j) {
+        for (int64_t i = x; i < std::min(x + side, W); ++i) rows[j * W + i] = columns[i * H + j];
+      }
+    }
+  }
+}
+
+// Segments as maps of ids [l, H, W], i + 1 where segment i is and 0 where none is: each lies whole
+// in one map, whose number is given, the later of those that overlap first; and their areas
+template <typename T>
+py::tuple layers_of(const std::vector<Counts>& segments, int64_t H, int64_t W) {
+  const auto n = static_cast<int64_t>(segments.size());
+  py::array_t<int64_t> layer(n), areas(n);
+  int64_t *of_layer = layer.mutable_data(), *of_area = areas.mutable_data();
+  std::vector<std::vector<T>> maps;  // down the columns, as runs are
+  {
+    py::gil_scoped_release unlocked;
+    std::vector<std::vector<std::pair<int64_t, int64_t>>> runs;
+    std::vector<int64_t> rest, left;
+    for (int64_t i = 0; i < n; ++i) {
+      runs.push_back(runs_of(segments[i], H * W));
+      of_area[i] = 0;
+      for (const auto& [begin, end] : runs[i]) of_area[i] += end - begin;
+      rest.push_back(i);
+    }
+    for (; maps.empty() || !rest.empty(); std::swap(rest, left)) {
+      std::vector<T> map(H * W, 0);
+      for (const int64_t i : rest) {
+        for (const auto& [begin, end] : runs[i]) {
+          std::fill(map.begin() + begin, map.begin() + end, static_cast<T>(i + 1));
+        }
+      }
+      left.clear();
+      for (const int64_t i : rest) {
+        const auto id = static_cast<T>(i + 1);
+        int64_t seen = 0;
+        for (const auto& [begin, end] : runs[i]) {
+          seen += std::count(map.begin() + begin, map.begin() + end, id);
+        }
+        of_layer[i] = static_cast<int64_t>(maps.size());
+        if (seen == of_area[i]) continue;
+        left.push_back(i);
+        for (const auto& [begin, end] : runs[i]) {
+          std::replace(map.begin() + begin, map.begin() + end, id, T{0});
+        }
+      }
+      maps.push_back(std::move(map));
+    }
+  }
+  const auto l = static_cast<int64_t>(maps.size());
+  py::array_t<T> out({l, H, W});
+  T* target = out.mutable_data();
+  {
+    py::gil_scoped_release unlocked;
+    for (int64_t k = 0; k < l; ++k) transpose(maps[k].data(), H, W, target + k * H * W);
+  }
+  return py::make_tuple(out, layer, areas);
+}
+
+py::tuple layers(const std::vector<Counts>& segments, int64_t H, int64_t W) {
+  if (segments.size() < 256) return layers_of<uint8_t>(segments, H, W);
+  return layers_of<int32_t>(segments, H, W);
 }
 
 }  // namespace
@@ -173,5 +253,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("encode", &encode, py::arg("labels"), py::arg("ids"));
   m.def("encode_bits", &encode_bits, py::arg("bits"), py::arg("width"));
   m.def("decode", &decode, py::arg("counts"), py::arg("ids"), py::arg("height"), py::arg("width"));
+  m.def("layers", &layers, py::arg("counts"), py::arg("height"), py::arg("width"));
   bind_id_maps(m);
+  bind_views(m);
 }

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple, Union
 
 from .ade20k import Ade20kConfig as Ade20kConfig
+from .ade20k import ade20k_views as ade20k_views
 from .ade20k import read_ade20k
 from .cityscapes import CityscapesConfig as CityscapesConfig
 from .cityscapes import export_cityscapes as export_cityscapes

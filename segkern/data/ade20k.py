@@ -42,6 +42,14 @@ _MOST = 26 * 256  # numbers of classes are below it: red is 255 at most
 _FOLDER = {"train": "training", "val": "validation"}
 
 
+def ade20k_views(task: str) -> ViewConfig:
+    """Views of the recipes of Mask2Former's paper: of 512 pixels for the semantic task, of 640 for
+    the others."""
+    side = 512 if task == "semantic" else 640
+    sides = scaled_sides(side)
+    return ViewConfig((side, side), short_sides=sides, long_side=4 * side, colours=True)
+
+
 @dataclass
 class Ade20kConfig:
     """ADE20K.
@@ -51,7 +59,7 @@ class Ade20kConfig:
         task: "panoptic", "instance" or "semantic".
         seed: other seeds give other views.
         read: how files are read.
-        views: of the training pictures.
+        views: of the training pictures; `ade20k_views` has those of each task.
     """
 
     kind: ClassVar[str] = "ade20k"
@@ -60,11 +68,7 @@ class Ade20kConfig:
     task: Literal["panoptic", "instance", "semantic"] = "panoptic"
     seed: int = 0
     read: ReadConfig = field(default_factory=ReadConfig)
-    views: ViewConfig = field(
-        default_factory=lambda: ViewConfig(
-            (512, 512), short_sides=scaled_sides(512), long_side=2048, colours=True
-        )
-    )
+    views: ViewConfig = field(default_factory=lambda: ade20k_views("panoptic"))
 
     def __post_init__(self):
         settle(self)

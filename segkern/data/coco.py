@@ -5,7 +5,8 @@ its folder, and "panoptic" in those of the panoptic kind. Where there is one fil
 its pictures is the val split. Pictures are looked for beside the file and in the root's folders
 images/SPLIT, SPLIT, SPLIT2017, images and data.
 Labels count categories in the order of their ids, things before stuff, and both splits have the
-table of the training file.
+table of the training file. Only the panoptic tables of ADE20K and Cityscapes, known by which of
+their ids are stuff, keep the order of their ids: checkpoints have it.
 Source: COCO's data format (Lin et al., ECCV 2014; Kirillov et al., CVPR 2019).
 """
 
@@ -19,6 +20,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from ..io.images import read_head
+from ..structures.labels import DATASETS
 from .coco_segments import instances, panoptic
 from .pictures import (
     SPLITS,
@@ -228,7 +230,11 @@ def _table(path: Path, content: dict, faults: list[str]) -> Table:
             f"{path}: category {lacking[0]} does not say whether it is a thing (isthing; "
             f"{len(lacking)} of {len(rows)} do not); taken as one"
         )
-    order = sorted(rows, key=lambda k: (not isthing[k], isinstance(k, str), k))
+    order = sorted(rows, key=lambda k: (isinstance(k, str), k))
+    stuff = tuple(label for label, key in enumerate(order) if not isthing[key])
+    kinds = [(facts.labels.get("panoptic"), facts.stuff) for facts in DATASETS.values()]
+    if (len(order), stuff) not in kinds:
+        order.sort(key=lambda k: not isthing[k])
     return Table(
         {key: label for label, key in enumerate(order)},
         [str(rows[key].get("name", f"category {key}")) for key in order],

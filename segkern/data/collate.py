@@ -83,9 +83,9 @@ def collate(
                 f"collate: masks of sample {name} must be [n, {image.shape[1]}, "
                 f"{image.shape[2]}], the size of its image, got {list(mask.shape)}"
             )
-    for name, image in zip(ids, images):
+    for name, image, sample in zip(ids, images, samples):
         # a sum is quick, and finite where all are; where it is not it may only have overflown
-        if not (image.sum().isfinite() or image.isfinite().all()):
+        if not (sample.get("finite") or image.sum().isfinite() or image.isfinite().all()):
             raise ValueError(
                 f"collate: pixels of sample {name} must be finite, got NaN or infinity"
             )
@@ -122,7 +122,7 @@ def _together(images: list[Tensor], size: tuple[int, int]) -> Tensor:
         for i, x in enumerate(images)
     ):
         return first.as_strided((len(images), *first.shape), (n, *first.stride()))
-    pixels = fresh(len(images), len(first), *size)
+    pixels = fresh(len(images), len(first), *size, sent=True)
     for target, x in zip(pixels, images):
         _, h, w = x.shape
         target[:, :h, :w], target[:, h:], target[:, :h, w:] = x, 0, 0

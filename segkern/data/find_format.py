@@ -3,7 +3,7 @@
 import mmap
 from pathlib import Path
 
-from .ade20k import Ade20kConfig, is_full
+from .ade20k import Ade20kConfig, ade20k_views, is_full
 from .cityscapes import CityscapesConfig, truth_files
 from .coco import OTHERS, CocoConfig
 from .folder import FolderConfig
@@ -71,12 +71,18 @@ def _published(root: Path) -> tuple[object, str] | None:
         objects = truth_files(root / "gtFine", "panoptic")
         return CityscapesConfig(root, "panoptic" if objects else "semantic"), "leftImg8bit"
     if is_full(root):
-        return Ade20kConfig(root, "semantic"), "pictures of the full set"
-    for folder in ("annotations_instance", "annotations"):
-        if (root / folder / "training").is_dir():
-            both = folder == "annotations_instance" and (root / "annotations/training").is_dir()
-            task = "panoptic" if both else "instance" if folder != "annotations" else "semantic"
-            return Ade20kConfig(root, task), f"{folder}/training"
+        full = Ade20kConfig(root, "semantic", views=ade20k_views("semantic"))
+        return full, "pictures of the full set"
+    kinds = [
+        k for k in ("annotations_instance", "annotations") if (root / k / "training").is_dir()
+    ]
+    joint = sorted(root.glob("ade20k_panoptic_*.json"))  # of Mask2Former's converter
+    if joint and len(kinds) < 2:
+        return CocoConfig(root, "panoptic", views=ade20k_views("panoptic")), joint[0].name
+    if kinds:
+        alone = "semantic" if kinds == ["annotations"] else "instance"
+        task = "panoptic" if len(kinds) == 2 else alone
+        return Ade20kConfig(root, task, views=ade20k_views(task)), f"{kinds[0]}/training"
     if (root / "JPEGImages").is_dir():
         for sign in ("ImageSets/SegmentationContext", "trainval"):
             if (root / sign).is_dir():

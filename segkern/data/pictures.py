@@ -160,7 +160,7 @@ class Pictures:
         them."""
         if self.views is None:
             return [self[place] for place in places]
-        pixels = fresh(len(places), self.read.channels, *self.views.config.size)
+        pixels = fresh(len(places), self.read.channels, *self.views.config.size, sent=True)
         return [viewed(self, place, out) for place, out in zip(places, pixels)]
 
     def examined(self, index: int) -> tuple[Sample, list[str]]:

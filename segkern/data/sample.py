@@ -51,23 +51,7 @@ class IdMaps:
         Raises:
             TypeError, ValueError: a code is damaged or not of `size` (H, W).
         """
-        area = coco_masks().area
-        n = len(codes)
-        rest, layer, maps = np.arange(n), np.zeros(n, np.int64), []
-        areas = None
-        while len(rest):
-            top = rle.decode([codes[i] for i in rest], (rest + 1).tolist(), size)
-            if areas is None:  # after the codes were found whole
-                areas = np.array([area(code) for code in codes], np.int64)  # it takes 255 at most
-            top = top.astype(_dtype(n), copy=False)
-            whole = _counts(top, n)[rest] == areas[rest]
-            kept = np.zeros(n + 1, _dtype(n))  # the last of `rest` is always whole
-            kept[rest[whole] + 1] = rest[whole] + 1
-            layer[rest[whole]] = len(maps)
-            maps.append(_replaced(top, kept))
-            rest = rest[~whole]
-        areas = np.zeros(0, np.int64) if areas is None else areas
-        return cls(np.stack(maps or [np.zeros(size, np.uint8)]), layer, areas)
+        return cls(*rle.layers(codes, size))
 
     @classmethod
     def of_arrays(cls, masks: Iterable[np.ndarray], size: tuple[int, int]) -> "IdMaps":
@@ -97,13 +81,17 @@ class IdMaps:
         return self.maps[self.layer[index]] == index + 1
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        dense = np.empty(self.shape, np.uint8)
+        dense = np.zeros(self.shape, np.uint8)
         self.write(dense)
         return dense if dtype is None else dense.astype(dtype, copy=False)
 
     def write(self, out: np.ndarray) -> None:
-        """Writes the masks into the upper left of `out` [n, at least H, at least W] uint8."""
+        """Writes the masks into the upper left of `out` [n, at least H, at least W] uint8, which
+        is 0: only where they are, so that untouched pages of a large array stay so."""
         _, H, W = self.shape
+        if _host is not None and out.flags.c_contiguous:
+            _host.spread(np.ascontiguousarray(self.maps), self.layer, out)
+            return
         for mask, (i, k) in zip(out, enumerate(self.layer)):
             np.equal(self.maps[k], i + 1, out=mask[:H, :W].view(bool))
 
@@ -152,6 +140,7 @@ class Sample(TypedDict, total=False):
         id: index in the data set; random points of the loss depend on it.
         path: of the picture.
         dropped: segments of which a view shows nothing, and which it left out.
+        finite: pixel_values are known to be so, as they were made of bytes: nobody need look.
     """
 
     image: np.ndarray
@@ -163,6 +152,7 @@ class Sample(TypedDict, total=False):
     id: int
     path: str
     dropped: int
+    finite: bool
 
 
 def generator_of(seed: int, epoch: int, index: int) -> Generator:

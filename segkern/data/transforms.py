@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from ..io.rle import _host
 from ..structures.labels import void_in
 from ..structures.targets import fresh
 
@@ -71,22 +72,20 @@ class SemanticViews:
         Returns:
             pixel_values [C, H, W] float32 normalised, and semantic [H, W] of the labels' kind.
         """
-        from torchvision.transforms.v2 import functional as F
-
-        pixels = torch.as_tensor(image).permute(2, 0, 1)
-        labels = np.asarray(labels)
+        image, labels = np.asarray(image), np.asarray(labels)
         ratio = uniform(*self.ratios, generator)
-        fitted = self._fitted(pixels.shape[1:], ratio)
+        fitted = self._fitted(image.shape[:2], ratio)
         rows, columns = (nearest(n, to) for n, to in zip(labels.shape, fitted))
         labels = labels.take(rows, axis=0).take(columns, axis=1)
         place = crop(fitted, self.size, generator, labels.__getitem__, self.most)
-        pixels, labels = F.resize(pixels, fitted, antialias=True)[:, *place], labels[place]
-        if uniform(0, 1, generator) < 0.5:
-            pixels, labels = pixels.flip(2), labels[:, ::-1]
-        pixels = self.colours(F.to_dtype(pixels, torch.float32, scale=True), generator)
-        below, right = (n - m for n, m in zip(self.size, pixels.shape[1:]))
+        labels, mirror = labels[place], uniform(0, 1, generator) < 0.5
+        labels = labels[:, ::-1] if mirror else labels
+        below, right = (n - m for n, m in zip(self.size, labels.shape))
+        look = self.size, self.mean, self.std
         return {
-            "pixel_values": normalised(pixels, self.mean, self.std, self.size),
+            "pixel_values": pictured(
+                image, fitted, place, mirror, *look, lambda x: self.colours(x, generator)
+            ),
             "semantic": torch.from_numpy(
                 np.pad(labels, ((0, below), (0, right)), constant_values=void_in(labels))
             ),
@@ -96,6 +95,54 @@ class SemanticViews:
         """The size that keeps the image's shape and fits into `ratio` times the scale."""
         factor = min(max(self.scale) * ratio / max(size), min(self.scale) * ratio / min(size))
         return [max(1, round(n * factor)) for n in size]
+
+
+def pictured(
+    image: np.ndarray,
+    fitted: Sequence[int],
+    place: tuple[slice, slice],
+    mirror: bool,
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    change: Callable[[Tensor], Tensor] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The picture of a view: resized, cropped, mirrored, changed, normalised and padded.
+
+    Where the host's code is built only what the crop shows is computed, in one pass; it gives the
+    bytes of torchvision's antialiased resize.
+
+    Args:
+        image: [H, W, C] uint8.
+        fitted: H and W that it is resized to.
+        place: rows and columns of that which stay, as `crop` gives them.
+        mirror: swap left and right.
+        size, mean, std, out: as of `normalised`.
+        change: called with the pixels, [C, h, w] float32 in [0, 1], for others of that kind.
+
+    Returns:
+        as `normalised`.
+    """
+    from torchvision.transforms.v2 import functional as F
+
+    start, stop = ([side.indices(n)[k] for side, n in zip(place, fitted)] for k in (0, 1))
+    h, w = (b - a for a, b in zip(start, stop))
+    if _host is None:
+        pixels = F.resize(torch.from_numpy(image).movedim(2, 0), fitted, antialias=True)[:, *place]
+        pixels = pixels.flip(2) if mirror else pixels
+    elif change is None:
+        out = fresh(image.shape[2], *size) if out is None else out
+        by, less = zip(*((1 / (255 * s), m / s) for m, s in zip(mean, std, strict=True)))
+        _host.view(image, fitted, start, (h, w), mirror, out.numpy(), by, less)
+        return out
+    else:
+        pixels = torch.empty(image.shape[2], h, w, dtype=torch.uint8)
+        none = [0.0] * len(pixels)
+        _host.view(image, fitted, start, (h, w), mirror, pixels.numpy(), none, none)
+    if change is not None:
+        pixels = change(F.to_dtype(pixels, torch.float32, scale=True))
+    return normalised(pixels, mean, std, size, out)
 
 
 def normalised(

@@ -12,6 +12,7 @@ COCO with it, and the short sides of its ADE20K and Cityscapes recipes.
 Differs: pads with the mean colour and not with grey.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from torch import Generator, Tensor
 
 from ..structures.labels import void_in
 from .sample import Sample
-from .transforms import colours, crop, nearest, normalised, uniform
+from .transforms import colours, crop, nearest, pictured, uniform
 
 
 @dataclass
@@ -81,6 +82,7 @@ class InstanceViews:
         import torchvision.transforms.v2  # noqa: F401
 
         self.config, self.mean, self.std = config, list(mean), list(std)
+        self.finite = all(math.isfinite(x) for m, s in zip(mean, std) for x in (m / s, 1 / s))
 
     def __call__(
         self, sample: Sample, generator: Generator | None = None, out: Tensor | None = None
@@ -96,11 +98,9 @@ class InstanceViews:
             the sample with pixel_values [3, H, W] float32 in place of image; segments that it does
             not show are left out and counted in `dropped`.
         """
-        from torchvision.transforms.v2 import functional as F
-
         sample = dict(sample)
-        pixels = torch.from_numpy(sample.pop("image")).movedim(2, 0)
-        size = pixels.shape[1:]
+        image = sample.pop("image")
+        size = image.shape[:2]
         fitted = self._fitted(size, generator)
         rows, columns = (nearest(n, to) for n, to in zip(size, fitted))
         limited = self.config.most < 1 and "semantic" in sample
@@ -110,13 +110,14 @@ class InstanceViews:
 
         wanted = labels_at if limited else None
         place = crop(fitted, self.config.size, generator, wanted, self.config.most)
-        pixels = F.resize(pixels, fitted, antialias=True)[:, *place]
         rows, columns = rows[place[0]], columns[place[1]]
-        if uniform(0, 1, generator) < self.config.flip:
-            pixels, columns = F.horizontal_flip(pixels), columns[::-1]
-        if self.config.colours:
-            pixels = colours(F.to_dtype(pixels, torch.float32, scale=True), generator)
-        below, right = (n - m for n, m in zip(self.config.size, pixels.shape[1:]))
+        mirror = uniform(0, 1, generator) < self.config.flip
+        columns = columns[::-1] if mirror else columns
+        change = (lambda pixels: colours(pixels, generator)) if self.config.colours else None
+        look = self.config.size, self.mean, self.std
+        pixels = pictured(image, fitted, place, mirror, *look, change, out)
+        below = self.config.size[0] - len(rows)
+        right = self.config.size[1] - len(columns)
         rows = np.pad(rows, (0, below), constant_values=-1)
         columns = np.pad(columns, (0, right), constant_values=-1)
         masks = sample["masks"].taken(rows, columns)
@@ -126,7 +127,8 @@ class InstanceViews:
             labels[rows < 0], labels[:, columns < 0] = void_in(labels), void_in(labels)
             sample["semantic"] = labels
         return sample | {
-            "pixel_values": normalised(pixels, self.mean, self.std, self.config.size, out),
+            "pixel_values": pixels,
+            "finite": self.finite,
             "masks": masks.chosen(seen),
             "labels": sample["labels"][seen],
             "crowd": sample["crowd"][seen],

@@ -86,14 +86,7 @@ def decode(segments: list[dict], ids: list[int], size: tuple[int, int]) -> np.nd
         ValueError: another size, or counts that are damaged or do not fill it.
     """
     H, W = size
-    for segment in segments:
-        if not isinstance(segment, Mapping) or not {"size", "counts"} <= segment.keys():
-            raise TypeError(
-                f"rle.decode: segments must be dicts of size and counts, got {segment!r:.80}"
-            )
-        if np.shape(segment["size"]) != (2,) or list(segment["size"]) != [H, W]:
-            raise ValueError(f"rle.decode: size must be [{H}, {W}], got {segment['size']}")
-    counts = [_counts(segment["counts"]) for segment in segments]
+    counts = _checked(segments, size)
     ids = _integers("rle.decode: ids", ids)
     if len(ids) != len(segments):
         raise ValueError(
@@ -111,6 +104,51 @@ def decode(segments: list[dict], ids: list[int], size: tuple[int, int]) -> np.nd
         inside = np.arange(len(runs)) % 2 == 1
         labels[np.repeat(inside, np.array(runs, np.int64)).reshape(W, H).T] = i
     return labels
+
+
+def layers(
+    segments: list[dict], size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Maps that hold every segment whole: those that overlap lie in different maps.
+
+    Args:
+        segments, size: as of `decode`.
+
+    Returns:
+        maps: [l, H, W], i + 1 where segment i is, 0 where none is; uint8, int32 from 256 segments.
+        layer: [n] int64, the map of each segment.
+        areas: [n] int64, pixels of each.
+
+    Raises:
+        TypeError, ValueError: as `decode`.
+    """
+    H, W = size
+    counts, n = _checked(segments, size), len(segments)
+    if _host is not None:
+        return _host.layers(counts, H, W)
+    runs = [_expand(c) if isinstance(c, str) else c for c in counts]
+    areas = np.array([sum(lengths[1::2]) for lengths in runs], np.int64)
+    rest, layer, maps = np.arange(n), np.zeros(n, np.int64), []
+    while len(rest) or not maps:
+        top = decode([segments[i] for i in rest], (rest + 1).tolist(), size)
+        whole = np.bincount(top.ravel(), minlength=n + 1)[rest + 1] == areas[rest]
+        layer[rest[whole]] = len(maps)
+        maps.append(np.where(np.isin(top, rest[whole] + 1), top, 0))
+        rest = rest[~whole]
+    return np.stack(maps).astype(np.uint8 if n < 256 else np.int32), layer, areas
+
+
+def _checked(segments: list[dict], size: tuple[int, int]) -> list[str | list[int]]:
+    """The counts of segments, which must be of one size."""
+    H, W = size
+    for segment in segments:
+        if not isinstance(segment, Mapping) or not {"size", "counts"} <= segment.keys():
+            raise TypeError(
+                f"rle.decode: segments must be dicts of size and counts, got {segment!r:.80}"
+            )
+        if np.shape(segment["size"]) != (2,) or list(segment["size"]) != [H, W]:
+            raise ValueError(f"rle.decode: size must be [{H}, {W}], got {segment['size']}")
+    return [_counts(segment["counts"]) for segment in segments]
 
 
 def _counts(counts) -> str | list[int]:

@@ -4,7 +4,15 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ..data import ClassMapsConfig, DigitsConfig, FolderConfig, build_dataset, find_format
+from ..data import (
+    Ade20kConfig,
+    ClassMapsConfig,
+    DigitsConfig,
+    FolderConfig,
+    ade20k_views,
+    build_dataset,
+    find_format,
+)
 from ..models import ModelConfig, open_model
 from ..training.config import TrainConfig
 
@@ -80,6 +88,8 @@ def own_objects(
         data = ClassMapsConfig(data.root, data.layout, data.seed, data.read)
     if task is not None and "task" in {field.name for field in fields(data)}:
         data = replace(data, task=task)
+        if isinstance(data, Ade20kConfig):
+            data = replace(data, views=ade20k_views(task))
     if "masks" not in data.targets or task not in (None, data.task):
         raise ValueError(
             f"{recipe}: {root} must hold objects{f' for task {task}' if task else ''}, "

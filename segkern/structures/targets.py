@@ -6,6 +6,7 @@ The number of slots is rounded up to a bucket, so that few shapes occur: kernels
 allocations are reused. Slots from `count` on are padding: label 0, an empty mask, no weight.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -13,6 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ..ops import pack_bits
 from ..ops._checks import expect, got
@@ -41,7 +43,8 @@ class SparseMasks(Protocol):
         """The masks where `keep` [n] is true."""
 
     def write(self, out: np.ndarray) -> None:
-        """Writes them into the upper left of `out` [n, at least H, at least W] uint8."""
+        """Writes them into the upper left of `out` [n, at least H, at least W] uint8, which is
+        0."""
 
 
 class Targets(NamedTuple):
@@ -132,7 +135,7 @@ class Targets(NamedTuple):
         device = first.device if isinstance(first, Tensor) else class_labels[0].device
         packed_labels = torch.zeros(B, T, dtype=torch.int64, device=device)
         if device.type == "cpu":
-            packed_masks = fresh(B, T, H, W, dtype=np.uint8, zeros=True)
+            packed_masks = fresh(B, T, H, W, dtype=np.uint8, zeros=True, sent=True)
         else:
             packed_masks = torch.zeros(B, T, H, W, dtype=torch.uint8, device=device)
         for b, (masks, labels) in enumerate(zip(mask_labels, class_labels)):
@@ -156,9 +159,23 @@ class Targets(NamedTuple):
         )
 
 
-def fresh(*shape: int, dtype=np.float32, zeros: bool = False) -> Tensor:
+def fresh(
+    *shape: int, dtype: type = np.float32, zeros: bool = False, sent: bool = False
+) -> Tensor:
     """A large tensor on the CPU. NumPy asks for huge pages, so that it is first written in half of
-    the time that one of PyTorch's own takes."""
+    the time that one of PyTorch's own takes.
+
+    Args:
+        shape: of the tensor.
+        dtype: NumPy's.
+        zeros: set to 0.
+        sent: it becomes part of a batch. In a loader's worker it is made in the memory that the
+            process shares which takes the batch; PyTorch would copy it there.
+    """
+    if sent and get_worker_info() is not None and math.prod(shape):
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * np.dtype(dtype).itemsize)
+        kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        return torch.empty(0, dtype=kind).set_(storage).view(shape)  # its pages begin as zeros
     return torch.from_numpy((np.zeros if zeros else np.empty)(shape, dtype))
 
 

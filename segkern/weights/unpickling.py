@@ -43,6 +43,15 @@ class _Scalar(_Array):
         self.value = np.frombuffer(data, kind.dtype)[0]
 
 
+class _Buffer(_Array):
+    """As protocol 5 writes arrays, which is Python's own from 3.14 on."""
+
+    def __init__(self, data: bytes, kind: _Dtype, shape: tuple, order: str, axes=None):
+        flat = np.frombuffer(bytearray(data), kind.dtype)
+        value = flat.reshape(shape, order="F" if order == "F" else "C")
+        self.value = value if axes is None else value.transpose(axes)
+
+
 def _plain(x):
     """The arrays themselves in a tree of dicts, lists and tuples."""
     if isinstance(x, _Array):
@@ -57,9 +66,13 @@ _ARRAYS = {
     "numpy.ndarray": _Array,
     "numpy.dtype": _Dtype,
     **{
-        f"numpy.{core}.multiarray.{name}": made
+        f"numpy.{core}.{name}": made
         for core in ("core", "_core")
-        for name, made in (("_reconstruct", _Array), ("scalar", _Scalar))
+        for name, made in (
+            ("multiarray._reconstruct", _Array),
+            ("multiarray.scalar", _Scalar),
+            ("numeric._frombuffer", _Buffer),
+        )
     },
 }
 # what people keep beside weights: values that do nothing when they are made
@@ -67,6 +80,7 @@ _HARMLESS = [
     argparse.Namespace,
     frozenset,
     _Array,
+    _Buffer,
     _Dtype,
     _Scalar,
     *((made, name) for name, made in _ARRAYS.items()),

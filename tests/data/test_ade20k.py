@@ -1,6 +1,7 @@
 """ADE20K: the challenge's folders and the full set, written as they are laid out."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -111,8 +112,65 @@ def test_the_task_is_what_the_folder_has(case, tmp_path):
     kinds, task = FOUND[case]
     config, line = find_format(challenge(tmp_path, kinds=kinds))
     assert f"kind ade20k ({task})" in line
-    assert config.views.size == (512, 512)
+    side = 512 if task == "semantic" else 640  # as the paper's recipes
+    assert (config.views.size, config.views.long_side) == ((side, side), 4 * side)
+    assert config.views.short_sides == tuple(side * tenths // 10 for tenths in range(5, 21))
     assert len(build_dataset(config, "train")[0]["labels"]) > 0
+
+
+def convert(root):
+    """What Mask2Former's converter makes of the challenge's maps: one JSON a split, PNGs of ids.
+
+    Categories count from 0; stuff is pasted first, things that are no object are left out, the
+    red of an object's class is its place among the 100; ids are drawn by colour, in any order.
+    """
+    facts = DATASETS["ade20k"]
+    for name in ("train", "val"):
+        pixels, segments, ids = np.zeros((*SIZE, 3), np.uint8), [], iter((7907, 3, 70000, 256, 9))
+        values, objects = classes_of().astype(int) - 1, objects_of().astype(int)
+        parts = [(int(k), values == k) for k in np.unique(values) if k in facts.stuff]
+        for i in np.unique(objects[..., 1])[1:]:
+            mask = objects[..., 1] == i
+            parts.append((facts.things[int(objects[mask][0, 0]) - 1], mask))
+        for k, mask in parts:
+            i = next(ids)
+            pixels[mask] = i % 256, i // 256 % 256, i // 65536
+            rows, columns = np.nonzero(mask)
+            x, y = int(columns.min()), int(rows.min())
+            corner = [x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1]
+            area = int(mask.sum())
+            row = {"id": i, "category_id": k, "area": area, "bbox": corner, "iscrowd": 0}
+            segments.append(row)
+        write(root / f"ade20k_panoptic_{name}/ADE_1.png", pixels)
+        image = {"id": "ADE_1", "file_name": "ADE_1.jpg", "width": SIZE[1], "height": SIZE[0]}
+        row = {"image_id": "ADE_1", "file_name": "ADE_1.png", "segments_info": segments}
+        kinds = [
+            {"id": k, "name": ADE20K[k], "isthing": int(k in facts.things), "color": [k, 0, 0]}
+            for k in range(150)
+        ]
+        content = {"images": [image], "annotations": [row], "categories": kinds}
+        (root / f"ade20k_panoptic_{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("kinds", [(), ("",), ("_instance",), ("", "_instance")], ids=str)
+def test_the_converters_files_give_the_same_truth(kinds, tmp_path):
+    """With the labels of checkpoints: things and stuff in the order of the challenge."""
+    root = challenge(tmp_path, kinds=("", "_instance"))
+    whole = build_dataset(Ade20kConfig(root), "val")[0]
+    convert(root)
+    for kind in {"", "_instance"} - {*kinds}:
+        shutil.rmtree(root / f"annotations{kind}")
+    config, line = find_format(root)
+    data = build_dataset(config, "train")
+    assert (data.classes, data.stuff) == (ADE20K, DATASETS["ade20k"].stuff)
+    assert (config.task, config.views.size) == ("panoptic", (640, 640))
+    assert config.kind == ("ade20k" if len(kinds) == 2 else "coco")
+    assert line.endswith("annotations_instance/training" if len(kinds) == 2 else "_train.json")
+    found = build_dataset(config, "val")[0]
+    assert sorted(found["labels"].tolist()) == sorted(whole["labels"].tolist())
+    for label, mask in zip(found["labels"], masks_of(found)):
+        same = masks_of(whole)[whole["labels"] == label]
+        assert (same == mask).all((1, 2)).sum() == 1
 
 
 def test_faults(tmp_path):

@@ -164,3 +164,16 @@ def test_settings_come_back_from_plain_ones(tmp_path):
     config = CocoConfig(tmp_path, "panoptic", read=ALL, views=ViewConfig(short_sides=(3, 4)))
     assert data_config({"kind": "coco", **asdict(config)}) == config
     assert json.dumps(asdict(config.views))
+
+
+@pytest.mark.filterwarnings("ignore:.*held out")
+@pytest.mark.parametrize("stuff", [11, 10])
+def test_the_panoptic_table_of_cityscapes_keeps_its_order(stuff, tmp_path):
+    """11 of 19 classes, the first, are stuff there; of any other table things come first."""
+    ids = [0, 3, *range(7, 16), *range(83, 91)]
+    rows = [{"id": i, "name": f"c{i}", "isthing": int(k >= stuff)} for k, i in enumerate(ids)]
+    write_panoptic(tmp_path, categories=rows)
+    data = build_dataset(CocoConfig(tmp_path, "panoptic"), "train")
+    order = ids if stuff == 11 else [*ids[10:], *ids[:10]]
+    assert data.classes == [f"c{i}" for i in order]
+    assert data.stuff == (tuple(range(11)) if stuff == 11 else tuple(range(9, 19)))

@@ -37,7 +37,8 @@ MAKERS = {
 @pytest.mark.parametrize("n", [0, 1, 7, 300])
 def test_masks_are_those_that_came(maker, n, host, monkeypatch):
     if host == "missing":
-        monkeypatch.setattr("segkern.data.sample._host", None)
+        for module in ("segkern.data.sample", "segkern.io.rle"):
+            monkeypatch.setattr(f"{module}._host", None)
     dense = rectangles(n)
     masks = MAKERS[maker](dense)
     assert masks.shape == dense.shape == np.shape(masks)
@@ -105,13 +106,19 @@ def test_places_outside_are_refused():
             masks.taken(np.array(rows), np.array(columns))
 
 
-def test_masks_are_written_into_larger_arrays():
-    dense = rectangles(3)
-    out = np.full((3, 30, 40), 7, np.uint8)
-    IdMaps.of_arrays(dense, SIZE).write(out)
+@pytest.mark.parametrize("host", ["built", "missing"])
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("n", [3, 300])
+def test_masks_are_written_into_larger_arrays(n, maker, host, monkeypatch):
+    dense = rectangles(n)
+    masks = MAKERS[maker](dense)
+    if host == "missing":
+        monkeypatch.setattr("segkern.data.sample._host", None)
+    out = np.zeros((n, 30, 40), np.uint8)
+    masks.write(out)
     assert np.array_equal(out[:, : SIZE[0], : SIZE[1]], dense)
-    assert (out[:, SIZE[0] :] == 7).all()
-    assert (out[:, :, SIZE[1] :] == 7).all()
+    assert not out[:, SIZE[0] :].any()
+    assert not out[:, :, SIZE[1] :].any()
 
 
 def test_ids_below_zero_are_ids_like_others():

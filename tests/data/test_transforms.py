@@ -1,9 +1,11 @@
 """Random views of labelled images."""
 
+import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as F
 
-from segkern.data.transforms import SemanticViews
+from segkern.data.transforms import SemanticViews, normalised, pictured
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -96,6 +98,41 @@ def test_colours_change_a_little_and_never_change_places():
     light = found.mean(1)  # from the darkest, a half of 0.45 - 32/255, to the brightest
     assert 0.15 < light.min() < 0.25
     assert 0.65 < light.max() < 0.9
+
+
+RESIZED = {  # size of the picture, channels, size that it is resized to
+    "larger": ((23, 31), 3, (61, 80)),
+    "smaller": ((61, 83), 3, (17, 23)),
+    "much smaller": ((97, 131), 3, (5, 4)),
+    "one side alone": ((40, 30), 3, (40, 77)),
+    "as it is": ((30, 40), 3, (30, 40)),
+    "grey": ((33, 21), 1, (50, 11)),
+    "seven channels": ((33, 21), 7, (20, 50)),
+    "a pixel": ((1, 1), 3, (9, 7)),
+    "to a pixel": ((13, 9), 3, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("host", ["built", "missing"])
+@pytest.mark.parametrize("case", RESIZED)
+def test_the_crop_alone_has_the_pixels_of_the_resized_picture(case, host, monkeypatch):
+    """To the last bit, at every edge and in the middle, mirrored and not, changed and not."""
+    if host == "missing":
+        monkeypatch.setattr("segkern.data.transforms._host", None)
+    (H, W), C, fitted = RESIZED[case]
+    rng = np.random.default_rng(0)
+    image = rng.choice(np.uint8([0, 1, 100, 254, 255]), (H, W, C))  # edges overshoot if they can
+    whole = F.resize(torch.from_numpy(image).movedim(2, 0), fitted, antialias=True)
+    look = (fitted[0] + 3, fitted[1] + 2), [0.4] * C, [0.3] * C
+    for mirror in (False, True):
+        for y, x in ((0, 0), (fitted[0] // 3, fitted[1] // 2), (fitted[0] - 1, fitted[1] - 1)):
+            place = slice(y, y + fitted[0] // 2 + 1), slice(x, x + fitted[1] // 2 + 1)
+            part = whole[:, *place].flip(2) if mirror else whole[:, *place]
+            found = pictured(image, fitted, place, mirror, *look)
+            assert torch.equal(found, normalised(part, look[1], look[2], look[0]))
+            found = pictured(image, fitted, place, mirror, *look, lambda pixels: 1 - pixels)
+            want = 1 - F.to_dtype(part, torch.float32, scale=True)
+            assert torch.equal(found, normalised(want, look[1], look[2], look[0]))
 
 
 @pytest.mark.parametrize(

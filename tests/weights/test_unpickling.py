@@ -14,6 +14,8 @@ VALUES = {
     "C order": np.arange(6.0).reshape(2, 3),
     "Fortran order": np.asfortranarray(np.arange(6, dtype=np.int32).reshape(2, 3)),
     "big endian": np.array([1.5, -2], ">f4"),
+    "turned": np.arange(24, dtype=np.int16).reshape(2, 3, 4).transpose(1, 0, 2),
+    "every other": np.arange(9.0)[::2],
     "bool": np.array([True, False]),
     "no dimension": np.array(7, np.uint16),
     "scalar": np.float64(0.25),
@@ -21,7 +23,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("name", VALUES)
 def test_arrays_are_those_that_were_written(name, protocol, tmp_path):
     if name == "empty" and protocol < 3:
@@ -59,6 +61,9 @@ class Made:
 POINTERS = {
     "an array of pointers": Made(np.ndarray, (1,), "O", b"A" * 8),
     "a dtype of pointers": Made(np.dtype, "O"),
+    "a buffer of pointers": Made(
+        np._core.numeric._frombuffer, b"A" * 8, Made(np.dtype, "O"), (1,), "C"
+    ),
     "numbers that are called pointers": np.array(
         Made(np.dtype, "f8", state=(3, "<", None, None, None, -1, -1, 63)), object
     ),

@@ -6,6 +6,7 @@ from ast import literal_eval
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -79,9 +80,31 @@ def as_the_original(model):
     return out
 
 
-def written(path, model, protocol=3):
-    content = {"model": as_the_original(model), "__author__": "someone", "iteration": np.int64(9)}
-    path.write_bytes(pickle.dumps(content, protocol))
+class OfNumPy1(pickle._Pickler):
+    """Names NumPy's functions as its versions below 2, which wrote the published files."""
+
+    def save_global(self, obj, name=None):
+        module = getattr(obj, "__module__", "")
+        if not str(module).startswith("numpy._core."):
+            return super().save_global(obj, name)
+        module = module.replace("_core", "core")
+        if self.proto >= 4:
+            self.save(module)
+            self.save(obj.__name__)
+            self.write(pickle.STACK_GLOBAL)
+        else:
+            self.write(pickle.GLOBAL + f"{module}\n{obj.__name__}\n".encode())
+        return self.memoize(obj)
+
+    dispatch = pickle._Pickler.dispatch | {FunctionType: save_global}
+
+
+def written(path, model, protocol=3, pickler=pickle.Pickler):
+    """A file as Detectron2's tools write it: weights, who made them and how names are matched."""
+    content = {"model": as_the_original(model), "__author__": "someone"}
+    content |= {"matching_heuristics": True, "iteration": np.int64(9)}
+    with path.open("wb") as file:
+        pickler(file, protocol).dump(content)
     return path
 
 
@@ -125,6 +148,20 @@ def test_a_pickle_of_arrays_opens_to_the_same_model(kind, tmp_path):
         assert torch.equal(opened(x).class_queries_logits, model(x).class_queries_logits)
     assert opened.config.stuff == (tuple(range(80, 133)) if kind == "swin" else ())
     assert (opened.config.shortest_edge, opened.config.longest_edge) == (800, 1333)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "numpy"), [(3, "below 2"), (4, "below 2"), (5, "below 2"), (5, "2")]
+)
+def test_pickles_of_every_protocol_and_of_older_numpy(protocol, numpy, tmp_path):
+    torch.manual_seed(0)
+    model = Mask2Former(SMALL["swin"])
+    pickler = OfNumPy1 if numpy == "below 2" else pickle.Pickler
+    path = written(tmp_path / "model_final.pkl", model, protocol, pickler)
+    content = path.read_bytes()
+    assert (b"numpy.core" in content, b"numpy._core" in content) == (numpy != "2", numpy == "2")
+    opened = Mask2Former.from_pretrained(path).state_dict()
+    assert all(torch.equal(opened[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore")

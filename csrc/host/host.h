@@ -1,4 +1,4 @@
-// What rle.cpp, which makes the module, takes from id_maps.cpp.
+// What rle.cpp, which makes the module, takes from the other files.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -7,3 +7,4 @@
 namespace py = pybind11;
 
 void bind_id_maps(py::module_& m);
+void bind_views(py::module_& m);
