@@ -140,7 +140,7 @@ def loss_of_pixels(
     name, K, (h, w) = type(model).__name__, model.config.num_labels, found.maps.shape[2:]
     expect(name, "labels", labels, "B H W", "int64", {"B": len(found.maps)})
     H, W = labels.shape[1:]
-    if H > h or W > w:
+    if h < H or w < W:
         raise ValueError(f"{name}: labels must be of the images' size, got {got(labels)}")
     expect_labels(name, labels, K, void_of(K))
     return pixel_bce(found.maps, labels, normalizer)

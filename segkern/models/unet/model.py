@@ -4,7 +4,7 @@ Letters: B image, H W image size, C channels of the finest maps, L halvings, Q q
 
     x_0 = block(image);  x_i = block(pool(x_{i-1})), i = 1 .. L      2^i C channels, stride 2^i
     y   = bert(x_L), or x_L
-    y   = block(up(y), x_i), i = L-1 .. 0                            a block: conv, norm, relu twice
+    y   = block(up(y), x_i), i = L-1 .. 0                   a block: conv, norm, relu, twice
     semantic:   logits = conv1x1(y), K channels
     Hungarian:  masks = conv1x1(y), Q channels;  classes = linear(mean over the map of bert(x_L))
 
