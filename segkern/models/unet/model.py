@@ -211,7 +211,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: targets without a map of labels, or a label out of range.
         """
-        return two_heads.loss(self, self.predict(pixel_values), targets)
+        return two_heads.loss(self, pixel_values, targets)
 
     def forward(
         self,
