@@ -177,7 +177,12 @@ def loss(
         labels, size = targets.semantic.long(), pixel_values.shape[2:]
         value = loss_of_pixels(model, found, labels, size, targets.pixel_normalizer)
         return value, {"loss_bce": value[None]}
-    return model.criterion(found.classes[:, None], found.masks[:, None], found.features, targets)
+    coarse, stride = None, model.config.match_stride
+    if stride > 1:
+        size = [max(1, n // stride) for n in found.features.shape[2:]]
+        coarse = F.interpolate(found.features.detach(), size=size, mode="bilinear")
+    given = found.classes[:, None], found.masks[:, None], found.features
+    return model.criterion(*given, targets, coarse)
 
 
 def forward(

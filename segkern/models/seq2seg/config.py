@@ -51,6 +51,7 @@ class Seq2SegConfig:
 
     kind: ClassVar[str] = "seq2seg"
     default_queries: ClassVar[int] = 6
+    match_stride: ClassVar[int] = 1  # over that of the masks, which is large already
 
     num_labels: int = 19
     task_head: str = "semantic"

@@ -77,13 +77,15 @@ class ConvBlock(nn.Module):
     @contextlib.contextmanager
     def _uncounted(self) -> Iterator[None]:
         norms = (self.norm1, self.norm2)
+        momenta = [norm.momentum for norm in norms]
         for norm in norms:
-            norm.track_running_stats = False
+            norm.momentum = 0.0
         try:
             yield
         finally:
-            for norm in norms:
-                norm.track_running_stats = True
+            for norm, momentum in zip(norms, momenta):
+                norm.momentum = momentum
+                norm.num_batches_tracked -= 1
 
 
 class UNet(nn.Module):
