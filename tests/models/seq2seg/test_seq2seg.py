@@ -184,14 +184,22 @@ def test_no_such_preset():
 IMAGE, MAP = torch.zeros(2, 3, 32, 40), torch.zeros(2, 32, 40, dtype=torch.int64)
 LISTS = {"mask_labels": [MAP[:1].bool()] * 2, "class_labels": [torch.zeros(1).long()] * 2}
 WRONG = {
-    "channels": ("semantic", {"pixel_values": IMAGE[:, :2]}, r"pixel_values must be \[B, 3, H, W\]"),
+    "channels": (
+        "semantic",
+        {"pixel_values": IMAGE[:, :2]},
+        r"pixel_values must be \[B, 3, H, W\]",
+    ),
     "empty": ("semantic", {"pixel_values": IMAGE[:0]}, "pixel_values must not be empty"),
     "a label": ("semantic", {"labels": MAP + 5}, r"labels must be in \[0, 5\)"),
     "labels of another size": ("semantic", {"labels": MAP[:, :9]}, "labels must be"),
     "masks for pixels": ("semantic", LISTS, "are for task_head 'instance': give labels"),
     "labels for objects": ("instance", {"labels": MAP}, "labels are for task_head 'semantic'"),
     "masks alone": ("instance", {"mask_labels": LISTS["mask_labels"]}, "must be given together"),
-    "both": ("instance", LISTS | {"targets": targets_of((32, 40))[2]}, "targets must be given alone"),
+    "both": (
+        "instance",
+        LISTS | {"targets": targets_of((32, 40))[2]},
+        "targets must be given alone",
+    ),
     "no map": (
         "semantic",
         {"targets": targets_of((32, 40))[2]._replace(semantic=None)},
