@@ -1,5 +1,5 @@
-"""What recipes share for data of one's own: maps of classes for models that classify pixels, objects
-for models that find them."""
+"""What recipes share for data of one's own: maps of classes for models that classify pixels,
+objects for models that find them."""
 
 from dataclasses import replace
 from pathlib import Path

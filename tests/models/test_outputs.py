@@ -16,7 +16,6 @@ from segkern.structures.targets import Targets
 from support.inputs import random_targets
 from support.processes import in_two_processes
 
-
 MODELS = {
     "Mask2Former": queries,
     "Segmenter": pixels,

@@ -5,7 +5,6 @@ import pytest
 from segkern import recipes
 from segkern.data import FolderConfig, build_dataset
 
-
 DIGITS = [name for name in recipes.RECIPES if name.startswith("digits")]
 
 
