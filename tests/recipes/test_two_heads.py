@@ -93,7 +93,7 @@ def test_objects_of_ones_own(tmp_path):
         ValueError, match=r"seq2seg: .* must hold maps of classes for a model with"
     ):
         recipes.seq2seg(tmp_path)
-    with pytest.raises(ValueError, match="--data.root|no such folder"):
+    with pytest.raises(ValueError, match="no such folder"):
         recipes.unet(tmp_path / "nothing")
 
 

@@ -92,7 +92,8 @@ class UNet(nn.Module):
     """Encoder, transformer layers if any, decoder, and the head that the config asks for.
 
     Args:
-        config: what to build; weights are random.
+        config: what to build; weights are random, those of convolutions channels-last in memory:
+            for FSDP's `fully_shard` first call `model.to(memory_format=torch.contiguous_format)`.
     """
 
     class_head = (
