@@ -186,4 +186,5 @@ class Seq2SegConfig:
             local_start=True,
             mask="fine",
             class_weight=1.0,
+            patch_weight=1.0,
         )
