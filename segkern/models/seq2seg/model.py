@@ -8,7 +8,7 @@ the mask logits.
     instance:  x_0 .. x_L = encoder(queries, patches)
                classes    = linear(q),  masks = linear(q)     q the queries' part of x_L
     or         masks      = linear(q) . linear(y) / sqrt(D)   y the patches' part: stride p
-    or         masks      = linear(q) . unpatch(y_0 + .. + y_L)                stride 4
+    or         masks      = linear(q) . unpatch(y_0 + .. + y_L)               stride 4
 
 Source: Schmidt-Mengin, Image Segmentation as a Sequence Problem, 2021, written from its equations.
 The sum includes the state before the first layer, nearest to the pixels, as the states of a BERT
@@ -128,10 +128,8 @@ class Seq2Seg(nn.Module):
         loss, losses = two_heads.loss(self, found, pixel_values, targets)
         if self.config.task_head == "instance" and self.config.patch_weight:
             part = patch_loss(self.patch_classes(patches), targets, self.config.patch_size)
-            loss, losses = (
-                loss + self.config.patch_weight * part,
-                losses | {"loss_patch": part[None]},
-            )
+            loss = loss + self.config.patch_weight * part
+            losses["loss_patch"] = part[None]
         return found, (loss, losses)
 
     def _found(self, pixel_values: Tensor) -> tuple[PixelLogits | QueryLogits, Tensor]:
