@@ -28,7 +28,7 @@ def digits_seq2seg(level: str = "easy", size: tuple[int, int] = (64, 64)):
 
     Args:
         level: "easy", "hard" or "mixed".
-        size: height and width of a scene, multiples of 8.
+        size: height and width of a scene, multiples of 4.
 
     Returns:
         a `TrainConfig`. Not the paper's: Muon, attention that starts local, a larger weight of
@@ -38,9 +38,9 @@ def digits_seq2seg(level: str = "easy", size: tuple[int, int] = (64, 64)):
     model.id2label = {k: str(k) for k in range(10)}
     return TrainConfig(
         output=Path("runs/digits-seq2seg"),
-        steps=1500,
-        batch_size=32,
-        evaluate_every=500,
+        steps=1800,
+        batch_size=8,
+        evaluate_every=900,
         best_metric="class_accuracy",
         threshold=0.5,
         data=DigitsConfig(size=size, level=level, task="instance"),

@@ -24,8 +24,8 @@ class Seq2SegConfig:
         num_attention_heads: that divide D.
         intermediate_size: width of the feed-forward networks.
         dropout: probability in the encoder, in [0, 1).
-        skip: the pixels of the semantic head, and the features of "fine", come from the sum of the
-            states of all layers, the embeddings' too, and not from the last alone.
+        skip: semantic: the pixels come from the sum of the states of all layers, the embeddings'
+            too, and not from the last alone.
         local_start: start with positions of waves and attention to the patches around each
             (nn.vit.start_locally), which learns much sooner.
         num_queries: instance: Q; None for 6. None for semantic.
@@ -177,7 +177,7 @@ class Seq2SegConfig:
             num_labels,
             task_head,
             image_size=(64, 64),
-            patch_size=8 if task_head == "instance" else 4,
+            patch_size=4,
             hidden_size=128,
             num_hidden_layers=4,
             num_attention_heads=8,

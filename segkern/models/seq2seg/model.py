@@ -8,7 +8,7 @@ the mask logits.
     instance:  x_0 .. x_L = encoder(queries, patches)
                classes    = linear(q),  masks = linear(q)     q the queries' part of x_L
     or         masks      = linear(q) . linear(y) / sqrt(D)   y the patches' part: stride p
-    or         masks      = linear(q) . unpatch(y_0 + .. + y_L)               stride 4
+    or         masks      = linear(q) . unpatch(y)            stride 4
 
 Source: Schmidt-Mengin, Image Segmentation as a Sequence Problem, 2021, written from its equations.
 The sum includes the state before the first layer, nearest to the pixels, as the states of a BERT
@@ -140,16 +140,15 @@ class Seq2Seg(nn.Module):
             states = self.encoder(image)
             x = sum(states) if config.skip else states[-1]
             return PixelLogits(self.decoder(x, grid), 1), states[-1]
-        states = self.encoder(image, self.queries.weight)
-        queries, patches = states[-1].tensor_split([config.num_queries], 1)
+        *_, x = self.encoder(image, self.queries.weight)
+        queries, patches = x.tensor_split([config.num_queries], 1)
         classes, masks = self.class_embed(queries), self.mask_embed(queries)
         if config.mask == "linear":
             return QueryLogits(classes, masks.unflatten(2, config.mask_size)), patches
         if config.mask == "attention":
             features = self.mask_features(patches).mT.unflatten(2, grid)
             return QueryLogits(classes, masks * config.hidden_size**-0.5, features), patches
-        summed = sum(x[:, config.num_queries :] for x in states) if config.skip else patches
-        return QueryLogits(classes, masks, self.mask_features(summed, grid)), patches
+        return QueryLogits(classes, masks, self.mask_features(patches, grid)), patches
 
     def parameter_roles(self) -> dict[str, Role]:
         """Nothing is a backbone, as nothing comes pretrained; matrices are those of the blocks."""
