@@ -27,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from ...nn.bert import Bert
 from ...nn.linear import Linear
 from ...nn.mask_criterion import FullMaskCriterion
-from ...ops import conv3x3
 from ...ops._norm_relu import norm_relu
 from ...structures.logits import PixelLogits, QueryLogits
 from ...structures.roles import Role, parameter_roles
@@ -62,7 +61,7 @@ class ConvBlock(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
-            x = conv3x3(x, conv.weight)
+            x = conv(x)
             if norm.training:
                 x = F.relu(norm(x), inplace=True)
             else:
