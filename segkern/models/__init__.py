@@ -23,6 +23,11 @@ from .segformer import SegFormerOutput as SegFormerOutput
 from .segmenter import Segmenter as Segmenter
 from .segmenter import SegmenterConfig as SegmenterConfig
 from .segmenter import SegmenterOutput as SegmenterOutput
+from .seq2seg import Seq2Seg as Seq2Seg
+from .seq2seg import Seq2SegConfig as Seq2SegConfig
+from .two_heads import TwoHeadOutput as TwoHeadOutput
+from .unet import UNet as UNet
+from .unet import UNetConfig as UNetConfig
 
 
 class Kind(NamedTuple):
@@ -47,6 +52,8 @@ MODELS = {
     "segmenter": Kind(SegmenterConfig, Segmenter, files=("variant.yml",)),
     "maskformer": Kind(MaskFormerConfig, MaskFormer),
     "segformer": Kind(SegFormerConfig, SegFormer, suffix=".pth"),
+    "seq2seg": Kind(Seq2SegConfig, Seq2Seg),
+    "unet": Kind(UNetConfig, UNet),
 }
 Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
 
@@ -119,7 +126,7 @@ def open_model(name: str | Path) -> SegmentationModel:
 
 
 # settings that change what the weights compute and show in no shape
-_UNSEEN = ("num_heads", "num_attention_heads", "num_points_encoder", "strides")
+_UNSEEN = ("num_heads", "num_attention_heads", "num_points_encoder", "strides", "skip")
 
 
 def initialize(model: SegmentationModel, source: str | Path, fresh_head: bool = False) -> str:

@@ -9,6 +9,12 @@ from .segformer import digits_segformer as digits_segformer
 from .segformer import segformer as segformer
 from .segmenter import digits_segmenter as digits_segmenter
 from .segmenter import segmenter as segmenter
+from .seq2seg import digits_seq2seg as digits_seq2seg
+from .seq2seg import digits_seq2seg_semantic as digits_seq2seg_semantic
+from .seq2seg import seq2seg as seq2seg
+from .unet import digits_unet as digits_unet
+from .unet import digits_unet_semantic as digits_unet_semantic
+from .unet import unet as unet
 
 # what `segkern train --recipe` knows
 RECIPES = {
@@ -20,4 +26,10 @@ RECIPES = {
     "maskformer": maskformer,
     "segformer": segformer,
     "digits-segformer": digits_segformer,
+    "digits-seq2seg": digits_seq2seg,
+    "digits-seq2seg-semantic": digits_seq2seg_semantic,
+    "digits-unet": digits_unet,
+    "digits-unet-semantic": digits_unet_semantic,
+    "seq2seg": seq2seg,
+    "unet": unet,
 }

@@ -1,15 +1,17 @@
 """What a model returns: Hugging Face's manners, and gradients that DDP averages."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
-from test_opening import levels, pixels, pyramid, queries
+from test_opening import convolutions, levels, pixels, pyramid, queries, sequence
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from segkern.models import Mask2FormerOutput, SegFormerOutput, SegmenterOutput
+from segkern.models import Mask2FormerOutput, SegFormerOutput, SegmenterOutput, TwoHeadOutput
 from segkern.structures.logits import PixelLogits
 from segkern.structures.targets import Targets
 from support.inputs import random_targets
@@ -20,6 +22,8 @@ KINDS = {
     "MaskFormer": pyramid,
     "Segmenter": pixels,
     "SegFormer": levels,
+    "Seq2Seg": partial(sequence, head="instance"),
+    "U-Net": convolutions,
 }
 
 
@@ -46,7 +50,8 @@ def test_an_output_is_read_by_attribute_name_and_place(kind):
     plain = model.eval()(arguments["pixel_values"])
     assert plain.loss is None
     assert "loss" not in plain
-    name = "class_queries_logits" if kind == "Mask2Former" else "logits"
+    pixels = model.config.logits is PixelLogits
+    name = "logits" if pixels else "class_queries_logits"
     assert plain[0] is getattr(plain, name) is plain[name]
     assert [v.shape for v in plain] == [v.shape for v in plain[:]]
     assert dict(**plain).keys() == plain.keys()
@@ -56,7 +61,9 @@ def test_an_output_is_read_by_attribute_name_and_place(kind):
             plain[key]
 
 
-@pytest.mark.parametrize("cls", [Mask2FormerOutput, SegmenterOutput, SegFormerOutput])
+@pytest.mark.parametrize(
+    "cls", [Mask2FormerOutput, SegmenterOutput, SegFormerOutput, TwoHeadOutput]
+)
 def test_an_output_is_a_tree_of_tensors(cls):
     out = cls(loss=torch.ones(()))
     doubled = pytree.tree_map_only(torch.Tensor, lambda t: 2 * t, out)
@@ -90,7 +97,7 @@ def work(rank):
 @pytest.mark.slow
 def test_processes_average_the_gradients(tmp_path):
     found = in_two_processes(work, tmp_path)
-    assert len(found[0]) == 12
+    assert len(found[0]) == 4 * len(KINDS)
     for case, steps in found[0].items():
         for step, mine, other in zip((1, 2), steps, found[1][case], strict=True):
             assert mine == other, f"{case}, step {step}"

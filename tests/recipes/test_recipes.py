@@ -9,10 +9,10 @@ from segkern.data import FolderConfig, build_dataset
 from segkern.models import Mask2Former, Mask2FormerConfig, SegFormer, SegFormerConfig
 from segkern.training.optimizer import learning_rate
 
+DIGITS = [name for name in recipes.RECIPES if name.startswith("digits")]
 
-@pytest.mark.parametrize(
-    "name", ["digits", "digits-segmenter", "digits-maskformer", "digits-segformer"]
-)
+
+@pytest.mark.parametrize("name", DIGITS)
 def test_model_and_data_fit(name):
     config = recipes.RECIPES[name]()
     data = build_dataset(config.data, "train")

@@ -356,7 +356,10 @@ def test_refuses_before_work_starts(whole, tmp_path):
         ({"steps": 0}, "steps must be >= 1, got 0"),
         ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
         ({"lr": float("nan")}, "lr must be >= 0, got nan"),
-        ({"schedule": "random"}, "schedule must be one of cosine, poly, steps, got 'random'"),
+        (
+            {"schedule": "random"},
+            "schedule must be one of cosine, poly, steps, thirds, got 'random'",
+        ),
         ({"void": "skip"}, "void must be one of background, ignore, got 'skip'"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\], got 1.5"),
@@ -427,3 +430,17 @@ def test_void_reaches_the_batches(void, tmp_path):
     settings = config(tmp_path, void=void)
     batch = next(loop._batches(Digits(settings.data), settings, 0))
     assert (batch.targets.void is None) == (void == "background")
+
+
+def test_numbers_too_small_to_be_normal_are_nothing_in_training_alone(tmp_path, monkeypatch):
+    seen, make = [], loop.Step.__call__
+    tiny = torch.tensor(1e-39)
+
+    def step(self, *arguments):
+        seen.append(float(tiny.mul(1)))
+        return make(self, *arguments)
+
+    monkeypatch.setattr(loop.Step, "__call__", step)
+    train(config(tmp_path, steps=1), progress=False)
+    assert seen == [0]
+    assert float(tiny.mul(1)) > 0
