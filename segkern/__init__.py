@@ -18,6 +18,10 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from .models import Mask2FormerConfig as Mask2FormerConfig
     from .models import Segmenter as Segmenter
     from .models import SegmenterConfig as SegmenterConfig
+    from .models import Seq2Seg as Seq2Seg
+    from .models import Seq2SegConfig as Seq2SegConfig
+    from .models import UNet as UNet
+    from .models import UNetConfig as UNetConfig
     from .models import open_model as open_model
     from .runtime.cuda_graphs import Replay as Replay
     from .structures.segmentation import Segmentation as Segmentation
@@ -39,6 +43,10 @@ _HOME = {
     "Mask2FormerConfig": "models",
     "Segmenter": "models",
     "SegmenterConfig": "models",
+    "Seq2Seg": "models",
+    "Seq2SegConfig": "models",
+    "UNet": "models",
+    "UNetConfig": "models",
     "open_model": "models",
     "Replay": "runtime.cuda_graphs",
     "Segmentation": "structures.segmentation",

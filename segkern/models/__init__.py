@@ -17,6 +17,11 @@ from .protocol import SegmentationModel as SegmentationModel
 from .segmenter import Segmenter as Segmenter
 from .segmenter import SegmenterConfig as SegmenterConfig
 from .segmenter import SegmenterOutput as SegmenterOutput
+from .seq2seg import Seq2Seg as Seq2Seg
+from .seq2seg import Seq2SegConfig as Seq2SegConfig
+from .two_heads import TwoHeadOutput as TwoHeadOutput
+from .unet import UNet as UNet
+from .unet import UNetConfig as UNetConfig
 
 
 class Kind(NamedTuple):
@@ -39,6 +44,8 @@ class Kind(NamedTuple):
 MODELS = {
     "mask2former": Kind(Mask2FormerConfig, Mask2Former, suffix=".pkl"),
     "segmenter": Kind(SegmenterConfig, Segmenter, files=("variant.yml",)),
+    "seq2seg": Kind(Seq2SegConfig, Seq2Seg),
+    "unet": Kind(UNetConfig, UNet),
 }
 Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
 

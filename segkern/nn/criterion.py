@@ -76,9 +76,7 @@ class Criterion(nn.Module):
         self.weights = (class_weight, mask_weight, dice_weight)
         self.points = (num_points, oversample_ratio, importance_sample_ratio)
         self.impl = impl
-        empty_weight = torch.ones(num_labels + 1)
-        empty_weight[-1] = no_object_weight
-        self.register_buffer("empty_weight", empty_weight)
+        self.register_buffer("empty_weight", class_weights(num_labels, no_object_weight))
         self.register_buffer("seed", torch.zeros(1, dtype=torch.int64))
 
     def forward(
@@ -104,16 +102,11 @@ class Criterion(nn.Module):
         """
         assigned = self.match(class_logits, mask_embed, features, targets)
         query_of_target, target_of_query = assigned
-        R, T = class_logits.shape[1], targets.labels.shape[1]
-        slots = torch.arange(T, device=features.device)
-        active = (query_of_target >= 0) & (slots < targets.count[:, None, None])  # [B, R, T]
-        losses = {"loss_cross_entropy": self._class_loss(class_logits, target_of_query, targets)}
-        index = query_of_target.clamp(min=0)[..., None].expand(-1, -1, -1, mask_embed.shape[3])
-        chosen = mask_embed.gather(2, index).flatten(1, 2)  # [B, R * T, M]
-        rows = features.flatten(2).transpose(1, 2).to(chosen.dtype)  # [B, h * w, M]
-        logits = _Product.apply(chosen, rows)  # [B, R * T, h * w]
+        active = active_slots(query_of_target, targets)  # [B, R, T]
+        loss = class_loss(class_logits, target_of_query, targets, self.empty_weight)
+        losses = {"loss_cross_entropy": loss}
         bce, dice = point_mask_loss(
-            logits.unflatten(1, (R, T)).unflatten(3, features.shape[2:]),
+            matched_logits(query_of_target, mask_embed, features),
             targets.masks,
             active,
             targets.ids,
@@ -122,10 +115,7 @@ class Criterion(nn.Module):
             void=targets.void,
             impl=self.impl,
         )
-        total = targets.normalizer
-        if total is None:
-            total = targets.count.sum().clamp(min=1)
-        total = total.to(bce.dtype)
+        total = normalizer(targets).to(bce.dtype)
         losses |= {"loss_mask": bce.sum((0, 2)) / total, "loss_dice": dice.sum((0, 2)) / total}
         loss = sum(w * value.sum() for w, value in zip(self.weights, losses.values()))
         if self.training:
@@ -165,21 +155,73 @@ class Criterion(nn.Module):
         n_targets = targets.count[:, None].expand(B, R)
         return linear_assignment(cost, n_targets, check=False, impl=self.impl)
 
-    def _class_loss(
-        self, class_logits: Tensor, target_of_query: Tensor, targets: Targets
-    ) -> Tensor:
-        """[R]: the mean over images and queries, each weighted by its class."""
-        B, R, Q, _ = class_logits.shape
-        nothing = class_logits.shape[3] - 1
-        label = targets.labels[:, None].expand(B, R, -1).gather(2, target_of_query.clamp(min=0))
-        label = label.where(target_of_query >= 0, nothing)  # [B, R, Q]
-        exact = torch.promote_types(class_logits.dtype, torch.float32)
-        weight = self.empty_weight.to(exact)
-        total = weight[label].sum((0, 2))
-        if targets.matched is not None:  # each weighs 1, the other queries as "no object"
-            matched = targets.matched.to(exact)
-            total = matched + (B * Q - matched) * weight[nothing]
-        each = F.cross_entropy(
-            class_logits.to(exact).flatten(0, 2), label.flatten(), weight, reduction="none"
-        )
-        return each.view(B, R, Q).sum((0, 2)) / total
+
+def class_weights(num_labels: int, no_object_weight: float) -> Tensor:
+    """[K + 1]: 1 of each label, then that of "no object"."""
+    weights = torch.ones(num_labels + 1)
+    weights[-1] = no_object_weight
+    return weights
+
+
+def active_slots(query_of_target: Tensor, targets: Targets) -> Tensor:
+    """The slots that hold a target which has found a query, [B, R, T] bool, of the query of each
+    target [B, R, T]."""
+    slots = torch.arange(query_of_target.shape[2], device=query_of_target.device)
+    return (query_of_target >= 0) & (slots < targets.count[:, None, None])
+
+
+def matched_logits(query_of_target: Tensor, masks: Tensor, features: Tensor | None) -> Tensor:
+    """Mask logits of the queries that targets have found, those of any query in other slots.
+
+    Args:
+        query_of_target: [B, R, T] int64, -1 where there is none.
+        masks: [B, R, Q, M] embeddings; without features mask logits [B, R, Q, h, w].
+        features: [B, M, h, w] or None.
+
+    Returns:
+        [B, R, T, h, w].
+    """
+    index = query_of_target.clamp(min=0).view(*query_of_target.shape, *[1] * (masks.ndim - 3))
+    chosen = masks.gather(2, index.expand(-1, -1, -1, *masks.shape[3:]))
+    if features is None:
+        return chosen
+    rows = features.flatten(2).transpose(1, 2).to(chosen.dtype)  # [B, h * w, M]
+    logits = _Product.apply(chosen.flatten(1, 2), rows)  # [B, R * T, h * w]
+    return logits.unflatten(1, chosen.shape[1:3]).unflatten(3, features.shape[2:])
+
+
+def normalizer(targets: Targets) -> Tensor:
+    """[]: number of targets that losses of masks are divided by."""
+    if targets.normalizer is not None:
+        return targets.normalizer
+    return targets.count.sum().clamp(min=1)
+
+
+def class_loss(
+    class_logits: Tensor, target_of_query: Tensor, targets: Targets, empty_weight: Tensor
+) -> Tensor:
+    """The mean cross entropy over images and queries, each weighted by its class.
+
+    Args:
+        class_logits: [B, R, Q, K + 1] floating; the last class is "no object".
+        target_of_query: [B, R, Q] int64, -1 where there is none.
+        targets: of the same B images.
+        empty_weight: [K + 1], as `class_weights` makes it.
+
+    Returns:
+        [R] float32 (float64).
+    """
+    B, R, Q, _ = class_logits.shape
+    nothing = class_logits.shape[3] - 1
+    label = targets.labels[:, None].expand(B, R, -1).gather(2, target_of_query.clamp(min=0))
+    label = label.where(target_of_query >= 0, nothing)  # [B, R, Q]
+    exact = torch.promote_types(class_logits.dtype, torch.float32)
+    weight = empty_weight.to(exact)
+    total = weight[label].sum((0, 2))
+    if targets.matched is not None:  # each weighs 1, the other queries as "no object"
+        matched = targets.matched.to(exact)
+        total = matched + (B * Q - matched) * weight[nothing]
+    each = F.cross_entropy(
+        class_logits.to(exact).flatten(0, 2), label.flatten(), weight, reduction="none"
+    )
+    return each.view(B, R, Q).sum((0, 2)) / total

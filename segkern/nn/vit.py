@@ -65,6 +65,45 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+class ResizedPositions:
+    """Position embeddings of grids of other sizes; what was resized last is kept."""
+
+    def __init__(self):
+        self._kept = (None, None, None)  # size and state, stored and resized embeddings
+
+    def __call__(
+        self, stored: Tensor, tokens: int, grid: tuple[int, int], size: tuple[int, int]
+    ) -> Tensor:
+        """Resizes bilinearly.
+
+        Args:
+            stored: [1, tokens + h w, D], those of the tokens first, which stay.
+            tokens: how many.
+            grid: (h, w) of the stored ones.
+            size: (h', w') wanted.
+
+        Returns:
+            [1, tokens + h' w', D].
+        """
+        keeps = not (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or is_recording()
+            or stored.is_inference()  # it counts no versions
+        )
+        key = (size, stored._version, stored.dtype, stored.data_ptr()) if keeps else None
+        kept, source, found = self._kept  # at once: other threads may write it
+        if keeps and kept == key and source is stored:
+            return found
+        front, maps = stored.split([tokens, grid[0] * grid[1]], 1)
+        maps = maps.unflatten(1, grid).permute(0, 3, 1, 2)
+        maps = F.interpolate(maps, size=size, mode="bilinear")
+        found = torch.cat((front, maps.flatten(2).mT), 1)
+        if keeps:
+            self._kept = (key, stored, found)
+        return found
+
+
 class ViT(nn.Module):
     """Image to patch embeddings.
 
@@ -113,7 +152,7 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(initialise)
         self.checkpointing = False  # keep the blocks' inputs alone, compute the rest again
-        self._resized = (None, None, None)  # size and state, stored and resized embeddings
+        self._resized = ResizedPositions()
 
     def positions(self, h: int, w: int) -> Tensor:
         """Position embeddings [1, tokens + h w, D] of a grid of h x w patches.
@@ -123,24 +162,7 @@ class ViT(nn.Module):
         """
         if h * w == self.grid[0] * self.grid[1]:
             return self.pos_embed
-        stored = self.pos_embed
-        keeps = not (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or is_recording()
-            or stored.is_inference()  # it counts no versions
-        )
-        key = (h, w, stored._version, stored.dtype, stored.data_ptr()) if keeps else None
-        kept, source, found = self._resized  # at once: other threads may write it
-        if keeps and kept == key and source is stored:
-            return found
-        tokens, grid = self.pos_embed.split([self.tokens, self.grid[0] * self.grid[1]], 1)
-        grid = grid.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(h, w), mode="bilinear")
-        found = torch.cat((tokens, grid.flatten(2).mT), 1)
-        if keeps:
-            self._resized = (key, stored, found)
-        return found
+        return self._resized(self.pos_embed, self.tokens, self.grid, (h, w))
 
     def forward(self, image: Tensor) -> Tensor:
         """Embeddings of all patches.

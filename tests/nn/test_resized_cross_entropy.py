@@ -3,34 +3,15 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from segkern.nn import bilinear
 from segkern.nn.resized_cross_entropy import _bands, resized_cross_entropy
-
-
-class _Copies(TorchDispatchMode):
-    """Gathers the ops that read a tensor on the CPU and write one elsewhere."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        read, written = (
-            {t.device.type for t in tree_leaves(x) if isinstance(t, torch.Tensor) and t.ndim}
-            for x in ((args, kwargs), out)
-        )
-        if "cpu" in read and written - {"cpu"}:
-            self.seen.append(func)
-        return out
+from support.cuda import Copies
 
 
 def test_the_loss_copies_nothing_to_a_gpu():
     """A copy of ordinary memory cannot be captured in a CUDA graph."""
-    with FakeTensorMode(), _Copies() as copies:
+    with FakeTensorMode(), Copies() as copies:
         logits = torch.randn(2, 4, 6, 7, device="cuda", requires_grad=True)
         labels = torch.zeros(2, 24, 28, dtype=torch.int64, device="cuda")
         loss = resized_cross_entropy(logits, labels, (24, 28))  # makes the gradient too

@@ -16,6 +16,28 @@ class OnDevice(torch.Tensor):
     is_cuda = True
 
 
+class Copies(TorchDispatchMode):
+    """Gathers the ops that read a tensor on the CPU and write one elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        read, written = (
+            {
+                t.device.type
+                for t in pytree.tree_leaves(x)
+                if isinstance(t, torch.Tensor) and t.ndim
+            }
+            for x in ((args, kwargs), out)
+        )
+        if "cpu" in read and written - {"cpu"}:
+            self.seen.append(func)
+        return out
+
+
 class Graph(TorchDispatchMode):
     """As a CUDA graph on a CPU: notes every op that runs in the capture and runs them again, each
     from and to the memory that it had."""

@@ -1,0 +1,105 @@
+"""Our own checkpoints: config.json, with the model's kind, and model.safetensors."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..io.atomic_files import atomic, write_json
+from ..weights.folders import find_folder
+from ..weights.state_dicts import misfits, on_disk, with_new_head
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def write(folder: str | Path, kind: str, settings: dict, weights: dict[str, Tensor]) -> None:
+    """Writes a model, each file whole or not at all, the settings last.
+
+    Args:
+        folder: is made if it is not there.
+        kind: the model's.
+        settings: plain values by name.
+        weights: by name.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    folder = Path(folder)
+    with atomic(folder / "model.safetensors") as temporary:
+        save_file(on_disk(weights), temporary, metadata={"format": "pt"})
+    write_json(folder / "config.json", {"model_type": kind, **settings})
+
+
+def read(folder: Path, kind: str, name: str) -> tuple[dict, dict[str, Tensor]]:
+    """Settings and weights by name; lists are tuples again, and label numbers integers.
+
+    Args:
+        folder: of the model.
+        kind: that it must have.
+        name: of the model's class, for messages.
+
+    Raises:
+        ValueError: a file is missing or is not what it should be.
+    """
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{name}: {folder} cannot be read: {error}") from error
+    if not isinstance(settings, dict) or settings.pop("model_type", None) != kind:
+        raise ValueError(f"{name}: {folder / 'config.json'} is not of a {name}")
+    if names := settings.get("id2label"):
+        settings["id2label"] = {int(k): v for k, v in names.items()}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}, weights
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Writes a model whose config is a dataclass of plain values."""
+    write(folder, model.config.kind, asdict(model.config), model.state_dict())
+
+
+def opened(
+    cls: type[Model],
+    config: type,
+    source: str | Path,
+    num_labels: int | None,
+    unlabelled: Iterable[str] = (),
+) -> Model:
+    """Opens what `save` wrote.
+
+    Args:
+        cls: class of the model, which takes a config.
+        config: class of its settings.
+        source: as `find_folder` takes it.
+        num_labels: K of the new task; where it differs from the checkpoint's, the class head
+            starts anew. None keeps the checkpoint's.
+        unlabelled: settings that name labels, besides id2label, and start anew with them.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        ValueError: a file is missing or is not what it should be, settings that are not known, or
+            weights that are not those of the model that is described (names the keys).
+    """
+    name, folder = cls.__name__, find_folder(source)
+    settings, weights = read(folder, config.kind, name)
+    if unknown := sorted(settings.keys() - {f.name for f in fields(config)}):
+        raise ValueError(f"{name}: {folder} has unknown settings: {', '.join(unknown)}")
+    described = config(**settings)
+    fresh = num_labels is not None and num_labels != described.num_labels
+    if fresh:
+        new = {"id2label": None, **dict.fromkeys(unlabelled, ())}
+        described = replace(described, num_labels=num_labels, **new)
+    model = cls(described)
+    if fresh:
+        weights = with_new_head(weights, model.state_dict(), cls.class_head)
+    if faults := misfits(weights, model.state_dict()):
+        raise ValueError(f"{name}: {folder} does not fit the model; {'; '.join(faults)}")
+    model.load_state_dict(weights)
+    return model.eval()

@@ -1,0 +1,4 @@
+"""U-Net: its settings and its model."""
+
+from .config import UNetConfig as UNetConfig
+from .model import UNet as UNet

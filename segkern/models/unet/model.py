@@ -1,0 +1,269 @@
+"""U-Net: convolutions at ever coarser and then ever finer maps, semantic or with matched channels.
+
+Letters: B image, H W image size, C channels of the finest maps, L halvings, Q query, K class.
+
+    x_0 = block(image);  x_i = block(pool(x_{i-1})), i = 1 .. L      2^i C channels, stride 2^i
+    y   = bert(x_L), or x_L
+    y   = block(up(y), x_i), i = L-1 .. 0                   a block: conv, norm, relu, twice
+    semantic:   logits = conv1x1(y), K channels
+    Hungarian:  masks = conv1x1(y), Q channels;  classes = linear(mean over the map of bert(x_L))
+
+Source: U-Net (Ronneberger et al., MICCAI 2015), with norms and borders of zeros; the Hungarian one
+and the table that gives it 7.8 million weights: Schmidt-Mengin, Image Segmentation as a Sequence
+Problem, 2021, written from its equations. The transformer layers in between are an experiment
+that it names and does not make. The mean makes the class layer one of any image size; the
+channels' own convolution has no bias there, so that masks are a product of two factors.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...nn.bert import Bert
+from ...nn.linear import Linear
+from ...nn.mask_criterion import FullMaskCriterion
+from ...ops import conv3x3
+from ...ops._norm_relu import norm_relu
+from ...structures.logits import PixelLogits, QueryLogits
+from ...structures.roles import Role, parameter_roles
+from ...structures.targets import Targets
+from .. import own_format, two_heads
+from ..two_heads import TwoHeadOutput
+from .config import UNetConfig
+
+
+class ConvBlock(nn.Module):
+    """Twice a 3 x 3 convolution, a norm and a ReLU.
+
+    Args:
+        channels: of the input.
+        out: of the result.
+    """
+
+    def __init__(self, channels: int, out: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out)
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        self.checkpointing = False  # keep the input alone, compute the rest again
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, channels, h, w] -> [B, out, h, w]
+        if self.checkpointing and self.training:
+            return checkpoint(self._run, x, use_reentrant=False, context_fn=self._contexts)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            x = conv3x3(x, conv.weight)
+            if norm.training:
+                x = F.relu(norm(x), inplace=True)
+            else:
+                moments = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+                x = norm_relu(x, (moments, norm.eps))
+        return x
+
+    def _contexts(self) -> tuple:
+        """Of the first run and of the second, which must not count in the norms' averages."""
+        return contextlib.nullcontext(), self._uncounted()
+
+    @contextlib.contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        norms = (self.norm1, self.norm2)
+        for norm in norms:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True
+
+
+class UNet(nn.Module):
+    """Encoder, transformer layers if any, decoder, and the head that the config asks for.
+
+    Args:
+        config: what to build; weights are random.
+    """
+
+    class_head = (
+        *("classify.weight", "classify.bias"),  # of the semantic head
+        *("class_embed.weight", "class_embed.bias", "criterion.empty_weight"),
+    )
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths = [config.channels << i for i in range(config.depth + 1)]
+        before = [config.input.channels, *widths]
+        self.encoder = nn.ModuleList(map(ConvBlock, before, widths))
+        self.bert = None
+        if config.bert_layers:
+            D, heads = widths[-1], config.num_attention_heads
+            grid = tuple(side // config.size_divisor for side in config.image_size)
+            depth, hidden = config.bert_layers, 4 * D
+            self.bert = Bert(grid, 1, D, depth, heads, hidden, config.dropout, in_chans=D)
+        down = widths[:-1][::-1]
+        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * C, C, 2, stride=2) for C in down)
+        self.decoder = nn.ModuleList(ConvBlock(2 * C, C) for C in down)
+        if config.task_head == "semantic":
+            self.classify = nn.Conv2d(config.channels, config.num_labels, 1)
+        else:
+            K, Q = config.num_labels, config.num_queries
+            self.masks = nn.Conv2d(config.channels, Q, 1, bias=False)
+            self.class_embed = Linear(widths[-1], Q * (K + 1))
+            self.criterion = FullMaskCriterion(
+                K,
+                config.class_weight,
+                config.mask_weight,
+                config.dice_weight,
+                config.no_object_weight,
+            )
+        self.to(memory_format=torch.channels_last)
+
+    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for backward, and compute the rest again.
+
+        Args:
+            enable: False keeps everything, as at the start.
+        """
+        for part in self.modules():
+            if isinstance(part, (ConvBlock, Bert)):
+                part.checkpointing = enable
+
+    def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
+        """Nothing besides pixels."""
+        return ()
+
+    def features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """The coarsest maps, after the transformer layers if any, and the finest of the decoder.
+
+        Args:
+            pixel_values: [B, C, H, W] floating, normalised; padded with zeros to the right and
+                below to multiples of 2^L.
+
+        Returns:
+            [B, 2^L channels, H / 2^L, W / 2^L] and [B, channels, H, W], of the padded images.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        x = two_heads.padded(self, pixel_values).contiguous(memory_format=torch.channels_last)
+        maps = []
+        for i, block in enumerate(self.encoder):
+            maps.append(block(F.max_pool2d(maps[-1], 2) if i else x))
+        coarsest = maps.pop()
+        if self.bert is not None:
+            states = self.bert(coarsest)
+            coarsest = states[-1].mT.unflatten(2, coarsest.shape[2:])
+            coarsest = coarsest.contiguous(memory_format=torch.channels_last)
+        y = coarsest
+        for up, block in zip(self.up, self.decoder):
+            y = block(torch.cat((up(y), maps.pop()), 1))
+        return coarsest, y
+
+    def predict(self, pixel_values: Tensor) -> PixelLogits | QueryLogits:
+        """Class logits of pixels, or of queries with their masks.
+
+        Args:
+            pixel_values: [B, C, H, W] floating, normalised, of any size.
+
+        Returns:
+            of the semantic head maps [B, K, H, W] of the padded images, stride 1; of the instance
+            head class logits [B, Q, K + 1], mask embeddings [B, Q, channels], the same for all
+            images, and features [B, channels, H, W].
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        coarsest, y = self.features(pixel_values)
+        if self.config.task_head == "semantic":
+            return PixelLogits(self.classify(y), 1)
+        classes = self.class_embed(coarsest.mean((2, 3)))
+        classes = classes.unflatten(1, (self.config.num_queries, -1))
+        masks = self.masks.weight.flatten(1).to(y.dtype).expand(len(y), -1, -1)
+        return QueryLogits(classes, masks, y)
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """Nothing is a backbone, as nothing comes pretrained; matrices are those of the
+        transformer layers."""
+        blocks = () if self.bert is None else self.bert.blocks
+        return parameter_roles(self, nn.Identity(), blocks)
+
+    def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss.
+
+        Args:
+            pixel_values: [B, C, H, W] floating, normalised.
+            targets: of the same B images, on the same device; with `semantic` for that head.
+
+        Returns:
+            the weighted sum [], and its unweighted parts, [1] each: "loss_bce", or
+            "loss_cross_entropy", "loss_mask" where it has a weight, and "loss_dice".
+
+        Raises:
+            ValueError: targets without a map of labels, or a label out of range.
+        """
+        return two_heads.loss(self, self.predict(pixel_values), targets)
+
+    def forward(
+        self,
+        pixel_values: Tensor,  # [B, C, H, W]
+        labels: Tensor | None = None,  # [B, H, W]
+        mask_labels: list[Tensor] | None = None,  # B of [T_b, H, W]
+        class_labels: list[Tensor] | None = None,  # B of [T_b]
+        targets: Targets | None = None,
+    ) -> TwoHeadOutput:
+        """Predictions, and the loss if there is a truth.
+
+        Args:
+            pixel_values: [B, C, H, W] floating, normalised.
+            labels: of the semantic head: [B, H, W] int64 in [0, K), 255 where a pixel does not
+                count (65535 of more than 255 classes).
+            mask_labels: of the instance head: for each image [T_b, H, W] float, bool or uint8;
+                together with `class_labels`.
+            class_labels: for each image [T_b] int64 in [0, K).
+            targets: the same, packed; alone.
+
+        Returns:
+            A `TwoHeadOutput`.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape or combination of arguments, or a label out
+                of range.
+        """
+        return two_heads.forward(self, pixel_values, labels, mask_labels, class_labels, targets)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, num_labels: int | None = None) -> "UNet":
+        """Opens what `save_pretrained` wrote.
+
+        Args:
+            name_or_folder: a folder, one of its files, the folder of a training run, or a name on
+                the hub.
+            num_labels: K of the new task; where it differs from the checkpoint's, the class head
+                starts anew. None keeps the checkpoint's.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            ValueError: a file is missing or is not what it should be, or the weights are not those
+                of the model that is described (names the keys).
+        """
+        return own_format.opened(cls, UNetConfig, name_or_folder, num_labels, ("stuff",))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors.
+
+        Args:
+            folder: is made if it is not there.
+        """
+        own_format.save(self, folder)
