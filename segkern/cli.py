@@ -45,6 +45,7 @@ _Model = Annotated[
 # options of train that are read before the others, whose defaults depend on them
 _FIRST = ("--recipe", "--resume", "--preset", "--init")
 _FIRST += ("--data.root", "--data.layout", "--data.task")
+_OWN = ("seq2seg", "unet")  # recipes of (root, layout, init, preset)
 _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error arose."
 
 
@@ -325,6 +326,11 @@ def _train_command(arguments: list[str]) -> Callable:
             raise ValueError("train: --recipe mask2former needs --data.root, a folder of pictures")
         task, init = given.get("--data.task"), given.get("--init")
         default = recipes.mask2former(root, task, init, preset)
+    elif chosen in _OWN:
+        if not root:
+            raise ValueError(f"train: --recipe {chosen} needs --data.root, a folder of pictures")
+        layout, init = given.get("--data.layout"), given.get("--init")
+        default = recipes.RECIPES[chosen](root, layout, init, preset)
     else:
         default = recipes.RECIPES.get(chosen, recipes.digits)()
 
@@ -346,12 +352,14 @@ def _train_command(arguments: list[str]) -> Callable:
             resume: go on with the run in this folder; other options default to its settings.
             preset: model of a recipe: of mask2former tiny, resnet50, resnet101, swin_tiny,
                 swin_small, swin_base or swin_large, not given, swin_tiny, or that of --init; of
-                segmenter such as Seg-B-Mask/16, not given, that of --init or Seg-S-Mask/16.
+                segmenter such as Seg-B-Mask/16, not given, that of --init or Seg-S-Mask/16; of
+                seq2seg semantic, semantic-no-skip, instance, tiny or tiny-instance; of unet
+                semantic, hungarian, either with -bertN for N transformer layers, tiny or
+                tiny-hungarian; of both, not given, that of --init or semantic.
         """
-        if preset is not None and chosen not in ("segmenter", "mask2former"):
-            raise ValueError(
-                "train: --preset is for a new run with --recipe mask2former or segmenter"
-            )
+        if preset is not None and chosen not in ("segmenter", "mask2former", *_OWN):
+            known = ", ".join(("mask2former", "segmenter", *_OWN))
+            raise ValueError(f"train: --preset is for a new run with --recipe {known}")
         if chosen == "mask2former":
             names = list((config.model.id2label or {}).values())
             found = f"{config.data.root}: data of kind {config.data.kind} ({config.data.task})"

@@ -118,7 +118,7 @@ def open_model(name: str | Path) -> SegmentationModel:
 
 
 # settings that change what the weights compute and show in no shape
-_UNSEEN = ("num_heads", "num_attention_heads", "num_points_encoder")
+_UNSEEN = ("num_heads", "num_attention_heads", "num_points_encoder", "skip")
 
 
 def initialize(model: SegmentationModel, source: str | Path, fresh_head: bool = False) -> str:

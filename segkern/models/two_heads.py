@@ -130,31 +130,37 @@ def mask_logits(found: QueryLogits) -> Tensor:
 
 
 def loss_of_pixels(
-    model: nn.Module, found: PixelLogits, labels: Tensor, normalizer: Tensor | None = None
+    model: nn.Module,
+    found: PixelLogits,
+    labels: Tensor,
+    size: tuple[int, int],
+    normalizer: Tensor | None = None,
 ) -> Tensor:
     """[]: mean binary cross entropy of class logits [B, K, h, w] at labels [B, H, W] int64.
+
+    Args:
+        size: (H, W) of the images.
 
     Raises:
         TypeError, ValueError: wrong dtype or shape, or a label out of range.
     """
-    name, K, (h, w) = type(model).__name__, model.config.num_labels, found.maps.shape[2:]
-    expect(name, "labels", labels, "B H W", "int64", {"B": len(found.maps)})
-    H, W = labels.shape[1:]
-    if h < H or w < W:
-        raise ValueError(f"{name}: labels must be of the images' size, got {got(labels)}")
+    name, K = type(model).__name__, model.config.num_labels
+    sizes = {"B": len(found.maps), "H": size[0], "W": size[1]}
+    expect(name, "labels", labels, "B H W", "int64", sizes)
     expect_labels(name, labels, K, void_of(K))
     return pixel_bce(found.maps, labels, normalizer)
 
 
 def loss(
-    model: nn.Module, found: PixelLogits | QueryLogits, targets: Targets
+    model: nn.Module, pixel_values: Tensor, targets: Targets, found=None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The training loss of either head.
 
     Args:
         model: has, for the instance head, a `criterion`.
-        found: what its `predict` returned.
+        pixel_values: [B, C, H, W] floating, normalised.
         targets: of the same B images, on the same device; for the semantic head with `semantic`.
+        found: what `model.predict` returned for them; None calls it.
 
     Returns:
         the weighted sum [], and its parts by name, [1] each, unweighted: "loss_bce", or
@@ -163,13 +169,20 @@ def loss(
     Raises:
         ValueError: targets without a map of labels, or a label out of range.
     """
-    if isinstance(found, QueryLogits):
-        given = found.classes[:, None], found.masks[:, None], found.features
-        return model.criterion(*given, targets)
-    if targets.semantic is None:
+    semantic = model.config.task_head == "semantic"
+    if semantic and targets.semantic is None:
         raise ValueError(f"{type(model).__name__}: targets must have a semantic map, got None")
-    value = loss_of_pixels(model, found, targets.semantic.long(), targets.pixel_normalizer)
-    return value, {"loss_bce": value[None]}
+    found = model.predict(pixel_values) if found is None else found
+    if semantic:
+        labels, size = targets.semantic.long(), pixel_values.shape[2:]
+        value = loss_of_pixels(model, found, labels, size, targets.pixel_normalizer)
+        return value, {"loss_bce": value[None]}
+    coarse, stride = None, model.config.match_stride
+    if stride > 1:
+        size = [max(1, n // stride) for n in found.features.shape[2:]]
+        coarse = F.interpolate(found.features.detach(), size=size, mode="bilinear")
+    given = found.classes[:, None], found.masks[:, None], found.features
+    return model.criterion(*given, targets, coarse)
 
 
 def forward(
@@ -203,9 +216,9 @@ def forward(
         ).to(pixel_values.device)
     found, out = model.predict(pixel_values), TwoHeadOutput()
     if targets is not None:
-        out.loss, out.losses = loss(model, found, targets)
+        out.loss, out.losses = loss(model, pixel_values, targets, found)
     elif labels is not None:
-        out.loss = loss_of_pixels(model, found, labels)
+        out.loss = loss_of_pixels(model, found, labels, pixel_values.shape[2:])
         out.losses = {"loss_bce": out.loss[None]}
     if semantic:
         if out.loss is None:

@@ -77,6 +77,7 @@ class FullMaskCriterion(nn.Module):
         masks: Tensor,  # [B, R, Q, M], or [B, R, Q, h, w]
         features: Tensor | None,  # [B, M, h, w]
         targets: Targets,
+        coarse: Tensor | None = None,  # [B, M, h', w']
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Matches and scores.
 
@@ -86,12 +87,14 @@ class FullMaskCriterion(nn.Module):
                 logits; or, without features, mask logits [B, R, Q, h, w].
             features: [B, M, h, w] floating or None.
             targets: of the same B images, on the same device.
+            coarse: features of another size by which pairs are matched; None takes `features`.
 
         Returns:
             The loss [], and unweighted "loss_cross_entropy", "loss_mask" (focal), "loss_dice",
             each [R], the last prediction at the end; float32 (float64 for float64 logits).
         """
-        query_of_target, target_of_query = self.match(class_logits, masks, features, targets)
+        assigned = self.match(class_logits, masks, features if coarse is None else coarse, targets)
+        query_of_target, target_of_query = assigned
         active = active_slots(query_of_target, targets)  # [B, R, T]
         logits = matched_logits(query_of_target, masks, features)  # [B, R, T, h, w]
         losses, (_, focal, dice) = {}, self.weights.values()

@@ -5,7 +5,13 @@ from .mask2former import digits as digits
 from .mask2former import mask2former as mask2former
 from .segmenter import digits_segmenter as digits_segmenter
 from .segmenter import segmenter as segmenter
+from .seq2seg import digits_seq2seg as digits_seq2seg
+from .seq2seg import digits_seq2seg_semantic as digits_seq2seg_semantic
+from .seq2seg import seq2seg as seq2seg
 from .streets import streets_segmenter, streets_seq2seg, streets_seq2seg_no_skip, streets_unet
+from .unet import digits_unet as digits_unet
+from .unet import digits_unet_semantic as digits_unet_semantic
+from .unet import unet as unet
 
 # what `segkern train --recipe` knows
 RECIPES = {
@@ -13,6 +19,12 @@ RECIPES = {
     "digits-segmenter": digits_segmenter,
     "mask2former": mask2former,
     "segmenter": segmenter,
+    "digits-seq2seg": digits_seq2seg,
+    "digits-seq2seg-semantic": digits_seq2seg_semantic,
+    "digits-unet": digits_unet,
+    "digits-unet-semantic": digits_unet_semantic,
+    "seq2seg": seq2seg,
+    "unet": unet,
     "streets-unet": streets_unet,
     "streets-seq2seg": streets_seq2seg,
     "streets-seq2seg-no-skip": streets_seq2seg_no_skip,

@@ -48,8 +48,8 @@ class TrainConfig:
             rest, which takes fewer steps from scratch and more time for each.
         momentum: of SGD and Muon.
         weight_decay: of the optimizer.
-        schedule: "cosine" or "poly" (power 0.9) to min_lr, or "steps": a tenth at 8/9 of the steps
-            and again at 26/27.
+        schedule: "cosine" or "poly" (power 0.9) to min_lr, "steps": a tenth at 8/9 of the steps
+            and again at 26/27, or "thirds": half at a third of the steps and a tenth at two.
         warmup: steps in which the rate rises.
         clip: largest norm of the gradient; 0 does not clip.
         precision: "fp32", "bf16" for autocast, or "fp16" for autocast with a scaled loss.
@@ -96,7 +96,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     momentum: float = 0.9
     weight_decay: float = 0.05
-    schedule: Literal["cosine", "poly", "steps"] = "cosine"
+    schedule: Literal["cosine", "poly", "steps", "thirds"] = "cosine"
     warmup: int = 10
     clip: float = 0.01
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -150,7 +150,7 @@ class TrainConfig:
                         f"TrainConfig: {name} must be >= {least}, got {getattr(self, name)}"
                     )
         for name, known in (
-            ("schedule", ("cosine", "poly", "steps")),
+            ("schedule", ("cosine", "poly", "steps", "thirds")),
             ("precision", tuple(PRECISIONS)),
             ("optimizer", ("adamw", "sgd", "muon")),
             ("void", ("background", "ignore")),

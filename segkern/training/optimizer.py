@@ -122,6 +122,8 @@ def learning_rate(step: int, config) -> float:
         share *= 0.5 * (1 + math.cos(math.pi * gone))
     elif config.schedule == "poly":
         share *= (1 - gone) ** 0.9
+    elif config.schedule == "thirds":
+        share *= 0.1 if gone >= 2 / 3 else 0.5 if gone >= 1 / 3 else 1.0
     else:
         share *= 0.1 ** ((gone >= 8 / 9) + (gone >= 26 / 27))
     return config.min_lr + (config.lr - config.min_lr) * share

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from test_opening import models, queries
-from test_outputs import asked
+from test_outputs import MODELS, asked
 
 import segkern
 
@@ -28,7 +28,7 @@ def test_half_precision_on_a_cpu(build, dtype):
     torch.testing.assert_close(found, want, rtol=0, atol=0.02, check_dtype=False)
 
 
-@pytest.mark.parametrize("kind", ["Mask2Former", "Segmenter"])
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)], ids=str)
 def test_inference_mode_and_then_training(kind, size):
     """What a model keeps, such as resized positions, must not be of inference mode."""
@@ -48,7 +48,7 @@ def test_inference_mode_and_then_training(kind, size):
 
 def test_a_model_made_in_inference_mode():
     with torch.inference_mode():
-        for kind in ("Mask2Former", "Segmenter"):
+        for kind in MODELS:
             model, _ = asked(kind)
             for size in ((64, 64), (48, 80), (48, 80)):
                 model.eval()(torch.randn(1, 3, *size))

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import segkern
 from segkern.models import initialize
 from segkern.models.mask2former import Mask2Former, Mask2FormerConfig
 from segkern.models.segmenter import Segmenter, SegmenterConfig
+from segkern.models.seq2seg import Seq2Seg, Seq2SegConfig
+from segkern.models.unet import UNet, UNetConfig
 
 
 def queries(num_labels=3, **changes):
@@ -26,10 +29,27 @@ def pixels(num_labels=3, **changes):
     return Segmenter(SegmenterConfig(num_labels, **(sizes | changes)))
 
 
+def sequence(num_labels=3, head="semantic", **changes):
+    """A small Seq2Seg."""
+    sizes = {"image_size": (32, 32), "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 16, "num_queries": 4}
+    return Seq2Seg(Seq2SegConfig(num_labels, head, **(sizes | changes)))
+
+
+def convolutions(num_labels=3, head="semantic", **changes):
+    """A small U-Net."""
+    sizes = {"image_size": (32, 32), "channels": 4, "depth": 2, "num_queries": 4}
+    return UNet(UNetConfig(num_labels, head, **(sizes | changes)))
+
+
 MODELS = {
     "Mask2Former": queries,
     "Segmenter, mask": pixels,
     "Segmenter, linear": lambda *a, **changes: pixels(*a, decoder="linear", **changes),
+    "Seq2Seg, semantic": sequence,
+    "Seq2Seg, instance": partial(sequence, head="instance", mask="fine"),
+    "U-Net, semantic": convolutions,
+    "U-Net, instance": partial(convolutions, head="instance", bert_layers=1),
 }
 models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
@@ -126,6 +146,8 @@ UNFIT = {
     ),
     "another depth": (pixels, lambda: pixels(depth=2), "missing: encoder.blocks.1"),
     "other heads": (pixels, lambda: pixels(num_heads=2), "num_heads is 1 there, 2 here"),
+    "another sum": (sequence, lambda: sequence(skip=False), "skip is True there, False here"),
+    "another head": (convolutions, MODELS["U-Net, instance"], "missing: bert.pos_embed"),
     "other points": (
         queries,
         lambda: queries(num_attention_heads=4, num_points_encoder=8),

@@ -1,26 +1,36 @@
 """What a model returns: Hugging Face's manners, and gradients that DDP averages."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
-from test_opening import pixels, queries
+from test_opening import convolutions, pixels, queries, sequence
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from segkern.models import Mask2FormerOutput, SegmenterOutput
+from segkern.models import Mask2FormerOutput, SegmenterOutput, TwoHeadOutput
 from segkern.structures.targets import Targets
 from support.inputs import random_targets
 from support.processes import in_two_processes
+
+MODELS = {
+    "Mask2Former": queries,
+    "Segmenter": pixels,
+    "Seq2Seg": partial(sequence, head="instance"),
+    "U-Net": convolutions,
+}
+PIXELS = ("Segmenter", "U-Net")
 
 
 def asked(kind, rank=0):
     """A model, and the arguments of its forward that differ with the rank."""
     torch.manual_seed(0)
-    model = {"Mask2Former": queries, "Segmenter": pixels}[kind]()
+    model = MODELS[kind]()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(rank))
-    if kind == "Segmenter":
+    if kind in PIXELS:
         labels = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
         return model, {"pixel_values": x, "labels": labels}
     masks, labels = random_targets((2, 1), 3, 64, 64)
@@ -28,7 +38,7 @@ def asked(kind, rank=0):
     return model, {"pixel_values": x, "targets": targets}
 
 
-@pytest.mark.parametrize("kind", ["Mask2Former", "Segmenter"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_an_output_is_read_by_attribute_name_and_place(kind):
     model, arguments = asked(kind)
     out = model(**arguments)
@@ -38,7 +48,7 @@ def test_an_output_is_read_by_attribute_name_and_place(kind):
     plain = model.eval()(arguments["pixel_values"])
     assert plain.loss is None
     assert "loss" not in plain
-    name = "logits" if kind == "Segmenter" else "class_queries_logits"
+    name = "logits" if kind in PIXELS else "class_queries_logits"
     assert plain[0] is getattr(plain, name) is plain[name]
     assert [v.shape for v in plain] == [v.shape for v in plain[:]]
     assert dict(**plain).keys() == plain.keys()
@@ -48,7 +58,7 @@ def test_an_output_is_read_by_attribute_name_and_place(kind):
             plain[key]
 
 
-@pytest.mark.parametrize("cls", [Mask2FormerOutput, SegmenterOutput])
+@pytest.mark.parametrize("cls", [Mask2FormerOutput, SegmenterOutput, TwoHeadOutput])
 def test_an_output_is_a_tree_of_tensors(cls):
     out = cls(loss=torch.ones(()))
     doubled = pytree.tree_map_only(torch.Tensor, lambda t: 2 * t, out)
@@ -64,7 +74,7 @@ WRAPPED = {
 
 def work(rank):
     found = {}
-    for kind in ("Mask2Former", "Segmenter"):
+    for kind in MODELS:
         for name, options in WRAPPED.items():
             for checkpointing in (False, True):
                 model, arguments = asked(kind, rank)
@@ -82,13 +92,13 @@ def work(rank):
 @pytest.mark.slow
 def test_processes_average_the_gradients(tmp_path):
     found = in_two_processes(work, tmp_path)
-    assert len(found[0]) == 8
+    assert len(found[0]) == 16
     for case, steps in found[0].items():
         for step, mine, other in zip((1, 2), steps, found[1][case], strict=True):
             assert mine == other, f"{case}, step {step}"
 
 
-@pytest.mark.parametrize("kind", ["Mask2Former", "Segmenter"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_contiguous_weights_are_sharded(kind, tmp_path):
     """FSDP takes no channels-last weights; the maps stay channels-last without them."""
     plain, arguments = asked(kind)

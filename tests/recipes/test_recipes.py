@@ -5,8 +5,10 @@ import pytest
 from segkern import recipes
 from segkern.data import FolderConfig, build_dataset
 
+DIGITS = [name for name in recipes.RECIPES if name.startswith("digits")]
 
-@pytest.mark.parametrize("name", ["digits", "digits-segmenter"])
+
+@pytest.mark.parametrize("name", DIGITS)
 def test_model_and_data_fit(name):
     config = recipes.RECIPES[name]()
     data = build_dataset(config.data, "train")

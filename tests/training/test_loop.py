@@ -356,7 +356,10 @@ def test_refuses_before_work_starts(whole, tmp_path):
         ({"steps": 0}, "steps must be >= 1, got 0"),
         ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
         ({"lr": float("nan")}, "lr must be >= 0, got nan"),
-        ({"schedule": "random"}, "schedule must be one of cosine, poly, steps, got 'random'"),
+        (
+            {"schedule": "random"},
+            "schedule must be one of cosine, poly, steps, thirds, got 'random'",
+        ),
         ({"void": "skip"}, "void must be one of background, ignore, got 'skip'"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\], got 1.5"),

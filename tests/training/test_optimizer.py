@@ -62,6 +62,8 @@ def test_schedules():
     assert steps[0] == pytest.approx(0.1)
     assert steps[10:240] == [1.0] * 230
     assert steps[240:] == pytest.approx([0.1] * 20 + [0.01] * 10)
+    thirds = rates("thirds")
+    assert thirds[10:] == [1.0] * 80 + [0.5] * 90 + [0.1] * 90
     floor = replace(setting, schedule="poly", min_lr=0.25)
     assert learning_rate(135, floor) == pytest.approx(0.25 + 0.75 * 0.5**0.9)
 

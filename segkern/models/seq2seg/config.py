@@ -51,6 +51,7 @@ class Seq2SegConfig:
 
     kind: ClassVar[str] = "seq2seg"
     default_queries: ClassVar[int] = 6
+    match_stride: ClassVar[int] = 1  # over that of the masks, which is large already
 
     num_labels: int = 19
     task_head: str = "semantic"
@@ -170,11 +171,13 @@ class Seq2SegConfig:
             num_labels,
             task_head,
             image_size=(64, 64),
-            patch_size=4,
+            patch_size=8 if task_head == "instance" else 4,
             hidden_size=128,
             num_hidden_layers=4,
             num_attention_heads=8,
             intermediate_size=512,
             dropout=0.0,
             local_start=True,
+            mask="fine",
+            class_weight=1.0,
         )

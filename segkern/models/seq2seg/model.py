@@ -142,7 +142,7 @@ class Seq2Seg(nn.Module):
         Raises:
             ValueError: targets without a map of labels, or a label out of range.
         """
-        return two_heads.loss(self, self.predict(pixel_values), targets)
+        return two_heads.loss(self, pixel_values, targets)
 
     def forward(
         self,

@@ -77,20 +77,23 @@ class ConvBlock(nn.Module):
     @contextlib.contextmanager
     def _uncounted(self) -> Iterator[None]:
         norms = (self.norm1, self.norm2)
+        momenta = [norm.momentum for norm in norms]
         for norm in norms:
-            norm.track_running_stats = False
+            norm.momentum = 0.0
         try:
             yield
         finally:
-            for norm in norms:
-                norm.track_running_stats = True
+            for norm, momentum in zip(norms, momenta):
+                norm.momentum = momentum
+                norm.num_batches_tracked -= 1
 
 
 class UNet(nn.Module):
     """Encoder, transformer layers if any, decoder, and the head that the config asks for.
 
     Args:
-        config: what to build; weights are random.
+        config: what to build; weights are random, those of convolutions channels-last in memory:
+            for FSDP's `fully_shard` first call `model.to(memory_format=torch.contiguous_format)`.
     """
 
     class_head = (
@@ -211,7 +214,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: targets without a map of labels, or a label out of range.
         """
-        return two_heads.loss(self, self.predict(pixel_values), targets)
+        return two_heads.loss(self, pixel_values, targets)
 
     def forward(
         self,

@@ -1,0 +1,106 @@
+"""Recipes of U-Net: functions that return a `TrainConfig`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..data import DigitsConfig
+from ..models import UNetConfig
+from ..training.config import TrainConfig
+from .own_data import on_own_data, start_of
+
+# Adam without decay at a rate that falls to a half and a tenth: the paper's
+_PAPER = {
+    "batch_size": 24,
+    "lr": 1e-3,
+    "weight_decay": 0.0,
+    "schedule": "thirds",
+    "warmup": 0,
+    "clip": 0.0,
+}
+_EPOCHS = 30
+_DIGITS = {
+    "batch_size": 8,
+    "lr": 2e-3,
+    "backbone_lr_factor": 1.0,
+    "schedule": "cosine",
+    "warmup": 50,
+    "clip": 1.0,
+}
+
+
+def digits_unet(level: str = "easy", size: tuple[int, int] = (64, 64)):
+    """A small Hungarian U-Net that finds handwritten digits: minutes on two CPU cores.
+
+    Args:
+        level: "easy", "hard" or "mixed".
+        size: height and width of a scene, multiples of 16.
+
+    Returns:
+        a `TrainConfig`.
+    """
+    model = replace(UNetConfig.tiny(10, "instance"), image_size=size)
+    model.id2label = {k: str(k) for k in range(10)}
+    return TrainConfig(
+        output=Path("runs/digits-unet"),
+        steps=3000,
+        evaluate_every=1000,
+        best_metric="class_accuracy",
+        threshold=0.5,
+        data=DigitsConfig(size=size, level=level, task="instance"),
+        model=model,
+        **_DIGITS,
+    )
+
+
+def digits_unet_semantic(level: str = "easy", size: tuple[int, int] = (64, 64)):
+    """A small U-Net that gives each pixel of scenes of digits a class.
+
+    Args:
+        level: "easy", "hard" or "mixed".
+        size: height and width of a scene, multiples of 16.
+
+    Returns:
+        a `TrainConfig`.
+    """
+    names = [str(k) for k in range(10)] + ["background"]
+    model = replace(UNetConfig.tiny(11), image_size=size)
+    model.id2label = dict(enumerate(names))
+    return TrainConfig(
+        output=Path("runs/digits-unet-semantic"),
+        steps=1500,
+        evaluate_every=500,
+        data=DigitsConfig(size=size, level=level, task="semantic"),
+        model=model,
+        **_DIGITS,
+    )
+
+
+def unet(
+    root: str | Path,
+    layout: str | None = None,
+    init: str | Path | None = None,
+    preset: str | None = None,
+):
+    """The paper's recipe on one's own pictures: Adam, 30 passes in batches of 24, at least 1,000
+    steps.
+
+    Args:
+        root: folder of a data set, with maps of classes for "semantic", else with objects.
+        layout: of a folder of maps of classes (`FolderConfig`); None finds the format.
+        init: model to start from, as `TrainConfig.init`, whose sizes the model then has.
+        preset: without init, a name of `UNetConfig.preset`, or "tiny" or "tiny-hungarian"; None
+            takes semantic.
+
+    Returns:
+        a `TrainConfig`, whose model has the names of the data's classes.
+
+    Raises:
+        ValueError: no such preset, no data set is found, it does not hold what the model trains
+            on, or init is no U-Net.
+    """
+    model = start_of("unet", UNetConfig, init, preset)
+    if model is None and preset in ("tiny", "tiny-hungarian"):
+        model = UNetConfig.tiny(1, "semantic" if preset == "tiny" else "instance")
+    elif model is None:
+        model = UNetConfig.preset(preset or "semantic")
+    return on_own_data("unet", model, root, layout, init, _EPOCHS, _PAPER)
