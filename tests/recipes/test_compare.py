@@ -23,7 +23,7 @@ QUICK = {"steps": 2, "batch_size": 2, "log_every": 1, "evaluate_every": 2, "eval
 QUICK |= {"tensorboard": False, "warmup": 0}
 SMALL = {
     "mask2former": {"num_queries": 5, "train_num_points": 32, "decoder_layers": 1},
-    "segmenter": {"image_size": (32, 32), "embed_dim": 64, "depth": 1},
+    "segmenter": {"image_size": (32, 32), "embed_dim": 192, "depth": 1},
 }
 
 
