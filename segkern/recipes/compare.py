@@ -15,6 +15,7 @@ from statistics import median
 from rich.console import Console
 
 from ..data import build_dataset
+from ..data.streets import CLASSES
 from ..evaluation.evaluate import evaluate
 from ..evaluation.matched import matched
 from ..evaluation.optional import import_extra
@@ -115,7 +116,7 @@ def columns(data: str) -> list[str]:
     many = len(LEVELS[data]) > 1
     figures = [f"{level} {x}" if many else x for level in LEVELS[data] for x in FIGURES[data]]
     if data == "streets":
-        figures += [f"IoU {name}" for name in build_dataset(_scenes(data), "test").classes]
+        figures += [f"IoU {name}" for name in CLASSES]
     return ["model", "parameters", "steps", *figures, "ms a step", "ms an image"]
 
 
@@ -134,11 +135,6 @@ def _text(name: str, value) -> str:
     if isinstance(value, float):
         return f"{value:.1f}" if name.startswith("ms ") else f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else value
-
-
-def _scenes(data: str):
-    """Settings of the scenes: those of any of the recipes."""
-    return next(r for name, r in RECIPES.items() if name.split("-")[0] == data)().data
 
 
 def _config(name: str, data: str, folder: Path, steps: int | None) -> TrainConfig:

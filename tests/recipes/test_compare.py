@@ -161,7 +161,7 @@ def test_a_run_of_other_settings_is_left(tmp_path, trained, table, undrawn):
     assert "cannot go on from it: lr is 0.5 there" in row["error"]
 
 
-def test_streets(tmp_path, table, trained):
+def test_streets(tmp_path, table, trained, capsys):
     table["streets-segmenter"] = lambda: small("streets-segmenter")
     (row,) = compare(tmp_path, "streets", scenes=2)
     assert trained == ["streets-segmenter"]
@@ -172,6 +172,9 @@ def test_streets(tmp_path, table, trained):
     assert main(["evaluate", str(tmp_path / "streets-segmenter"), "--scenes", "2"]) == 0
     page = tmp_path / "streets-segmenter/evaluation/metrics.html"
     assert "streets-segmenter on streets" in page.read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "streets-segmenter"), "--level", "hard"]) == 2
+    assert "--level is for scenes of digits, and the data is streets" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [x for x in recipes.RECIPES if x.startswith("streets-")])
