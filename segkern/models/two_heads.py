@@ -4,6 +4,8 @@ says: their output, the loss of either head, and settings that follow from other
 Letters: B image, H W image size, Q query, K class, h w size of the mask logits.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from ..structures.settings import InputConfig
 from ..structures.targets import Targets
 
 HEADS = ("semantic", "instance")
+Scored = tuple[Tensor, dict[str, Tensor]]  # what a model's `loss` returns
 
 
 @output
@@ -152,15 +155,15 @@ def loss_of_pixels(
 
 
 def loss(
-    model: nn.Module, pixel_values: Tensor, targets: Targets, found=None
-) -> tuple[Tensor, dict[str, Tensor]]:
+    model: nn.Module, found: PixelLogits | QueryLogits, pixel_values: Tensor, targets: Targets
+) -> Scored:
     """The training loss of either head.
 
     Args:
         model: has, for the instance head, a `criterion`.
+        found: what it predicts for them.
         pixel_values: [B, C, H, W] floating, normalised.
         targets: of the same B images, on the same device; for the semantic head with `semantic`.
-        found: what `model.predict` returned for them; None calls it.
 
     Returns:
         the weighted sum [], and its parts by name, [1] each, unweighted: "loss_bce", or
@@ -169,11 +172,10 @@ def loss(
     Raises:
         ValueError: targets without a map of labels, or a label out of range.
     """
-    semantic = model.config.task_head == "semantic"
-    if semantic and targets.semantic is None:
-        raise ValueError(f"{type(model).__name__}: targets must have a semantic map, got None")
-    found = model.predict(pixel_values) if found is None else found
-    if semantic:
+    if isinstance(found, PixelLogits):
+        if targets.semantic is None:
+            name = type(model).__name__
+            raise ValueError(f"{name}: targets must have a semantic map, got None")
         labels, size = targets.semantic.long(), pixel_values.shape[2:]
         value = loss_of_pixels(model, found, labels, size, targets.pixel_normalizer)
         return value, {"loss_bce": value[None]}
@@ -187,13 +189,18 @@ def loss(
 
 def forward(
     model: nn.Module,
+    run: Callable,
     pixel_values: Tensor,
     labels: Tensor | None,
     mask_labels: list[Tensor] | None,
     class_labels: list[Tensor] | None,
     targets: Targets | None,
 ) -> TwoHeadOutput:
-    """Predictions, and the loss if there is a truth; arguments as `Seq2Seg.forward` has them.
+    """Predictions, and the loss if there is a truth; what `Seq2Seg.forward` has is not said again.
+
+    Args:
+        run: of (pixel_values, targets or None), gives what `predict` returns, and what `loss` does
+            where there are targets.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or combination of arguments.
@@ -214,9 +221,9 @@ def forward(
         targets = Targets.from_lists(
             mask_labels, class_labels, size, config.num_labels, num_queries=queries
         ).to(pixel_values.device)
-    found, out = model.predict(pixel_values), TwoHeadOutput()
+    (found, scored), out = run(pixel_values, targets), TwoHeadOutput()
     if targets is not None:
-        out.loss, out.losses = loss(model, pixel_values, targets, found)
+        out.loss, out.losses = scored
     elif labels is not None:
         out.loss = loss_of_pixels(model, found, labels, pixel_values.shape[2:])
         out.losses = {"loss_bce": out.loss[None]}

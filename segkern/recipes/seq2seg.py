@@ -31,8 +31,8 @@ def digits_seq2seg(level: str = "easy", size: tuple[int, int] = (64, 64)):
         size: height and width of a scene, multiples of 8.
 
     Returns:
-        a `TrainConfig`. Muon, not the paper's Adam, attention that starts local and a larger
-        weight of the class: it has a tenth of the paper's 720,000 scenes (docs/seq2seg.md).
+        a `TrainConfig`. Not the paper's: Muon, attention that starts local, a larger weight of
+        the class and a loss of patches, to learn from a small part of its 720,000 scenes.
     """
     model = replace(Seq2SegConfig.tiny(10), image_size=size)
     model.id2label = {k: str(k) for k in range(10)}

@@ -430,3 +430,17 @@ def test_void_reaches_the_batches(void, tmp_path):
     settings = config(tmp_path, void=void)
     batch = next(loop._batches(Digits(settings.data), settings, 0))
     assert (batch.targets.void is None) == (void == "background")
+
+
+def test_numbers_too_small_to_be_normal_are_nothing_in_training_alone(tmp_path, monkeypatch):
+    seen, make = [], loop.Step.__call__
+    tiny = torch.tensor(1e-39)
+
+    def step(self, *arguments):
+        seen.append(float(tiny.mul(1)))
+        return make(self, *arguments)
+
+    monkeypatch.setattr(loop.Step, "__call__", step)
+    train(config(tmp_path, steps=1), progress=False)
+    assert seen == [0]
+    assert float(tiny.mul(1)) > 0

@@ -7,22 +7,20 @@ Ours: model.safetensors and config.json. The names of the weights are the same i
 original's unused ImageNet heads have no place in the model.
 """
 
-import json
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ...io.atomic_files import atomic, write_json
+from ...io.atomic_files import atomic
 from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD
 from ...weights import unpickling
 from ...weights.state_dicts import misfits, on_disk
 from ...weights.timm_names import check_timm_name, pretrained_model
+from .. import own_format
 
 FORMATS = ("segkern", "original")
 _MODEL_TYPE = "segmenter"
@@ -81,7 +79,7 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """
     folder = Path(folder)
     if (folder / "config.json").is_file():
-        return _read_own(folder)
+        return own_format.read(folder, _MODEL_TYPE, "Segmenter")
     for name in ("checkpoint.pth", "variant.yml"):
         if not (folder / name).is_file():
             raise ValueError(
@@ -211,12 +209,10 @@ def write_folder(
     if format not in FORMATS:
         raise ValueError(f"Segmenter: format must be one of {', '.join(FORMATS)}, got {format!r}")
     folder = Path(folder)
-    state = on_disk(weights)
     if format == "segkern":
-        with atomic(folder / "model.safetensors") as temporary:
-            save_file(state, temporary, metadata={"format": "pt"})
-        write_json(folder / "config.json", {"model_type": _MODEL_TYPE, **settings})
+        own_format.write(folder, _MODEL_TYPE, settings, weights)
         return
+    state = on_disk(weights)
     variant = to_variant(settings)
     for head in ["head", "head_dist"][: 2 if settings["distilled"] else 1]:
         like = state["encoder.cls_token"]
@@ -226,22 +222,6 @@ def write_folder(
         torch.save({"model": state, "n_cls": settings["num_labels"]}, temporary)
     with atomic(folder / "variant.yml") as temporary:
         temporary.write_text(yaml.dump(variant, Dumper=_Dumper), encoding="utf-8")
-
-
-def _read_own(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"Segmenter: {folder} cannot be read: {error}") from error
-    if not isinstance(settings, dict) or settings.pop("model_type", None) != _MODEL_TYPE:
-        raise ValueError(f"Segmenter: {folder / 'config.json'} is not of a Segmenter")
-    if names := settings.get("id2label"):
-        settings["id2label"] = {int(k): v for k, v in names.items()}
-    for name in ("image_size", "image_mean", "image_std"):
-        if isinstance(settings.get(name), list):
-            settings[name] = tuple(settings[name])
-    return settings, weights
 
 
 def labels_of(weights: dict[str, Tensor]) -> int | None:

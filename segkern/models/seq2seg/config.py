@@ -24,8 +24,8 @@ class Seq2SegConfig:
         num_attention_heads: that divide D.
         intermediate_size: width of the feed-forward networks.
         dropout: probability in the encoder, in [0, 1).
-        skip: semantic: the pixels come from the sum of the states of all layers, the embeddings'
-            too, and not from the last alone.
+        skip: the pixels of the semantic head, and the features of "fine", come from the sum of the
+            states of all layers, the embeddings' too, and not from the last alone.
         local_start: start with positions of waves and attention to the patches around each
             (nn.vit.start_locally), which learns much sooner.
         num_queries: instance: Q; None for 6. None for semantic.
@@ -38,6 +38,9 @@ class Seq2SegConfig:
         mask_weight: weight of the masks' focal loss and cost; 0 for none.
         dice_weight: weight of the masks' dice loss and cost.
         no_object_weight: weight of "no object" in the class loss.
+        patch_weight: instance: weight of a loss that the paper does not have: the binary cross
+            entropy of the classes that a linear layer finds in each patch, which tells the patches
+            what they are long before the queries could; 0 for none.
         shortest_edge: pixels, to which an image's short side is resized for prediction; None for
             the short side of image_size.
         longest_edge: pixels, the most that the long side may get; None for 4 shortest_edge.
@@ -72,6 +75,7 @@ class Seq2SegConfig:
     mask_weight: float = 0.0
     dice_weight: float = 1.0
     no_object_weight: float = 0.5
+    patch_weight: float = 0.0
     shortest_edge: int | None = None
     longest_edge: int | None = None
     id2label: dict[int, str] | None = None
@@ -91,6 +95,8 @@ class Seq2SegConfig:
             "patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
             "mask_channels",
         )
+        if not self.patch_weight >= 0:
+            raise ValueError(f"Seq2SegConfig: patch_weight must be >= 0, got {self.patch_weight}")
         self.mask_size = tuple(self.mask_size)
         if len(self.mask_size) != 2 or min(self.mask_size) < 1:
             raise ValueError(
@@ -180,4 +186,5 @@ class Seq2SegConfig:
             local_start=True,
             mask="fine",
             class_weight=1.0,
+            patch_weight=1.0,
         )

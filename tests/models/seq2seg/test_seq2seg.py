@@ -7,6 +7,7 @@ from torch import nn
 
 import segkern
 from segkern import Seq2Seg, Seq2SegConfig
+from segkern.structures.targets import Targets
 from support.two_heads import instance_loss, semantic_loss, shaken, targets_of
 
 SIZES = {"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -58,6 +59,8 @@ def plain(model, image):
     if c.mask == "attention":
         masks = masks @ linear["mask_features"](x).mT / c.hidden_size**0.5
         return classes, masks.unflatten(2, (h, w))
+    if c.skip:
+        x = torch.stack(states).sum(0)[:, c.num_queries :]
     maps, m = x.mT.unflatten(2, (h, w)), model.mask_features
     maps = F.conv_transpose2d(maps, m.weight, m.bias, stride=c.patch_size // 4)
     return classes, torch.einsum("bqc,bchw->bqhw", masks, maps)
@@ -95,9 +98,10 @@ def test_the_semantic_head_is_the_plain_one(skip, size):
 
 
 @pytest.mark.parametrize("size", IMAGES, ids=str)
-@pytest.mark.parametrize("mask", ["linear", "attention", "fine"])
+@pytest.mark.parametrize("mask", ["linear", "attention", "fine", "fine, last layer"])
 def test_the_instance_head_is_the_plain_one(mask, size):
-    model = shaken(built("instance", mask=mask))
+    mask, _, last = mask.partition(", ")
+    model = shaken(built("instance", mask=mask, skip=not last))
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     masks, labels, packed, _ = targets_of(size)
     classes, logits = plain(model, image)
@@ -114,6 +118,37 @@ def test_the_instance_head_is_the_plain_one(mask, size):
     again = model(image, mask_labels=masks, class_labels=labels)
     assert torch.equal(again.loss, loss)
     assert again.masks_queries_logits is None
+
+
+@pytest.mark.parametrize("void", [False, True], ids=["all count", "void pixels"])
+def test_the_loss_of_patches_is_that_of_the_classes_in_them(void):
+    """With a border that fills the last patches, and a padded slot."""
+    model, size = shaken(built("instance", patch_weight=0.5)), (27, 40)
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    masks, labels, packed, _ = targets_of(size)
+    known = torch.ones(2, *size, dtype=torch.bool)
+    if void:
+        known[:, 3:9] = False
+        packed = Targets.from_lists(masks, labels, size, 5, void=~known)
+    patches = states_of(model, image)[0][-1][:, model.config.num_queries :]
+    x = patches @ model.patch_classes.weight.mT + model.patch_classes.bias
+    total = 0
+    for b in range(2):
+        for n in range(20):  # 4 x 5 patches of 8 x 8
+            part = slice(n // 5 * 8, n // 5 * 8 + 8), slice(n % 5 * 8, n % 5 * 8 + 8)
+            inside, share = known[b][part], torch.zeros(5, dtype=torch.float64)
+            for mask, label in zip(masks[b], labels[b]):
+                share[label] += (mask[part] & inside).sum() / 64
+            weight, share = inside.sum() / 64, share.clamp(max=1)
+            each = F.binary_cross_entropy_with_logits(x[b, n], share, reduction="sum")
+            total = total + weight * each / 40
+    loss, losses = model.loss(image, packed)
+    torch.testing.assert_close(losses["loss_patch"][0], total, rtol=1e-8, atol=0)
+    rest = losses["loss_dice"][0] + 0.1 * losses["loss_cross_entropy"][0]
+    torch.testing.assert_close(loss, rest + 0.5 * total, rtol=1e-8, atol=0)
+    found = torch.autograd.grad(losses["loss_patch"][0], model.encoder.pos_embed)
+    wanted = torch.autograd.grad(total, model.encoder.pos_embed)
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-12)
 
 
 def test_recomputation_changes_nothing():
@@ -160,6 +195,7 @@ BAD = [
     ({"hidden_size": 33}, r"hidden_size must be a multiple of num_attention_heads \(2\), got 33"),
     ({"num_attention_heads": 8, "local_start": True}, "at least 8 a head with local_start"),
     ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+    ({"patch_weight": -1}, "patch_weight must be >= 0, got -1"),
     ({"dice_weight": -1}, "dice_weight must be >= 0, got -1"),
     ({"mask_size": (0, 4)}, r"mask_size must be a height and width of at least 1, got \(0, 4\)"),
     ({"num_queries": 0, "task_head": "instance"}, "num_queries must be >= 1, got 0"),
