@@ -255,3 +255,11 @@ def test_figures_as_the_paper_counts_them():
     # an empty mask of a true one of n pixels: 1 - 1 / (n + 1)
     areas = np.concatenate([s["masks"][:2].sum((1, 2)) for s in samples])
     np.testing.assert_allclose(lost["dice_loss"], (1 - 1 / (areas + 1)).sum() / objects, rtol=1e-4)
+
+    class Few(Oracle):
+        def predict(self, pixels):  # one query for all objects
+            return QueryLogits(*(x[:, -1:] for x in super().predict(pixels)[:2]))
+
+    few = matched(Few(samples), data, 5, batch_size=5)
+    assert few["class_accuracy"] == pytest.approx(5 / objects)
+    assert few["dice_loss"] == pytest.approx(1 - 5 / objects, abs=1e-5)
