@@ -13,11 +13,11 @@ from ..training.config import TrainConfig
 
 SIZE = (64, 128)
 _NAMES = dict(enumerate(CLASSES))
-_MUON = {"optimizer": "muon", "momentum": 0.95}
+_MUON = {"optimizer": "muon", "momentum": 0.95, "lr": 2e-3}
 
 
 def streets_unet(size: tuple[int, int] = SIZE):
-    """A U-Net of 16 channels.
+    """A U-Net of 16 channels, which bears a high rate with AdamW and is slow at a lower one.
 
     Args:
         size: height and width of a scene, multiples of 16.
@@ -25,7 +25,8 @@ def streets_unet(size: tuple[int, int] = SIZE):
     Returns:
         a `TrainConfig`.
     """
-    return _streets(UNetConfig(len(_NAMES), image_size=size, channels=16, id2label=_NAMES), size)
+    model = UNetConfig(len(_NAMES), image_size=size, channels=16, id2label=_NAMES)
+    return _streets(model, size, lr=1e-2)
 
 
 def streets_seq2seg(size: tuple[int, int] = SIZE, skip: bool = True):
@@ -88,7 +89,6 @@ def _streets(model, size: tuple[int, int], **changes) -> TrainConfig:
     return TrainConfig(
         steps=900,
         batch_size=8,
-        lr=2e-3,
         backbone_lr_factor=1.0,
         schedule="cosine",
         warmup=50,
