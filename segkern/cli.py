@@ -8,7 +8,6 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,27 +15,20 @@ import tyro
 from rich.console import Console
 
 from . import recipes
-from .data import (
-    Digits,
-    DigitsConfig,
-    Folder,
-    FolderConfig,
-    Pictures,
-    build_dataset,
-    find_format,
-)
+from .data import Digits, Folder, FolderConfig, Pictures, Streets, find_format
 from .data.folder import Layout
 from .evaluation.evaluate import evaluate as run_evaluate
 from .evaluation.optional import import_extra
 from .evaluation.report import table
 from .inference.predict_files import Predicted, image_files, predict_files
-from .models import SegmentationModel, Segmenter, open_model
+from .models import Segmenter, open_model
 from .models.segmenter.explain import explain as run_explain
 from .ops import _library
 from .ops.segment_map import TASKS
 from .recipes.check_data import check_data, show_data
+from .recipes.compare import LEVELS, compare, markdown
 from .recipes.demo import demo as run_demo
-from .recipes.evaluate_run import data_of_run, run_folder, write_report
+from .recipes.evaluate_run import run_folder, source_of, write_report
 from .runtime.device import usable_device
 from .structures.settings import Options, Views
 from .training import checkpoint
@@ -79,15 +71,15 @@ def evaluate(
     cuda_graphs: bool = True,
     max_detections: int = 100,
 ) -> None:
-    """Measure a model on held-out scenes of digits, or images in folders: PQ, SQ, RQ, AP, mIoU.
+    """Measure a model on held-out scenes, or images in folders: PQ, SQ, RQ, AP, mIoU.
 
     A run is measured on the data that it was trained on, unless options name another, and gets a
     report: evaluation/metrics.html, beside the figures in metrics.json.
 
     Args:
         model: what to measure.
-        level: of the scenes; not given, the run's, or easy.
-        split: of the digit images; not given, test.
+        level: of scenes of digits; not given, the run's, or easy.
+        split: of the scenes; not given, test.
         size: height and width of a scene; not given, the run's, or 64 64.
         seed: other seeds give other scenes; not given, the run's, or 0.
         scenes: how many, or how many images; not given, 400 scenes, or all images.
@@ -119,8 +111,8 @@ def evaluate(
     opened = open_model(model).to(usable_device(device))
     given = {"size": size, "level": level, "seed": seed, "split": split}
     given = {name: value for name, value in given.items() if value is not None}
-    source, title = _source(model, opened, data, layout, max_pixels, given)
-    if isinstance(source, Digits):
+    source, title = source_of(model, opened, data, layout, max_pixels, given)
+    if isinstance(source, (Digits, Streets)):
         scenes = 400 if scenes is None else scenes
     if tasks == TASKS:
         tasks = opened.config.tasks
@@ -150,48 +142,6 @@ def evaluate(
     measured = value, opened, source, options, views
     page = write_report(out, model, title, *measured, {"versions": _library.info()}, cuda_graphs)
     print(f"written: {out} and {page}")
-
-
-def _source(
-    name: str,
-    opened: SegmentationModel,
-    data: Path | None,
-    layout: Layout | None,
-    max_pixels: int | None,
-    given: dict,
-) -> tuple[Digits | Folder | Pictures, str]:
-    """What a model is measured on, and its title: the folder that is given, what the run trained
-    on, or scenes of digits, to which `given` belongs."""
-    if layout is not None and data is None:
-        raise ValueError(f"evaluate: --layout is for the folder of --data, got {layout} alone")
-    if layout is not None:
-        settings = FolderConfig(data, layout)
-    elif data is not None:
-        settings, line = find_format(data)
-        print(line)
-    else:
-        settings = data_of_run(name, bool(given.keys() - {"split"}))
-    if settings is None or isinstance(settings, DigitsConfig):
-        if max_pixels is not None:
-            raise ValueError("evaluate: --max-pixels is for images in folders, not for digits")
-        split = given.pop("split", "test")
-        task = "panoptic" if opened.config.num_labels == 11 else "instance"
-        settings = settings or DigitsConfig(size=(64, 64), level="easy", task=task)
-        settings = replace(settings, **given)
-        return Digits(settings, split), f"{settings.level} scenes"
-    if given:
-        raise ValueError(
-            f"evaluate: --{next(iter(given))} is for scenes of digits, and the data is the folder "
-            f"{settings.root}"
-        )
-    limit = {} if max_pixels is None else {"max_pixels": max_pixels}
-    if isinstance(settings, FolderConfig):
-        source = Folder(replace(settings, **limit), "val")
-        source.check()
-    else:
-        settings = replace(settings, read=replace(settings.read, **limit))
-        source = build_dataset(settings, "val")
-    return source, str(settings.root)
 
 
 def predict(
@@ -246,18 +196,42 @@ def _tell(picture: Predicted) -> None:
     print(f"{picture.path}: {picture.result.summary() or nothing}; written: {picture.json}")
 
 
-def demo(output: Path = Path("demo"), steps: int | None = None, scenes: int = 400) -> None:
+def demo(
+    output: Path = Path("demo"),
+    steps: int | None = None,
+    scenes: int = 400,
+    every: Annotated[bool, tyro.conf.arg(name="all")] = False,
+    models: str | None = None,
+    data: Literal[tuple(LEVELS)] = "digits",
+    overwrite: bool = False,
+) -> int:
     """Train a small model on digits in minutes, measure it, draw pictures. No download, no GPU.
 
     Args:
         output: folder for figures, pictures and the model.
         steps: of training; the recipe's if not given.
         scenes: held-out scenes to measure on.
+        every: train all small models, one after another, for one table and one picture: a run in
+            OUTPUT/RECIPE each, kept where it is finished, gone on with where it was stopped.
+        models: with --all: recipes, as digits,digits-segmenter; not given, all of the data.
+        data: with --all: digits, or streets, the semantic comparison.
+        overwrite: with --all: train anew what is finished or begun.
     """
-    metrics = run_demo(output, steps, scenes)
-    print(json.dumps(metrics, indent=2))
-    print(f"pictures, curves and metrics.json: {output.resolve()}")
-    print(f"try: segkern predict {output / 'example.png'} --model {output} --threshold 0.5")
+    if not every:
+        if models is not None or data != "digits" or overwrite:
+            raise ValueError("demo: --models, --data and --overwrite are for --all")
+        metrics = run_demo(output, steps, scenes)
+        print(json.dumps(metrics, indent=2))
+        print(f"pictures, curves and metrics.json: {output.resolve()}")
+        print(f"try: segkern predict {output / 'example.png'} --model {output} --threshold 0.5")
+        return 0
+    names = None if models is None else models.split(",")
+    rows = compare(output, data, names, steps, scenes, overwrite)
+    print(markdown(data, rows))
+    print(
+        f"written: {', '.join(str(output / f'{data}.{x}') for x in ('md', 'csv', 'json', 'png'))}"
+    )
+    return 1 if any("error" in row for row in rows) else 0
 
 
 def explain(

@@ -28,9 +28,9 @@ OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))
 # every folder of the package, from the top, and the folders that it may import
 FLOORS = {
     "cli": "recipes training evaluation inference models data structures runtime ops",
-    "recipes": "training evaluation inference models data structures io",
+    "recipes": "training evaluation inference models data structures runtime io",
     "training": "evaluation models data weights structures runtime io",
-    "evaluation": "inference models structures io",
+    "evaluation": "inference models nn structures runtime io",
     "inference": "models nn structures runtime ops io",
     "models": "nn weights structures runtime ops io",
     "nn": "weights structures runtime ops",

@@ -35,6 +35,8 @@ from .pictures import Pictures as Pictures
 from .pictures import ReadConfig as ReadConfig
 from .sample import IdMaps as IdMaps
 from .sample import Sample as Sample
+from .streets import Streets as Streets
+from .streets import StreetsConfig as StreetsConfig
 from .transforms import SemanticViews as SemanticViews
 from .views import InstanceViews as InstanceViews
 from .views import ViewConfig as ViewConfig
@@ -69,6 +71,7 @@ FORMATS = {
     "cityscapes": Format(CityscapesConfig, read_cityscapes),
     "pascal_context": Format(PascalContextConfig, read_pascal_context),
     "class_maps": Format(ClassMapsConfig, read_class_maps),
+    "streets": Format(StreetsConfig, Streets),
 }
 DataConfig = Union[tuple(row.config for row in FORMATS.values())]  # noqa: UP007
 
@@ -78,7 +81,7 @@ def build_dataset(config: DataConfig, split: str, model=None):
 
     Args:
         config: its kind says which data set.
-        split: "train", "val" or, of digits, "test".
+        split: "train", "val" or, of scenes that are drawn, "test".
         model: a model's config, whose `input` says on what it is trained: of images in folders
             give random views, `crop` large, at ratio 1 from images with its shortest and longest
             edge; a config with `views` gives those, of the size of `crop` where it is given. None

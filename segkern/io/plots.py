@@ -22,14 +22,17 @@ def _plain(text: str) -> str:
     return str(text).replace("$", r"\$")
 
 
-def save_scenes(path: str | Path, rows, title: str | None = None, notes=None) -> None:
-    """Draws rows of input, truth and prediction.
+def save_scenes(
+    path: str | Path, rows, title: str | None = None, notes=None, names=("truth", "prediction")
+) -> None:
+    """Draws rows of an input and results on it, such as truth and prediction.
 
     Args:
         path: PNG, PDF or SVG to write.
-        rows: (image [H, W, 3] uint8, truth, prediction) with two results each.
+        rows: (image [H, W, 3] uint8, result, ...), one result for each of `names`.
         title: above all.
         notes: a line of text beneath each row.
+        names: of the columns of results.
 
     Raises:
         ValueError: no row.
@@ -38,22 +41,19 @@ def save_scenes(path: str | Path, rows, title: str | None = None, notes=None) ->
     if not rows:
         raise ValueError("save_scenes: rows must not be empty")
     height, width = rows[0][0].shape[:2]
-    side = 2.6
+    side, columns = 2.6, 1 + len(names)
     figure = _figure(
-        3 * side * min(2.0, width / height) + 0.3, (side + 0.2 * bool(notes)) * len(rows) + 0.5
+        columns * side * min(2.0, width / height) + 0.3,
+        (side + 0.2 * bool(notes)) * len(rows) + 0.5,
     )
-    axes = figure.subplots(len(rows), 3, squeeze=False)
-    for r, (image, truth, prediction) in enumerate(rows):
-        views = (
-            _enlarged(image),
-            overlay(image, truth, label_stuff=False),
-            overlay(image, prediction, label_stuff=False),
-        )
-        for axis, view, name in zip(axes[r], views, ("input", "truth", "prediction")):
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for r, (image, *results) in enumerate(rows):
+        views = [_enlarged(image), *(overlay(image, x, label_stuff=False) for x in results)]
+        for axis, view, name in zip(axes[r], views, ("input", *names)):
             axis.imshow(view)
             axis.set_axis_off()
             if r == 0:
-                axis.set_title(name, fontsize=12)
+                axis.set_title(_plain(name), fontsize=12)
         if notes:
             axes[r, 1].text(
                 0.5,

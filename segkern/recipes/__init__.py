@@ -12,6 +12,7 @@ from .segmenter import segmenter as segmenter
 from .seq2seg import digits_seq2seg as digits_seq2seg
 from .seq2seg import digits_seq2seg_semantic as digits_seq2seg_semantic
 from .seq2seg import seq2seg as seq2seg
+from .streets import streets_segmenter, streets_seq2seg, streets_seq2seg_no_skip, streets_unet
 from .unet import digits_unet as digits_unet
 from .unet import digits_unet_semantic as digits_unet_semantic
 from .unet import unet as unet
@@ -32,4 +33,8 @@ RECIPES = {
     "digits-unet-semantic": digits_unet_semantic,
     "seq2seg": seq2seg,
     "unet": unet,
+    "streets-unet": streets_unet,
+    "streets-seq2seg": streets_seq2seg,
+    "streets-seq2seg-no-skip": streets_seq2seg_no_skip,
+    "streets-segmenter": streets_segmenter,
 }

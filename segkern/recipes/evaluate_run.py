@@ -1,9 +1,17 @@
 """What is known of a run that is evaluated: its folder, the data it trained on, its report."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..data import DataConfig, FolderConfig
+from ..data import (
+    DataConfig,
+    DigitsConfig,
+    Folder,
+    FolderConfig,
+    StreetsConfig,
+    build_dataset,
+    find_format,
+)
 from ..evaluation.page import write_page
 from ..models import SegmentationModel
 from ..structures.settings import Options, Views
@@ -41,6 +49,62 @@ def data_of_run(name: str, digits: bool) -> DataConfig | None:
             f"evaluate: {config.data.root}, the data of {name}, is no folder here: give --data"
         )
     return config.data
+
+
+def source_of(
+    name: str,
+    opened: SegmentationModel,
+    data: Path | None,
+    layout: str | None,
+    max_pixels: int | None,
+    given: dict,
+) -> tuple:
+    """What a model is measured on, and its title: the folder that is given, what the run trained
+    on, or scenes of digits.
+
+    Args:
+        name: of the model.
+        opened: the model.
+        data, layout: a folder of pictures; None where none is given.
+        max_pixels: that a picture in it may have.
+        given: settings of scenes, and their split.
+
+    Raises:
+        ValueError: settings of a folder for scenes or the other way round, or see `data_of_run`.
+    """
+    if layout is not None and data is None:
+        raise ValueError(f"evaluate: --layout is for the folder of --data, got {layout} alone")
+    if layout is not None:
+        settings = FolderConfig(data, layout)
+    elif data is not None:
+        settings, line = find_format(data)
+        print(line)
+    else:
+        settings = data_of_run(name, bool(given.keys() - {"split"}))
+    if settings is None or isinstance(settings, (DigitsConfig, StreetsConfig)):
+        if max_pixels is not None:
+            raise ValueError("evaluate: --max-pixels is for images in folders, not for digits")
+        split = given.pop("split", "test")
+        task = "panoptic" if opened.config.num_labels == 11 else "instance"
+        settings = settings or DigitsConfig(size=(64, 64), level="easy", task=task)
+        if "level" in given and isinstance(settings, StreetsConfig):
+            raise ValueError("evaluate: --level is for scenes of digits, and the data is streets")
+        settings = replace(settings, **given)
+        scenes = f"{settings.level} scenes" if isinstance(settings, DigitsConfig) else "streets"
+        return build_dataset(settings, split), scenes
+    if given:
+        raise ValueError(
+            f"evaluate: --{next(iter(given))} is for scenes of digits, and the data is the folder "
+            f"{settings.root}"
+        )
+    limit = {} if max_pixels is None else {"max_pixels": max_pixels}
+    if isinstance(settings, FolderConfig):
+        source = Folder(replace(settings, **limit), "val")
+        source.check()
+    else:
+        settings = replace(settings, read=replace(settings.read, **limit))
+        source = build_dataset(settings, "val")
+    return source, str(settings.root)
 
 
 def run_folder(name: str) -> Path | None:
