@@ -104,6 +104,7 @@ def normalised(
     std: Sequence[float],
     size: tuple[int, int],
     out: Tensor | None = None,
+    padding: Sequence[float] | None = None,
 ) -> Tensor:
     """Normalises a picture and pads it, in one pass.
 
@@ -112,13 +113,15 @@ def normalised(
         mean, std: of its channels, in [0, 1].
         size: (H, W), at least h and w.
         out: to write to.
+        padding: of each channel; None for 0.
 
     Returns:
-        [C, H, W] float32: (pixels - mean) / std, 0 below and to the right of them.
+        [C, H, W] float32: (pixels - mean) / std, the padding below and to the right of them.
     """
     out = fresh(len(pixels), *size) if out is None else out
     _, h, w = pixels.shape
-    out[:, h:], out[:, :h, w:] = 0, 0
+    padding = out.new_tensor([0.0] * len(pixels) if padding is None else padding)[:, None, None]
+    out[:, h:], out[:, :h, w:] = padding, padding
     top = 255 if pixels.dtype == torch.uint8 else 1
     for target, source, m, s in zip(out, pixels, mean, std, strict=True):
         target[:h, :w].copy_(source).mul_(1 / (top * s)).sub_(

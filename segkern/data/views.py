@@ -9,7 +9,7 @@ Masks go through as maps of ids: the pixels of a view are taken from them, and n
 resized picture is formed.
 Source: the large-scale jitter of Copy-Paste (Ghiasi et al., CVPR 2021) as Mask2Former trains on
 COCO with it, and the short sides of its ADE20K and Cityscapes recipes.
-Differs: pads with the mean colour and not with grey.
+Differs: pads with the mean colour and not with grey, where the model asks for nothing else.
 """
 
 from collections.abc import Sequence
@@ -74,13 +74,21 @@ class InstanceViews:
     Args:
         config: what they are like.
         mean, std: of the pixels in [0, 1], red, green, blue.
+        padding: of each channel, normalised; None for 0, the mean colour.
     """
 
-    def __init__(self, config: ViewConfig, mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self,
+        config: ViewConfig,
+        mean: Sequence[float],
+        std: Sequence[float],
+        padding: Sequence[float] | None = None,
+    ):
         # here, as it takes as long to import as torch, and forked workers inherit it
         import torchvision.transforms.v2  # noqa: F401
 
         self.config, self.mean, self.std = config, list(mean), list(std)
+        self.padding = padding
 
     def __call__(
         self, sample: Sample, generator: Generator | None = None, out: Tensor | None = None
@@ -126,7 +134,9 @@ class InstanceViews:
             labels[rows < 0], labels[:, columns < 0] = void_in(labels), void_in(labels)
             sample["semantic"] = labels
         return sample | {
-            "pixel_values": normalised(pixels, self.mean, self.std, self.config.size, out),
+            "pixel_values": normalised(
+                pixels, self.mean, self.std, self.config.size, out, self.padding
+            ),
             "masks": masks.chosen(seen),
             "labels": sample["labels"][seen],
             "crowd": sample["crowd"][seen],

@@ -70,6 +70,11 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def write_json(path: Path, value: dict) -> None:
+    """Writes an object as a JSON file."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
 def model_type(name_or_folder: str | Path) -> str | None:
     """What config.json of a folder, or of a model on the hub, calls the model's kind.
 

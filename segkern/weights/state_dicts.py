@@ -1,5 +1,6 @@
-"""State dicts: what does not fit a model, and how they are written."""
+"""State dicts: what does not fit a model, how they are renamed and how they are written."""
 
+import re
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -40,3 +41,24 @@ def misfits(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
         ],
     }
     return [f"{what}: {short(keys)}" for what, keys in found.items() if keys]
+
+
+def name_rules(pairs: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern, str]]:
+    """Rules that rename modules and their tensors.
+
+    Args:
+        pairs: names of modules or tensors before and after; `#` stands for a number.
+    """
+    rules = []
+    for source, target in pairs:
+        pattern = re.escape(source).replace(r"\#", r"(\d+)")
+        template, *rest = target.split("#")
+        template += "".join(rf"\g<{i}>{part}" for i, part in enumerate(rest, 1))
+        rules.append((re.compile(rf"^{pattern}(?=$|\.[a-z_]+$)"), template))
+    return rules
+
+
+def renamed(name: str, rules: list[tuple[re.Pattern, str]]) -> str | None:
+    """A name by the first rule that fits; None where none does."""
+    found = (pattern.subn(template, name) for pattern, template in rules)
+    return next((new for new, count in found if count), None)

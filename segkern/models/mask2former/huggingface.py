@@ -6,24 +6,16 @@ transformers carries along. transformers opens what is written here if the backb
 plain ResNet or another timm model; "resnet_digits" only opens here.
 """
 
-import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...nn.backbones.swin import VARIANTS
 from ...structures.labels import IMAGENET_MEAN, known_stuff
-from ...weights import unpickling
+from ...weights import hf_folders as files
 from ...weights.folders import find_folder, read_json
-from ...weights.state_dicts import on_disk
 from .huggingface_keys import from_huggingface, to_huggingface
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
 _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
     "num_queries": 100,
     "hidden_dim": 256,
@@ -111,7 +103,7 @@ def read_folder(
             f"from_pretrained: {name_or_folder}: image_mean of preprocessor_config.json must have "
             f"num_channels ({channels}) numbers, got {settings.get('image_mean')}"
         )
-    weights = from_huggingface(_read_weights(folder), _family(settings))
+    weights = from_huggingface(files.read_weights(folder), _family(settings))
     head = weights.get("query_decoder.class_embed.bias")
     if head is not None and head.shape[0] - 1 != settings["num_labels"]:
         has = head.shape[0] - 1
@@ -125,11 +117,8 @@ def read_folder(
 
 
 def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor]) -> None:
-    """Writes config.json, preprocessor_config.json and model.safetensors.
-
-    All is written beside its place and renamed in the end, one file after the other, so each file
-    is whole at any time. What fails before the renames leaves an earlier save as it was; what is
-    killed between them leaves new weights beside old settings.
+    """Writes config.json, preprocessor_config.json and model.safetensors
+    (`weights.hf_folders.write_folder`).
 
     Args:
         folder: is made if it is not there; other files in it stay, other weights go.
@@ -139,26 +128,8 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     Raises:
         OSError: the folder cannot be written to.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = on_disk(to_huggingface(weights, _family(settings)))
-    floats = {str(v.dtype).removeprefix("torch.") for v in state.values() if v.is_floating_point()}
-    config = write_config(settings) | {"dtype": min(floats, default="float32")}
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        save_file(state, temporary / _WEIGHTS[0], metadata={"format": "pt"})
-        _write_json(temporary / "preprocessor_config.json", write_preprocessor(settings))
-        _write_json(temporary / "config.json", config)
-        mode = (temporary / "config.json").stat().st_mode  # safetensors' own is private
-        (temporary / _WEIGHTS[0]).chmod(mode)
-        # config.json last: a folder without it is refused, so half of a first save never opens
-        for name in (_WEIGHTS[0], "preprocessor_config.json", "config.json"):
-            os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for pattern in ("model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*"):
-        for old in folder.glob(pattern):
-            old.unlink()
+    state = to_huggingface(weights, _family(settings))
+    files.write_folder(folder, state, write_config(settings), write_preprocessor(settings))
 
 
 def read_config(config: dict, name: str = "config.json") -> dict:
@@ -176,12 +147,9 @@ def read_config(config: dict, name: str = "config.json") -> dict:
             f"from_pretrained: {name}: model_type must be mask2former, "
             f"got {config.get('model_type')}"
         )
-    _check_fixed(config, _FIXED, name)
+    files.check_fixed(config, _FIXED, name)
     own = config.get("segkern") or {}
-    labels = config.get("id2label") or {i: f"LABEL_{i}" for i in range(2)}
-    labels = {int(i): str(label) for i, label in labels.items()}
-    if sorted(labels) != list(range(len(labels))):
-        raise ValueError(f"from_pretrained: {name}: id2label must name labels 0, 1, 2, ...")
+    labels = files.read_labels(config, name)
     settings = {field: config.get(field, default) for field, default in _SAME.items()}
     settings |= {
         "decoder_layers": config.get("decoder_layers", 10) - 1,
@@ -195,8 +163,6 @@ def read_config(config: dict, name: str = "config.json") -> dict:
 
 def write_config(settings: dict) -> dict:
     """config.json of Hugging Face from settings under the names of `Mask2FormerConfig`."""
-    count = settings["num_labels"]
-    labels = settings.get("id2label") or {i: f"LABEL_{i}" for i in range(count)}
     return {
         "architectures": ["Mask2FormerForUniversalSegmentation"],
         "model_type": "mask2former",
@@ -205,8 +171,7 @@ def write_config(settings: dict) -> dict:
         "decoder_layers": settings["decoder_layers"] + 1,
         **{field: settings[field] for field in _SAME},
         **_FIXED,
-        "id2label": {str(i): label for i, label in labels.items()},
-        "label2id": {label: i for i, label in labels.items()},
+        **files.write_labels(settings.get("id2label"), settings["num_labels"]),
         "segkern": {
             "stuff": list(settings.get("stuff", ())),
             "num_points_encoder": settings["num_points_encoder"],
@@ -279,11 +244,11 @@ def _read_backbone(config: dict, own: dict, name: str) -> dict:
             f"from_pretrained: {name}: out_features must be {', '.join(_STAGES)}, got {stages}"
         )
     if family == "swin":
-        _check_fixed(backbone, _FIXED_SWIN, name)
+        files.check_fixed(backbone, _FIXED_SWIN, name)
         rate = backbone.get("drop_path_rate", 0.1)
         return _read_swin(backbone) | {"drop_path_rate": rate}
     if family == "resnet":
-        _check_fixed(backbone, _FIXED_RESNET, name)
+        files.check_fixed(backbone, _FIXED_RESNET, name)
         return _read_resnet(backbone) | {"drop_path_rate": 0.0}
     if family == "timm_backbone":
         frozen = {"freeze_norm": True} if backbone.get("freeze_batch_norm_2d") else {}
@@ -355,38 +320,3 @@ def _write_backbone(settings: dict) -> dict:
         "out_indices": [-4, -3, -2, -1],
         "freeze_batch_norm_2d": False,
     }
-
-
-def _check_fixed(config: dict, fixed: dict, name: str) -> None:
-    for field, value in fixed.items():
-        if config.get(field, value) != value:
-            raise ValueError(
-                f"from_pretrained: {name}: {field} must be {value}, got {config[field]}"
-            )
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return _read_tensors(folder / name)
-        if (folder / f"{name}.index.json").is_file():
-            shards = read_json(folder / f"{name}.index.json").get("weight_map", {})
-            state = {}
-            for shard in sorted(set(shards.values())):
-                state |= _read_tensors(folder / shard)
-            return state
-    raise ValueError(f"from_pretrained: {folder} has neither {' nor '.join(_WEIGHTS)}")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else unpickling.load(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"from_pretrained: {path} cannot be read: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"from_pretrained: {path} must hold a dict of tensors")
-    return state

@@ -12,6 +12,8 @@ import re
 import torch
 from torch import Tensor
 
+from ...weights.state_dicts import name_rules, renamed
+
 _ENCODER = "model.pixel_level_module.encoder"
 _PIXELS = "model.pixel_level_module.decoder"
 _QUERIES = "model.transformer_module"
@@ -117,31 +119,15 @@ _PREFIXES = {
 }
 
 
-def _compile(pairs: list[tuple[str, str]]) -> list[tuple[re.Pattern, str]]:
-    rules = []
-    for source, target in pairs:
-        pattern = re.escape(source).replace(r"\#", r"(\d+)")
-        template, *rest = target.split("#")
-        template += "".join(rf"\g<{i}>{part}" for i, part in enumerate(rest, 1))
-        rules.append((re.compile(rf"^{pattern}(?=$|\.[a-z_]+$)"), template))
-    return rules
-
-
 def _rename(names: list[str], family: str, back: bool) -> dict[str, str]:
     pairs = _DECODERS + _TABLES.get(family, [])
-    rules = _compile([(b, a) for a, b in pairs] if back else pairs)
+    rules = name_rules((b, a) for a, b in pairs) if back else name_rules(pairs)
     prefix = _PREFIXES.get(family)
     out = {}
     for name in names:
-        out[name] = name
-        for pattern, template in rules:
-            new, count = pattern.subn(template, name)
-            if count:
-                out[name] = new
-                break
-        else:
-            if prefix is not None and name.startswith(prefix[back]):
-                out[name] = prefix[1 - back] + name.removeprefix(prefix[back])
+        out[name] = renamed(name, rules) or name
+        if out[name] == name and prefix is not None and name.startswith(prefix[back]):
+            out[name] = prefix[1 - back] + name.removeprefix(prefix[back])
     return out
 
 

@@ -22,6 +22,7 @@ from segkern.models import Mask2FormerConfig as OurConfig
 from segkern.models.mask2former import huggingface
 from segkern.models.mask2former.huggingface import read_config, read_folder, write_config
 from segkern.models.mask2former.huggingface_keys import from_huggingface, to_huggingface
+from segkern.weights import hf_folders
 
 with torch.device("meta"):
     torch.empty(0)  # torch keeps a list of its constructors, before conftest replaces this one
@@ -249,7 +250,7 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(folder, tmp_path, monkeyp
 
     more = {k: v + 1 for k, v in weights.items()}
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface, "_write_json", interrupted)  # the weights are written by then
+        patch.setattr(hf_folders, "write_json", interrupted)  # the weights are written by then
         with pytest.raises(KeyboardInterrupt):
             huggingface.write_folder(ours, settings, more)
     assert {p.name: p.read_bytes() for p in ours.iterdir()} == before
