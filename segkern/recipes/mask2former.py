@@ -1,12 +1,13 @@
 """Recipes of Mask2Former: functions that return a `TrainConfig`."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-from ..data import ClassMapsConfig, DigitsConfig, FolderConfig, build_dataset, find_format
-from ..models import Mask2FormerConfig, open_model
+from ..data import DigitsConfig
+from ..models import Mask2FormerConfig
 from ..models.mask2former.config import BACKBONES
 from ..training.config import TrainConfig
+from .own_pictures import config_of, small_views, with_objects
 
 _EPOCHS = 50  # the paper's on COCO
 _PAPER = {"batch_size": 16, "schedule": "steps"}
@@ -19,7 +20,6 @@ _DIGITS = {
     "clip": 1.0,
 }
 _SMALL = 256  # pixels of the short side, below which a model is for small images
-_SMALL_RATIOS = (0.7, 1.4)  # of 64 pixels a tenth would show nothing
 
 # a query counts from this score on; after so few steps most are right well below the paper's 0.8
 DIGITS_THRESHOLD = 0.5
@@ -80,17 +80,7 @@ def mask2former(
         ValueError: no data set is found, it holds no objects or nothing for the task, no such
             preset, or init is no Mask2Former.
     """
-    data, _ = find_format(root)
-    if isinstance(data, FolderConfig):  # maps of classes: a segment each
-        data = ClassMapsConfig(data.root, data.layout, data.seed, data.read)
-    if task is not None and "task" in {field.name for field in fields(data)}:
-        data = replace(data, task=task)
-    if "masks" not in data.targets or task not in (None, data.task):
-        raise ValueError(
-            f"mask2former: {root} must hold objects{f' for task {task}' if task else ''}, "
-            f"got data of kind {data.kind}, {data.task}"
-        )
-    pictures = build_dataset(data, "train")
+    data, pictures = with_objects("mask2former", root, task)
     model = replace(
         _model(init, preset),
         num_labels=len(pictures.classes),
@@ -99,9 +89,7 @@ def mask2former(
     )
     settings = _PAPER
     if model.shortest_edge < _SMALL:
-        sides = model.input.padded((model.shortest_edge,) * 2)
-        small = {"size": sides, "ratios": _SMALL_RATIOS, "short_sides": ()}
-        data = replace(data, views=replace(data.views, **small))
+        data = small_views(data, model.input.padded((model.shortest_edge,) * 2))
         settings = _DIGITS
     steps = max(1000, _EPOCHS * len(pictures) // settings["batch_size"])
     return TrainConfig(
@@ -123,10 +111,7 @@ def _model(init: str | Path | None, preset: str | None) -> Mask2FormerConfig:
             raise ValueError(
                 f"mask2former: preset must be left out where init gives the model, got {preset!r}"
             )
-        config = open_model(init).config
-        if not isinstance(config, Mask2FormerConfig):
-            raise ValueError(f"mask2former: init must be a mask2former, got a {config.kind}")
-        return config
+        return config_of("mask2former", init)
     known = ("tiny", *BACKBONES)
     if preset not in (None, *known):
         raise ValueError(f"mask2former: preset must be one of {', '.join(known)}, got {preset!r}")

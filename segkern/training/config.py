@@ -51,6 +51,8 @@ class TrainConfig:
         schedule: "cosine" or "poly" (power 0.9) to min_lr, or "steps": a tenth at 8/9 of the steps
             and again at 26/27.
         warmup: steps in which the rate rises.
+        backbone_warmup: steps after those in which the backbone's rate rises, which stays 0
+            before; 0 lets it rise with the others.
         clip: largest norm of the gradient; 0 does not clip.
         precision: "fp32", "bf16" for autocast, or "fp16" for autocast with a scaled loss.
         cuda_graphs: on a GPU capture the whole step in a CUDA graph for each size of a batch; not
@@ -98,6 +100,7 @@ class TrainConfig:
     weight_decay: float = 0.05
     schedule: Literal["cosine", "poly", "steps"] = "cosine"
     warmup: int = 10
+    backbone_warmup: int = 0
     clip: float = 0.01
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     cuda_graphs: bool = True
@@ -142,7 +145,7 @@ class TrainConfig:
         for names, least in (
             ("steps batch_size accumulate log_every checkpoint_every evaluate_scenes", 1),
             ("lr min_lr backbone_lr_factor momentum weight_decay warmup clip seed", 0),
-            ("threads workers evaluate_every patience", 0),
+            ("threads workers evaluate_every patience backbone_warmup", 0),
         ):
             for name in names.split():
                 if not getattr(self, name) >= least:

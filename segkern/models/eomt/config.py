@@ -136,6 +136,8 @@ class EoMTConfig:
             fail("hidden_size", f"a multiple of num_attention_heads ({self.num_attention_heads})")
         if self.encoder == "dinov3" and self.hidden_size // self.num_attention_heads % 4:
             fail("hidden_size", "a multiple of 4 num_attention_heads with dinov3")
+        if self.encoder == "dinov2" and not self.key_bias:
+            fail("key_bias", "True with dinov2")
         if self.num_blocks > self.num_hidden_layers:
             fail("num_blocks", f"at most num_hidden_layers ({self.num_hidden_layers})")
         for name in ("num_upscale_blocks", "num_register_tokens"):
