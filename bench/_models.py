@@ -1,4 +1,4 @@
-"""Mask2Former of transformers and ours, on the same random weights, for the benchmarks of models.
+"""Models of transformers and ours, on the same random weights, for the benchmarks of models.
 
 Run as a script it is the process of its own that `peak_memory` starts.
 """
@@ -37,7 +37,8 @@ def save_weights(backbone: str, folder: Path, queries: int | None = None) -> Non
     """Random weights, as transformers initialises and stores them.
 
     Args:
-        backbone: "swin_tiny" to "swin_large", "resnet50" or "tiny".
+        backbone: of Mask2Former, "swin_tiny" to "swin_large", "resnet50" or "tiny"; or "eomt tiny",
+            "eomt small", "eomt base" or "eomt large".
         folder: to write to.
         queries: None takes 100, of "tiny" 6.
     """
@@ -51,6 +52,9 @@ def save_weights(backbone: str, folder: Path, queries: int | None = None) -> Non
     from segkern.nn.backbones.swin import VARIANTS
 
     torch.manual_seed(0)
+    if backbone.startswith("eomt "):
+        _save_eomt(backbone.removeprefix("eomt "), folder)
+        return
     settings = {"num_labels": LABELS}
     if backbone in VARIANTS:
         body = SwinConfig(**VARIANTS[backbone], drop_path_rate=0.3, out_features=STAGES)
@@ -65,6 +69,20 @@ def save_weights(backbone: str, folder: Path, queries: int | None = None) -> Non
         settings = settings | {"num_queries": queries}
     config = Mask2FormerConfig(backbone_config=body, **settings)
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+
+
+def _save_eomt(size: str, folder: Path) -> None:
+    """An EoMT at the end of its training: without masks of attention."""
+    from transformers import EomtConfig, EomtForUniversalSegmentation
+
+    from segkern.models import EoMTConfig
+    from segkern.models.eomt.huggingface import write_config
+
+    settings = EoMTConfig.tiny(7) if size == "tiny" else EoMTConfig.preset(size)
+    config = EomtConfig(**write_config(vars(settings)))
+    model = EomtForUniversalSegmentation(config)
+    model.attn_mask_probs.zero_()
+    model.save_pretrained(folder)
 
 
 @functools.cache
@@ -82,10 +100,12 @@ _kept = []
 def open_model(impl: str, folder: Path, device: str) -> torch.nn.Module:
     """The model of "segkern..." or "transformers...", in eval mode."""
     if impl.startswith("segkern"):
-        from segkern.models import Mask2Former as Model
+        from segkern.models import open_model as open_folder
     else:
-        from transformers import Mask2FormerForUniversalSegmentation as Model
-    return Model.from_pretrained(folder).eval().to(device)
+        from transformers import AutoModelForUniversalSegmentation
+
+        open_folder = AutoModelForUniversalSegmentation.from_pretrained
+    return open_folder(folder).eval().to(device)
 
 
 def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu", compiled=False):
@@ -205,6 +225,7 @@ def load(impl: str) -> None:
     if impl.startswith("segkern"):
         import segkern.models  # noqa: F401
     else:
+        import transformers.models.eomt.modeling_eomt
         import transformers.models.mask2former.modeling_mask2former
         import transformers.models.swin.modeling_swin  # noqa: F401
 

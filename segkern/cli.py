@@ -50,6 +50,7 @@ _Task = Literal[TASKS]
 _Model = Annotated[
     str, tyro.conf.arg(help="folder of a run or a model, or a name on the Hugging Face hub")
 ]
+_OBJECTS = ("mask2former", "eomt")  # recipes for pictures with objects, whose format is found
 # options of train that are read before the others, whose defaults depend on them
 _FIRST = ("--recipe", "--resume", "--preset", "--init")
 _FIRST += ("--data.root", "--data.layout", "--data.task")
@@ -346,11 +347,11 @@ def _train_command(arguments: list[str]) -> Callable:
         pretrained = "--model.no-backbone-pretrained" not in arguments
         layout = given.get("--data.layout", "plain")
         default = recipes.segmenter(preset, layout, pretrained, root, given.get("--init"))
-    elif chosen == "mask2former":
+    elif chosen in _OBJECTS:
         if not root:
-            raise ValueError("train: --recipe mask2former needs --data.root, a folder of pictures")
+            raise ValueError(f"train: --recipe {chosen} needs --data.root, a folder of pictures")
         task, init = given.get("--data.task"), given.get("--init")
-        default = recipes.mask2former(root, task, init, preset)
+        default = recipes.RECIPES[chosen](root, task, init, preset)
     else:
         default = recipes.RECIPES.get(chosen, recipes.digits)()
 
@@ -367,18 +368,20 @@ def _train_command(arguments: list[str]) -> Callable:
             recipe: the model, and the defaults of the other options; not given, mask2former for
                 pictures of objects in --data.root, segmenter for maps of classes there, digits
                 without. Those of segmenter are its paper's for the layout of --data.root; those of
-                mask2former its paper's, with the classes of the data in --data.root, whose format
-                is found, and with the sizes of the model that --init names.
+                mask2former and eomt their papers', with the classes of the data in --data.root,
+                whose format is found, and with the sizes of the model that --init names.
             resume: go on with the run in this folder; other options default to its settings.
             preset: model of a recipe: of mask2former tiny, resnet50, resnet101, swin_tiny,
                 swin_small, swin_base or swin_large, not given, swin_tiny, or that of --init; of
-                segmenter such as Seg-B-Mask/16, not given, that of --init or Seg-S-Mask/16.
+                segmenter such as Seg-B-Mask/16, not given, that of --init or Seg-S-Mask/16; of
+                eomt tiny, small, base, large or giant, not given, large, or that of --init.
         """
-        if preset is not None and chosen not in ("segmenter", "mask2former"):
+        if preset is not None and chosen not in ("segmenter", *_OBJECTS):
+            known = ", ".join(_OBJECTS)
             raise ValueError(
-                "train: --preset is for a new run with --recipe mask2former or segmenter"
+                f"train: --preset is for a new run with --recipe {known} or segmenter"
             )
-        if chosen == "mask2former":
+        if chosen in _OBJECTS:
             names = list((config.model.id2label or {}).values())
             found = f"{config.data.root}: data of kind {config.data.kind} ({config.data.task})"
             print(f"{found}, {len(names)} classes: {', '.join(names[:20])}")

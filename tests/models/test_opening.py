@@ -8,6 +8,7 @@ import torch
 
 import segkern
 from segkern.models import initialize
+from segkern.models.eomt import EoMT, EoMTConfig
 from segkern.models.mask2former import Mask2Former, Mask2FormerConfig
 from segkern.models.segmenter import Segmenter, SegmenterConfig
 
@@ -26,10 +27,19 @@ def pixels(num_labels=3, **changes):
     return Segmenter(SegmenterConfig(num_labels, **(sizes | changes)))
 
 
+def tokens(num_labels=3, **changes):
+    """A small EoMT."""
+    sizes = {"image_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_blocks": 1}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 64, "num_queries": 4}
+    return EoMT(EoMTConfig(num_labels, **(sizes | changes)))
+
+
 MODELS = {
     "Mask2Former": queries,
     "Segmenter, mask": pixels,
     "Segmenter, linear": lambda *a, **changes: pixels(*a, decoder="linear", **changes),
+    "EoMT": tokens,
+    "EoMT, DINOv3": lambda *a, **c: tokens(*a, encoder="dinov3", key_bias=False, **c),
 }
 models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
@@ -126,6 +136,11 @@ UNFIT = {
     ),
     "another depth": (pixels, lambda: pixels(depth=2), "missing: encoder.blocks.1"),
     "other heads": (pixels, lambda: pixels(num_heads=2), "num_heads is 1 there, 2 here"),
+    "other frequencies": (
+        MODELS["EoMT, DINOv3"],
+        lambda: MODELS["EoMT, DINOv3"](rope_theta=10.0),
+        "rope_theta is 100.0 there, 10.0 here",
+    ),
     "other points": (
         queries,
         lambda: queries(num_attention_heads=4, num_points_encoder=8),

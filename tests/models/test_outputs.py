@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_opening import pixels, queries
+from test_opening import pixels, queries, tokens
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -18,17 +18,18 @@ from support.processes import in_two_processes
 def asked(kind, rank=0):
     """A model, and the arguments of its forward that differ with the rank."""
     torch.manual_seed(0)
-    model = {"Mask2Former": queries, "Segmenter": pixels}[kind]()
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(rank))
+    model = {"Mask2Former": queries, "Segmenter": pixels, "EoMT": tokens}[kind]()
+    side = 32 if kind == "EoMT" else 64
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(rank))
     if kind == "Segmenter":
         labels = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
         return model, {"pixel_values": x, "labels": labels}
-    masks, labels = random_targets((2, 1), 3, 64, 64)
-    targets = Targets.from_lists(masks, labels, (64, 64), 3, ids=[2 * rank, 2 * rank + 1])
+    masks, labels = random_targets((2, 1), 3, side, side)
+    targets = Targets.from_lists(masks, labels, (side, side), 3, ids=[2 * rank, 2 * rank + 1])
     return model, {"pixel_values": x, "targets": targets}
 
 
-@pytest.mark.parametrize("kind", ["Mask2Former", "Segmenter"])
+@pytest.mark.parametrize("kind", ["Mask2Former", "Segmenter", "EoMT"])
 def test_an_output_is_read_by_attribute_name_and_place(kind):
     model, arguments = asked(kind)
     out = model(**arguments)
@@ -64,7 +65,7 @@ WRAPPED = {
 
 def work(rank):
     found = {}
-    for kind in ("Mask2Former", "Segmenter"):
+    for kind in ("Mask2Former", "Segmenter", "EoMT"):
         for name, options in WRAPPED.items():
             for checkpointing in (False, True):
                 model, arguments = asked(kind, rank)
@@ -82,13 +83,13 @@ def work(rank):
 @pytest.mark.slow
 def test_processes_average_the_gradients(tmp_path):
     found = in_two_processes(work, tmp_path)
-    assert len(found[0]) == 8
+    assert len(found[0]) == 12
     for case, steps in found[0].items():
         for step, mine, other in zip((1, 2), steps, found[1][case], strict=True):
             assert mine == other, f"{case}, step {step}"
 
 
-@pytest.mark.parametrize("kind", ["Mask2Former", "Segmenter"])
+@pytest.mark.parametrize("kind", ["Mask2Former", "Segmenter", "EoMT"])
 def test_contiguous_weights_are_sharded(kind, tmp_path):
     """FSDP takes no channels-last weights; the maps stay channels-last without them."""
     plain, arguments = asked(kind)

@@ -6,7 +6,7 @@ from segkern import recipes
 from segkern.data import FolderConfig, build_dataset
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-segmenter"])
+@pytest.mark.parametrize("name", ["digits", "digits-segmenter", "digits-eomt"])
 def test_model_and_data_fit(name):
     config = recipes.RECIPES[name]()
     data = build_dataset(config.data, "train")
