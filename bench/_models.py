@@ -37,8 +37,8 @@ def save_weights(backbone: str, folder: Path, queries: int | None = None) -> Non
     """Random weights, as transformers initialises and stores them.
 
     Args:
-        backbone: of Mask2Former, "swin_tiny" to "swin_large", "resnet50" or "tiny"; or "eomt tiny",
-            "eomt small", "eomt base" or "eomt large".
+        backbone: of Mask2Former, "swin_tiny" to "swin_large", "resnet50" or "tiny"; or
+            "eomt tiny", "eomt small", "eomt base" or "eomt large".
         folder: to write to.
         queries: None takes 100, of "tiny" 6.
     """
