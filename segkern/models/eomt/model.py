@@ -109,16 +109,7 @@ class EoMT(nn.Module):
         self.config = config
         D = config.hidden_size
         turned = config.encoder == "dinov3"
-        positions = (
-            Rotary(
-                config.rope_theta,
-                config.pos_embed_shift,
-                config.pos_embed_jitter,
-                config.pos_embed_rescale,
-            )
-            if turned
-            else None
-        )
+        drawn = config.pos_embed_shift, config.pos_embed_jitter, config.pos_embed_rescale
         self.encoder = DinoViT(
             config.image_size,
             config.patch_size,
@@ -127,7 +118,7 @@ class EoMT(nn.Module):
             config.num_attention_heads,
             config.intermediate_size,
             registers=config.num_register_tokens,
-            rotary=positions,
+            rotary=Rotary(config.rope_theta, *drawn) if turned else None,
             gated=config.gated,
             key_bias=config.key_bias,
             scale=config.layerscale_value,
@@ -377,12 +368,12 @@ class EoMT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, num_labels: int | None = None) -> "EoMT":
-        """Opens a checkpoint in Hugging Face's format, or a .bin file of the original code.
+        """Opens a checkpoint in Hugging Face's format, or a file of the original code.
 
         Args:
             name_or_folder: name on the hub or a folder, written by transformers ("eomt" or
-                "eomt_dinov3") or `save_pretrained`, or the folder of a training run; or a .bin
-                file of the original code, of a model of DINOv2.
+                "eomt_dinov3") or `save_pretrained`, or the folder of a training run; or a .bin,
+                .pth or .ckpt file of the original code, of a model of DINOv2.
             num_labels: K of the new task; where it differs from the checkpoint's, the class head
                 starts anew. None keeps the checkpoint's.
 

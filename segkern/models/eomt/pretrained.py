@@ -79,7 +79,7 @@ def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
             name, count = pattern.subn(replacement, name)
             if count:
                 break
-        if match := re.fullmatch(r"(.*\.mlp\.fc1)_x\.(weight|bias)", name):
+        if ".mlp.fc1_x." in name:  # goes with fc1_g
             continue
         if match := re.fullmatch(r"(.*\.mlp\.fc1)_g\.(weight|bias)", name):
             other = state[f"{match[1]}_x.{match[2]}"]
