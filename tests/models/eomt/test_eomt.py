@@ -62,17 +62,17 @@ def test_training_lowers_the_loss_and_draws_anew():
     seed = model.criterion.seed.clone()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     values = []
-    for _ in range(12):
+    for _ in range(8):
         loss, losses = model.loss(x, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         values.append(loss.item())
-    assert values[-1] < 0.8 * values[0]
+    assert values[-1] < 0.9 * values[0]
     assert {name: value.shape for name, value in losses.items()} == dict.fromkeys(
         ("loss_cross_entropy", "loss_mask", "loss_dice"), (3,)
     )
-    assert model.criterion.seed - seed == 12 * 3  # each prediction has points of its own
+    assert model.criterion.seed - seed == 8 * 3  # each prediction has points of its own
     weights = {"loss_cross_entropy": 5.0, "loss_mask": 2.0, "loss_dice": 5.0}
     total = sum(w * losses[name].sum() for name, w in weights.items())
     torch.testing.assert_close(loss, total)

@@ -78,6 +78,7 @@ def test_init_gives_the_sizes(objects, tmp_path):
         recipes.eomt(objects, init=tmp_path / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_trains_evaluates_and_predicts(objects, tmp_path, capsys):
     run, sizes = tmp_path / "run", "--model.hidden-size 32 --model.num-attention-heads 2"

@@ -6,7 +6,6 @@ import torch
 
 import segkern
 from segkern.models import EoMT, EoMTConfig, initialize
-from segkern.weights import timm_names
 
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 KINDS = {  # timm's name, our settings
@@ -64,13 +63,15 @@ def test_a_pretrained_encoder_is_asked_for_in_our_sizes(monkeypatch):
         asked.update(options, name=name)
         return of_timm(name, depth=12, **options)
 
-    monkeypatch.setattr(timm_names, "pretrained_model", given)
     monkeypatch.setattr(segkern.models.eomt.pretrained, "pretrained_model", given)
-    name = "vit_small_patch14_reg4_dinov2"
-    model = EoMT(config(num_hidden_layers=12, backbone=name, backbone_pretrained=True))
+    name, (_, changes) = "vit_tiny_patch16_dinov3_qkvb", KINDS["dinov3"]
+    sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
+    sizes |= {"num_hidden_layers": 12, "backbone": name, "backbone_pretrained": True}
+    model = EoMT(config(**(changes | sizes)))
     wanted = {"img_size": 96, "patch_size": 16, "num_classes": 0, "in_chans": 3}
     assert asked == wanted | {"name": name}
-    assert torch.equal(model.encoder.blocks[3].ls1, of_timm(name, depth=12).blocks[3].ls1.gamma)
+    theirs = of_timm(name, depth=12)
+    assert torch.equal(model.encoder.blocks[3].ls1, theirs.blocks[3].gamma_1)
 
 
 UNFIT = {
