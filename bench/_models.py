@@ -54,7 +54,8 @@ def save_weights(
     """Random weights, as transformers initialises and stores them.
 
     Args:
-        backbone: "swin_tiny" to "swin_large", "resnet50" or "tiny".
+        backbone: of Mask2Former, "swin_tiny" to "swin_large", "resnet50" or "tiny"; or
+            "eomt tiny", "eomt small", "eomt base" or "eomt large".
         folder: to write to.
         queries: None takes 100, of "tiny" 6; of a Mask2Former.
         kind: "mask2former" or "maskformer".
@@ -65,6 +66,9 @@ def save_weights(
     from segkern.nn.backbones.swin import VARIANTS
 
     torch.manual_seed(0)
+    if backbone.startswith("eomt "):
+        _save_eomt(backbone.removeprefix("eomt "), folder)
+        return
     tiny = backbone not in VARIANTS and backbone != "resnet50"
     if backbone in VARIANTS:
         body = SwinConfig(**VARIANTS[backbone], drop_path_rate=0.3, out_features=STAGES)
@@ -84,6 +88,20 @@ def save_weights(
         settings = settings | {"num_queries": queries}
     config = transformers.Mask2FormerConfig(backbone_config=body, **settings)
     transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+
+
+def _save_eomt(size: str, folder: Path) -> None:
+    """An EoMT at the end of its training: without masks of attention."""
+    from transformers import EomtConfig, EomtForUniversalSegmentation
+
+    from segkern.models import EoMTConfig
+    from segkern.models.eomt.huggingface import write_config
+
+    settings = EoMTConfig.tiny(7) if size == "tiny" else EoMTConfig.preset(size)
+    config = EomtConfig(**write_config(vars(settings)))
+    model = EomtForUniversalSegmentation(config)
+    model.attn_mask_probs.zero_()
+    model.save_pretrained(folder)
 
 
 @functools.cache
@@ -235,6 +253,7 @@ def load(impl: str) -> None:
     if impl.startswith("segkern"):
         import segkern.models  # noqa: F401
     else:
+        import transformers.models.eomt.modeling_eomt
         import transformers.models.mask2former.modeling_mask2former
         import transformers.models.maskformer.modeling_maskformer
         import transformers.models.swin.modeling_swin  # noqa: F401

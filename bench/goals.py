@@ -66,6 +66,7 @@ GOALS = [
     Goal("cpu", "loader, COCO LSJ", "loader", "COCO LSJ 1024.*", "uint8", "torchvision", 2, 0.6),
     Goal("cpu", "run lengths", "run lengths", ".*1024x2048", "int32", "pycocotools", 5),
     Goal("cpu", "linear_assignment", "linear_assignment", r"160x\(100x20\).*", F32, "scipy", 2),
+    Goal("cpu", "EoMT-S inference 640", "eomt small", "inference 640 B=1", F32, "OpenVINO", 1.2),
     Goal("cpu", "ms_deform_attn", "ms_deform_attn", "1024x1024", F32, THEIRS, 20),
     Goal("cpu", "ms_deform_attn, both", "ms_deform_attn", f"1024x1024{BOTH}", F32, THEIRS, 12),
     Goal("cuda", "masked_attn, mask_bits", "masked_attn", MASKED, BF16, "products", 10),

@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from .evaluation.evaluate import evaluate as evaluate
     from .inference.postprocess import postprocess as postprocess
     from .inference.segment import segment as segment
+    from .models import EoMT as EoMT
+    from .models import EoMTConfig as EoMTConfig
     from .models import Mask2Former as Mask2Former
     from .models import Mask2FormerConfig as Mask2FormerConfig
     from .models import MaskFormer as MaskFormer
@@ -43,6 +45,8 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "postprocess": "inference.postprocess",
     "segment": "inference.segment",
+    "EoMT": "models",
+    "EoMTConfig": "models",
     "Mask2Former": "models",
     "Mask2FormerConfig": "models",
     "MaskFormer": "models",

@@ -8,6 +8,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,8 +46,6 @@ _Model = Annotated[
 # options of train that are read before the others, whose defaults depend on them
 _FIRST = ("--recipe", "--resume", "--preset", "--init")
 _FIRST += ("--data.root", "--data.layout", "--data.task")
-_MAPS = ("segmenter", "segformer")  # recipes for maps of classes
-_OBJECTS = ("mask2former", "maskformer")  # recipes for pictures of objects
 _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error arose."
 
 
@@ -318,18 +317,8 @@ def _train_command(arguments: list[str]) -> Callable:
         default = stored_config(folder)
         default.output = checkpoint.folder_of(folder)
         default.overwrite = False  # it was said of that run, not of what comes now
-    elif chosen in _MAPS:
-        pretrained = "--model.no-backbone-pretrained" not in arguments
-        layout = given.get("--data.layout", "plain")
-        recipe = recipes.RECIPES[chosen]
-        default = recipe(preset, layout, pretrained, root, given.get("--init"))
-    elif chosen in _OBJECTS:
-        if not root:
-            raise ValueError(f"train: --recipe {chosen} needs --data.root, a folder of pictures")
-        task, init = given.get("--data.task"), given.get("--init")
-        default = recipes.RECIPES[chosen](root, task, init, preset)
     else:
-        default = recipes.RECIPES.get(chosen, recipes.digits)()
+        default = _recipe_config(chosen, given, arguments)
 
     def train(
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
@@ -344,19 +333,20 @@ def _train_command(arguments: list[str]) -> Callable:
             recipe: the model, and the defaults of the other options; not given, mask2former for
                 pictures of objects in --data.root, segmenter for maps of classes there, digits
                 without. Those of segmenter and segformer are their papers' for the layout of
-                --data.root; those of mask2former and maskformer have the classes of the data in
-                --data.root, whose format is found, and the sizes of the model that --init names.
+                --data.root; those of the others have the classes of the data in --data.root, whose
+                format is found, and the sizes of the model that --init names.
             resume: go on with the run in this folder; other options default to its settings.
-            preset: model of a recipe: of mask2former and maskformer tiny, resnet50, resnet101,
-                swin_tiny, swin_small, swin_base or swin_large, not given, swin_tiny, or that of
-                --init; of segmenter such as Seg-B-Mask/16, not given, that of --init or
-                Seg-S-Mask/16; of segformer b0 to b5, not given, that of --init or b0.
+            preset: model of a recipe, not given, that of --init or a small one: of mask2former and
+                maskformer tiny, resnet50, resnet101, swin_tiny, swin_small, swin_base or
+                swin_large; of segmenter such as Seg-B-Mask/16; of segformer b0 to b5; of eomt
+                tiny, small, base, large or giant; of seq2seg semantic, semantic-no-skip, instance,
+                tiny or tiny-instance; of unet semantic, hungarian, either with -bertN for N
+                transformer layers, tiny or tiny-hungarian.
         """
-        if preset is not None and chosen not in (*_MAPS, *_OBJECTS):
-            raise ValueError(
-                f"train: --preset is for a new run with --recipe {', '.join(_OBJECTS + _MAPS)}"
-            )
-        if chosen in _OBJECTS:
+        if preset is not None and not _takes(chosen, "preset"):
+            known = ", ".join(name for name in recipes.RECIPES if _takes(name, "preset"))
+            raise ValueError(f"train: --preset is for a new run with --recipe {known}")
+        if _takes(chosen, "root", needed=True):
             names = list((config.model.id2label or {}).values())
             found = f"{config.data.root}: data of kind {config.data.kind} ({config.data.task})"
             print(f"{found}, {len(names)} classes: {', '.join(names[:20])}")
@@ -366,6 +356,35 @@ def _train_command(arguments: list[str]) -> Callable:
             print("best: step {}, {} {:.3f}: {}".format(*best, config.output / BEST))
 
     return train
+
+
+def _takes(recipe: str | None, argument: str, needed: bool = False) -> bool:
+    """Whether a recipe takes an argument, or cannot be without it."""
+    if recipe not in recipes.RECIPES:
+        return False
+    found = signature(recipes.RECIPES[recipe]).parameters.get(argument)
+    return found is not None and not (needed and found.default is not Parameter.empty)
+
+
+def _recipe_config(name: str | None, given: dict[str, str], arguments: list[str]) -> TrainConfig:
+    """What a recipe, or that of digits, makes of the options that it takes."""
+    root, layout = given.get("--data.root"), given.get("--data.layout")
+    if not _takes(name, "root"):
+        return recipes.RECIPES.get(name, recipes.digits)()
+    if not root and _takes(name, "root", needed=True):
+        raise ValueError(f"train: --recipe {name} needs --data.root, a folder of pictures")
+    offered = {
+        "root": root,
+        "layout": layout,
+        "dataset": layout or "plain",
+        "task": given.get("--data.task"),
+        "init": given.get("--init"),
+        "preset": given.get("--preset"),
+        "pretrained": "--model.no-backbone-pretrained" not in arguments,
+    }
+    return recipes.RECIPES[name](
+        **{k: v for k, v in offered.items() if v is not None and _takes(name, k)}
+    )
 
 
 def _recipe_for(root: str, layout: bool) -> str:

@@ -108,7 +108,8 @@ def build_dataset(config: DataConfig, split: str, model=None):
         wanted = config.views
         if model.input.crop is not None:
             wanted = replace(wanted, size=model.input.crop)
-        views = InstanceViews(wanted, model.input.mean, model.input.std)
+        look = model.input
+        views = InstanceViews(wanted, look.mean, look.std, look.padding)
     elif model is not None and model.input.crop is not None:
         edges = model.input.shortest_edge, model.input.longest_edge
         views = SemanticViews(model.input.crop, edges, model.input.mean, model.input.std)

@@ -107,6 +107,7 @@ def pictured(
     std: Sequence[float],
     change: Callable[[Tensor], Tensor] | None = None,
     out: Tensor | None = None,
+    padding: Sequence[float] | None = None,
 ) -> Tensor:
     """The picture of a view: resized, cropped, mirrored, changed, normalised and padded.
 
@@ -118,7 +119,7 @@ def pictured(
         fitted: H and W that it is resized to.
         place: rows and columns of that which stay, as `crop` gives them.
         mirror: swap left and right.
-        size, mean, std, out: as of `normalised`.
+        size, mean, std, out, padding: as of `normalised`.
         change: called with the pixels, [C, h, w] float32 in [0, 1], for others of that kind.
 
     Returns:
@@ -135,14 +136,14 @@ def pictured(
         out = fresh(image.shape[2], *size) if out is None else out
         by, less = zip(*((1 / (255 * s), m / s) for m, s in zip(mean, std, strict=True)))
         _host.view(image, fitted, start, (h, w), mirror, out.numpy(), by, less)
-        return out
+        return out if padding is None else _padded(out, h, w, padding)
     else:
         pixels = torch.empty(image.shape[2], h, w, dtype=torch.uint8)
         none = [0.0] * len(pixels)
         _host.view(image, fitted, start, (h, w), mirror, pixels.numpy(), none, none)
     if change is not None:
         pixels = change(F.to_dtype(pixels, torch.float32, scale=True))
-    return normalised(pixels, mean, std, size, out)
+    return normalised(pixels, mean, std, size, out, padding)
 
 
 def normalised(
@@ -151,6 +152,7 @@ def normalised(
     std: Sequence[float],
     size: tuple[int, int],
     out: Tensor | None = None,
+    padding: Sequence[float] | None = None,
 ) -> Tensor:
     """Normalises a picture and pads it, in one pass.
 
@@ -159,18 +161,25 @@ def normalised(
         mean, std: of its channels, in [0, 1].
         size: (H, W), at least h and w.
         out: to write to.
+        padding: of each channel; None for 0.
 
     Returns:
-        [C, H, W] float32: (pixels - mean) / std, 0 below and to the right of them.
+        [C, H, W] float32: (pixels - mean) / std, the padding below and to the right of them.
     """
     out = fresh(len(pixels), *size) if out is None else out
     _, h, w = pixels.shape
-    out[:, h:], out[:, :h, w:] = 0, 0
+    _padded(out, h, w, [0.0] * len(pixels) if padding is None else padding)
     top = 255 if pixels.dtype == torch.uint8 else 1
     for target, source, m, s in zip(out, pixels, mean, std, strict=True):
-        target[:h, :w].copy_(source).mul_(1 / (top * s)).sub_(
-            m / s
-        )  # a channel stays in the cache
+        # a channel stays in the cache
+        target[:h, :w].copy_(source).mul_(1 / (top * s)).sub_(m / s)
+    return out
+
+
+def _padded(out: Tensor, h: int, w: int, padding: Sequence[float]) -> Tensor:
+    """The same with a value for each channel below row h and to the right of column w."""
+    value = out.new_tensor(padding)[:, None, None]
+    out[:, h:], out[:, :h, w:] = value, value
     return out
 
 

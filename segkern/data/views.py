@@ -9,7 +9,7 @@ Masks go through as maps of ids: the pixels of a view are taken from them, and n
 resized picture is formed.
 Source: the large-scale jitter of Copy-Paste (Ghiasi et al., CVPR 2021) as Mask2Former trains on
 COCO with it, and the short sides of its ADE20K and Cityscapes recipes.
-Differs: pads with the mean colour and not with grey.
+Differs: pads with the mean colour and not with grey, where the model asks for nothing else.
 """
 
 import math
@@ -75,13 +75,21 @@ class InstanceViews:
     Args:
         config: what they are like.
         mean, std: of the pixels in [0, 1], red, green, blue.
+        padding: of each channel, normalised; None for 0, the mean colour.
     """
 
-    def __init__(self, config: ViewConfig, mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self,
+        config: ViewConfig,
+        mean: Sequence[float],
+        std: Sequence[float],
+        padding: Sequence[float] | None = None,
+    ):
         # here, as it takes as long to import as torch, and forked workers inherit it
         import torchvision.transforms.v2  # noqa: F401
 
         self.config, self.mean, self.std = config, list(mean), list(std)
+        self.padding = padding
         self.finite = all(math.isfinite(x) for m, s in zip(mean, std) for x in (m / s, 1 / s))
 
     def __call__(
@@ -115,7 +123,7 @@ class InstanceViews:
         columns = columns[::-1] if mirror else columns
         change = (lambda pixels: colours(pixels, generator)) if self.config.colours else None
         look = self.config.size, self.mean, self.std
-        pixels = pictured(image, fitted, place, mirror, *look, change, out)
+        pixels = pictured(image, fitted, place, mirror, *look, change, out, self.padding)
         below = self.config.size[0] - len(rows)
         right = self.config.size[1] - len(columns)
         rows = np.pad(rows, (0, below), constant_values=-1)

@@ -24,6 +24,7 @@ from ..structures.logits import PixelLogits, QueryLogits
 from ..structures.segmentation import Segmentation
 from ..structures.settings import InputConfig, Options, Views, one_of
 from .postprocess import postprocess, semantic
+from .query_windows import query_label_maps
 from .sliding_window import PIXELS_AT_ONCE, label_maps, predict
 
 
@@ -127,13 +128,14 @@ def check(
         if task not in config.tasks:
             known = " or ".join(map(repr, config.tasks))
             raise ValueError(f"{caller}: task must be {known} for a {name}, got {task!r}")
-    if config.logits is PixelLogits:
+    by_pixels, windows = config.logits is PixelLogits, config.input.window is not None
+    if (by_pixels or windows) and options.resize != "masks":
+        what = "give class logits of pixels" if by_pixels else "look through windows"
+        raise ValueError(
+            f"{caller}: resize must be left out for models that {what}, got {options.resize!r}"
+        )
+    if by_pixels:
         views.of(config.input)
-        if options.resize != "masks":
-            raise ValueError(
-                f"{caller}: resize must be left out for models that give class logits of pixels, "
-                f"got {options.resize!r}"
-            )
     elif views != Views():
         raise ValueError(
             f"{caller}: window, stride, scales and flip are for models that give class logits of "
@@ -211,28 +213,29 @@ def find(
     Yields:
         places in `inputs`, and the result of every task.
     """
-    by_pixels = model.config.logits is PixelLogits
+    # through windows, or whole and padded
+    windows = model.config.logits is PixelLogits or model.config.input.window is not None
     groups: dict[tuple, list[int]] = {}
     for i, one in enumerate(inputs):
-        size = one.sizes if by_pixels else model.config.input.padded(one.sizes[0])
+        size = one.sizes if windows else model.config.input.padded(one.sizes[0])
         groups.setdefault(size, []).append(i)
     for size, members in groups.items():
         note_size(size)
         at_once = batch_size
-        if by_pixels:  # large images one by one, as their windows do not go together anyway
+        if windows:  # large images one by one, as their windows do not go together anyway
             pixels = sum(h * w for h, w in inputs[members[0]].sizes)
             at_once = max(1, min(batch_size, PIXELS_AT_ONCE // pixels))
         for start in range(0, len(members), at_once):
             places = members[start : start + at_once]
             batch = [inputs[i] for i in places]
-            if by_pixels:
-                found = _by_pixels(model, batch, wanted["semantic"], views, cuda_graphs)
+            if windows:
+                found = _by_windows(model, batch, wanted["semantic"], views, cuda_graphs)
             else:
                 found = _by_queries(model, batch, wanted, stuff, cuda_graphs)
             yield from zip(places, found)
 
 
-def _by_pixels(
+def _by_windows(
     model: SegmentationModel, batch: list[Input], options: Options, views: Views, cuda_graphs: bool
 ) -> Iterator[dict[str, Segmentation]]:
     weight = next(model.parameters())
@@ -240,9 +243,12 @@ def _by_pixels(
         torch.stack([one.read(k).to(weight) for one in batch]) for k in range(len(views.scales))
     ]
     sizes = [one.output for one in batch]
+    config, rest = model.config, (options.return_scores, cuda_graphs)
     with torch.no_grad():
-        found = label_maps(model, images, sizes, views, options.return_scores, cuda_graphs)
-    config = model.config
+        if config.logits is PixelLogits:
+            found = label_maps(model, images, sizes, views, *rest)
+        else:
+            found = query_label_maps(model, images[0], sizes, *rest)
     for labels, scores in found:
         yield {"semantic": semantic(labels, scores, config.num_labels, config.labels.names)}
 
@@ -255,7 +261,10 @@ def _by_queries(
     cuda_graphs: bool,
 ) -> Iterator[dict[str, Segmentation]]:
     padded = model.config.input.padded(batch[0].sizes[0])
-    pixels = next(model.parameters()).new_zeros((len(batch), model.config.input.channels, *padded))
+    weight, settings = next(model.parameters()), model.config.input
+    pixels = weight.new_empty((len(batch), settings.channels, *padded))
+    for channel, value in zip(pixels.unbind(1), settings.padding):
+        channel.fill_(value)
     for row, one in zip(pixels, batch):
         (h, w), *_ = one.sizes
         row[:, :h, :w] = one.read(0)

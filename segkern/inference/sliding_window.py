@@ -33,8 +33,12 @@ from ..structures.settings import Views
 PIXELS_AT_ONCE = 2**21  # of windows that go through the model together
 
 
-def starts(size: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side of `size` >= window: the last one ends with it."""
+def starts(size: int, window: int, stride: int | None) -> list[int]:
+    """Where windows begin along a side of `size` >= window: the last one ends with it; without a
+    stride as few as cover it, which overlap evenly."""
+    if stride is None:
+        gaps = -(-size // window) - 1
+        return [i * (size - window) // max(gaps, 1) for i in range(gaps + 1)]
     return [*range(0, size - window, stride), size - window]
 
 

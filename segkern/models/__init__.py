@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Union
 
-from ..weights.folders import FILES, find_folder, model_type
+from ..weights.folders import FILES, find_folder, is_model, model_type
 from ..weights.state_dicts import misfits, with_new_head
+from .eomt import EoMT as EoMT
+from .eomt import EoMTConfig as EoMTConfig
+from .eomt import EoMTOutput as EoMTOutput
 from .mask2former import Mask2Former as Mask2Former
 from .mask2former import Mask2FormerConfig as Mask2FormerConfig
 from .mask2former import Mask2FormerOutput as Mask2FormerOutput
@@ -39,12 +42,14 @@ class Kind(NamedTuple):
         files: names that tell a checkpoint of its original code; Hugging Face's format and ours
             say the kind in config.json.
         suffix: of a checkpoint of its original code that is one file; "" where it is none.
+        types: what config.json calls it; () for its kind.
     """
 
     config: type
     model: type
     files: tuple[str, ...] = ()
     suffix: str = ""
+    types: tuple[str, ...] = ()
 
 
 MODELS = {
@@ -54,6 +59,7 @@ MODELS = {
     "segformer": Kind(SegFormerConfig, SegFormer, suffix=".pth"),
     "seq2seg": Kind(Seq2SegConfig, Seq2Seg),
     "unet": Kind(UNetConfig, UNet),
+    "eomt": Kind(EoMTConfig, EoMT, types=("eomt", "eomt_dinov3"), suffix=".bin"),
 }
 Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
 
@@ -101,15 +107,17 @@ def open_model(name: str | Path) -> SegmentationModel:
 
     Args:
         name: a folder that a model's `save_pretrained`, transformers or a model's original code
-            wrote, or a file in it, or a .pkl file of Mask2Former's or a .pth file of SegFormer's;
-            the folder of a training run; or a name on the hub.
+            wrote, or a file in it, or a .pkl file of Mask2Former's code, a .pth file of
+            SegFormer's or a .bin file of EoMT's; the folder of a training run; or a name on the
+            hub.
 
     Raises:
         ValueError: of no kind that segkern has; or see each model's `from_pretrained`.
     """
-    suffix = "" if Path(name).name in FILES else Path(name).suffix
+    path = Path(name)
+    described = path.name in FILES and is_model(path.parent)
     for row in MODELS.values():
-        if suffix and row.suffix == suffix:
+        if path.suffix and row.suffix == path.suffix and not described:
             return row.model.from_pretrained(name)
     folder = find_folder(name)
     kinds = [
@@ -117,16 +125,21 @@ def open_model(name: str | Path) -> SegmentationModel:
         for kind, row in MODELS.items()
         if row.files and all((folder / file).is_file() for file in row.files)
     ]
-    kind = kinds[0] if kinds else model_type(folder)
-    if kind not in MODELS:
-        raise ValueError(
-            f"open_model: {name}: model_type must be one of {', '.join(MODELS)}, got {kind}"
-        )
+    if not kinds:
+        found = model_type(folder)
+        kinds = [kind for kind, row in MODELS.items() if found in (row.types or (kind,))]
+        if not kinds:
+            raise ValueError(
+                f"open_model: {name}: model_type must be one of {', '.join(MODELS)}, got {found}"
+            )
+    kind = kinds[0]
     return MODELS[kind].model.from_pretrained(folder)
 
 
 # settings that change what the weights compute and show in no shape
-_UNSEEN = ("num_heads", "num_attention_heads", "num_points_encoder", "strides", "skip")
+_UNSEEN = (
+    *("num_heads", "num_attention_heads", "num_points_encoder", "strides", "skip", "rope_theta"),
+)
 
 
 def initialize(model: SegmentationModel, source: str | Path, fresh_head: bool = False) -> str:

@@ -49,7 +49,9 @@ class SegmentationModel(Protocol):
 
     `predict` is pure: it depends on its arguments, the weights and the mode alone, and reads no
     value on the host, so that a CUDA graph or an export may stand for it. `loss` is what training
-    calls; it divides by `targets.normalizer` and talks to no other process.
+    calls; it divides by `targets.normalizer` and talks to no other process. A model whose loss
+    changes in the course of training has `anneal(progress)`, too, which training calls before each
+    step with the share of the steps that are done.
     """
 
     config: ModelConfig

@@ -206,8 +206,8 @@ def start_locally(encoder: ViT) -> None:
     D, n = encoder.pos_embed.shape[2], encoder.blocks[0].attn.head_dim
     rates = [2 * math.pi / wavelength for wavelength in (3, 5, 4, 7)[: n // 4]]
     used = 4 * len(rates)  # channels of positions: sine and cosine of both axes
-    encoder.pos_embed[0, encoder.tokens :] = 0
-    encoder.pos_embed[0, encoder.tokens :, :used] = _waves(encoder.grid, rates).flatten(0, 1)
+    positions = encoder.pos_embed[0, -encoder.grid[0] * encoder.grid[1] :]  # those of patches
+    positions.zero_()[:, :used] = _waves(encoder.grid, rates).flatten(0, 1)
     encoder.patch_embed["proj"].weight[:used] = 0
     encoder.patch_embed["proj"].bias[:used] = 0
     gain = (3 * n**0.5) ** 0.5  # of q and of k: turned alike, they meet at 3 times |position|^2

@@ -1,5 +1,7 @@
 """Recipes: functions that return a `TrainConfig` tried out on its data, or a paper's settings."""
 
+from .eomt import digits_eomt as digits_eomt
+from .eomt import eomt as eomt
 from .mask2former import DIGITS_THRESHOLD as DIGITS_THRESHOLD
 from .mask2former import digits as digits
 from .mask2former import mask2former as mask2former
@@ -37,4 +39,6 @@ RECIPES = {
     "streets-seq2seg": streets_seq2seg,
     "streets-seq2seg-no-skip": streets_seq2seg_no_skip,
     "streets-segmenter": streets_segmenter,
+    "eomt": eomt,
+    "digits-eomt": digits_eomt,
 }

@@ -1,15 +1,25 @@
 """What recipes share for data of one's own: maps of classes for models that classify pixels,
 objects for models that find them."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
-from ..data import ClassMapsConfig, FolderConfig, build_dataset, find_format
+from ..data import (
+    Ade20kConfig,
+    ClassMapsConfig,
+    DataConfig,
+    FolderConfig,
+    ade20k_views,
+    build_dataset,
+    find_format,
+)
 from ..models import Config, open_model
 from ..structures.logits import PixelLogits
 from ..training.config import TrainConfig
 
 _RATIOS = (0.5, 2.0)  # of a picture over that of its view, in training
+SMALL = 256  # pixels of the short side, below which a model is for small images
+_SMALL_RATIOS = (0.7, 1.4)  # of 64 pixels a tenth would show nothing
 
 
 def start_of(
@@ -36,6 +46,39 @@ def start_of(
     if not isinstance(config, kind):
         raise ValueError(f"{recipe}: init must be a {kind.kind}, got a {config.kind}")
     return config
+
+
+def with_objects(recipe: str, root: str | Path, task: str | None) -> tuple[DataConfig, object]:
+    """The config of a folder with objects or maps of classes, each class of which is a segment
+    then, and its training split.
+
+    Args:
+        recipe: whose name begins messages.
+        root: folder of a data set, in one of the formats that `data.find_format` knows.
+        task: where the folder holds several; None takes what it holds, panoptic first.
+
+    Raises:
+        ValueError: no data set is found, or it holds no objects or nothing for the task.
+    """
+    data, _ = find_format(root)
+    if isinstance(data, FolderConfig):  # maps of classes: a segment each
+        data = ClassMapsConfig(data.root, data.layout, data.seed, data.read)
+    if task is not None and "task" in {field.name for field in fields(data)}:
+        data = replace(data, task=task)
+        if isinstance(data, Ade20kConfig):
+            data = replace(data, views=ade20k_views(task))
+    if "masks" not in data.targets or task not in (None, data.task):
+        raise ValueError(
+            f"{recipe}: {root} must hold objects{f' for task {task}' if task else ''}, "
+            f"got data of kind {data.kind}, {data.task}"
+        )
+    return data, build_dataset(data, "train")
+
+
+def small_views(data: DataConfig, size: tuple[int, int]) -> DataConfig:
+    """The same with views for models of small images."""
+    small = {"size": size, "ratios": _SMALL_RATIOS, "short_sides": ()}
+    return replace(data, views=replace(data.views, **small))
 
 
 def on_own_data(

@@ -1,20 +1,13 @@
 """What recipes of models of objects share: scenes of digits, and one's own pictures."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-from ..data import (
-    Ade20kConfig,
-    ClassMapsConfig,
-    DigitsConfig,
-    FolderConfig,
-    ade20k_views,
-    build_dataset,
-    find_format,
-)
-from ..models import ModelConfig, open_model
+from ..data import DigitsConfig
+from ..models import ModelConfig
 from ..training.config import TrainConfig
+from .own_data import SMALL, small_views, start_of, with_objects
 
 _EPOCHS = 50  # of the paper of Mask2Former on COCO
 DIGITS = {
@@ -25,8 +18,6 @@ DIGITS = {
     "warmup": 50,
     "clip": 1.0,
 }
-_SMALL = 256  # pixels of the short side, below which a model is for small images
-_SMALL_RATIOS = (0.7, 1.4)  # of 64 pixels a tenth would show nothing
 
 # a query counts from this score on; after so few steps most are right well below the paper's 0.8
 DIGITS_THRESHOLD = 0.5
@@ -83,19 +74,7 @@ def own_objects(
         ValueError: no data set is found, it holds no objects or nothing for the task, no such
             preset, or init is of another kind.
     """
-    data, _ = find_format(root)
-    if isinstance(data, FolderConfig):  # maps of classes: a segment each
-        data = ClassMapsConfig(data.root, data.layout, data.seed, data.read)
-    if task is not None and "task" in {field.name for field in fields(data)}:
-        data = replace(data, task=task)
-        if isinstance(data, Ade20kConfig):
-            data = replace(data, views=ade20k_views(task))
-    if "masks" not in data.targets or task not in (None, data.task):
-        raise ValueError(
-            f"{recipe}: {root} must hold objects{f' for task {task}' if task else ''}, "
-            f"got data of kind {data.kind}, {data.task}"
-        )
-    pictures = build_dataset(data, "train")
+    data, pictures = with_objects(recipe, root, task)
     model = replace(
         _model(recipe, kind, backbones, init, preset),
         num_labels=len(pictures.classes),
@@ -103,10 +82,8 @@ def own_objects(
         stuff=tuple(pictures.stuff),
     )
     settings = paper
-    if model.shortest_edge < _SMALL:
-        sides = model.input.padded((model.shortest_edge,) * 2)
-        small = {"size": sides, "ratios": _SMALL_RATIOS, "short_sides": ()}
-        data = replace(data, views=replace(data.views, **small))
+    if model.shortest_edge < SMALL:
+        data = small_views(data, model.input.padded((model.shortest_edge,) * 2))
         settings = DIGITS
     steps = max(1000, _EPOCHS * len(pictures) // settings["batch_size"])
     return TrainConfig(
@@ -129,14 +106,7 @@ def _model(
     preset: str | None,
 ) -> ModelConfig:
     """The config whose sizes the model has."""
-    if init is not None:
-        if preset is not None:
-            raise ValueError(
-                f"{recipe}: preset must be left out where init gives the model, got {preset!r}"
-            )
-        config = open_model(init).config
-        if not isinstance(config, kind):
-            raise ValueError(f"{recipe}: init must be a {kind.kind}, got a {config.kind}")
+    if config := start_of(recipe, kind, init, preset):
         return config
     known = ("tiny", *backbones)
     if preset not in (None, *known):

@@ -18,8 +18,10 @@ class InputConfig:
         longest_edge: pixels, the most that the long side may get; None for no limit.
         divisor: sides of a batch are padded to a multiple of it.
         window: side in pixels of the windows that a large image is cut into; None takes it whole.
-        stride: pixels from one window to the next.
+        stride: pixels from one window to the next; None is the window's side, or, of models that
+            give masks, lets as few windows as cover a side overlap evenly.
         crop: (H, W) of random views in training; None where the data set decides.
+        black: what an image is padded with is black, not the mean colour.
 
     Raises:
         ValueError: mean or std are no numbers, not equally many, or std not positive.
@@ -33,6 +35,7 @@ class InputConfig:
     window: int | None = None
     stride: int | None = None
     crop: tuple[int, int] | None = None
+    black: bool = False
 
     def __post_init__(self):
         for name in ("mean", "std"):
@@ -51,6 +54,11 @@ class InputConfig:
     def channels(self) -> int:
         """Of the images."""
         return len(self.mean)
+
+    @property
+    def padding(self) -> tuple[float, ...]:
+        """What an image is padded with, a number a channel, normalised as its pixels are."""
+        return tuple(-m / s if self.black else 0.0 for m, s in zip(self.mean, self.std))
 
     def at(self, scale: float) -> "InputConfig":
         """The same with edges times `scale`, at least 1."""

@@ -29,9 +29,9 @@ class TrainConfig:
             the backbone that the model's config asks for.
         fresh_head: with init, start the class head anew also where the number of labels is equal.
         freeze: parts of the model that stay as they are: of a mask2former backbone, pixel_decoder
-            and query_decoder, of a segmenter encoder and decoder; or parts of these, such as
-            backbone.layers.0. They have no gradient and no state of the optimizer, and run as in
-            evaluation.
+            and query_decoder, of a segmenter encoder and decoder, of an eomt encoder; or parts of
+            these, such as backbone.layers.0. They have no gradient and no state of the optimizer,
+            and run as in evaluation.
         overwrite: start anew in a folder that holds a run; its files are removed.
         steps: of the optimizer. A resumed run that gets more follows the longer schedule from
             there on.
@@ -52,6 +52,8 @@ class TrainConfig:
             26/27, or "thirds": half at a third of the steps and a tenth at two.
         power: of "poly".
         warmup: steps in which the rate rises.
+        backbone_warmup: steps after those in which the backbone's rate rises, which stays 0
+            before; 0 lets it rise with the others.
         clip: largest norm of the gradient; 0 does not clip.
         precision: "fp32", "bf16" for autocast, or "fp16" for autocast with a scaled loss.
         cuda_graphs: on a GPU capture the whole step in a CUDA graph for each size of a batch; not
@@ -100,6 +102,7 @@ class TrainConfig:
     schedule: Literal["cosine", "poly", "steps", "thirds"] = "cosine"
     power: float = 0.9
     warmup: int = 10
+    backbone_warmup: int = 0
     clip: float = 0.01
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     cuda_graphs: bool = True
@@ -144,7 +147,7 @@ class TrainConfig:
         for names, least in (
             ("steps batch_size accumulate log_every checkpoint_every evaluate_scenes", 1),
             ("lr min_lr backbone_lr_factor momentum weight_decay power warmup clip seed", 0),
-            ("threads workers evaluate_every patience", 0),
+            ("threads workers evaluate_every patience backbone_warmup", 0),
         ):
             for name in names.split():
                 if not getattr(self, name) >= least:

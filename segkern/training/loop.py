@@ -37,7 +37,7 @@ from .average import Average
 from .config import TrainConfig
 from .distributed import together
 from .log import Log, ProgressBar
-from .optimizer import build_optimizer, freeze, learning_rate
+from .optimizer import backbone_share, build_optimizer, freeze, learning_rate
 from .state import Trainee, restore, resumable, save
 from .state import stored_config as stored_config
 from .step import Step
@@ -166,7 +166,9 @@ def train(
             for part, targets in zip(parts, together([p.targets for p in parts], queries)):
                 part.targets = targets
             rate = learning_rate(step, config)
-            loss, losses = train_step(parts, rate)
+            if hasattr(model, "anneal"):
+                model.anneal(step / config.steps)
+            loss, losses = train_step(parts, rate, backbone_share(step, config))
             if run.average is not None:
                 run.average.update(done)
             stopping = stop.asked and done < config.steps  # read once: it may change any time

@@ -93,7 +93,7 @@ def parameter_groups(model: nn.Module, config) -> list[dict]:
     """Parameters by rate and decay, as `model.parameter_roles` has them; for Muon the matrices
     are groups of their own."""
     roles = model.parameter_roles()
-    groups: dict[tuple[float, float, bool], list[Tensor]] = {}
+    groups: dict[tuple[float, float, bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         role = roles[name]
         factor = config.backbone_lr_factor if role.backbone else 1.0
@@ -101,17 +101,27 @@ def parameter_groups(model: nn.Module, config) -> list[dict]:
         decay = config.weight_decay if role.decayed else 0.0
         matrix = role.matrix and config.optimizer == "muon"
         if parameter.requires_grad:
-            groups.setdefault((factor, decay, matrix), []).append(parameter)
+            later = role.backbone and config.backbone_warmup > 0
+            key = factor, decay, matrix, later
+            groups.setdefault(key, []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": decay,
             "factor": factor,
             "matrices": matrices,
+            "later": later,
             "lr": torch.tensor(config.lr * factor, device=parameters[0].device),
         }
-        for (factor, decay, matrices), parameters in groups.items()
+        for (factor, decay, matrices, later), parameters in groups.items()
     ]
+
+
+def backbone_share(step: int, config) -> float:
+    """Share of its rate that the backbone has at a step, from 0."""
+    if not config.backbone_warmup:
+        return 1.0
+    return min(max((step + 1 - config.warmup) / config.backbone_warmup, 0.0), 1.0)
 
 
 def learning_rate(step: int, config) -> float:

@@ -65,7 +65,7 @@ class Step:
         self._run = Replay(self._eager) if graphs else self._eager
 
     def __call__(
-        self, batch: Batch | Sequence[Batch], rate: float
+        self, batch: Batch | Sequence[Batch], rate: float, backbone_share: float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step.
 
@@ -74,6 +74,7 @@ class Step:
                 processes, or parts, first agree on `batch.targets.normalizer`
                 (training.distributed).
             rate: learning rate; each group takes it times its factor.
+            backbone_share: of it for the groups that warm up "later".
 
         Returns:
             What the model's loss returns, without gradient: its mean over the parts.
@@ -82,7 +83,8 @@ class Step:
         if len(parts) == 1:
             parts = [parts[0].to(self.place)]  # where a graph reads it
         for group in self.optimizer.param_groups:
-            group["lr"].fill_(rate * group["factor"])
+            share = backbone_share if group.get("later") else 1.0  # old checkpoints do not say
+            group["lr"].fill_(rate * group["factor"] * share)
         return self._run([(part.pixel_values, part.targets) for part in parts])
 
     def _eager(self, parts: list[tuple[Tensor, Targets]]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -34,7 +34,7 @@ def find_folder(name_or_folder: str | Path) -> Path:
             )
         folder = folder.parent
     if folder.is_dir():
-        if any((folder / file).is_file() for file in ("config.json", "variant.yml")):
+        if is_model(folder):
             return folder
         inside = [folder / part for part in ("best", "model")]
         return next((part for part in inside if (part / "config.json").is_file()), folder)
@@ -51,6 +51,11 @@ def find_folder(name_or_folder: str | Path) -> Path:
             f"from_pretrained: {name} is no folder here, and the hub does not give it: {error}"
         ) from error
     return folder
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder has the settings of a model, by whichever format."""
+    return any((folder / file).is_file() for file in ("config.json", "variant.yml"))
 
 
 def read_json(path: Path) -> dict:

@@ -9,6 +9,7 @@ import torch
 
 import segkern
 from segkern.models import initialize
+from segkern.models.eomt import EoMT, EoMTConfig
 from segkern.models.mask2former import Mask2Former, Mask2FormerConfig
 from segkern.models.maskformer import MaskFormer, MaskFormerConfig
 from segkern.models.segformer import SegFormer, SegFormerConfig
@@ -58,6 +59,13 @@ def convolutions(num_labels=3, head="semantic", **changes):
     return UNet(UNetConfig(num_labels, head, **(sizes | changes)))
 
 
+def tokens(num_labels=3, **changes):
+    """A small EoMT."""
+    sizes = {"image_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_blocks": 1}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 64, "num_queries": 4}
+    return EoMT(EoMTConfig(num_labels, **(sizes | changes)))
+
+
 MODELS = {
     "Mask2Former": queries,
     "MaskFormer": pyramid,
@@ -68,6 +76,8 @@ MODELS = {
     "Seq2Seg, instance": partial(sequence, head="instance", mask="fine"),
     "U-Net, semantic": convolutions,
     "U-Net, instance": partial(convolutions, head="instance", bert_layers=1),
+    "EoMT": tokens,
+    "EoMT, DINOv3": lambda *a, **c: tokens(*a, encoder="dinov3", key_bias=False, **c),
 }
 models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
@@ -167,6 +177,11 @@ UNFIT = {
     "other heads": (pixels, lambda: pixels(num_heads=2), "num_heads is 1 there, 2 here"),
     "another sum": (sequence, lambda: sequence(skip=False), "skip is True there, False here"),
     "another head": (convolutions, MODELS["U-Net, instance"], "missing: bert.pos_embed"),
+    "other frequencies": (
+        MODELS["EoMT, DINOv3"],
+        lambda: MODELS["EoMT, DINOv3"](rope_theta=10.0),
+        "rope_theta is 100.0 there, 10.0 here",
+    ),
     "other points": (
         queries,
         lambda: queries(num_attention_heads=4, num_points_encoder=8),

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from test_opening import convolutions, levels, pixels, pyramid, queries, sequence
+from test_opening import convolutions, levels, pixels, pyramid, queries, sequence, tokens
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +24,7 @@ KINDS = {
     "SegFormer": levels,
     "Seq2Seg": partial(sequence, head="instance"),
     "U-Net": convolutions,
+    "EoMT": tokens,
 }
 
 
@@ -31,12 +32,13 @@ def asked(kind, rank=0):
     """A model, and the arguments of its forward that differ with the rank."""
     torch.manual_seed(0)
     model = KINDS[kind]()
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(rank))
+    side = 32 if kind == "EoMT" else 64
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(rank))
     if model.config.logits is PixelLogits:
         labels = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
         return model, {"pixel_values": x, "labels": labels}
-    masks, labels = random_targets((2, 1), 3, 64, 64)
-    targets = Targets.from_lists(masks, labels, (64, 64), 3, ids=[2 * rank, 2 * rank + 1])
+    masks, labels = random_targets((2, 1), 3, side, side)
+    targets = Targets.from_lists(masks, labels, (side, side), 3, ids=[2 * rank, 2 * rank + 1])
     return model, {"pixel_values": x, "targets": targets}
 
 

@@ -1,0 +1,5 @@
+"""EoMT: its settings, its model, its checkpoints."""
+
+from .config import EoMTConfig as EoMTConfig
+from .model import EoMT as EoMT
+from .model import EoMTOutput as EoMTOutput

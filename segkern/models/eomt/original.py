@@ -1,0 +1,132 @@
+"""Checkpoints of EoMT's original code: its weights, pytorch_model.bin without a config.json.
+
+Sizes are read off the shapes of the weights; what no shape shows, heads and how pictures are
+taken, off the widths and numbers of the published models. Those of DINOv2 alone, whose encoder is
+timm's; of DINOv3 the code keeps no checkpoint that tells its names.
+Source: the names of the weights are those of the published checkpoints (tue-mps/eomt).
+"""
+
+import re
+import warnings
+from math import isqrt
+from pathlib import Path
+
+from torch import Tensor
+
+from ...structures.labels import DATASETS
+from ...weights import unpickling
+from .pretrained import from_timm
+
+SUFFIXES = (".bin", ".pth", ".ckpt")
+_ENCODER = "network.encoder.backbone."
+_NAMES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^network\.upscale\.", "upscale."),
+        (r"^network\.mask_head\.([024])\.", lambda found: f"mask_head.{int(found[1]) // 2}."),
+        (r"^network\.q\.", "query."),
+        (r"^network\.class_head\.", "class_predictor."),
+        (r"^network\.attn_mask_probs$", "attn_mask_probs"),
+    )
+]
+_COMPUTED = re.compile(r"^network\.encoder\.pixel_(mean|std)$|^criterion\.|^metrics\.")
+_HEAD_SIZE = 64  # of all published encoders
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a path is such a checkpoint, and not the weights of a folder with settings."""
+    path = Path(path)
+    described = (path.parent / "config.json").is_file()
+    return path.suffix in SUFFIXES and path.is_file() and not described
+
+
+def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Settings and weights of a file.
+
+    Returns:
+        settings under the names of `EoMTConfig`, and weights under our names; weights that have
+        no name here keep theirs.
+
+    Raises:
+        ValueError: no such checkpoint.
+    """
+    try:
+        state = unpickling.load(path)
+    except ValueError as error:
+        raise ValueError(f"from_pretrained: {path}: {error}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]  # of Lightning
+    if not isinstance(state, dict) or "network.q.weight" not in state:
+        raise ValueError(f"from_pretrained: {path} is no checkpoint of EoMT's original code")
+    try:
+        weights = from_original(state)
+        settings = read_sizes(weights, str(path))
+    except (KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"from_pretrained: {path} is no checkpoint of EoMT's original code with a DINOv2 "
+            f"({error})"
+        ) from error
+    return settings, weights
+
+
+def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names and products for the weights of the original code."""
+    inside = {k.removeprefix(_ENCODER): v for k, v in state.items() if k.startswith(_ENCODER)}
+    out = {f"encoder.{name}": value for name, value in from_timm(inside).items()}
+    for name, value in state.items():
+        if name.startswith(_ENCODER) or _COMPUTED.search(name):
+            continue
+        for pattern, replacement in _NAMES:
+            name, count = pattern.subn(replacement, name)
+            if count:
+                break
+        out[name] = value
+    if "encoder.reg_token" not in out:
+        out["encoder.reg_token"] = out["encoder.cls_token"].new_zeros(1, 0, _width(out))
+    return out
+
+
+def read_sizes(weights: dict[str, Tensor], name: str) -> dict:
+    """Settings under the names of `EoMTConfig` that weights under our names show.
+
+    Args:
+        weights: of `from_original`.
+        name: of the checkpoint, for messages.
+    """
+
+    def count(pattern: str) -> int:
+        return len({found[0] for key in weights if (found := re.match(pattern, key))})
+
+    D, labels = _width(weights), len(weights["class_predictor.bias"]) - 1
+    patch = weights["encoder.patch_embed.proj.weight"].shape[2]
+    hidden = weights["encoder.blocks.0.mlp.fc2.weight"].shape[1]
+    queries = len(weights["query.weight"])
+    known = {facts.labels.get("panoptic"): facts.stuff for facts in DATASETS.values()}
+    windows = queries == 100  # the published ones of semantic segmentation have so many
+    taken = "in squares along the long side" if windows else "whole"
+    warnings.warn(
+        f"{name}: holds weights alone: it is taken for a model of {labels} classes with "
+        f"{D // _HEAD_SIZE} heads that sees pictures {taken}",
+        stacklevel=4,
+    )
+    return {
+        "num_labels": labels,
+        "encoder": "dinov2",
+        "image_size": patch * isqrt(weights["encoder.pos_embed"].shape[1]),
+        "patch_size": patch,
+        "windows": windows,
+        "hidden_size": D,
+        "num_hidden_layers": count(r"encoder\.blocks\.\d+\."),
+        "num_attention_heads": D // _HEAD_SIZE,
+        "intermediate_size": hidden,
+        "gated": len(weights["encoder.blocks.0.mlp.fc1.bias"]) == 2 * hidden,
+        "num_register_tokens": weights["encoder.reg_token"].shape[1],
+        "num_queries": queries,
+        "num_blocks": len(weights["attn_mask_probs"]),
+        "num_upscale_blocks": count(r"upscale\.\d+\."),
+        "stuff": known.get(labels, ()),
+    }
+
+
+def _width(weights: dict[str, Tensor]) -> int:
+    return weights["encoder.cls_token"].shape[2]
