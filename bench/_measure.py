@@ -97,6 +97,16 @@ def pick(small, cpu, cuda):
     return small if OPTIONS.small else {"cpu": cpu, "cuda": cuda}[DEVICE]
 
 
+def largest(batches: dict[int, float]) -> int:
+    """Of batches and the GB of memory that each takes at most, as count_launches.py counts them,
+    the largest that the device holds, or else the smallest. 2 GB are left for the CUDA context,
+    for workspaces of libraries and for gaps."""
+    room = float("inf")
+    if DEVICE == "cuda":
+        room = torch.cuda.get_device_properties().total_memory / 1e9 - 2
+    return max((b for b, need in batches.items() if need <= room), default=min(batches))
+
+
 def repeated(values: list, B: int) -> list:
     """Inputs of one image for B images; made on the CPU, a large batch would take seconds."""
     return [

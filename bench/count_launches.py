@@ -14,7 +14,8 @@ ops are counted; Triton's launchers run up to the launch. By rule, not by measur
   an H200, by default: 4.3 TB/s as copies reach, 800 TFLOP/s in half precision, 55 in float32);
 - its estimate is that, but no less than a small kernel takes in a CUDA graph (2 us by default).
 
-What would wait for the device, such as reading a value, has no value to read and fails.
+What would wait for the device, such as reading a value, has no value to read and fails. The memory
+that is in use at once is counted as live_bytes.py says.
 """
 
 import argparse
@@ -30,8 +31,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from live_bytes import Live, boxed, release
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -85,6 +88,14 @@ def _of_deform_backward(grad, value, shapes, reference, offsets, *_) -> int:
 
 # the others launch once; the first of point_mask_loss packs the masks
 LAUNCHES = {"ms_deform_attn_backward": _of_deform_backward, "point_mask_loss": lambda *_: 2}
+# the most bytes that those of CUDA C++ take for themselves: records of samples, counts of pixels
+# and the gradient in the precision of the values; masks as bits
+SCRATCH = {
+    "ms_deform_attn_backward": lambda grad, value, shapes, reference, offsets, *_: (
+        48 * max(2**21, offsets[0, :, 0, ..., 0].numel()) + 2**26 + size_of(grad)
+    ),
+    "point_mask_loss": lambda logits, masks, *_: masks.numel() // 4,
+}
 UNREAD = {"point_mask_loss_backward": {6}}  # arguments of which only the shape is read: masks
 
 
@@ -133,12 +144,13 @@ def _dtype(values) -> torch.dtype:
 
 
 class Count(TorchDispatchMode):
-    """Adds up in `totals`, by op, what is launched inside."""
+    """Adds up in `totals`, by op, what is launched inside; `live` counts its memory."""
 
-    def __init__(self, rates: Rates):
+    def __init__(self, rates: Rates, live: Live | None = None):
         super().__init__()
         self.rates = rates
         self.totals: defaultdict[str, Total] = defaultdict(Total)
+        self.live = live or Live()
         self._of: str | None = None  # the op of segkern whose launches are being counted
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -155,11 +167,13 @@ class Count(TorchDispatchMode):
         out = None if name == "_fused_adamw_" else func(*args, **kwargs)
         if name.startswith("convolution"):
             out = _as_cudnn_lays(out, args)
+        self.live.see((args, kwargs, out))
         on_gpu = any(x.is_cuda for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
         if on_gpu and not (func.is_view or name in NO_LAUNCH):
             operations, launches = 0, 1
             if own:
                 launches = LAUNCHES.get(name, lambda *_: 1)(*args)
+                self.live.within(SCRATCH.get(name, lambda *_: 0)(*args))
             elif (packet := SAME.get(packet, packet)) in flop_registry:
                 operations = flop_registry[packet](*args, **kwargs, out_val=out)
             left_out = {0} if name in ONLY_WRITES else UNREAD.get(name, set())
@@ -212,6 +226,7 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=No
     )[0]
 
 
+@torch.no_grad()
 def _backward(loss: Tensor, *_, **__) -> None:
     """`Tensor.backward`, whose own engine asks the device for its streams."""
     waits: defaultdict = defaultdict(int)  # of a node, how many gradients are still to come
@@ -231,6 +246,7 @@ def _backward(loss: Tensor, *_, **__) -> None:
         if hasattr(node, "variable"):
             for grad in given.values():
                 node.variable.grad = grad
+            del given
             continue
         inputs = [given.get(i) for i in range(len(node._input_metadata))]
         python = hasattr(node, "apply")  # and then it also returns what is for no tensor
@@ -250,6 +266,8 @@ def _backward(loss: Tensor, *_, **__) -> None:
             waits[following] -= 1
             if not waits[following]:
                 ready.append(following)
+        del given, inputs, outputs, nexts
+        release()
 
 
 def _apply(module: nn.Module, change: Callable, recurse: bool = True) -> nn.Module:
@@ -278,6 +296,7 @@ def imaginary_gpu(dtype: torch.dtype):
             "torch._C._current_graph_task_id": lambda: (
                 1
             ),  # a backward is underway, say checkpoints
+            "torch.autograd.graph.saved_tensors_hooks.__init__": boxed,
             "torch.nn.Module._apply": _apply,
             "torch.nn.init.trunc_normal_": lambda x, *_, **__: x,  # reads what it drew
         }.items():
@@ -285,6 +304,7 @@ def imaginary_gpu(dtype: torch.dtype):
         stack.enter_context(mock.patch.object(_launch, "_device", return_value=_launch.ASSUMED))
         stack.enter_context(mock.patch.dict(_library.MISSING, clear=True))
         stack.enter_context(FAKE)
+        stack.enter_context(saved_tensors_hooks(lambda x: x, lambda x: x))
         stack.enter_context(torch.device("cuda"))
         stack.callback(torch.set_default_dtype, usual)
         torch.set_default_dtype(dtype)
@@ -293,8 +313,8 @@ def imaginary_gpu(dtype: torch.dtype):
 
 def counted(
     config, kind: str, size: tuple[int, int], batch: int, precision: str, rates: Rates
-) -> dict[str, Total]:
-    """Counts the second inference or training step of a model, by op.
+) -> Count:
+    """Counts the second inference or training step of a model.
 
     Args:
         config: of a Mask2Former or a Segmenter.
@@ -308,10 +328,12 @@ def counted(
     with imaginary_gpu(torch.float32 if training else PRECISIONS[precision]):
         model, x = Model(config).train(training), torch.randn(batch, 3, *size)
         run = _training_step(model, x, precision) if training else partial(_predict, model, x)
+        live = Live()
         for _ in range(2):  # the first keeps position embeddings, and makes the optimizer's state
-            with Count(rates) as count:
+            live.most = live.now
+            with Count(rates, live) as count:
                 run()
-    return count.totals
+    return count
 
 
 @torch.no_grad()  # in inference mode, ops would be seen before they become others
@@ -383,8 +405,10 @@ def main() -> None:
     earlier = json.loads(options.against.read_text()) if options.against else {}
     found = {}
     for kind in options.kind:
-        totals = counted(config, kind, size, options.batch, options.precision, rates)
+        count = counted(config, kind, size, options.batch, options.precision, rates)
+        totals = count.totals
         print(f"\n== {options.model}, {kind}, {size[0]} x {size[1]}, B = {options.batch}")
+        print(f"memory in use at once: {count.live.most / 1e9:.2f} GB at most")
         print(table(totals, earlier.get(kind, {}), options.rows))
         found[kind] = {name: asdict(total) for name, total in totals.items()}
     if options.save:

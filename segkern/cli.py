@@ -308,7 +308,7 @@ def _train_command(arguments: list[str]) -> Callable:
         name, _, value = name.partition("=")
         if name in _FIRST and arguments[0] == "train":
             given[name] = value or following
-    root, resume, preset = (given.get(name) for name in ("--data.root", "--resume", "--preset"))
+    root, resume = given.get("--data.root"), given.get("--resume")
     chosen = None if resume else given.get("--recipe")
     if root and not (chosen or resume):
         chosen = _recipe_for(root, "--data.layout" in given)

@@ -3,12 +3,14 @@
 Letters: B image, Q query, K class, C channel, H W output size, h w size of the mask logits.
 
 The maps come from `ops.segment_map`, by the rules of the original Mask2Former code; here they
-become one `Segmentation` an image. The host waits for a GPU once, for the table of all segments:
-until then it launches ahead of the model.
+become one `Segmentation` an image. The host waits for a GPU once, for the table of all segments of
+all images and tasks: until then it launches ahead of the model, or has one graph do it.
 """
 
 from collections.abc import Sequence
 from dataclasses import astuple
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,8 +81,40 @@ def postprocess(
             f"postprocess: image_sizes must fit into padded_size {tuple(padded_size)}, "
             f"got {list(image_sizes)}"
         )
+    found = find_maps(
+        class_logits, masks, features, task, padded_size, image_sizes, output_sizes, stuff, options
+    )
+    return [result[task] for result in results({task: found}, stuff)]
+
+
+class Found(NamedTuple):
+    """What the device finds for one task, of which the host has read nothing.
+
+    Attributes:
+        maps: one an image.
+        values: [1 + B N 5] double: whether class logits are finite, then the rows of all images.
+    """
+
+    maps: list[SegmentMap]
+    values: Tensor
+
+
+def find_maps(
+    class_logits: Tensor,
+    masks: Tensor,
+    features: Tensor | None,
+    task: str,
+    padded_size: tuple[int, int],
+    image_sizes: Sequence[tuple[int, int]],
+    output_sizes: Sequence[tuple[int, int]],
+    stuff: Sequence[int],
+    options: Options,
+) -> Found:
+    """The part of `postprocess` that is work of the device, and waits for nothing; arguments as
+    there, checked, masks and features apart."""
     is_stuff = None
     if stuff:
+        k = class_logits.shape[2] - 1
         is_stuff = _is_stuff(tuple(sorted(set(stuff))), k, masks.device)
     maps = [
         segment_map(
@@ -96,24 +130,42 @@ def postprocess(
         )
         for b, (image, output) in enumerate(zip(image_sizes, output_sizes))
     ]
-    if not maps:
-        return []
     finite = class_logits.isfinite().all().double().view(1)
-    tables = torch.stack([_table(found) for found in maps])
-    finite, *values = _on_host(torch.cat((finite, tables.flatten())))
-    if not finite:
-        raise ValueError("postprocess: class_logits must be finite, got NaN or infinity")
-    n, columns = tables.shape[1:]
-    rows = [values[i : i + columns] for i in range(0, len(values), columns)]
-    stuff = frozenset(stuff)
-    return [_result(x, rows[b * n : (b + 1) * n], task, stuff) for b, x in enumerate(maps)]
+    return Found(maps, torch.cat((finite, *(_table(found).flatten() for found in maps))))
 
 
-def semantic(labels: Tensor, scores: Tensor | None, K: int, names: dict | None) -> Segmentation:
-    """The result for a map of labels [H, W] int32 below K, and class scores [K, H, W] or None."""
-    count = _on_host(_areas(labels, K))
-    segments = [Segment(k, k, None, area, False) for k, area in enumerate(count) if area]
-    return Segmentation("semantic", labels, segments, names, scores=scores)
+def results(found: dict[str, Found], stuff: Sequence[int]) -> list[dict[str, Segmentation]]:
+    """Of each image the result of every task, for which the host waits once.
+
+    Raises:
+        ValueError: class logits not finite.
+    """
+    every = [one for one in found.values() if one.maps]
+    if not every:
+        return []
+    values = iter(_on_host(torch.cat([one.values for one in every])))
+    stuff, images = frozenset(stuff), [{} for _ in every[0].maps]
+    for task, one in found.items():
+        if not next(values):
+            raise ValueError("postprocess: class_logits must be finite, got NaN or infinity")
+        for image, map in zip(images, one.maps, strict=True):
+            rows = [list(islice(values, COLUMNS)) for _ in range(map.ids.shape[1])]
+            image[task] = _result(map, rows, task, stuff)
+    return images
+
+
+def semantic(
+    found: Sequence[tuple[Tensor, Tensor | None]], K: int, names: dict | None
+) -> list[Segmentation]:
+    """The results for maps of labels [H, W] int32 below K, each with class scores [K, H, W] or
+    None, for which the host waits once."""
+    counts = iter(_on_host(torch.cat([_areas(labels, K) for labels, _ in found])))
+    images = []
+    for labels, scores in found:
+        areas = enumerate(islice(counts, K))
+        segments = [Segment(k, k, None, area, False) for k, area in areas if area]
+        images.append(Segmentation("semantic", labels, segments, names, scores=scores))
+    return images
 
 
 def _on_host(values: Tensor) -> list:
@@ -149,8 +201,11 @@ def _areas_unread(labels: Tensor, classes: int) -> Tensor:
     return counts.view(len(labels), classes).sum(0)
 
 
+COLUMNS = 5
+
+
 def _table(found: SegmentMap) -> Tensor:
-    """The rows of one image, [N, 5]; doubles hold every count exactly."""
+    """The rows of one image, [N, COLUMNS]; doubles hold every count exactly."""
     none = torch.zeros_like(found.areas)
     columns = found.ids, found.labels, found.areas, found.scores, found.slots
     return torch.stack([(none if c is None else c)[0].double() for c in columns], 1)

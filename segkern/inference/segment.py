@@ -8,7 +8,7 @@ maps, class logits of pixels go through windows, scales and mirror images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from ..runtime.memory import note_size
 from ..structures.logits import PixelLogits, QueryLogits
 from ..structures.segmentation import Segmentation
 from ..structures.settings import InputConfig, Options, Views, one_of
-from .postprocess import postprocess, semantic
+from .postprocess import Found, find_maps, results, semantic
 from .query_windows import query_label_maps
 from .sliding_window import PIXELS_AT_ONCE, label_maps, predict
 
@@ -249,8 +249,40 @@ def _by_windows(
             found = label_maps(model, images, sizes, views, *rest)
         else:
             found = query_label_maps(model, images[0], sizes, *rest)
-    for labels, scores in found:
-        yield {"semantic": semantic(labels, scores, config.num_labels, config.labels.names)}
+    for result in semantic(found, config.num_labels, config.labels.names):
+        yield {"semantic": result}
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """What becomes of logits before the host reads of it: a function that is known again by its
+    value, for CUDA graphs.
+
+    Attributes:
+        wanted: tasks with their options.
+        padded: size of the model's input.
+        sizes, outputs: of each image in that input, and of its result.
+        stuff: labels without instances.
+    """
+
+    wanted: tuple[tuple[str, Options], ...]
+    padded: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
+    outputs: tuple[tuple[int, int], ...]
+    stuff: tuple[int, ...]
+
+    def __call__(self, logits) -> dict[str, Found]:
+        if not isinstance(logits, QueryLogits):
+            raise TypeError(
+                f"segment: predict must return QueryLogits, got {type(logits).__name__}"
+            )
+        sizes = self.padded, self.sizes, self.outputs, self.stuff
+        return {task: find_maps(*logits, task, *sizes, options) for task, options in self.wanted}
+
+    def repeats(self) -> bool:
+        """Whether results are so small that a graph may keep memory for them."""
+        pixels = sum(H * W for H, W in self.outputs)
+        return pixels <= PIXELS_AT_ONCE and not any(o.return_scores for _, o in self.wanted)
 
 
 def _by_queries(
@@ -269,29 +301,22 @@ def _by_queries(
         (h, w), *_ = one.sizes
         row[:, :h, :w] = one.read(0)
     extra = {task: model.inputs(task, len(batch)) for task in wanted}
+    runs = [((task,), inputs) for task, inputs in extra.items()]
+    if not any(extra.values()):
+        runs = [(tuple(wanted), ())]
+    found = {}
     # no_grad, not inference_mode: constants that the model keeps must serve training too
     with torch.no_grad():
-        if any(extra.values()):
-            runs = {
-                task: replayed(predict, model, pixels, *extra[task], enabled=cuda_graphs)
-                for task in wanted
-            }
-        else:
-            runs = dict.fromkeys(wanted, replayed(predict, model, pixels, enabled=cuda_graphs))
-    del pixels, row  # large, and not needed while the caller works on the results
-    for b, one in enumerate(batch):
-        part = slice(b, b + 1)
-        results = {}
-        for task, logits in runs.items():
-            if not isinstance(logits, QueryLogits):
-                raise TypeError(
-                    f"segment: predict must return QueryLogits, got {type(logits).__name__}"
-                )
-            masks = logits.masks[part]
-            if logits.features is not None:
-                masks = masks, logits.features[part]
-            sizes = padded, [one.sizes[0]], [one.output]
-            (results[task],) = postprocess(
-                logits.classes[part], masks, task, *sizes, stuff, options=wanted[task]
+        for tasks, inputs in runs:
+            maps = _Maps(
+                tuple((task, wanted[task]) for task in tasks),
+                padded,
+                tuple(one.sizes[0] for one in batch),
+                tuple(one.output for one in batch),
+                tuple(stuff),
             )
-        yield results
+            then = maps if maps.repeats() else None
+            out = replayed(predict, model, pixels, *inputs, then=then, enabled=cuda_graphs)
+            found |= out if then else maps(out)
+    del pixels, row  # large, and not needed while the caller works on the results
+    yield from results(found, stuff)

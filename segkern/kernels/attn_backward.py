@@ -98,7 +98,7 @@ def _differentiate(
     for _ in tl.range(0, count(wanted), num_stages=STAGES):
         tile = first + lowest(wanted)
         wanted &= wanted - 1
-        key = tile.to(tl.int64) * KEYS + tl.arange(0, KEYS)
+        key = tile * KEYS + tl.arange(0, KEYS)
         keys = load(k, key, strides[1] // UNIT * UNIT, key < S, D, CHANNELS)
         values = load(v, key, strides[2] // UNIT * UNIT, key < S, D, CHANNELS)
         dk = tl.zeros((KEYS, CHANNELS), exact)

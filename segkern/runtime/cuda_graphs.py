@@ -150,6 +150,8 @@ def _copied(outputs):
 class _Inference(Replay):
     """The graphs of a model, which it does not keep alive.
 
+    A call gives what follows (`then` of `replayed`, or None) and the inputs.
+
     Args:
         function, model: of `replayed`.
         state: what the graphs were captured with; when another comes, they are wrong.
@@ -157,21 +159,32 @@ class _Inference(Replay):
 
     def __init__(self, function: Callable, model: nn.Module, state: tuple):
         alive = weakref.ref(model)
-        super().__init__(lambda *x: function(evaluated(alive()), *x), warmup=2, keep=4)
+
+        def run(then, inputs: tuple):
+            outputs = function(evaluated(alive()), *inputs)
+            return outputs if then is None else then(outputs)
+
+        super().__init__(run, warmup=2, keep=4)
         self.state = state
-        self._recent: deque[tuple] = deque(maxlen=_RECENT)
+        # with what follows and without
+        self._recent = [deque(maxlen=_RECENT), deque(maxlen=_RECENT)]
         self._fails = False
 
     def _due(self, key: tuple) -> bool:
-        self._recent.append(key)
-        return self._recent.count(key) > self.warmup and not self._fails
+        (then, *_), *_ = key
+        recent = self._recent[then is None]
+        recent.append(key)
+        return recent.count(key) > self.warmup and not self._fails
 
     def _aside(self, inputs: tuple):
-        return self.function(*inputs)  # without gradients no stream is kept
+        then, given = inputs
+        if then is None:
+            return self.function(None, given)  # without gradients no stream is kept
+        return then(super().__call__(None, given))  # the model alone may come again
 
-    def __call__(self, *inputs):
+    def __call__(self, then, inputs: tuple):
         try:
-            return super().__call__(*inputs)
+            return super().__call__(then, inputs)
         except CaptureError as error:
             warnings.warn(f"segkern: the model runs without CUDA graphs: {error}", stacklevel=4)
             self._fails = True
@@ -179,14 +192,20 @@ class _Inference(Replay):
             if not self._captured:
                 raise
         self._captured.clear()
-        return self.function(*inputs)
+        return self.function(then, inputs)
 
 
 _LOCK = threading.Lock()  # the inputs of a capture are shared, and captures come one at a time
 _INFERENCES: weakref.WeakKeyDictionary[nn.Module, _Inference] = weakref.WeakKeyDictionary()
 
 
-def replayed(function: Callable, model: nn.Module, *inputs: Tensor, enabled: bool = True):
+def replayed(
+    function: Callable,
+    model: nn.Module,
+    *inputs: Tensor,
+    then: Callable | None = None,
+    enabled: bool = True,
+):
     """`function(model, *inputs)` in eval mode, from a CUDA graph where that is safe and pays.
 
     Captured are inferences of models without hooks, of up to 2**21 pixels, on the default
@@ -203,18 +222,21 @@ def replayed(function: Callable, model: nn.Module, *inputs: Tensor, enabled: boo
             its work depends on besides weights and input (settings of a module, say) must not
             change unless `enabled` is False once.
         inputs: the first [B, C, H, W] floating.
+        then: what becomes of the outputs, which is returned in their place: a hashable value with
+            `__call__`, that reads nothing on the host. Where it comes again with the size, by
+            `==`, it is part of the graph; else it runs after the model's.
         enabled: False runs the function and frees the model's graphs.
     """
     if not (enabled and inputs[0].is_cuda):
         _INFERENCES.pop(model, None)
-        return function(evaluated(model), *inputs)
-    if not _suits(model, inputs[0]):
-        return function(evaluated(model), *inputs)
-    with _LOCK:
-        state, inference = (function, _weights(model)), _INFERENCES.get(model)
-        if inference is None or inference.state != state:
-            inference = _INFERENCES[model] = _Inference(function, model, state)
-        return inference(*inputs)
+    elif _suits(model, inputs[0]):
+        with _LOCK:
+            state, inference = (function, _weights(model)), _INFERENCES.get(model)
+            if inference is None or inference.state != state:
+                inference = _INFERENCES[model] = _Inference(function, model, state)
+            return inference(then, inputs)
+    outputs = function(evaluated(model), *inputs)
+    return outputs if then is None else then(outputs)
 
 
 def _suits(model: nn.Module, x: Tensor) -> bool:

@@ -90,6 +90,19 @@ def three_rounds(monkeypatch):
     monkeypatch.setattr(_measure, "DEVICE", "cpu")
 
 
+CARDS = {"24 GB": (25.3, 8), "12 GB": (12.6, 2), "4 GB": (4.2, 2), "no card": (None, 8)}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_batches_fit_the_card(card, monkeypatch):
+    memory, want = CARDS[card]
+    if memory is not None:
+        has = SimpleNamespace(total_memory=int(memory * 1e9))
+        monkeypatch.setattr(_measure, "DEVICE", "cuda")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: has)
+    assert _measure.largest({2: 3.4, 8: 11.6}) == want
+
+
 def test_implementations_take_turns(three_rounds):
     calls = []
 

@@ -18,6 +18,8 @@ from dataclasses import asdict
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from torch.utils.checkpoint import checkpoint
+
 import count_launches as count
 from segkern.models import Mask2Former, Mask2FormerConfig, SegmenterConfig
 
@@ -36,6 +38,26 @@ with count.imaginary_gpu(torch.float32):
         x.sum().item()
     except DataDependentOutputException:
         found["reading fails"] = True
+    memory = {}
+    for kept in ("all", "inputs"):
+        x, weight = torch.zeros(256, 1024), torch.zeros(1024, requires_grad=True)
+
+        def chain(x):
+            for _ in range(8):
+                x = x.exp()
+            return x
+
+        with count.Count(rates) as one:
+            if kept == "all":
+                y = chain(x * weight)
+            else:
+                y = checkpoint(chain, x * weight, use_reentrant=False, preserve_rng_state=False)
+                y = checkpoint(chain, y, use_reentrant=False, preserve_rng_state=False)
+            forward = one.live.most
+            count._backward(y.sum())
+            del y
+        memory[kept] = forward, one.live.most, one.live.now
+    found["memory"] = memory
 swin = Mask2FormerConfig(
     num_labels=11,
     backbone_options={"depths": [1, 2, 1, 1]},
@@ -57,7 +79,9 @@ with count.imaginary_gpu(torch.float32):
     found["resnet"] = {name: asdict(total) for name, total in one.totals.items()}
 for config in (swin, SegmenterConfig(num_labels=11, **small)):
     for kind in count.KINDS:
-        totals = count.counted(config, kind, (64, 96), 2, "bf16", rates)
+        one = count.counted(config, kind, (64, 96), 2, "bf16", rates)
+        totals = one.totals
+        found[f"{config.kind} {kind} GB"] = one.live.most
         found[f"{config.kind} {kind}"] = {name: asdict(t) for name, t in totals.items()}
         assert len(count.table(totals, found[f"{config.kind} {kind}"], 5).splitlines()) == 7
 print(json.dumps(found))
@@ -93,6 +117,22 @@ def test_the_rules(found):
     assert rules["zero_"]["least"] < rules["zero_"]["estimate"] == 1e-6
 
 
+MAP, ROW = 4 * 256 * 1024, 4 * 1024
+
+
+def test_memory_in_use_at_once(found):
+    """Of a chain of eight powers, kept whole for backward, which frees each when its node has run;
+    and of two such, of which checkpoints keep the inputs."""
+    forward, most, after = found["memory"]["all"]
+    assert forward == 9 * MAP + ROW  # x, eight powers and the weight
+    assert 11 * MAP < most < 11 * MAP + 2 * ROW  # and two gradients
+    assert after == MAP + 2 * ROW  # x, the weight and its gradient
+    forward, most, after = found["memory"]["inputs"]
+    assert forward == 5 * MAP + ROW  # x, two inputs, and a power beside the next
+    assert 13 * MAP < most < 13 * MAP + 2 * ROW  # the eight powers again
+    assert after == MAP + 2 * ROW
+
+
 def test_a_resnet_trains_with_one_launch_a_norm(found):
     """And one for its gradient, that of its shortcut and its ReLU; nothing is copied for them."""
     resnet = found["resnet"]
@@ -119,6 +159,7 @@ OURS = {
 @pytest.mark.parametrize("case", OURS)
 def test_models_run_whole(found, case):
     totals = found[case]
+    assert found[case + " GB"] > 2**20
     assert OURS[case] <= totals.keys()
     for total in totals.values():
         assert total["launches"] > 0

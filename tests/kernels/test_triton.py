@@ -261,13 +261,19 @@ def test_other_heads(D, Q, arch, tmp_path):
     assert_fits(compiled, arch, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+QUICK = 86  # where rows are fewest, which the oldest supported Triton cannot multiply
+WIDE_HEADS = [pytest.param(a, marks=() if a == QUICK else SLOW) for a in (80, 86, 90, 100, 120)]
+
+
+@pytest.mark.parametrize("arch", WIDE_HEADS)
 def test_wide_heads_in_float32(arch, tmp_path):
-    """Of 256 channels, which ordinary units multiply; on a RTX 50 few bytes spill."""
+    """Of 256 channels, which ordinary units multiply; older Tritons spill within 99 KB."""
+    from segkern.kernels.masked_attn_backward import FEWER
+
     with compiling(arch) as compiled:
         masked_attn(torch.float32, D=256, Q=200)
-    assert_fits(compiled, arch, tmp_path, spills=48 if arch == 120 else 0)
+    spills = 0 if FEWER or SHARED_LIMIT[arch] > 99 * 1024 else 720
+    assert_fits(compiled, arch, tmp_path, spills)
 
 
 @pytest.mark.slow
