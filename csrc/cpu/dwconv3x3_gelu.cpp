@@ -60,7 +60,7 @@ SEGKERN_INLINE void finish(const T* z, const S* grad, int64_t n, Out* out) {
       const T density = T(0.3989422804014327) * simd_exp_low(T(-0.5) * z[c] * z[c]);
       y = static_cast<T>(grad[c]) * (normal_below(z[c]) + z[c] * density);
     }
-    out[c] = static_cast<Out>(y);
+    out[c] = rounded<Out>(y);
   }
 }
 
