@@ -140,6 +140,22 @@ SEGKERN_INLINE T normal_below(T x) {
   return x < T(0) ? tail : T(1) - tail;
 }
 
+// A value of a type of storage in that of sums; and back, to nearest, ties to even. BFloat16's and
+// Half's own conversions branch, so that gcc does not vectorise every loop around them.
+template <class T, class S>
+SEGKERN_INLINE T widened(S x) {
+  return static_cast<T>(x);
+}
+template <>
+SEGKERN_INLINE float widened<float, c10::Half>(c10::Half x) {
+  const uint32_t bits = static_cast<uint32_t>(x.x) << 16, twice = bits + bits;
+  const float normal = bits_to_float(static_cast<int32_t>((twice >> 4) + 0x70000000u)) * 0x1p-112f;
+  const float small = bits_to_float(static_cast<int32_t>(twice >> 17 | 0x3F000000u)) - 0.5f;
+  const int32_t pick = -static_cast<int32_t>(twice < 0x08000000u);  // no branch: all bits or none
+  const int32_t size = (float_to_bits(small) & pick) | (float_to_bits(normal) & ~pick);
+  return bits_to_float(static_cast<int32_t>(bits & 0x80000000u) | size);
+}
+
 // x in a type of storage, to nearest, ties to even. The conversions of BFloat16 and Half branch,
 // so that gcc does not vectorise a loop around them.
 template <class S, class T>
