@@ -1,5 +1,7 @@
-"""dwconv3x3_gelu at the sizes of SegFormer's stages against PyTorch's convolution and GELU, channels
-last, and planar as in transformers, with the copies of tokens to a map and back."""
+"""dwconv3x3_gelu at the sizes of SegFormer's stages, against PyTorch's convolution and GELU.
+
+Channels last, and planar as in transformers, with the copies of tokens to a map and back.
+"""
 
 import pytest
 import torch
