@@ -41,7 +41,7 @@ SEGKERN_INLINE void convolve(const Patch<S, P>& x, const T* filters, const T* bi
       for (int64_t k = 0; k < 3; ++k)
 #pragma GCC unroll 8
         for (int64_t p = 0; p < P; ++p)
-          sum[p] += filters[(3 * m + k) * C + c] * static_cast<T>(x.at[m][p + k][c]);
+          sum[p] += filters[(3 * m + k) * C + c] * widened<T>(x.at[m][p + k][c]);
 #pragma GCC unroll 8
     for (int64_t p = 0; p < P; ++p) z[p * C + c] = sum[p];
   }
@@ -58,9 +58,9 @@ SEGKERN_INLINE void finish(const T* z, const S* grad, int64_t n, Out* out) {
     if constexpr (end == kGelu) y *= normal_below(z[c]);
     if constexpr (end == kGeluGradient) {
       const T density = T(0.3989422804014327) * simd_exp_low(T(-0.5) * z[c] * z[c]);
-      y = static_cast<T>(grad[c]) * (normal_below(z[c]) + z[c] * density);
+      y = widened<T>(grad[c]) * (normal_below(z[c]) + z[c] * density);
     }
-    out[c] = static_cast<Out>(y);
+    out[c] = rounded<Out>(y);
   }
 }
 
@@ -91,7 +91,7 @@ SEGKERN_INLINE void add_products(const Patch<S, P>& x, const T* d /*[P, C]*/, in
       for (int64_t k = 0; k < 3; ++k) {
         T sum = sums[(3 * m + k) * C + c];
 #pragma GCC unroll 8
-        for (int64_t p = 0; p < P; ++p) sum += d[p * C + c] * static_cast<T>(x.at[m][p + k][c]);
+        for (int64_t p = 0; p < P; ++p) sum += d[p * C + c] * widened<T>(x.at[m][p + k][c]);
         sums[(3 * m + k) * C + c] = sum;
       }
     T sum = sums[9 * C + c];
@@ -160,11 +160,11 @@ template <class S, class T>
 struct Backward {
   int64_t h, w, C;
   const T *filters, *turned, *bias;  // turned: [9, C], the last first
-  const S* zeros;
-  const T *nothing, *d;  // zeros in T; three rows of d
-  T *z, *sums;
+  const S* zeros;                    // [C]
+  const T* nothing;                  // [C] zeros, too
+  T *d, *z, *sums;                   // three rows; [kTogether, C]; [10, C]
 
-  T* row_of_d(int64_t i) const { return const_cast<T*>(d) + (i + 3) % 3 * w * C; }
+  T* row_of_d(int64_t i) const { return d + i % 3 * w * C; }
 
   void operator()(const S* grad, const S* x, int64_t top, int64_t bottom, S* of_x,
                   double* total /*[10, C]*/) const {
@@ -241,16 +241,10 @@ void check(const Tensor& x, const Tensor& filters, const Tensor& bias) {
                   "dwconv3x3_gelu: sizes that do not fit");
 }
 
-// Dense, in `like`'s type; poisoned
-Tensor result(const Tensor& x) {
-  const Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
-  if (out.numel() > 0) poison_fill(out.mutable_data_ptr(), out.numel() * out.element_size());
-  return out;
-}
-
 Tensor dwconv3x3_gelu(Tensor x, Tensor filters, Tensor bias) {
   check(x, filters, bias);
-  const Tensor from = torch::stable::contiguous(x), out = result(x);
+  const Tensor from = torch::stable::contiguous(x),
+               out = empty_as(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   dispatch_storage(x, "dwconv3x3_gelu", [&](auto storage, auto zero) {
     run<decltype(storage), decltype(zero)>(from, filters, bias, out);
   });
@@ -263,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv3x3_gelu_backward(Tensor grad, Tensor x
   STD_TORCH_CHECK(grad.numel() == x.numel() && grad.scalar_type() == x.scalar_type(),
                   "dwconv3x3_gelu_backward: a gradient as x expected");
   const Tensor g = torch::stable::contiguous(grad), from = torch::stable::contiguous(x);
-  const Tensor out = result(x);
+  const Tensor out = empty_as(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   Tensor of_filters, of_bias;
   dispatch_storage(x, "dwconv3x3_gelu_backward", [&](auto storage, auto zero) {
     std::tie(of_filters, of_bias) =

@@ -53,16 +53,16 @@ SEGKERN_CLONES void weighted_sum(const In* x, int64_t stride, const Tap<T>* taps
         const In* from = x + taps[t].at * stride + c;
         const T weight = taps[t].weight;
 #pragma omp simd
-        for (int64_t k = 0; k < kBlock; ++k) sum[k] += weight * static_cast<T>(from[k]);
+        for (int64_t k = 0; k < kBlock; ++k) sum[k] += weight * widened<T>(from[k]);
       }
 #pragma omp simd
-      for (int64_t k = 0; k < kBlock; ++k) out[c + k] = static_cast<Out>(sum[k]);
+      for (int64_t k = 0; k < kBlock; ++k) out[c + k] = rounded<Out>(sum[k]);
       continue;
     }
     for (int64_t t = 0; t < count; ++t)
       for (int64_t k = 0; k < size; ++k)
-        sum[k] += taps[t].weight * static_cast<T>(x[taps[t].at * stride + c + k]);
-    for (int64_t k = 0; k < size; ++k) out[c + k] = static_cast<Out>(sum[k]);
+        sum[k] += taps[t].weight * widened<T>(x[taps[t].at * stride + c + k]);
+    for (int64_t k = 0; k < size; ++k) out[c + k] = rounded<Out>(sum[k]);
   }
 }
 
@@ -73,7 +73,7 @@ SEGKERN_CLONES void sum_row(const S* x /*[w, E]*/, const T* bias, const T* const
                             T* sum /*[E]*/, S* out) {
   for (int64_t j = 0; j < w; ++j, x += E, out += E) {
 #pragma omp simd
-    for (int64_t c = 0; c < E; ++c) sum[c] = static_cast<T>(x[c]) + bias[c];
+    for (int64_t c = 0; c < E; ++c) sum[c] = widened<T>(x[c]) + bias[c];
     for (int64_t l = 0; l < L; ++l) {
       const Tap<T>* taps = columns[l][j].data();
       const T *a = lines[l] + taps[0].at * E, share = taps[0].weight;
@@ -90,7 +90,7 @@ SEGKERN_CLONES void sum_row(const S* x /*[w, E]*/, const T* bias, const T* const
 #pragma omp simd
       for (int64_t c = 0; c < E; ++c) sum[c] = sum[c] < T(0) ? T(0) : sum[c];  // NaN stays
 #pragma omp simd
-    for (int64_t c = 0; c < E; ++c) out[c] = static_cast<S>(sum[c]);
+    for (int64_t c = 0; c < E; ++c) out[c] = rounded<S>(sum[c]);
   }
 }
 
@@ -147,12 +147,6 @@ void run_backward(const Tensor& grad, const Tensor& out) {
   });
 }
 
-Tensor like(const Tensor& t, const IntList& sizes) {
-  const Tensor out = torch::stable::new_empty(t, sizes);
-  if (out.numel() > 0) poison_fill(out.mutable_data_ptr(), out.numel() * out.element_size());
-  return out;
-}
-
 Tensor resize_sum(std::vector<Tensor> maps, std::optional<Tensor> bias, bool relu) {
   STD_TORCH_CHECK(!maps.empty(), "resize_sum: a map expected");
   const int64_t B = maps[0].size(0), E = maps[0].size(3);
@@ -164,7 +158,7 @@ Tensor resize_sum(std::vector<Tensor> maps, std::optional<Tensor> bias, bool rel
     map = torch::stable::contiguous(map);
   }
   STD_TORCH_CHECK(!bias || bias->numel() == E, "resize_sum: bias must have E values");
-  const Tensor out = like(maps[0], {B, maps[0].size(1), maps[0].size(2), E});
+  const Tensor out = empty_as(maps[0], {B, maps[0].size(1), maps[0].size(2), E});
   dispatch_storage(out, "resize_sum", [&](auto storage, auto zero) {
     using T = decltype(zero);
     const Tensor shift = bias ? dense<T>(*bias) : zeros<T>(out, {E});
@@ -179,7 +173,7 @@ std::vector<Tensor> resize_sum_backward(Tensor grad, IntList sizes) {
   for (size_t i = 0; i + 1 < sizes.size(); i += 2) {
     STD_TORCH_CHECK(sizes[i] > 0 && sizes[i + 1] > 0,
                     "resize_sum_backward: sizes above 0 expected");
-    found.push_back(like(grad, {grad.size(0), sizes[i], sizes[i + 1], grad.size(3)}));
+    found.push_back(empty_as(grad, {grad.size(0), sizes[i], sizes[i + 1], grad.size(3)}));
     dispatch_storage(grad, "resize_sum_backward", [&](auto storage, auto zero) {
       run_backward<decltype(storage), decltype(zero)>(from, found.back());
     });
