@@ -50,7 +50,8 @@ def noisy_reference(backbone: str) -> Reference:
             p.add_(torch.randn(p.shape, generator=g) * (0.05 if p.ndim == 1 else 0.0))
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.copy_(torch.rand(module.weight.shape, generator=g) + 0.5)
+                # small ones: no norm stands between a ResNet's map, which grows, and attention
+                module.weight.copy_(torch.rand(module.weight.shape, generator=g) * 0.3 + 0.2)
                 module.running_mean.copy_(torch.randn(module.bias.shape, generator=g) * 0.1)
                 module.running_var.copy_(torch.rand(module.bias.shape, generator=g) + 0.5)
     return model
