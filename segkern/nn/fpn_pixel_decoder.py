@@ -58,7 +58,8 @@ class FPNPixelDecoder(nn.Module):
                 x = checkpoint(_level, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = _level(*inputs)
-        return conv3x3(x, self.mask_features.weight) + self.mask_features.bias[:, None, None]
+        out = conv3x3(x, self.mask_features.weight)
+        return out + self.mask_features.bias.to(out.dtype)[:, None, None]
 
 
 def _convolution(inputs: int, outputs: int, side: int) -> nn.Sequential:

