@@ -17,6 +17,7 @@ from support.pictures import (
     box,
     compressed,
     image_rows,
+    instance_rows,
     noise,
     rectangle,
     write,
@@ -422,6 +423,6 @@ def test_panoptic_files(case, tmp_path):
     if case == "no annotation":
         content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"annotations": []}))
-        message = "picture 7 has no annotation"
+        message = "json: has no annotation: there is nothing to train on"
     with pytest.raises(ValueError, match=message):
         opened(tmp_path, "panoptic")
