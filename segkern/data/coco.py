@@ -104,6 +104,8 @@ def read_coco(
     train_file = _one(config, "train", of_train) if of_train else file  # val alone is enough
     alone = file in of_train and file in annotation_files(config, "val")
     content = _content(file)
+    if content["images"] and not content["annotations"] and split == "train":
+        raise ValueError(f"{file}: has no annotation: there is nothing to train on")
     kind = "panoptic" if any("segments_info" in a for a in content["annotations"]) else "instance"
     kind = kind if content["annotations"] else config.task
     if kind != config.task:
@@ -180,7 +182,7 @@ def _one(config: CocoConfig, split: str, files: list[Path]) -> Path:
         shown = ", ".join(str(path.relative_to(config.root)) for path in files) or "none"
         raise ValueError(
             f"{config.root}: must have one annotation file of the {split} split, found {shown}; "
-            f"name it with {split}"
+            f"leave one there, or name it with {split} (train --data.{split} FILE)"
         )
     return files[0]
 

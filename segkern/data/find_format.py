@@ -9,8 +9,9 @@ from .coco import OTHERS, CocoConfig
 from .folder import FolderConfig
 from .instance_maps import InstanceMapsConfig
 from .labelme import LabelMeConfig
+from .maps import maps_below
 from .pascal_context import PascalContextConfig
-from .pictures import files_below
+from .pictures import files_below, pictures_below
 from .yolo import YoloConfig
 
 
@@ -31,9 +32,11 @@ def find_format(root: str | Path) -> tuple[object, str]:
         raise ValueError(f"{root}: no such folder")
     found = _found(root)
     if found is None:
+        count = len(pictures_below(root))
         raise ValueError(
             f"{root}: holds no data set of a known format: neither JSON of COCO or LabelMe, nor "
-            "a YAML of YOLO, nor maps in instances or labels beside images"
+            "a YAML of YOLO, nor maps in instances or labels beside images "
+            f"({count or 'no'} pictures are there)"
         )
     config, sign = found
     what = getattr(config, "layout", config.task)
@@ -61,6 +64,14 @@ def _found(root: Path) -> tuple[object, str] | None:
             if all(_holds(path, word) for word in words):
                 return make(), str(path.relative_to(root))
     if (root / "images").is_dir() and (root / "labels").is_dir():
+        labels = root / "labels"
+        rows = [path for path in files if path.suffix == ".txt" and labels in path.parents]
+        if rows and not maps_below(labels):
+            raise ValueError(
+                f"{root}: has text files as of YOLO ({rows[0].relative_to(root)}), but no "
+                "data.yaml with the names of the classes: write one, with a line as "
+                "`names: [cat, dog]`"
+            )
         return FolderConfig(root), "images and labels"
     return None
 

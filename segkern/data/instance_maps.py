@@ -37,6 +37,7 @@ from .views import InstanceViews, ViewConfig
 
 _STEP = 1000
 _LOOKED_AT = 20  # maps from which the encoding is told
+_FEW = 64  # classes, whose values are taken for codes and not for numbers or colours
 Encoding = Literal["auto", "ids", "class_instance"]
 
 
@@ -103,6 +104,13 @@ def read_instance_maps(
         )
     wanted = [maps] + [labels] * (encoding == "ids" and labelled)
     faults: list[str] = []
+    nameless = config.encoding == "auto" and not (config.root / "classes.txt").is_file()
+    if nameless and _told(config.root / "instances", _FEW, labelled) == "class_instance":
+        faults.append(
+            f"{config.root}: values look like {_STEP} * class + object, but there is no "
+            "classes.txt with the names of the classes, one a line: all objects are taken as of "
+            "one class (encoding='ids' if they are)"
+        )
     pictures = {path: name_below(path, images) for path in pictures_below(images)}
     known = {f"{folder}/{{}}.png": maps_below(folder) for folder in wanted}
     paths, columns = paired(pictures, known, faults)

@@ -32,6 +32,7 @@ from .pictures import (
     files_below,
     held_out,
     number,
+    pictures_below,
     settle,
 )
 from .sample import IdMaps
@@ -97,6 +98,7 @@ def read_labelme(
     if not files:
         raise ValueError(f"{config.root}: holds no JSON of LabelMe")
     rows, names, faults, alone = [], set(), [], True
+    shown = {path.with_suffix("") for path in files}
     for path in files:
         part = _split(path.relative_to(config.root))
         if part == "test":
@@ -108,10 +110,16 @@ def read_labelme(
         except ValueError as error:
             faults += [f"{error}; left out"] * (part in (None, split))
             continue
+        shown.add(picture.with_suffix(""))
         names |= {str(s["label"]) for s in content["shapes"] if _fault(s) is None}
         size = [number(content.get(key)) for key in ("imageHeight", "imageWidth")]
         size = size if all(isinstance(n, int) and 0 < n < 2**31 for n in size) else [0, 0]
         rows.append((part, path, picture, size, _faults(path, content)))
+    bare = [p for p in pictures_below(config.root) if p.with_suffix("") not in shown]
+    bare = [p for p in bare if (_split(p.relative_to(config.root)) or "train") == split]
+    if bare:
+        more = f" ({len(bare)} pictures have none)" if len(bare) > 1 else ""
+        faults.append(f"{bare[0]}: has no JSON beside it{more}; left out")
     if alone:
         chosen = [str(path.relative_to(config.root)) for _, path, *_ in rows]
         rows = [rows[i] for i in held_out(chosen, split, config.read.val_share, config.root)]

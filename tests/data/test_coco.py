@@ -102,7 +102,8 @@ def test_layouts(layout, tmp_path):
 
 def test_one_file_alone_is_split_by_names(tmp_path):
     names = [(i, f"{i}.png") for i in range(30)]
-    write_coco(tmp_path, [], image_rows(names), file="all.json", folder="images")
+    one = instance_rows()[:1]
+    write_coco(tmp_path, one, image_rows(names), file="all.json", folder="images")
     with pytest.warns(UserWarning, match="all.json: has no val split, so 3 of its 30 pictures"):
         train = build_dataset(CocoConfig(tmp_path), "train")
     val = build_dataset(CocoConfig(tmp_path), "val")

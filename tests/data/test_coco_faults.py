@@ -17,6 +17,7 @@ from support.pictures import (
     box,
     compressed,
     image_rows,
+    instance_rows,
     noise,
     rectangle,
     write,
@@ -136,6 +137,9 @@ def test_nothing_left_is_an_error_that_names_the_first(tmp_path):
         opened(tmp_path)
     path.write_text(json.dumps({"images": [], "categories": CATEGORIES, "annotations": []}))
     with pytest.raises(ValueError, match="holds no picture"):
+        opened(tmp_path)
+    write_coco(tmp_path, [])
+    with pytest.raises(ValueError, match="json: has no annotation: there is nothing to train on"):
         opened(tmp_path)
 
 
@@ -288,9 +292,8 @@ TURNS = {  # orientation, size of the file's pixels, stated size, whether it is 
 @pytest.mark.parametrize("case", TURNS)
 def test_turned_pictures(case, tmp_path, recwarn):
     orientation, raw, stated, turned, said = TURNS[case]
-    write_coco(
-        tmp_path, [], [{"id": 7, "file_name": "a.png"} | dict(zip(("height", "width"), stated))]
-    )
+    picture = {"id": 7, "file_name": "a.png"} | dict(zip(("height", "width"), stated))
+    write_coco(tmp_path, instance_rows()[:1], [picture])
     tags = Image.Exif()
     tags[274] = orientation
     Image.fromarray(noise(0, raw)).save(tmp_path / "train2017/a.png", exif=tags)
@@ -329,7 +332,8 @@ def test_files_of_a_split_that_are_missing_or_too_many(tmp_path):
     for part in ("a", "b"):
         write_coco(tmp_path, file=f"annotations/{part}_train.json")
     with pytest.raises(
-        ValueError, match=r"found annotations/a_train.json, .*; name it with train"
+        ValueError,
+        match=r"found annotations/a_train.json, .*name it with train \(train --data.train",
     ):
         opened(tmp_path)
     config = CocoConfig(tmp_path, train="annotations/a_train.json", read=ALL)
@@ -419,6 +423,6 @@ def test_panoptic_files(case, tmp_path):
     if case == "no annotation":
         content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"annotations": []}))
-        message = "picture 7 has no annotation"
+        message = "json: has no annotation: there is nothing to train on"
     with pytest.raises(ValueError, match=message):
         opened(tmp_path, "panoptic")

@@ -81,3 +81,15 @@ def test_nothing_found(tmp_path):
         find_format(tmp_path)
     with pytest.raises(ValueError, match="none: no such folder"):
         find_format(tmp_path / "none")
+    write(tmp_path / "b.png", np.zeros((4, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"beside images \(1 pictures are there\)"):
+        find_format(tmp_path)
+
+
+def test_rows_of_yolo_without_their_yaml_are_no_maps(tmp_path):
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    with pytest.raises(
+        ValueError, match=r"text files as of YOLO \(labels.*txt\), but no data.yaml"
+    ):
+        find_format(tmp_path)

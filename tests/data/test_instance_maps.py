@@ -68,6 +68,20 @@ def test_the_encoding_is_told_and_said(encoding, tmp_path):
         build_dataset(InstanceMapsConfig(tmp_path), "train")
 
 
+@pytest.mark.parametrize("coded_ids", [True, False])
+def test_codes_without_the_names_of_their_classes(coded_ids, tmp_path, recwarn):
+    write_maps(tmp_path, coded().astype(np.uint16) if coded_ids else np.eye(*SIZE, dtype=np.uint8))
+    (tmp_path / "classes.txt").unlink()
+    data = build_dataset(InstanceMapsConfig(tmp_path), "train")
+    assert data.classes == ["object"]
+    said = [
+        fault for fault in data.faults if "but there is no classes.txt with the names" in fault
+    ]
+    assert len(said) == coded_ids
+    assert any("no classes.txt" in str(warning.message) for warning in recwarn) == coded_ids
+    assert not build_dataset(InstanceMapsConfig(tmp_path, "ids"), "train").faults
+
+
 FAULTS = {
     "foreign class": (3001, None, "a.png: value 3001 is of class 3 of 2; left out"),
     "no label": (7, 255, "a.png: object 7 has label 255 in .*labels/train/city/a.png; left out"),

@@ -181,6 +181,19 @@ def test_no_shape_is_left(tmp_path):
         opened(tmp_path)
 
 
+def test_pictures_without_a_file_are_counted(tmp_path):
+    for name in "abcd":
+        write_labelme(tmp_path, [shape("b", [[1, 1], [9, 1], [9, 9]])], name)
+    (tmp_path / "b.json").unlink()
+    (tmp_path / "d.json").unlink()
+    with pytest.warns(
+        UserWarning, match=r"b.png: has no JSON beside it \(2 pictures have none\); left out"
+    ):
+        data = opened(tmp_path)
+    assert len(data) == 2
+    assert not build_dataset(LabelMeConfig(tmp_path), "val").faults  # said once
+
+
 def test_folders_without_a_file(tmp_path):
     with pytest.raises(ValueError, match="holds no JSON of LabelMe"):
         opened(tmp_path)
