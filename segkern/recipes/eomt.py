@@ -40,7 +40,7 @@ def digits_eomt(level: str = "mixed", task: str = "panoptic", size: int = 64):
     Args:
         level: "easy", "hard" or "mixed".
         task: "panoptic", "instance" or "semantic".
-        size: side of a scene, a multiple of 8.
+        size: side of a scene, a multiple of 4.
 
     Returns:
         a `TrainConfig`. Muon, not the paper's AdamW, and attention that starts local: the encoder

@@ -48,11 +48,11 @@ def test_queries_without_mask_see_all_patches(share):
     model = tiny(num_queries=100).eval()
     (first, *_), _ = model.all_predictions(batch()[0])
     bits, open_ = model._mask(first, torch.tensor(share))
-    seen = unpack_bits(bits, 1 + 16 + 100)
+    seen = unpack_bits(bits, 1 + 64 + 100)
     assert seen[..., 0].all()
-    assert seen[..., 17:].all()
+    assert seen[..., 65:].all()
     assert torch.equal(open_.long(), seen.sum(2))
-    free = seen[..., 1:17].all(2).double().mean()
+    free = seen[..., 1:65].all(2).double().mean()
     assert abs(free - (1 - share)) < 0.15
 
 
@@ -191,7 +191,7 @@ def test_presets(case):
 BAD = [
     ({"num_labels": 0}, "num_labels must be >= 1, got 0"),
     ({"encoder": "dino"}, "encoder must be 'dinov2' or 'dinov3', got 'dino'"),
-    ({"image_size": 30}, r"image_size must be a multiple of patch_size \(8\), got 30"),
+    ({"image_size": 30}, r"image_size must be a multiple of patch_size \(4\), got 30"),
     ({"hidden_size": 34}, r"hidden_size must be a multiple of num_attention_heads \(4\), got 34"),
     ({"num_blocks": 5}, r"num_blocks must be at most num_hidden_layers \(4\), got 5"),
     ({"num_upscale_blocks": -1}, "num_upscale_blocks must be >= 0, got -1"),
