@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops._bands import rows_at_once
 from ..structures.labels import void_of
-from .bilinear import neighbours, widened
+from .bilinear import add_resized_back, resized_rows
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -34,11 +34,7 @@ class _CrossEntropy(torch.autograd.Function):
         count = counts.sum() if normalizer is None else normalizer
         count = count.to(exact).clamp(min=1).where(~outside.any(), float("nan"))
         for rows in _bands(maps, labels, size):
-            first, weights = neighbours(rows, maps.shape[2], size[0], maps.device)
-            weights = weights.to(maps)
-            part = slice(first, first + weights.shape[1])
-            thin = torch.einsum("rn,bknw->bkrw", weights, maps[:, :, part])
-            z = widened(thin, size[1])[..., : labels.shape[2]]
+            z = resized_rows(maps, rows, size)[..., : labels.shape[2]]
             known = counts[:, rows.start : rows.stop]
             truth = labels[:, rows.start : rows.stop].clamp(0, logits.shape[1] - 1)
             index = truth.where(known, 0).unsqueeze(1)
@@ -47,12 +43,9 @@ class _CrossEntropy(torch.autograd.Function):
             slope = log_p.exp_()
             slope.scatter_add_(1, index, -torch.ones_like(index, dtype=exact))
             slope *= known.unsqueeze(1)
-            if thin.shape[3] != size[1]:
+            if size[1] != labels.shape[2]:
                 slope = F.pad(slope, (0, size[1] - labels.shape[2]))
-                slope = torch.ops.aten.upsample_bilinear2d_backward(
-                    slope, slope.shape[2:], thin.shape, False
-                )
-            grad[:, :, part] += torch.einsum("rn,bkrw->bknw", weights, slope)
+            add_resized_back(grad, slope, rows, size)
         ctx.save_for_backward(grad, count)
         ctx.dtype = logits.dtype
         return total / count
