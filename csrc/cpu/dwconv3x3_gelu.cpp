@@ -41,7 +41,7 @@ SEGKERN_INLINE void convolve(const Patch<S, P>& x, const T* filters, const T* bi
       for (int64_t k = 0; k < 3; ++k)
 #pragma GCC unroll 8
         for (int64_t p = 0; p < P; ++p)
-          sum[p] += filters[(3 * m + k) * C + c] * static_cast<T>(x.at[m][p + k][c]);
+          sum[p] += filters[(3 * m + k) * C + c] * widened<T>(x.at[m][p + k][c]);
 #pragma GCC unroll 8
     for (int64_t p = 0; p < P; ++p) z[p * C + c] = sum[p];
   }
@@ -58,9 +58,9 @@ SEGKERN_INLINE void finish(const T* z, const S* grad, int64_t n, Out* out) {
     if constexpr (end == kGelu) y *= normal_below(z[c]);
     if constexpr (end == kGeluGradient) {
       const T density = T(0.3989422804014327) * simd_exp_low(T(-0.5) * z[c] * z[c]);
-      y = static_cast<T>(grad[c]) * (normal_below(z[c]) + z[c] * density);
+      y = widened<T>(grad[c]) * (normal_below(z[c]) + z[c] * density);
     }
-    out[c] = static_cast<Out>(y);
+    out[c] = rounded<Out>(y);
   }
 }
 
@@ -91,7 +91,7 @@ SEGKERN_INLINE void add_products(const Patch<S, P>& x, const T* d /*[P, C]*/, in
       for (int64_t k = 0; k < 3; ++k) {
         T sum = sums[(3 * m + k) * C + c];
 #pragma GCC unroll 8
-        for (int64_t p = 0; p < P; ++p) sum += d[p * C + c] * static_cast<T>(x.at[m][p + k][c]);
+        for (int64_t p = 0; p < P; ++p) sum += d[p * C + c] * widened<T>(x.at[m][p + k][c]);
         sums[(3 * m + k) * C + c] = sum;
       }
     T sum = sums[9 * C + c];

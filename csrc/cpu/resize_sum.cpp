@@ -53,16 +53,16 @@ SEGKERN_CLONES void weighted_sum(const In* x, int64_t stride, const Tap<T>* taps
         const In* from = x + taps[t].at * stride + c;
         const T weight = taps[t].weight;
 #pragma omp simd
-        for (int64_t k = 0; k < kBlock; ++k) sum[k] += weight * static_cast<T>(from[k]);
+        for (int64_t k = 0; k < kBlock; ++k) sum[k] += weight * widened<T>(from[k]);
       }
 #pragma omp simd
-      for (int64_t k = 0; k < kBlock; ++k) out[c + k] = static_cast<Out>(sum[k]);
+      for (int64_t k = 0; k < kBlock; ++k) out[c + k] = rounded<Out>(sum[k]);
       continue;
     }
     for (int64_t t = 0; t < count; ++t)
       for (int64_t k = 0; k < size; ++k)
-        sum[k] += taps[t].weight * static_cast<T>(x[taps[t].at * stride + c + k]);
-    for (int64_t k = 0; k < size; ++k) out[c + k] = static_cast<Out>(sum[k]);
+        sum[k] += taps[t].weight * widened<T>(x[taps[t].at * stride + c + k]);
+    for (int64_t k = 0; k < size; ++k) out[c + k] = rounded<Out>(sum[k]);
   }
 }
 
@@ -73,7 +73,7 @@ SEGKERN_CLONES void sum_row(const S* x /*[w, E]*/, const T* bias, const T* const
                             T* sum /*[E]*/, S* out) {
   for (int64_t j = 0; j < w; ++j, x += E, out += E) {
 #pragma omp simd
-    for (int64_t c = 0; c < E; ++c) sum[c] = static_cast<T>(x[c]) + bias[c];
+    for (int64_t c = 0; c < E; ++c) sum[c] = widened<T>(x[c]) + bias[c];
     for (int64_t l = 0; l < L; ++l) {
       const Tap<T>* taps = columns[l][j].data();
       const T *a = lines[l] + taps[0].at * E, share = taps[0].weight;
@@ -90,7 +90,7 @@ SEGKERN_CLONES void sum_row(const S* x /*[w, E]*/, const T* bias, const T* const
 #pragma omp simd
       for (int64_t c = 0; c < E; ++c) sum[c] = sum[c] < T(0) ? T(0) : sum[c];  // NaN stays
 #pragma omp simd
-    for (int64_t c = 0; c < E; ++c) out[c] = static_cast<S>(sum[c]);
+    for (int64_t c = 0; c < E; ++c) out[c] = rounded<S>(sum[c]);
   }
 }
 

@@ -6,6 +6,9 @@
 #include <cmath>
 #include <cstring>
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include "../common.h"
 
 namespace segkern {
@@ -135,6 +138,49 @@ template <class T>
 SEGKERN_INLINE T normal_below(T x) {
   const T tail = normal_tail(std::fabs(x));
   return x < T(0) ? tail : T(1) - tail;
+}
+
+// A value of a type of storage in that of sums; and back, to nearest, ties to even. BFloat16's and
+// Half's own conversions branch, so that gcc does not vectorise every loop around them.
+template <class T, class S>
+SEGKERN_INLINE T widened(S x) {
+  return static_cast<T>(x);
+}
+template <>
+SEGKERN_INLINE float widened<float, c10::Half>(c10::Half x) {
+  const uint32_t bits = static_cast<uint32_t>(x.x) << 16, twice = bits + bits;
+  const float normal = bits_to_float(static_cast<int32_t>((twice >> 4) + 0x70000000u)) * 0x1p-112f;
+  const float small = bits_to_float(static_cast<int32_t>(twice >> 17 | 0x3F000000u)) - 0.5f;
+  const int32_t pick = -static_cast<int32_t>(twice < 0x08000000u);  // no branch: all bits or none
+  const int32_t size = (float_to_bits(small) & pick) | (float_to_bits(normal) & ~pick);
+  return bits_to_float(static_cast<int32_t>(bits & 0x80000000u) | size);
+}
+
+// x in a type of storage, to nearest, ties to even. The conversions of BFloat16 and Half branch,
+// so that gcc does not vectorise a loop around them.
+template <class S, class T>
+SEGKERN_INLINE S rounded(T x) {
+  return static_cast<S>(x);
+}
+template <>
+SEGKERN_INLINE c10::BFloat16 rounded<c10::BFloat16, float>(float x) {
+  const uint32_t bits = static_cast<uint32_t>(float_to_bits(x));
+  const uint32_t upper = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  return {static_cast<uint16_t>(x == x ? upper : 0x7FC0), c10::BFloat16::from_bits()};
+}
+template <>
+SEGKERN_INLINE c10::Half rounded<c10::Half, float>(float x) {
+  const uint32_t bits = static_cast<uint32_t>(float_to_bits(x)), twice = bits + bits;
+  // beyond the largest half this is infinite
+  const float size = std::fabs(x) * 0x1p+112f * 0x1p-110f;
+  // an addend whose last bit is the last that the half has: the sum rounds there
+  uint32_t exponent = twice & 0xFF000000u;
+  exponent = exponent < 0x71000000u ? 0x71000000u : exponent;
+  const float sum = bits_to_float(static_cast<int32_t>((exponent >> 1) + 0x07800000u)) + size;
+  const uint32_t found = static_cast<uint32_t>(float_to_bits(sum));
+  const uint32_t half = (found >> 13 & 0x7C00) + (found & 0x0FFF);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  return {static_cast<uint16_t>(sign | (x == x ? half : 0x7E00)), c10::Half::from_bits()};
 }
 
 }  // namespace segkern

@@ -1,9 +1,10 @@
-"""resize_sum: a program takes a tile of pixels and up to 256 channels, and adds up all maps.
+"""resize_sum: a program takes a tile of pixels and up to 256 channels, and adds up four maps.
 
 Letters: B image, h w size of the result, N = h w pixels, E channels, H W size of another map.
 
 The four values of a map that a pixel reads come from the caches, as its neighbours read them too;
-those that have no weight are not read. The gradient of a map is collected by rows and then by
+those that have no weight are not read. Of more maps the sum so far is kept in its own precision
+and goes through the kernel again. The gradient of a map is collected by rows and then by
 columns, by the kernel that does so for group_norm.
 """
 
@@ -21,6 +22,8 @@ from .group_norm_forward import corners_of, load
 # Chosen by arithmetic, not yet measured: 16 sums a thread, as group_norm's
 VALUES = 4096  # of a tile; half as many in float64
 CHANNELS = 256  # of a program
+TOGETHER = 3  # maps resized at a time: those of a pyramid beside its first
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 OPTIONS = {"num_warps": 8, "num_stages": 1, **FUSED}
 
 
@@ -38,10 +41,7 @@ def _resized(map, image, n, N, h, w, H, W, e, E: tl.constexpr, exact: tl.constex
     return value
 
 
-SIZES = [f"{side}{l}" for l in range(1, 8) for side in "HW"]
-
-
-@triton.jit(do_not_specialize=["h", "w", *SIZES])
+@triton.jit(do_not_specialize=["h", "w", "H1", "W1", "H2", "W2", "H3", "W3"])
 def _resize_sum(
     x,  # [B, h, w, E]
     bias,  # [E] or None
@@ -51,24 +51,12 @@ def _resize_sum(
     map1,  # [B, H1, W1, E] or None, and so on
     map2,
     map3,
-    map4,
-    map5,
-    map6,
-    map7,
     H1,
     W1,
     H2,
     W2,
     H3,
     W3,
-    H4,
-    W4,
-    H5,
-    W5,
-    H6,
-    W6,
-    H7,
-    W7,
     RELU: tl.constexpr,
     E: tl.constexpr,
     exact: tl.constexpr,
@@ -91,18 +79,15 @@ def _resize_sum(
         value += _resized(map2, image, n, N, h, w, H2, W2, e, E, exact)
     if map3 is not None:
         value += _resized(map3, image, n, N, h, w, H3, W3, e, E, exact)
-    if map4 is not None:
-        value += _resized(map4, image, n, N, h, w, H4, W4, e, E, exact)
-    if map5 is not None:
-        value += _resized(map5, image, n, N, h, w, H5, W5, e, E, exact)
-    if map6 is not None:
-        value += _resized(map6, image, n, N, h, w, H6, W6, e, E, exact)
-    if map7 is not None:
-        value += _resized(map7, image, n, N, h, w, H7, W7, e, E, exact)
     if RELU:
         value = tl.where(value < 0, 0.0, value)  # NaN stays
     to = out + (image * N + n)[:, None] * E + e[None, :]
     tl.store(to, value, mask=(n < N)[:, None] & (e < E)[None, :])
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    """Of sums."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _tile(x: Tensor) -> tuple[int, int]:
@@ -113,22 +98,26 @@ def _tile(x: Tensor) -> tuple[int, int]:
 
 def resize_sum(maps: list[Tensor], bias: Tensor | None, relu: bool) -> Tensor:
     """As `segkern::resize_sum`."""
-    x, *others = (m.contiguous() for m in maps)
-    (B, h, w, E), tile = x.shape, _tile(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    none = 7 - len(others)
-    sizes = [n for m in others for n in m.shape[1:3]]
-    exact = tl.float64 if x.dtype == torch.float64 else tl.float32
-    with on(x):
-        _resize_sum[(B * triton.cdiv(h * w, tile[0]) * triton.cdiv(E, tile[1]),)](
-            *(x, bias if bias is None else bias.contiguous(), out, h, w),
-            *(*others, *[None] * none, *sizes, *[1] * 2 * none),
-            *(relu, E, exact, *tile),
-            **OPTIONS,
-        )
-    return out
+    total, *others = (x.contiguous() for x in maps)
+    (B, h, w, E), dtype, tile = total.shape, total.dtype, _tile(total)
+    if total.numel() == 0:
+        return torch.empty(total.shape, dtype=dtype, device=total.device)
+    exact = _exact(total)
+    bias = bias if bias is None else bias.contiguous()
+    for start in range(0, max(len(others), 1), TOGETHER):
+        some, last = others[start : start + TOGETHER], start + TOGETHER >= len(others)
+        none = TOGETHER - len(some)
+        sizes = [n for x in some for n in x.shape[1:3]] + [1] * 2 * none
+        kind = dtype if last else exact
+        out = torch.empty(total.shape, dtype=kind, device=total.device)
+        with on(total):
+            _resize_sum[(B * triton.cdiv(h * w, tile[0]) * triton.cdiv(E, tile[1]),)](
+                *(total, bias if last else None, out, h, w, *some, *[None] * none, *sizes),
+                *(last and relu, E, TYPES[exact], *tile),
+                **OPTIONS,
+            )
+        total = out
+    return total
 
 
 def _collect(grad: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -139,7 +128,7 @@ def _collect(grad: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     across = triton.cdiv(W, tile[0]) * triton.cdiv(E, tile[1])
     of_up[(B * H * across,)](
         *(grad, out, H / h, W / w, h, w, H, W, rows, columns, h * w),
-        *(E, tl.float64 if grad.dtype == torch.float64 else tl.float32, *tile),
+        *(E, TYPES[_exact(grad)], *tile),
         **OPTIONS,
         maxnreg=96,  # as group_norm's
     )
@@ -149,7 +138,7 @@ def _collect(grad: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
 def resize_sum_backward(grad: Tensor, sizes: list[int]) -> list[Tensor]:
     """As `segkern::resize_sum_backward`."""
     grad, found = grad.contiguous(), []
-    exact = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    exact = _exact(grad)
     for H, W in zip(sizes[::2], sizes[1::2]):
         B, _, w, E = grad.shape
         if B * E == 0:

@@ -172,8 +172,23 @@ def resize_argmax(dtype, B=2, K=150, h=32, w=40, H=512, W=640):
     launch("resize_argmax", meta(dtype, B, K, h, w), meta(exact, H, h), meta(exact, W, w))
 
 
+def resize_sum(dtype, B=2, E=256, side=128, levels=3):
+    """The head's maps, and as many as there can be."""
+    sides = [max(side >> l, 1) for l in range(levels + 1)]
+    maps, bias = [meta(dtype, B, s, s, E) for s in sides], meta(dtype, E)
+    out = launch("resize_sum", maps, bias, True)
+    launch("resize_sum", [out] * 8, None, False)
+    launch("resize_sum_backward", out, [s for s in sides[1:] for _ in "hw"])
+
+
+def dwconv3x3_gelu(dtype, B=2, h=128, w=128, C=128):
+    x, filters, bias = meta(dtype, B, h, w, C), meta(dtype, 9, C), meta(dtype, C)
+    out = launch("dwconv3x3_gelu", x, filters, bias)
+    launch("dwconv3x3_gelu_backward", out, x, filters, bias)
+
+
 OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map, group_norm, norm_relu)
-OPS += (query_layer, window_attn, random_points, resize_argmax)
+OPS += (query_layer, window_attn, random_points, resize_argmax, resize_sum, dwconv3x3_gelu)
 # sizes of one call after another, none of which may compile anew after the first two
 SIZES = {
     masked_attn: [{"S": s, "Q": q} for s in (1024, 1330, 4096, 16801) for q in (100, 77, 200)],
@@ -193,6 +208,8 @@ SIZES = {
     resize_argmax: [
         {"K": k, "h": h, "W": w} for k in (150, 16, 1) for h, w in ((32, 640), (9, 1))
     ],
+    resize_sum: [{"B": b, "side": side} for b in (2, 1, 5) for side in (128, 17, 1)],
+    dwconv3x3_gelu: [{"B": b, "h": h} for b in (2, 1, 5) for h in (128, 17, 1)],
     window_attn: [
         {"h": h, "H": heads, "shift": shift, "B": b}
         for h, shift in ((100, 3), (64, 0), (7, 3))
@@ -203,6 +220,7 @@ SLOW = [pytest.mark.slow]
 # what is made for sm_89 differs from sm_86 in nothing but the name; kernels without tuning tables
 # are alike on all GPUs of some generations
 ALIKE = (random_points, resize_argmax, group_norm, norm_relu)  # no tuning: one kernel for all
+ALIKE += (resize_sum, dwconv3x3_gelu)
 ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS if op not in ALIKE)]
 ARCHITECTURES += [
     (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost, window_attn)
