@@ -1,5 +1,6 @@
 """What a SegFormer gives and takes: label maps, results of pictures, presets, bad input."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -46,6 +47,18 @@ def test_pictures_are_taken_as_the_paper_takes_them():
     torch.testing.assert_close(result.scores, logits[0].softmax(0), rtol=0, atol=0.02)
     windows = segkern.segment(model, image, window=48, stride=32, flip=True)
     assert windows.segmentation.shape == (66, 97)
+
+
+@pytest.mark.slow
+def test_it_trains_and_its_run_opens(tmp_path):
+    config = segkern.recipes.digits_segformer(size=(32, 32))
+    changes = {"steps": 3, "batch_size": 2, "evaluate_every": 3, "evaluate_scenes": 2}
+    run = segkern.train(replace(config, output=tmp_path, **changes), progress=False)
+    opened = segkern.open_model(tmp_path)
+    assert opened.config == config.model
+    assert all(map(torch.equal, opened.state_dict().values(), run.model.state_dict().values()))
+    last = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1]
+    assert 0 <= last["metrics"]["miou"] <= 1
 
 
 # millions of parameters in the paper's table of ADE20K
