@@ -179,3 +179,21 @@ def test_no_such_preset():
     for name, dataset in (("b6", "ade20k"), ("b0", "coco")):
         with pytest.raises(ValueError, match=r"name must be one of b0, b1.*dataset one of ade20k"):
             SegFormerConfig.preset(name, dataset)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_autocast(training):
+    rates = {"drop_path_rate": 0.0, "classifier_dropout_prob": 0.0}
+    model = built(**rates).train(training)
+    x, labels, found = torch.randn(2, 3, 64, 64), torch.randint(5, (2, 64, 64)), []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(x, labels)
+        out.loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((out.logits.detach().float(), grads))
+    (exact, slope), (mixed, other) = found
+    assert not torch.equal(exact, mixed)
+    assert (exact - mixed).std() < 0.05 * exact.std()
+    assert (slope - other).norm() < 0.1 * slope.norm()
