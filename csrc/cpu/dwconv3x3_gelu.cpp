@@ -160,11 +160,11 @@ template <class S, class T>
 struct Backward {
   int64_t h, w, C;
   const T *filters, *turned, *bias;  // turned: [9, C], the last first
-  const S* zeros;
-  const T *nothing, *d;  // zeros in T; three rows of d
-  T *z, *sums;
+  const S* zeros;                    // [C]
+  const T* nothing;                  // [C] zeros, too
+  T *d, *z, *sums;                   // three rows; [kTogether, C]; [10, C]
 
-  T* row_of_d(int64_t i) const { return const_cast<T*>(d) + (i + 3) % 3 * w * C; }
+  T* row_of_d(int64_t i) const { return d + i % 3 * w * C; }
 
   void operator()(const S* grad, const S* x, int64_t top, int64_t bottom, S* of_x,
                   double* total /*[10, C]*/) const {
@@ -241,16 +241,10 @@ void check(const Tensor& x, const Tensor& filters, const Tensor& bias) {
                   "dwconv3x3_gelu: sizes that do not fit");
 }
 
-// Dense, in `like`'s type; poisoned
-Tensor result(const Tensor& x) {
-  const Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
-  if (out.numel() > 0) poison_fill(out.mutable_data_ptr(), out.numel() * out.element_size());
-  return out;
-}
-
 Tensor dwconv3x3_gelu(Tensor x, Tensor filters, Tensor bias) {
   check(x, filters, bias);
-  const Tensor from = torch::stable::contiguous(x), out = result(x);
+  const Tensor from = torch::stable::contiguous(x),
+               out = empty_as(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   dispatch_storage(x, "dwconv3x3_gelu", [&](auto storage, auto zero) {
     run<decltype(storage), decltype(zero)>(from, filters, bias, out);
   });
@@ -263,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv3x3_gelu_backward(Tensor grad, Tensor x
   STD_TORCH_CHECK(grad.numel() == x.numel() && grad.scalar_type() == x.scalar_type(),
                   "dwconv3x3_gelu_backward: a gradient as x expected");
   const Tensor g = torch::stable::contiguous(grad), from = torch::stable::contiguous(x);
-  const Tensor out = result(x);
+  const Tensor out = empty_as(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   Tensor of_filters, of_bias;
   dispatch_storage(x, "dwconv3x3_gelu_backward", [&](auto storage, auto zero) {
     std::tie(of_filters, of_bias) =

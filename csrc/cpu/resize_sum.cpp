@@ -147,12 +147,6 @@ void run_backward(const Tensor& grad, const Tensor& out) {
   });
 }
 
-Tensor like(const Tensor& t, const IntList& sizes) {
-  const Tensor out = torch::stable::new_empty(t, sizes);
-  if (out.numel() > 0) poison_fill(out.mutable_data_ptr(), out.numel() * out.element_size());
-  return out;
-}
-
 Tensor resize_sum(std::vector<Tensor> maps, std::optional<Tensor> bias, bool relu) {
   STD_TORCH_CHECK(!maps.empty(), "resize_sum: a map expected");
   const int64_t B = maps[0].size(0), E = maps[0].size(3);
@@ -164,7 +158,7 @@ Tensor resize_sum(std::vector<Tensor> maps, std::optional<Tensor> bias, bool rel
     map = torch::stable::contiguous(map);
   }
   STD_TORCH_CHECK(!bias || bias->numel() == E, "resize_sum: bias must have E values");
-  const Tensor out = like(maps[0], {B, maps[0].size(1), maps[0].size(2), E});
+  const Tensor out = empty_as(maps[0], {B, maps[0].size(1), maps[0].size(2), E});
   dispatch_storage(out, "resize_sum", [&](auto storage, auto zero) {
     using T = decltype(zero);
     const Tensor shift = bias ? dense<T>(*bias) : zeros<T>(out, {E});
@@ -179,7 +173,7 @@ std::vector<Tensor> resize_sum_backward(Tensor grad, IntList sizes) {
   for (size_t i = 0; i + 1 < sizes.size(); i += 2) {
     STD_TORCH_CHECK(sizes[i] > 0 && sizes[i + 1] > 0,
                     "resize_sum_backward: sizes above 0 expected");
-    found.push_back(like(grad, {grad.size(0), sizes[i], sizes[i + 1], grad.size(3)}));
+    found.push_back(empty_as(grad, {grad.size(0), sizes[i], sizes[i + 1], grad.size(3)}));
     dispatch_storage(grad, "resize_sum_backward", [&](auto storage, auto zero) {
       run_backward<decltype(storage), decltype(zero)>(from, found.back());
     });

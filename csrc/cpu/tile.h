@@ -30,6 +30,13 @@ void dispatch_storage(const Tensor& t, const char* op, const F& f) {
   }
 }
 
+// An output in the type of `t`; poisoned like scratch.
+inline Tensor empty_as(const Tensor& t, const IntList& sizes) {
+  const Tensor out = torch::stable::new_empty(t, sizes);
+  if (out.numel() > 0) poison_fill(out.mutable_data_ptr(), out.numel() * out.element_size());
+  return out;
+}
+
 template <class T>
 constexpr int64_t kLanes = 64 / sizeof(T);
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _library
-from ._checks import alike, exact_dtype, expect
+from ._checks import alike, exact_dtype, expect, got
 
 _aten = torch.ops.aten
 MOST = 8  # maps
@@ -112,9 +112,10 @@ def resize_sum(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or number of maps.
     """
-    if isinstance(maps, Tensor) or not 1 <= len(maps) <= MOST:
-        got = "a tensor" if isinstance(maps, Tensor) else f"{len(maps)}"
-        raise ValueError(f"resize_sum: maps must be 1 to {MOST} tensors, got {got}")
+    listed = isinstance(maps, Sequence)
+    if not listed or not 1 <= len(maps) <= MOST:
+        found = len(maps) if listed else got(maps)
+        raise ValueError(f"resize_sum: maps must be 1 to {MOST} tensors, got {found}")
     sizes, named = {}, {}
     for l, x in enumerate(maps):
         expect("resize_sum", f"maps[{l}]", x, f"B E h_{l} w_{l}", "float", sizes)

@@ -16,7 +16,7 @@ CASES = {
     "one channel": {"C": 1, "h": 4, "w": 8},
     "more than a vector": {"B": 1, "C": 37, "h": 3, "w": 5},
     "several bands": {"B": 2, "h": 19, "w": 6, "C": 3},
-    "several tiles": {"B": 1, "h": 5, "w": 11, "C": 300},
+    "several tiles": {"B": 1, "h": 3, "w": 7, "C": 300},
     "no image": {"B": 0},
 }
 

@@ -14,7 +14,7 @@ CASES = {  # inputs, relu
     "a pyramid": ({"B": 1, "sizes": ((8, 12), (4, 6), (2, 3), (1, 2))}, True),
     "odd sizes": ({}, False),
     "larger, and as large": ({"B": 1, "sizes": ((5, 6), (7, 13), (5, 6))}, True),
-    "one side alone": ({"sizes": ((6, 9), (6, 4), (3, 9))}, False),
+    "one side alone": ({"B": 1, "sizes": ((6, 9), (6, 4), (3, 9))}, False),
     "one pixel": ({"sizes": ((1, 1), (3, 4))}, False),
     "of one pixel": ({"sizes": ((5, 4), (1, 1), (1, 4))}, True),
     "eight maps": ({"B": 1, "E": 3, "sizes": [(i % 3 + 1, 3 - i // 3) for i in range(8)]}, True),
@@ -140,7 +140,7 @@ def test_compile():
 BAD = {
     "no map": (lambda b, x, y, z: ([], b), ValueError, "maps must be 1 to 8 tensors, got 0"),
     "nine": (lambda b, x, y, z: ([x] * 9, b), ValueError, "maps must be 1 to 8 tensors, got 9"),
-    "a tensor": (lambda b, x, y, z: (x, b), ValueError, "maps must be 1 to 8 tensors, got a t"),
+    "a tensor": (lambda b, x, y, z: (x, b), ValueError, r"maps must be 1 to 8 tensors, got \[2, "),
     "3-d": (
         lambda b, x, y, z: ((x, y[0]), b),
         ValueError,
