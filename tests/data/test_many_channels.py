@@ -11,7 +11,15 @@ import segkern
 from segkern.data import CocoConfig, FolderConfig, ReadConfig, Wrapped, build_dataset, collate
 from segkern.evaluation.evaluate import evaluate
 from segkern.inference.predict_files import predict_files
-from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterConfig, open_model
+from segkern.models import (
+    Mask2Former,
+    Mask2FormerConfig,
+    SegFormer,
+    SegFormerConfig,
+    Segmenter,
+    SegmenterConfig,
+    open_model,
+)
 from segkern.recipes.check_data import check_data, show_data
 from support.pictures import SIZE, image_rows, rectangle, write, write_coco
 
@@ -101,6 +109,9 @@ MODELS = {
     ),
     "timm": lambda: Mask2Former(mask2former(backbone="resnet18", size_divisor=32)),
     "segmenter": lambda: Segmenter(segmenter()),
+    "segformer": lambda: SegFormer(
+        replace(SegFormerConfig.tiny(2), image_mean=MEAN, image_std=STD, shortest_edge=64)
+    ),
 }
 
 
@@ -109,7 +120,7 @@ def test_the_whole_way(name, folder, tmp_path):
     """Loss and gradient at the first layer, a checkpoint, `segment`, files and evaluation."""
     model = MODELS[name]()
     assert model.config.input.channels == C
-    kind = "maps" if name == "segmenter" else "coco"
+    kind = "maps" if name.startswith("seg") else "coco"
     config = datasets(folder)[kind]
     if kind == "coco":
         config.views = replace(config.views, size=(64, 64))

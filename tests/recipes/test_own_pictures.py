@@ -88,6 +88,10 @@ def test_the_data_tell_the_recipe(steps, tmp_path, capsys):
     assert steps[0].init == start[1]
     assert main(["train", *objects, "--recipe", "mask2former", *start]) == 0
     assert steps[-1] == steps[0]
+    assert main(["train", *maps, "--recipe", "segformer", "--preset", "b1"]) == 0
+    model = steps[-1].model
+    assert (model.kind, model.hidden_sizes[0], model.num_labels) == ("segformer", 64, 2)
+    assert not model.backbone_pretrained
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,13 +3,21 @@
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import segkern
-from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterConfig
+from segkern.models import (
+    Mask2Former,
+    Mask2FormerConfig,
+    SegFormer,
+    SegFormerConfig,
+    Segmenter,
+    SegmenterConfig,
+)
 from segkern.nn.position import pixel_centres
 from segkern.runtime import cuda_graphs as graphs
 from segkern.runtime.constants import recording
@@ -90,7 +98,13 @@ def segmenter():
     return Segmenter(config).eval()
 
 
-MODELS = {"mask2former": mask2former, "segmenter": segmenter}
+def segformer():
+    torch.manual_seed(0)
+    config = replace(SegFormerConfig.tiny(4), shortest_edge=32, longest_edge=96)
+    return SegFormer(config).eval()
+
+
+MODELS = {"mask2former": mask2former, "segmenter": segmenter, "segformer": segformer}
 
 
 def picture(seed=0, size=(32, 32)):

@@ -7,6 +7,7 @@ the hub; read are also the names that it has in memory. Keys and values are one 
 """
 
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,9 +31,8 @@ _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
     "drop_path_rate": 0.1,
     "classifier_dropout_prob": 0.1,
 }
-_FIXED = {  # what the architecture does not leave open here
-    "num_encoder_blocks": 4,
-    "hidden_act": "gelu",
+_FIXED = {"num_encoder_blocks": 4, "hidden_act": "gelu"}  # the architecture's, here
+_TRAINING = {  # what training does not leave open here; inference does not read it
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
     "semantic_loss_ignore_index": 255,
@@ -138,7 +138,8 @@ def read_config(config: dict, name: str = "config.json") -> dict:
         name: of the checkpoint, for messages.
 
     Raises:
-        ValueError: another model, or an option that SegFormer has not here.
+        ValueError: another model, or an option that SegFormer has not here; where only training
+            would notice, a warning says so.
     """
     if config.get("model_type") != "segformer":
         raise ValueError(
@@ -146,6 +147,12 @@ def read_config(config: dict, name: str = "config.json") -> dict:
             f"got {config.get('model_type')}"
         )
     check_fixed(config, _FIXED, name)
+    for field, value in _TRAINING.items():
+        if config.get(field, value) != value:
+            warnings.warn(
+                f"from_pretrained: {name}: {field} is {config[field]}; training here has {value}",
+                stacklevel=4,
+            )
     own, labels = config.get("segkern") or {}, read_labels(config, name)
     settings = {field: config.get(field, default) for field, default in _SAME.items()}
     settings |= {field: own[field] for field in _OWN if field in own}
@@ -160,6 +167,7 @@ def write_config(settings: dict) -> dict:
         "num_channels": len(settings["image_mean"]),
         **{field: settings[field] for field in _SAME},
         **_FIXED,
+        **_TRAINING,
         "layer_norm_eps": settings["layer_norm_eps"],
         "reshape_last_stage": True,
         **write_labels(settings.get("id2label"), settings["num_labels"]),

@@ -1,5 +1,6 @@
 """What a SegFormer gives and takes: label maps, results of pictures, presets, bad input."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -46,6 +47,18 @@ def test_pictures_are_taken_as_the_paper_takes_them():
     torch.testing.assert_close(result.scores, logits[0].softmax(0), rtol=0, atol=0.02)
     windows = segkern.segment(model, image, window=48, stride=32, flip=True)
     assert windows.segmentation.shape == (66, 97)
+
+
+@pytest.mark.slow
+def test_it_trains_and_its_run_opens(tmp_path):
+    config = segkern.recipes.digits_segformer(size=(32, 32))
+    changes = {"steps": 3, "batch_size": 2, "evaluate_every": 3, "evaluate_scenes": 2}
+    run = segkern.train(replace(config, output=tmp_path, **changes), progress=False)
+    opened = segkern.open_model(tmp_path)
+    assert opened.config == config.model
+    assert all(map(torch.equal, opened.state_dict().values(), run.model.state_dict().values()))
+    last = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1]
+    assert 0 <= last["metrics"]["miou"] <= 1
 
 
 # millions of parameters in the paper's table of ADE20K
@@ -166,3 +179,21 @@ def test_no_such_preset():
     for name, dataset in (("b6", "ade20k"), ("b0", "coco")):
         with pytest.raises(ValueError, match=r"name must be one of b0, b1.*dataset one of ade20k"):
             SegFormerConfig.preset(name, dataset)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_autocast(training):
+    rates = {"drop_path_rate": 0.0, "classifier_dropout_prob": 0.0}
+    model = built(**rates).train(training)
+    x, labels, found = torch.randn(2, 3, 64, 64), torch.randint(5, (2, 64, 64)), []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(x, labels)
+        out.loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((out.logits.detach().float(), grads))
+    (exact, slope), (mixed, other) = found
+    assert not torch.equal(exact, mixed)
+    assert (exact - mixed).std() < 0.05 * exact.std()
+    assert (slope - other).norm() < 0.1 * slope.norm()

@@ -317,6 +317,16 @@ def test_bad_folders_are_named(case, folder):
         assert SegFormer.from_pretrained(folder, num_labels=3).config.num_labels == 3
 
 
+def test_what_only_training_reads_is_a_warning(folder):
+    path = folder / "config.json"
+    change = {"hidden_dropout_prob": 0.1, "semantic_loss_ignore_index": 0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.warns(UserWarning, match="training here has") as said:
+        open_model(folder)
+    for text in ("hidden_dropout_prob is 0.1; tr", "semantic_loss_ignore_index is 0; training h"):
+        assert sum(text in str(warning.message) for warning in said) == 1
+
+
 WEIGHTS = {
     "missing": (lambda w: w.pop("decode_head.linear_fuse.weight"), r"missing: head\.fuse"),
     "foreign": (lambda w: w.update(foreign=torch.zeros(1)), "unexpected: foreign"),
