@@ -24,23 +24,23 @@ _DIGITS = {
 
 
 def digits_seq2seg(level: str = "easy", size: tuple[int, int] = (64, 64)):
-    """A small Seq2Seg that finds handwritten digits: minutes on two CPU cores.
+    """A small Seq2Seg that finds handwritten digits.
 
     Args:
         level: "easy", "hard" or "mixed".
-        size: height and width of a scene, multiples of 4.
+        size: height and width of a scene, multiples of 8.
 
     Returns:
-        a `TrainConfig`. Not the paper's: Muon, attention that starts local, a larger weight of
-        the class and a loss of patches, to learn from a small part of its 720,000 scenes.
+        a `TrainConfig`. Not the paper's: Muon, attention that starts local and a larger weight of
+        the class, to learn from a small part of its 720,000 scenes (docs/seq2seg.md: how far).
     """
     model = replace(Seq2SegConfig.tiny(10), image_size=size)
     model.id2label = {k: str(k) for k in range(10)}
     return TrainConfig(
         output=Path("runs/digits-seq2seg"),
-        steps=1800,
-        batch_size=8,
-        evaluate_every=900,
+        steps=1500,
+        batch_size=32,
+        evaluate_every=500,
         best_metric="class_accuracy",
         threshold=0.5,
         data=DigitsConfig(size=size, level=level, task="instance"),

@@ -177,7 +177,7 @@ class Seq2SegConfig:
             num_labels,
             task_head,
             image_size=(64, 64),
-            patch_size=4,
+            patch_size=8 if task_head == "instance" else 4,
             hidden_size=128,
             num_hidden_layers=4,
             num_attention_heads=8,
@@ -186,5 +186,4 @@ class Seq2SegConfig:
             local_start=True,
             mask="fine",
             class_weight=1.0,
-            patch_weight=1.0,
         )
