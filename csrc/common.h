@@ -1,6 +1,6 @@
-// What every kernel file shares: the tensor alias, dtype dispatch, parallel loop and scratch memory;
-// the attribute that compiles a loop once per instruction set is in clones.h. LibTorch's stable ABI
-// only; nothing from Python.
+// What every kernel file shares: the tensor alias, dtype dispatch, parallel loop and scratch
+// memory; the attribute that compiles a loop once per instruction set is in clones.h. LibTorch's
+// stable ABI only; nothing from Python.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from segkern.data import collate
+from segkern.data import IdMaps, InstanceViews, ViewConfig, collate
 from segkern.ops import unpack_bits
 
 
@@ -57,3 +58,33 @@ def test_void_of_tensors_and_of_samples_without_segments():
 def test_bad_void():
     with pytest.raises(ValueError, match="void must be background or ignore, got 'skip'"):
         collate([sample()], 4, void="skip")
+
+
+def _told(samples):
+    """A batch, and whether its large tensors were made where other processes see them."""
+    batch = collate(samples, 4)
+    return [batch.pixel_values.is_shared(), batch.targets.masks.is_shared()], batch
+
+
+def test_a_worker_makes_its_batch_in_shared_memory():
+    """PyTorch would copy it there; alone in a process it lies in plain memory."""
+    samples = [sample(pixel_values=torch.full((3, 32, 48), 1.5)) for _ in range(3)]
+    own, batch = _told(samples)
+    there, other = next(iter(DataLoader(samples, 3, collate_fn=_told, num_workers=1)))
+    assert (own, there) == ([False, False], [True, True])
+    assert torch.equal(batch.pixel_values, other.pixel_values)
+    assert all(torch.equal(x, y) for x, y in zip(batch.targets[:4], other.targets[:4]))
+
+
+@pytest.mark.parametrize("std", [0.5, float("nan")])
+def test_pixels_of_views_are_known_to_be_finite(std):
+    """Unless the numbers that they are normalised by are not."""
+    view = InstanceViews(ViewConfig((8, 8)), [0.5] * 3, [std] * 3)
+    masks = IdMaps.of_arrays([np.ones((6, 7))], (6, 7))
+    whole = {"image": np.ones((6, 7, 3), np.uint8), "masks": masks, "id": 1}
+    whole |= {"labels": np.array([1]), "crowd": np.array([False])}
+    seen = view(whole, torch.Generator().manual_seed(0))
+    assert seen["finite"] == bool(seen["pixel_values"].isfinite().all())
+    if not seen["finite"]:
+        with pytest.raises(ValueError, match="pixels of sample 1 must be finite"):
+            collate([seen], 4)
