@@ -1,6 +1,6 @@
-// exp, log and what the losses make of them, written so that gcc vectorises the loop around them
-// (libm's calls stop it). float: about 1 ulp over the whole range; double: libm. NaN comes out as
-// NaN.
+// exp, log and what the losses make of them, the normal distribution, and half precision, written
+// so that gcc vectorises the loop around them (libm's calls stop it). exp and log in float: about
+// 1 ulp over the whole range; double: libm. NaN comes out as NaN.
 #pragma once
 
 #include <cmath>

@@ -13,7 +13,7 @@ backward computes z again, row by row, and from it the gradient d of z, with whi
     dx[i, j] = sum_{m, n} weight[m, n] d[i - m + 1, j - n + 1]
     dweight[m, n] = sum_{i, j} d[i, j] x[i + m - 1, j + n - 1],   dbias = sum d
 FLOPs: 18 B h w C and the activation forward, three times that backward; bytes: 2 B h w C values
-forward, 3 backward.
+forward, 3 backward (on a GPU 5: d is stored).
 Source: SegFormer (Xie et al., NeurIPS 2021), section 3.1, equation 3 (Mix-FFN).
 """
 
