@@ -13,7 +13,6 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
 # in the order of the drawings' colours (io.overlay): sky blue, signs orange, trees green, cars
 # red, road violet, poles teal, pavement pink, people yellow, buildings brown
@@ -61,6 +60,8 @@ class Street:
 @cache
 def _noise() -> np.ndarray:
     """[2, side, side] of about unit size, of fine and coarse grain, without seams."""
+    from scipy.ndimage import gaussian_filter  # here, as the command line need not bring it
+
     rng = np.random.RandomState(0)  # a frozen stream
     layers = []
     for widths in ((0.7, 1.6), (4, 14)):

@@ -66,7 +66,7 @@ def digits_segmenter(
 
 
 def segmenter(
-    model: str | None = None,
+    preset: str | None = None,
     dataset: str = "ade20k",
     pretrained: bool = True,
     root: str | Path | None = None,
@@ -75,7 +75,7 @@ def segmenter(
     """The recipes of Segmenter's paper: SGD with momentum and a polynomial schedule.
 
     Args:
-        model: as `SegmenterConfig.preset` takes it; None takes the model of `init`, or
+        preset: as `SegmenterConfig.preset` takes it; None takes the model of `init`, or
             Seg-S-Mask/16.
         dataset: "ade20k", "pascal_context" or "cityscapes"; "plain", one's own images, has
             ADE20K's settings.
@@ -104,17 +104,17 @@ def segmenter(
     names = class_names(data) if root or named else None
     if names and dataset == "plain":
         labels = len(names)
-    config = _model(init, labels) if init is not None and model is None else None
+    config = _model(init, labels) if init is not None and preset is None else None
     if config is None:
-        model = model or "Seg-S-Mask/16"
-        config = SegmenterConfig.preset(model, labels)
+        preset = preset or "Seg-S-Mask/16"
+        config = SegmenterConfig.preset(preset, labels)
         if dataset not in ("ade20k", "plain"):  # the preset's, where L has 640
             config.image_size, config.window_stride = (crop, crop), stride
             config.shortest_edge = {"pascal_context": 520, "cityscapes": 1024}[dataset]
         if dataset == "cityscapes":
             config.longest_edge = 2048
         config.backbone_pretrained = pretrained
-        if dataset == "cityscapes" and model.startswith("Seg-L"):
+        if dataset == "cityscapes" and preset.startswith("Seg-L"):
             config.decoder_layers = 1
     config = replace(config, id2label=dict(enumerate(names)) if names else None)
     return TrainConfig(

@@ -28,6 +28,11 @@ def test_half_precision_on_a_cpu(build, dtype):
     torch.testing.assert_close(found, want, rtol=0, atol=0.02, check_dtype=False)
 
 
+def _taken(kind, size):
+    """The size, but of a model that takes one alone."""
+    return (32, 32) if kind == "EoMT" else size
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)], ids=str)
 def test_inference_mode_and_then_training(kind, size):
@@ -35,7 +40,7 @@ def test_inference_mode_and_then_training(kind, size):
     grads = []
     for before in (False, True):
         model, arguments = asked(kind)
-        image = torch.randn(1, 3, *size)
+        image = torch.randn(1, 3, *_taken(kind, size))
         if before:
             with torch.inference_mode():
                 model.eval()(image)
@@ -51,7 +56,7 @@ def test_a_model_made_in_inference_mode():
         for kind in KINDS:
             model, _ = asked(kind)
             for size in ((64, 64), (48, 80), (48, 80)):
-                model.eval()(torch.randn(1, 3, *size))
+                model.eval()(torch.randn(1, 3, *_taken(kind, size)))
 
 
 def test_more_pairs_than_queries_times_labels():
