@@ -5,7 +5,6 @@ from .eomt import eomt as eomt
 from .mask2former import DIGITS_THRESHOLD as DIGITS_THRESHOLD
 from .mask2former import digits as digits
 from .mask2former import mask2former as mask2former
-from .maskformer import digits_maskformer as digits_maskformer
 from .maskformer import maskformer as maskformer
 from .segformer import digits_segformer as digits_segformer
 from .segformer import segformer as segformer
@@ -25,7 +24,6 @@ RECIPES = {
     "digits-segmenter": digits_segmenter,
     "mask2former": mask2former,
     "segmenter": segmenter,
-    "digits-maskformer": digits_maskformer,
     "maskformer": maskformer,
     "segformer": segformer,
     "digits-segformer": digits_segformer,

@@ -4,25 +4,7 @@ from pathlib import Path
 
 from ..models import MaskFormerConfig
 from ..models.maskformer.config import BACKBONES
-from .own_objects import digit_scenes, own_objects
-
-
-def digits_maskformer(
-    level: str = "mixed", task: str = "panoptic", size: tuple[int, int] = (64, 64)
-):
-    """A small MaskFormer on scenes of handwritten digits. It finds their masks in a few hundred
-    steps; their classes, which its queries must find in the coarsest map, take it longer than
-    Mask2Former.
-
-    Args:
-        level: "easy", "hard" or "mixed".
-        task: "panoptic", "instance" or "semantic".
-        size: height and width of a scene.
-
-    Returns:
-        a `TrainConfig`.
-    """
-    return digit_scenes(MaskFormerConfig.tiny, level, task, size, steps=1800)
+from .own_objects import own_objects
 
 
 def maskformer(
