@@ -41,25 +41,25 @@ class Kind(NamedTuple):
         model: class of the model.
         files: names that tell a checkpoint of its original code; Hugging Face's format and ours
             say the kind in config.json.
-        suffix: of a checkpoint of its original code that is one file; "" where it is none.
+        suffixes: of checkpoints of its original code that are one file.
         types: what config.json calls it; () for its kind.
     """
 
     config: type
     model: type
     files: tuple[str, ...] = ()
-    suffix: str = ""
+    suffixes: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
 
 
 MODELS = {
-    "mask2former": Kind(Mask2FormerConfig, Mask2Former, suffix=".pkl"),
+    "mask2former": Kind(Mask2FormerConfig, Mask2Former, suffixes=(".pkl",)),
     "segmenter": Kind(SegmenterConfig, Segmenter, files=("variant.yml",)),
     "maskformer": Kind(MaskFormerConfig, MaskFormer),
-    "segformer": Kind(SegFormerConfig, SegFormer, suffix=".pth"),
+    "segformer": Kind(SegFormerConfig, SegFormer, suffixes=(".pth",)),
     "seq2seg": Kind(Seq2SegConfig, Seq2Seg),
     "unet": Kind(UNetConfig, UNet),
-    "eomt": Kind(EoMTConfig, EoMT, types=("eomt", "eomt_dinov3"), suffix=".bin"),
+    "eomt": Kind(EoMTConfig, EoMT, suffixes=(".bin", ".ckpt"), types=("eomt", "eomt_dinov3")),
 }
 Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
 
@@ -108,8 +108,8 @@ def open_model(name: str | Path) -> SegmentationModel:
     Args:
         name: a folder that a model's `save_pretrained`, transformers or a model's original code
             wrote, or a file in it, or a .pkl file of Mask2Former's code, a .pth file of
-            SegFormer's or a .bin file of EoMT's; the folder of a training run; or a name on the
-            hub.
+            SegFormer's or a .bin or .ckpt file of EoMT's; the folder of a training run; or a name
+            on the hub.
 
     Raises:
         ValueError: of no kind that segkern has; or see each model's `from_pretrained`.
@@ -117,7 +117,7 @@ def open_model(name: str | Path) -> SegmentationModel:
     path = Path(name)
     described = path.name in FILES and is_model(path.parent)
     for row in MODELS.values():
-        if path.suffix and row.suffix == path.suffix and not described:
+        if path.suffix in row.suffixes and not described:
             return row.model.from_pretrained(name)
     folder = find_folder(name)
     kinds = [

@@ -72,7 +72,7 @@ def add_resized_back(grad: Tensor, slope: Tensor, rows: range, size: tuple[int, 
     """Adds what a gradient [B, K, r, W] of `resized_rows` gives for its maps to `grad` [B, K, h,
     w], in place."""
     (_, _, h, w), width = grad.shape, size[1]
-    if w != width:  # by a product, in a quarter of the time of PyTorch's backward on a CPU
+    if w != width:  # by a product, which a CPU has sooner than PyTorch's backward
         slope = slope @ resized(torch.eye(w, dtype=grad.dtype, device=grad.device), width)
     first, weights = neighbours(rows, h, size[0], grad.device)
     part = slice(first, first + weights.shape[1])

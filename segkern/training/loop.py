@@ -217,8 +217,8 @@ def _given_back(frozen: list[torch.nn.Parameter]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_denormals() -> Iterator[None]:
-    """Numbers below 1e-38 are 0, on which a CPU would spend a hundred times as long: gradients of
-    attention that looks at few places are full of them."""
+    """Numbers below 1e-38, which a CPU multiplies slowly, are 0: gradients of attention that looks
+    at few places are full of them."""
     before = not torch.tensor(1e-39).mul(1)
     torch.set_flush_denormal(True)
     try:

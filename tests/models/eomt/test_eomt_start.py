@@ -1,12 +1,17 @@
 """EoMT's encoder against timm's, the start from its weights, and the original code's files."""
 
+from ast import literal_eval
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 
 import segkern
 from segkern.models import EoMT, EoMTConfig, initialize
+from segkern.models.eomt.original import from_original
 
+KEYS = Path(__file__).parents[2] / "expected/eomt_original_keys.txt"
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 KINDS = {  # timm's name, our settings
     "dinov2": ("vit_small_patch14_dinov2", {"num_register_tokens": 0}),
@@ -123,12 +128,28 @@ def original(model):
     return out
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}], ids=["bin", "ckpt"])
-def test_a_file_of_the_original_code_opens(wrap, tmp_path):
+def test_the_names_of_the_original_code_are_known():
+    """A list that the original code wrote, not the way back from our names."""
+    lines = KEYS.read_text().splitlines()[1:]
+    shapes = {k: literal_eval(shape) for k, shape in (line.split("\t") for line in lines)}
+    found = from_original({k: torch.empty(v) for k, v in shapes.items()})
+    sizes = {"num_hidden_layers": 12, "num_blocks": 3, "num_queries": 200, "num_labels": 133}
+    own = EoMT(config(**sizes)).state_dict()
+    rest = {"criterion.seed", "criterion.empty_weight"}
+    assert own.keys() - found.keys() == rest
+    assert all(v.shape == own[k].shape for k, v in found.items())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [(lambda s: s, "pytorch_model.bin"), (lambda s: {"state_dict": s}, "last.ckpt")],
+    ids=["bin", "ckpt"],
+)
+def test_a_file_of_the_original_code_opens(wrap, name, tmp_path):
     torch.manual_seed(0)
     model = EoMT(config(num_labels=3, num_queries=5)).eval()
     model.attn_mask_probs.zero_()
-    path = tmp_path / "pytorch_model.bin"
+    path = tmp_path / name
     torch.save(wrap(original(model)), path)
     with pytest.warns(UserWarning, match="taken for a model of 3 classes with 6 heads"):
         opened = segkern.open_model(path)

@@ -4,7 +4,9 @@ refused."""
 import json
 import re
 import shutil
+from ast import literal_eval
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from transformers import (
 from segkern.models import SegFormer, SegFormerConfig, initialize, open_model
 from segkern.models.segformer import huggingface, original
 
+KEYS = Path(__file__).parents[2] / "expected/segformer_original_keys.txt"
 SIZES = {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 2, 1, 1], "decoder_hidden_size": 24}
 SMALL = SegFormerConfig(5, **SIZES, id2label=dict(enumerate("abcde")), do_reduce_labels=True)
 
@@ -180,6 +183,16 @@ def test_a_file_of_the_original_opens_to_the_same_model(tmp_path):
     assert (config.sr_ratios, config.mlp_ratios) == ((8, 4, 2, 1), (4, 4, 4, 4))
     opened.save_pretrained(tmp_path / "ours")
     assert open_model(tmp_path / "ours").config == config
+
+
+def test_the_names_of_the_original_code_are_known():
+    """A list that the original code wrote, not the way back from our names."""
+    lines = KEYS.read_text().splitlines()[1:]
+    shapes = {k: literal_eval(shape) for k, shape in (line.split("\t") for line in lines)}
+    found = original.from_original({k: torch.empty(v) for k, v in shapes.items()})
+    with torch.device("meta"):
+        own = SegFormer(SegFormerConfig.preset("b0", "ade20k")).state_dict()
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}
 
 
 PUBLISHED = [("b0", "ade20k"), ("b5", "ade20k"), ("b2", "cityscapes")]
