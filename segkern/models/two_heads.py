@@ -4,8 +4,6 @@ says: their output, the loss of either head, and settings that follow from other
 Letters: B image, H W image size, Q query, K class, h w size of the mask logits.
 """
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +16,6 @@ from ..structures.settings import InputConfig
 from ..structures.targets import Targets
 
 HEADS = ("semantic", "instance")
-Scored = tuple[Tensor, dict[str, Tensor]]  # what a model's `loss` returns
 
 
 @output
@@ -156,7 +153,7 @@ def loss_of_pixels(
 
 def loss(
     model: nn.Module, found: PixelLogits | QueryLogits, pixel_values: Tensor, targets: Targets
-) -> Scored:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The training loss of either head.
 
     Args:
@@ -189,7 +186,6 @@ def loss(
 
 def forward(
     model: nn.Module,
-    run: Callable,
     pixel_values: Tensor,
     labels: Tensor | None,
     mask_labels: list[Tensor] | None,
@@ -197,10 +193,6 @@ def forward(
     targets: Targets | None,
 ) -> TwoHeadOutput:
     """Predictions, and the loss if there is a truth; what `Seq2Seg.forward` has is not said again.
-
-    Args:
-        run: of (pixel_values, targets or None), gives what `predict` returns, and what `loss` does
-            where there are targets.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or combination of arguments.
@@ -221,9 +213,9 @@ def forward(
         targets = Targets.from_lists(
             mask_labels, class_labels, size, config.num_labels, num_queries=queries
         ).to(pixel_values.device)
-    (found, scored), out = run(pixel_values, targets), TwoHeadOutput()
+    found, out = model.predict(pixel_values), TwoHeadOutput()
     if targets is not None:
-        out.loss, out.losses = scored
+        out.loss, out.losses = loss(model, found, pixel_values, targets)
     elif labels is not None:
         out.loss = loss_of_pixels(model, found, labels, pixel_values.shape[2:])
         out.losses = {"loss_bce": out.loss[None]}

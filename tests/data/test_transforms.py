@@ -135,6 +135,21 @@ def test_the_crop_alone_has_the_pixels_of_the_resized_picture(case, host, monkey
             assert torch.equal(found, normalised(want, look[1], look[2], look[0]))
 
 
+@pytest.mark.parametrize("host", ["built", "missing"])
+@pytest.mark.parametrize("change", [None, lambda pixels: pixels], ids=["bytes", "changed"])
+def test_what_lies_beside_a_picture_has_the_padding(host, change, monkeypatch):
+    if host == "missing":
+        monkeypatch.setattr("segkern.data.transforms._host", None)
+    whole, look = (slice(0, 5), slice(0, 6)), ((8, 9), [0.4] * 3, [0.3] * 3)
+    found = pictured(
+        np.zeros((5, 6, 3), np.uint8), (5, 6), whole, False, *look, change, None, (1.0, 2.0, 3.0)
+    )
+    for channel, value in zip(found, (1.0, 2.0, 3.0)):
+        assert (channel[5:] == value).all()
+        assert (channel[:, 6:] == value).all()
+        assert (channel[:5, :6] < 0).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -38,9 +38,6 @@ class Seq2SegConfig:
         mask_weight: weight of the masks' focal loss and cost; 0 for none.
         dice_weight: weight of the masks' dice loss and cost.
         no_object_weight: weight of "no object" in the class loss.
-        patch_weight: instance: weight of a loss that the paper does not have: the binary cross
-            entropy of the classes that a linear layer finds in each patch, which tells the patches
-            what they are long before the queries could; 0 for none.
         shortest_edge: pixels, to which an image's short side is resized for prediction; None for
             the short side of image_size.
         longest_edge: pixels, the most that the long side may get; None for 4 shortest_edge.
@@ -75,7 +72,6 @@ class Seq2SegConfig:
     mask_weight: float = 0.0
     dice_weight: float = 1.0
     no_object_weight: float = 0.5
-    patch_weight: float = 0.0
     shortest_edge: int | None = None
     longest_edge: int | None = None
     id2label: dict[int, str] | None = None
@@ -95,8 +91,6 @@ class Seq2SegConfig:
             "patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
             "mask_channels",
         )
-        if not self.patch_weight >= 0:
-            raise ValueError(f"Seq2SegConfig: patch_weight must be >= 0, got {self.patch_weight}")
         self.mask_size = tuple(self.mask_size)
         if len(self.mask_size) != 2 or min(self.mask_size) < 1:
             raise ValueError(

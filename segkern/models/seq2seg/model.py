@@ -19,21 +19,17 @@ million weights count, have no effect and are left out.
 
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.bert import Bert, Unpatch
 from ...nn.linear import Linear
 from ...nn.mask_criterion import FullMaskCriterion
 from ...nn.vit import start_locally
-from ...ops import unpack_bits
-from ...ops._checks import exact_dtype
 from ...structures.logits import PixelLogits, QueryLogits
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from .. import own_format, two_heads
-from ..two_heads import Scored, TwoHeadOutput
+from ..two_heads import TwoHeadOutput
 from .config import Seq2SegConfig
 
 FINE = 4  # stride of the masks of "fine"
@@ -49,7 +45,6 @@ class Seq2Seg(nn.Module):
     class_head = (
         *("decoder.weight", "decoder.bias"),  # of the semantic head
         *("class_embed.weight", "class_embed.bias", "criterion.empty_weight"),
-        *("patch_classes.weight", "patch_classes.bias"),
     )
 
     def __init__(self, config: Seq2SegConfig):
@@ -80,8 +75,6 @@ class Seq2Seg(nn.Module):
         else:
             self.mask_embed = Linear(D, config.mask_channels)
             self.mask_features = Unpatch(D, config.mask_channels, p // FINE)
-        if config.patch_weight:
-            self.patch_classes = Linear(D, config.num_labels)
         self.criterion = FullMaskCriterion(
             config.num_labels,
             config.class_weight,
@@ -116,39 +109,21 @@ class Seq2Seg(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
-        return self._run(pixel_values)[0]
-
-    def _run(
-        self, pixel_values: Tensor, targets: Targets | None = None
-    ) -> tuple[PixelLogits | QueryLogits, Scored | None]:
-        """What `predict` and, of targets, `loss` return."""
-        found, patches = self._found(pixel_values)
-        if targets is None:
-            return found, None
-        loss, losses = two_heads.loss(self, found, pixel_values, targets)
-        if self.config.task_head == "instance" and self.config.patch_weight:
-            part = patch_loss(self.patch_classes(patches), targets, self.config.patch_size)
-            loss = loss + self.config.patch_weight * part
-            losses["loss_patch"] = part[None]
-        return found, (loss, losses)
-
-    def _found(self, pixel_values: Tensor) -> tuple[PixelLogits | QueryLogits, Tensor]:
-        """The prediction, and the last states of the patches [B, N, D]."""
         image, config = two_heads.padded(self, pixel_values), self.config
         grid = image.shape[2] // config.patch_size, image.shape[3] // config.patch_size
         if config.task_head == "semantic":
             states = self.encoder(image)
             x = sum(states) if config.skip else states[-1]
-            return PixelLogits(self.decoder(x, grid), 1), states[-1]
+            return PixelLogits(self.decoder(x, grid), 1)
         *_, x = self.encoder(image, self.queries.weight)
         queries, patches = x.tensor_split([config.num_queries], 1)
         classes, masks = self.class_embed(queries), self.mask_embed(queries)
         if config.mask == "linear":
-            return QueryLogits(classes, masks.unflatten(2, config.mask_size)), patches
+            return QueryLogits(classes, masks.unflatten(2, config.mask_size))
         if config.mask == "attention":
             features = self.mask_features(patches).mT.unflatten(2, grid)
-            return QueryLogits(classes, masks * config.hidden_size**-0.5, features), patches
-        return QueryLogits(classes, masks, self.mask_features(patches, grid)), patches
+            return QueryLogits(classes, masks * config.hidden_size**-0.5, features)
+        return QueryLogits(classes, masks, self.mask_features(patches, grid))
 
     def parameter_roles(self) -> dict[str, Role]:
         """Nothing is a backbone, as nothing comes pretrained; matrices are those of the blocks."""
@@ -163,13 +138,12 @@ class Seq2Seg(nn.Module):
 
         Returns:
             the weighted sum [], and its unweighted parts, [1] each: "loss_bce", or
-            "loss_cross_entropy", "loss_mask" where it has a weight, "loss_dice", and "loss_patch"
-            where that has one.
+            "loss_cross_entropy", "loss_mask" where it has a weight, and "loss_dice".
 
         Raises:
             ValueError: targets without a map of labels, or a label out of range.
         """
-        return self._run(pixel_values, targets)[1]
+        return two_heads.loss(self, self.predict(pixel_values), pixel_values, targets)
 
     def forward(
         self,
@@ -197,9 +171,7 @@ class Seq2Seg(nn.Module):
             TypeError, ValueError: wrong dtype, shape or combination of arguments, or a label out
                 of range.
         """
-        return two_heads.forward(
-            self, self._run, pixel_values, labels, mask_labels, class_labels, targets
-        )
+        return two_heads.forward(self, pixel_values, labels, mask_labels, class_labels, targets)
 
     @classmethod
     def from_pretrained(
@@ -229,31 +201,3 @@ class Seq2Seg(nn.Module):
             folder: is made if it is not there.
         """
         own_format.save(self, folder)
-
-
-def patch_loss(logits: Tensor, targets: Targets, size: int) -> Tensor:
-    """Binary cross entropy of the classes of patches, whose truth is the share of a patch that the
-    masks of the class cover, as far as it counts.
-
-    Args:
-        logits: [B, N, K] floating, row by row.
-        targets: of the same B images.
-        size: side of a patch in pixels.
-
-    Returns:
-        [], a sum over classes and a mean over patches; float32 (float64).
-    """
-    exact = exact_dtype(logits)
-    masks = targets.masks.to(exact)
-    H, W = masks.shape[2:]
-    known = masks.new_ones(len(masks), 1, H, W)
-    if targets.void is not None:
-        known = known.masked_fill(unpack_bits(targets.void, W)[:, None], 0)
-    maps = F.pad(torch.cat((masks * known, known), 1), (0, -W % size, 0, -H % size))
-    shares, known = F.avg_pool2d(maps, size).flatten(2).tensor_split([-1], 1)  # [B, T | 1, N]
-    slots = torch.arange(shares.shape[1], device=shares.device) < targets.count[:, None]
-    with torch.autocast(logits.device.type, enabled=False):
-        truth = F.one_hot(targets.labels, logits.shape[2]).to(exact) * slots[..., None]
-        truth = (shares.mT @ truth).clamp(max=1)  # [B, N, K]
-        each = F.binary_cross_entropy_with_logits(logits.to(exact), truth, known.mT)
-    return each * logits.shape[2]

@@ -32,7 +32,7 @@ from ...structures.logits import PixelLogits, QueryLogits
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from .. import own_format, two_heads
-from ..two_heads import Scored, TwoHeadOutput
+from ..two_heads import TwoHeadOutput
 from .config import UNetConfig
 
 
@@ -185,19 +185,6 @@ class UNet(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
-        return self._run(pixel_values)[0]
-
-    def _run(
-        self, pixel_values: Tensor, targets: Targets | None = None
-    ) -> tuple[PixelLogits | QueryLogits, Scored | None]:
-        """What `predict` and, of targets, `loss` return."""
-        found = self._found(pixel_values)
-        scored = None
-        if targets is not None:
-            scored = two_heads.loss(self, found, pixel_values, targets)
-        return found, scored
-
-    def _found(self, pixel_values: Tensor) -> PixelLogits | QueryLogits:
         coarsest, y = self.features(pixel_values)
         if self.config.task_head == "semantic":
             return PixelLogits(self.classify(y), 1)
@@ -226,7 +213,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: targets without a map of labels, or a label out of range.
         """
-        return self._run(pixel_values, targets)[1]
+        return two_heads.loss(self, self.predict(pixel_values), pixel_values, targets)
 
     def forward(
         self,
@@ -254,9 +241,7 @@ class UNet(nn.Module):
             TypeError, ValueError: wrong dtype, shape or combination of arguments, or a label out
                 of range.
         """
-        return two_heads.forward(
-            self, self._run, pixel_values, labels, mask_labels, class_labels, targets
-        )
+        return two_heads.forward(self, pixel_values, labels, mask_labels, class_labels, targets)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, num_labels: int | None = None) -> "UNet":

@@ -12,6 +12,7 @@ import torch
 import yaml
 from test_segmenter import CASES, SMALL
 
+import segkern
 from segkern.models.segmenter import original as weights
 from segkern.models.segmenter.config import SegmenterConfig
 from segkern.models.segmenter.model import Segmenter
@@ -45,6 +46,7 @@ def test_the_original_format_has_the_originals_names(tmp_path):
     state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
     assert state["encoder.head.weight"].shape == (1000, 64)
     assert state["encoder.head_dist.bias"].shape == (1000,)
+    assert type(segkern.open_model(tmp_path / "checkpoint.pth")) is Segmenter  # not another's .pth
     text = (tmp_path / "variant.yml").read_text()
     assert "!!python/tuple" in text
     variant = yaml.load(text, yaml.FullLoader)

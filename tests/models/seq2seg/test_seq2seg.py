@@ -7,7 +7,6 @@ from torch import nn
 
 import segkern
 from segkern import Seq2Seg, Seq2SegConfig
-from segkern.structures.targets import Targets
 from support.two_heads import instance_loss, semantic_loss, shaken, targets_of
 
 SIZES = {"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -117,37 +116,6 @@ def test_the_instance_head_is_the_plain_one(mask, size):
     assert again.masks_queries_logits is None
 
 
-@pytest.mark.parametrize("void", [False, True], ids=["all count", "void pixels"])
-def test_the_loss_of_patches_is_that_of_the_classes_in_them(void):
-    """With a border that fills the last patches, and a padded slot."""
-    model, size = shaken(built("instance", patch_weight=0.5)), (27, 40)
-    image = torch.randn(2, 3, *size, dtype=torch.float64)
-    masks, labels, packed, _ = targets_of(size)
-    known = torch.ones(2, *size, dtype=torch.bool)
-    if void:
-        known[:, 3:9] = False
-        packed = Targets.from_lists(masks, labels, size, 5, void=~known)
-    patches = states_of(model, image)[0][-1][:, model.config.num_queries :]
-    x = patches @ model.patch_classes.weight.mT + model.patch_classes.bias
-    total = 0
-    for b in range(2):
-        for n in range(20):  # 4 x 5 patches of 8 x 8
-            part = slice(n // 5 * 8, n // 5 * 8 + 8), slice(n % 5 * 8, n % 5 * 8 + 8)
-            inside, share = known[b][part], torch.zeros(5, dtype=torch.float64)
-            for mask, label in zip(masks[b], labels[b]):
-                share[label] += (mask[part] & inside).sum() / 64
-            weight, share = inside.sum() / 64, share.clamp(max=1)
-            each = F.binary_cross_entropy_with_logits(x[b, n], share, reduction="sum")
-            total = total + weight * each / 40
-    loss, losses = model.loss(image, packed)
-    torch.testing.assert_close(losses["loss_patch"][0], total, rtol=1e-8, atol=0)
-    rest = losses["loss_dice"][0] + 0.1 * losses["loss_cross_entropy"][0]
-    torch.testing.assert_close(loss, rest + 0.5 * total, rtol=1e-8, atol=0)
-    found = torch.autograd.grad(losses["loss_patch"][0], model.encoder.pos_embed)
-    wanted = torch.autograd.grad(total, model.encoder.pos_embed)
-    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-12)
-
-
 def test_recomputation_changes_nothing():
     grads = []
     for enable in (False, True):
@@ -191,7 +159,6 @@ BAD = [
     ({"hidden_size": 33}, r"hidden_size must be a multiple of num_attention_heads \(2\), got 33"),
     ({"num_attention_heads": 8, "local_start": True}, "at least 8 a head with local_start"),
     ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-    ({"patch_weight": -1}, "patch_weight must be >= 0, got -1"),
     ({"dice_weight": -1}, "dice_weight must be >= 0, got -1"),
     ({"mask_size": (0, 4)}, r"mask_size must be a height and width of at least 1, got \(0, 4\)"),
     ({"num_queries": 0, "task_head": "instance"}, "num_queries must be >= 1, got 0"),
