@@ -5,15 +5,13 @@ Plain functions on dicts: settings have the names of a model's config.
 """
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..structures.labels import IMAGENET_MEAN
 from ..weights.folders import find_folder, read_json
 from ..weights.hf_folders import read_weights
-from ..weights.state_dicts import misfits, with_new_head
 
 
 def read_folder(
@@ -22,6 +20,7 @@ def read_folder(
     read_config: Callable[[dict, str], dict],
     read_names: Callable[[dict[str, Tensor], dict], dict[str, Tensor]],
     head: str,
+    preprocessor: Callable[[dict, dict, str], dict] | None = None,
 ) -> tuple[dict, dict[str, Tensor]]:
     """Settings and weights of a model in Hugging Face's format.
 
@@ -32,6 +31,8 @@ def read_folder(
         read_config: settings of config.json's fields and the checkpoint's name, for messages.
         read_names: the weights under our names, of those in the files and the settings.
         head: our name of the class head's bias, [K + 1].
+        preprocessor: settings of preprocessor_config.json's fields, the settings so far and the
+            checkpoint's name; None takes `read_preprocessor`.
 
     Returns:
         settings under the names of the model's config (with "do_reduce_labels" and "ignore_index"
@@ -46,8 +47,12 @@ def read_folder(
     config = read_json(folder / "config.json")
     settings = read_config(config, str(name_or_folder))
     if (folder / "preprocessor_config.json").is_file():
-        settings |= read_preprocessor(read_json(folder / "preprocessor_config.json"))
-    channels = (config.get("backbone_config") or {}).get("num_channels", 3)
+        found = read_json(folder / "preprocessor_config.json")
+        if preprocessor is None:
+            settings |= read_preprocessor(found)
+        else:
+            settings |= preprocessor(found, settings, str(name_or_folder))
+    channels = (config.get("backbone_config") or config).get("num_channels", 3)
     if channels != len(settings.get("image_mean", IMAGENET_MEAN)):
         raise ValueError(
             f"from_pretrained: {name_or_folder}: image_mean of preprocessor_config.json must have "
@@ -63,44 +68,6 @@ def read_folder(
             )
         settings |= {"num_labels": has, "id2label": None, "stuff": ()}
     return settings, weights
-
-
-def build(
-    name: str | Path,
-    kind: type[nn.Module],
-    config: type,
-    settings: dict,
-    weights: dict[str, Tensor],
-    num_labels: int | None,
-) -> nn.Module:
-    """The model of settings and weights, as `read_folder` gives them, in eval mode.
-
-    Args:
-        name: of the checkpoint, for messages.
-        kind: class of the model.
-        config: class of its settings, which takes those that it knows.
-        num_labels: K of the new task; where it differs from the settings', the class head starts
-            anew.
-
-    Raises:
-        ValueError: the weights are not those of the configured model (names the keys).
-    """
-    known = {f.name for f in fields(config)}
-    made = config(**{k: v for k, v in settings.items() if k in known})
-    made.backbone_pretrained = False
-    fresh = num_labels is not None and num_labels != made.num_labels
-    if fresh:
-        made = replace(made, num_labels=num_labels, id2label=None, stuff=())
-    model = kind(made)
-    own = model.state_dict()
-    if fresh:
-        weights = with_new_head(weights, own, kind.class_head)
-    # of the loss, which no other's files have
-    weights = {k: v for k, v in own.items() if k == "criterion.seed"} | weights
-    if faults := misfits(weights, own):
-        raise ValueError(f"{kind.__name__}: {name} does not fit the model; {'; '.join(faults)}")
-    model.load_state_dict(weights)
-    return model.eval()
 
 
 def read_preprocessor(config: dict) -> dict:

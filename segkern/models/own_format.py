@@ -1,10 +1,8 @@
 """Our own checkpoints: config.json, with the model's kind, and model.safetensors."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -12,9 +10,8 @@ from torch import Tensor, nn
 
 from ..io.atomic_files import atomic, write_json
 from ..weights.folders import find_folder
-from ..weights.state_dicts import misfits, on_disk, with_new_head
-
-Model = TypeVar("Model", bound=nn.Module)
+from ..weights.state_dicts import on_disk
+from .build import Model, build
 
 
 def write(folder: str | Path, kind: str, settings: dict, weights: dict[str, Tensor]) -> None:
@@ -63,13 +60,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     write(folder, model.config.kind, asdict(model.config), model.state_dict())
 
 
-def opened(
-    cls: type[Model],
-    config: type,
-    source: str | Path,
-    num_labels: int | None,
-    unlabelled: Iterable[str] = (),
-) -> Model:
+def opened(cls: type[Model], config: type, source: str | Path, num_labels: int | None) -> Model:
     """Opens what `save` wrote.
 
     Args:
@@ -78,7 +69,6 @@ def opened(
         source: as `find_folder` takes it.
         num_labels: K of the new task; where it differs from the checkpoint's, the class head
             starts anew. None keeps the checkpoint's.
-        unlabelled: settings that name labels, besides id2label, and start anew with them.
 
     Returns:
         The model in eval mode.
@@ -91,15 +81,4 @@ def opened(
     settings, weights = read(folder, config.kind, name)
     if unknown := sorted(settings.keys() - {f.name for f in fields(config)}):
         raise ValueError(f"{name}: {folder} has unknown settings: {', '.join(unknown)}")
-    described = config(**settings)
-    fresh = num_labels is not None and num_labels != described.num_labels
-    if fresh:
-        new = {"id2label": None, **dict.fromkeys(unlabelled, ())}
-        described = replace(described, num_labels=num_labels, **new)
-    model = cls(described)
-    if fresh:
-        weights = with_new_head(weights, model.state_dict(), cls.class_head)
-    if faults := misfits(weights, model.state_dict()):
-        raise ValueError(f"{name}: {folder} does not fit the model; {'; '.join(faults)}")
-    model.load_state_dict(weights)
-    return model.eval()
+    return build(folder, cls, config, settings, weights, num_labels)

@@ -56,19 +56,7 @@ def query_output(
     Raises:
         TypeError, ValueError: wrong dtype, shape or combination of arguments.
     """
-    if mask_labels is not None or class_labels is not None:
-        if targets is not None or mask_labels is None or class_labels is None:
-            raise ValueError(
-                f"{type(model).__name__}: give mask_labels and class_labels together, or targets "
-                "alone"
-            )
-        targets = Targets.from_lists(
-            mask_labels,
-            class_labels,
-            pixel_values.shape[2:],
-            model.config.num_labels,
-            num_queries=model.config.num_queries,
-        ).to(pixel_values.device)
+    targets = given_targets(model, pixel_values, mask_labels, class_labels, targets)
     last = not auxiliary_logits and (targets is None or not model.deep_supervision)
     class_logits, embeddings, mask_features = model.all_predictions(pixel_values, last)
     out = QueryOutput(class_queries_logits=class_logits[:, -1])
@@ -87,6 +75,30 @@ def query_output(
             for r in range(class_logits.shape[1] - 1)
         ]
     return out
+
+
+def given_targets(
+    model: nn.Module,
+    pixel_values: Tensor,
+    mask_labels: list[Tensor] | None,
+    class_labels: list[Tensor] | None,
+    targets: Targets | None,
+) -> Targets | None:
+    """The targets that were given, the lists packed; arguments as of `query_output`."""
+    if mask_labels is not None or class_labels is not None:
+        if targets is not None or mask_labels is None or class_labels is None:
+            raise ValueError(
+                f"{type(model).__name__}: give mask_labels and class_labels together, or targets "
+                "alone"
+            )
+        targets = Targets.from_lists(
+            mask_labels,
+            class_labels,
+            pixel_values.shape[2:],
+            model.config.num_labels,
+            num_queries=model.config.num_queries,
+        ).to(pixel_values.device)
+    return targets
 
 
 def expect_pixels(model: nn.Module, pixel_values: Tensor) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...structures.labels import IMAGENET_MEAN, known_stuff
+from ...structures.labels import known_stuff
 from ...weights import hf_folders as files
-from ...weights.folders import find_folder, read_json
+from .. import huggingface as folders
 from .huggingface_keys import from_huggingface, to_huggingface
 
 KINDS = {"eomt": "dinov2", "eomt_dinov3": "dinov3"}  # the model types of config.json
@@ -65,33 +65,20 @@ def read_folder(
         ValueError: no such folder or name, a file that is missing or broken, an option that EoMT
             has not here, or a number of labels that does not fit the weights.
     """
-    folder, name = find_folder(name_or_folder), str(name_or_folder)
-    config = read_json(folder / "config.json")
-    settings = read_config(config, name)
-    if (folder / "preprocessor_config.json").is_file():
-        found = read_json(folder / "preprocessor_config.json")
-        settings |= read_preprocessor(found, settings["image_size"], name)
-    channels = config.get("num_channels", 3)
-    if channels != len(settings.get("image_mean", IMAGENET_MEAN)):
-        raise ValueError(
-            f"from_pretrained: {name}: image_mean of preprocessor_config.json must have "
-            f"num_channels ({channels}) numbers, got {settings.get('image_mean')}"
-        )
-    weights = from_huggingface(files.read_weights(folder), settings["encoder"])
-    head = weights.get("class_predictor.bias")
-    if head is not None and (has := len(head) - 1) != settings["num_labels"]:
-        if num_labels is None:
-            raise ValueError(
-                f"from_pretrained: {name}: config.json names {settings['num_labels']} "
-                f"classes, the weights have {has}; num_labels=... starts the class head anew"
-            )
-        settings |= {"num_labels": has, "id2label": None, "stuff": ()}
+    settings, weights = folders.read_folder(
+        name_or_folder,
+        num_labels,
+        read_config,
+        lambda state, settings: from_huggingface(state, settings["encoder"]),
+        "class_predictor.bias",
+        read_preprocessor,
+    )
     shares = weights.get("attn_mask_probs")
-    if "segkern" not in config and shares is not None and (shares > 0).any():
-        warnings.warn(
-            f"{name}: its masks of attention have not faded (attn_mask_probs {shares.tolist()}), "
-            "with which transformers predicts at random; without them, as here, a model that is "
-            "not trained to its end predicts worse",
+    if "mask_annealing" not in settings and shares is not None and (shares > 0).any():
+        warnings.warn(  # of a file from elsewhere: it does not say how its masks were to fade
+            f"{name_or_folder}: its masks of attention have not faded (attn_mask_probs "
+            f"{shares.tolist()}), with which transformers predicts at random; without them, as "
+            "here, a model that is not trained to its end predicts worse",
             stacklevel=3,
         )
     return settings, weights
@@ -186,12 +173,14 @@ def write_config(settings: dict) -> dict:
     }
 
 
-def read_preprocessor(config: dict, image_size: int, name: str) -> dict:
-    """Settings under the names of `EoMTConfig` from a preprocessor_config.json.
+def read_preprocessor(config: dict, settings: dict, name: str) -> dict:
+    """Settings under the names of `EoMTConfig` from a preprocessor_config.json and those of the
+    checkpoint's config.json.
 
     Raises:
         ValueError: pictures are resized to other sides than the model takes.
     """
+    image_size = settings["image_size"]
     settings = {"windows": bool(config.get("do_split_image", False))}
     for field in ("image_mean", "image_std"):
         if config.get(field):

@@ -17,7 +17,7 @@ Differs: a patch where the mask logit is exactly 0 is open; queries stand after 
 attention does not notice.
 """
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nn.criterion import Criterion
+from ...nn.criterion import Criterion, class_weights
 from ...nn.dino_vit import DinoViT, Mask, Rotary
 from ...nn.linear import Linear
 from ...nn.upscale import Upscale
@@ -36,7 +36,8 @@ from ...structures.logits import QueryLogits
 from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ...weights.state_dicts import misfits, with_new_head
+from ..build import build
+from ..query_output import given_targets
 from . import huggingface, original, pretrained
 from .config import EoMTConfig
 
@@ -339,18 +340,7 @@ class EoMT(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype, shape or combination of arguments.
         """
-        if mask_labels is not None or class_labels is not None:
-            if targets is not None or mask_labels is None or class_labels is None:
-                raise ValueError(
-                    "EoMT: give mask_labels and class_labels together, or targets alone"
-                )
-            targets = Targets.from_lists(
-                mask_labels,
-                class_labels,
-                pixel_values.shape[2:],
-                self.config.num_labels,
-                num_queries=self.config.num_queries,
-            ).to(pixel_values.device)
+        targets = given_targets(self, pixel_values, mask_labels, class_labels, targets)
         plain = targets is None and not auxiliary_logits
         (*earlier, last), x = self.all_predictions(pixel_values, last=plain)
         out = EoMTOutput(class_queries_logits=last.classes, patch_offsets=patch_offsets)
@@ -388,24 +378,15 @@ class EoMT(nn.Module):
             settings, weights = original.read_file(name_or_folder)
         else:
             settings, weights = huggingface.read_folder(name_or_folder, num_labels)
-        known = {f.name for f in fields(EoMTConfig)}
-        settings = {k: v for k, v in settings.items() if k in known}
-        config = EoMTConfig(**settings | {"backbone_pretrained": False, "local_start": False})
-        fresh = num_labels is not None and num_labels != config.num_labels
-        if fresh:
-            config = replace(config, num_labels=num_labels, id2label=None, stuff=())
-        model = cls(config)
-        own = model.state_dict()
         # what some files leave out: a model that is handed on is trained to its end
-        absent = {"attn_mask_probs": torch.zeros(config.num_blocks)}
-        absent |= {name: own[name] for name in ("criterion.seed", "criterion.empty_weight")}
-        weights = absent | weights
-        if fresh:
-            weights = with_new_head(weights, own, cls.class_head)
-        if faults := misfits(weights, own):
-            raise ValueError(f"EoMT: {name_or_folder} does not fit the model; {'; '.join(faults)}")
-        model.load_state_dict(weights)
-        return model.eval()
+        absent = {
+            "attn_mask_probs": torch.zeros(settings["num_blocks"]),
+            "criterion.empty_weight": class_weights(
+                settings["num_labels"], settings.get("no_object_weight", 0.1)
+            ),
+        }
+        settings = settings | {"local_start": False}
+        return build(name_or_folder, cls, EoMTConfig, settings, absent | weights, num_labels)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, preprocessor_config.json and model.safetensors as transformers reads

@@ -26,7 +26,7 @@ from ...nn.query_decoder import QueryDecoder
 from ...structures.logits import QueryLogits
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ..huggingface import build
+from ..build import build
 from ..query_output import QueryOutput, expect_pixels, query_output
 from . import huggingface, original
 from .config import Mask2FormerConfig

@@ -28,7 +28,7 @@ from ...nn.mask_criterion import FullMaskCriterion
 from ...structures.logits import QueryLogits
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ..huggingface import build
+from ..build import build
 from ..query_output import QueryOutput, expect_pixels, query_output
 from . import huggingface
 from .config import MaskFormerConfig

@@ -11,24 +11,23 @@ Source: SegFormer (Xie et al., NeurIPS 2021). Names of arguments, results and mo
 those of Hugging Face transformers.
 """
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ...nn.backbones.mit import MiT
-from ...nn.bilinear import resize_matrix
 from ...nn.mlp_head import MLPHead
 from ...nn.resized_cross_entropy import resized_cross_entropy
-from ...ops import resize_argmax
 from ...ops._checks import expect, expect_labels, got
 from ...structures.labels import void_of
 from ...structures.logits import PixelLogits
 from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ...weights.state_dicts import misfits, with_new_head
+from ...weights.state_dicts import misfits
+from .. import pixel_output
+from ..build import build
 from . import huggingface, original
 from .config import SegFormerConfig
 
@@ -208,7 +207,6 @@ class SegFormer(nn.Module):
         biases = [p for p in self.parameters() if p.ndim == 1]
         return parameter_roles(self, self.backbone, blocks, undecayed=biases)
 
-    @torch.no_grad()
     def label_map(self, pixel_values: Tensor) -> Tensor:
         """The likeliest class of each pixel, of logits resized to the image's size and never held.
 
@@ -221,12 +219,7 @@ class SegFormer(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
-        maps, stride = self.predict(pixel_values)
-        rows, columns = (
-            resize_matrix(n, stride, length, maps.device)
-            for n, length in zip(maps.shape[2:], pixel_values.shape[2:])
-        )
-        return resize_argmax(maps, rows, columns)
+        return pixel_output.label_map(self, pixel_values)
 
     def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss.
@@ -243,10 +236,7 @@ class SegFormer(nn.Module):
         Raises:
             ValueError: targets without a map of labels, or a label out of range.
         """
-        if targets.semantic is None:
-            raise ValueError("SegFormer: targets must have a semantic map, got None")
-        loss = self(pixel_values, targets.semantic.long(), targets.pixel_normalizer).loss
-        return loss, {"loss_cross_entropy": loss[None]}
+        return pixel_output.labelled_loss(self, pixel_values, targets)
 
     @classmethod
     def from_pretrained(
@@ -277,29 +267,16 @@ class SegFormer(nn.Module):
                 f"'{name_or_folder}', backbone_pretrained=True in a SegFormerConfig, or by "
                 "model.load_encoder"
             )
-        known = {f.name for f in fields(SegFormerConfig)}
-        config = SegFormerConfig(**{k: v for k, v in settings.items() if k in known})
         found = weights.get("head.classifier.bias")
-        if found is not None and len(found) != config.num_labels:
+        if found is not None and len(found) != settings["num_labels"]:
             if num_labels is None:
                 raise ValueError(
-                    f"SegFormer: {name_or_folder}: config.json names {config.num_labels} classes, "
-                    f"the weights have {len(found)}; num_labels=... starts the class head anew"
+                    f"SegFormer: {name_or_folder}: config.json names {settings['num_labels']} "
+                    f"classes, the weights have {len(found)}; num_labels=... starts the class "
+                    "head anew"
                 )
-            config = replace(config, num_labels=len(found), id2label=None)
-        fresh = num_labels is not None and num_labels != config.num_labels
-        if fresh:
-            config = replace(config, num_labels=num_labels, id2label=None)
-        model = cls(config)
-        own = model.state_dict()
-        if fresh:
-            weights = with_new_head(weights, own, cls.class_head)
-        if faults := misfits(weights, own):
-            raise ValueError(
-                f"SegFormer: {name_or_folder} does not fit the model; {'; '.join(faults)}"
-            )
-        model.load_state_dict(weights)
-        return model.eval()
+            settings |= {"num_labels": len(found), "id2label": None}
+        return build(name_or_folder, cls, SegFormerConfig, settings, weights, num_labels)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, preprocessor_config.json and model.safetensors as transformers reads

@@ -10,17 +10,14 @@ Source: Segmenter (Strudel et al., ICCV 2021). Weights have the names of the ori
 Differs: the encoder's unused ImageNet head is not part of the model.
 """
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nn.bilinear import resize_matrix
 from ...nn.resized_cross_entropy import resized_cross_entropy
 from ...nn.vit import LinearDecoder, MaskTransformer, ViT, start_apart, start_locally
-from ...ops import resize_argmax
 from ...ops._checks import expect, expect_labels, got
 from ...structures.labels import void_of
 from ...structures.logits import PixelLogits
@@ -28,7 +25,8 @@ from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ...weights.folders import find_folder
-from ...weights.state_dicts import misfits, with_new_head
+from .. import pixel_output
+from ..build import build
 from . import original
 from .config import SegmenterConfig
 
@@ -204,7 +202,6 @@ class Segmenter(nn.Module):
         decoder = getattr(self.decoder, "blocks", ())
         return parameter_roles(self, self.encoder, (*self.encoder.blocks, *decoder))
 
-    @torch.no_grad()
     def label_map(self, pixel_values: Tensor) -> Tensor:
         """The likeliest class of each pixel: `forward(...).logits.argmax(1)` without the logits.
 
@@ -217,12 +214,7 @@ class Segmenter(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
-        patches = self.patch_logits(pixel_values)
-        rows, columns = (
-            resize_matrix(n, self.config.patch_size, length, patches.device)
-            for n, length in zip(patches.shape[2:], pixel_values.shape[2:])
-        )
-        return resize_argmax(patches, rows, columns)
+        return pixel_output.label_map(self, pixel_values)
 
     def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss.
@@ -239,10 +231,7 @@ class Segmenter(nn.Module):
         Raises:
             ValueError: targets without a map of labels, or a label out of range.
         """
-        if targets.semantic is None:
-            raise ValueError("Segmenter: targets must have a semantic map, got None")
-        loss = self(pixel_values, targets.semantic.long(), targets.pixel_normalizer).loss
-        return loss, {"loss_cross_entropy": loss[None]}
+        return pixel_output.labelled_loss(self, pixel_values, targets)
 
     @classmethod
     def from_pretrained(
@@ -269,24 +258,13 @@ class Segmenter(nn.Module):
         unknown = sorted(settings.keys() - {f.name for f in fields(SegmenterConfig)})
         if unknown:
             raise ValueError(f"Segmenter: {folder} has unknown settings: {', '.join(unknown)}")
-        settings["backbone_pretrained"] = False  # its weights are in the checkpoint
-        config = SegmenterConfig(**settings)
         found = original.labels_of(weights)
-        if found not in (None, config.num_labels):
+        labels = settings.get("num_labels", SegmenterConfig.num_labels)
+        if found not in (None, labels):
             raise ValueError(
-                f"Segmenter: {folder} has weights for {found} labels, its settings say "
-                f"{config.num_labels}"
+                f"Segmenter: {folder} has weights for {found} labels, its settings say {labels}"
             )
-        fresh = num_labels is not None and num_labels != config.num_labels
-        if fresh:
-            config = replace(config, num_labels=num_labels, id2label=None)
-        model = cls(config)
-        if fresh:
-            weights = with_new_head(weights, model.state_dict(), cls.class_head)
-        if faults := misfits(weights, model.state_dict()):
-            raise ValueError(f"Segmenter: {folder} does not fit the model; {'; '.join(faults)}")
-        model.load_state_dict(weights)
-        return model.eval()
+        return build(folder, cls, SegmenterConfig, settings, weights, num_labels)
 
     def save_pretrained(self, folder: str | Path, format: str = "segkern") -> None:
         """Writes the model.

@@ -260,7 +260,7 @@ class UNet(nn.Module):
             ValueError: a file is missing or is not what it should be, or the weights are not those
                 of the model that is described (names the keys).
         """
-        return own_format.opened(cls, UNetConfig, name_or_folder, num_labels, ("stuff",))
+        return own_format.opened(cls, UNetConfig, name_or_folder, num_labels)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors.
