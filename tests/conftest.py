@@ -1,4 +1,4 @@
-"""Each test starts from one seed, with two threads, and sees NaN in memory left unwritten.
+"""Each test starts from one seed and sees NaN in memory left unwritten.
 
 `--seed` draws other inputs. After the tests stands, for each file, the largest share that an error
 had of what tests/support/comparison.py allows: how near the next machine may come to a failure.
@@ -63,10 +63,17 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device (run by `make gpu`)"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before fixtures of any scope: kernels are seen to share their work out; elsewhere threads of
+    tests that run side by side would wait for each other."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    torch.set_num_threads(2 if alone or item.path.parent.name == "ops" else 1)
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.manual_seed(inputs.SEED)
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)

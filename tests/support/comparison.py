@@ -19,6 +19,7 @@ ReLU, at a choice of points), draws C times as wide jump wherever a kernel may. 
 reference itself is such a draw, and what it may be off by is added.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -49,6 +50,17 @@ def _unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+@contextlib.contextmanager
+def one_thread():
+    """A reference takes one: the other cores run other tests, and threads would wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def moved(
     run: Callable[[], Sequence[Tensor | None]],
     dtype: torch.dtype,
@@ -64,7 +76,7 @@ def moved(
     """
     rounding = RandomRounding(*(C * coarse * _unit(t) for t in (dtype, stored or dtype)))
     for _ in range(RUNS):
-        with rounding:
+        with rounding, one_thread():
             results = run()
         yield results
 
@@ -108,7 +120,8 @@ class Yardstick:
                     torch.maximum(m, away, out=m)
             return most
 
-        self.exact = run(reference)
+        with one_thread():
+            self.exact = run(reference)
         self.moved = most_moved(algorithm or reference)
         if double:
             own = most_moved(reference) if algorithm else self.moved
@@ -199,7 +212,7 @@ def compare(
     dtype = next(v.dtype for v in inputs if isinstance(v, Tensor) and v.is_floating_point())
     actual = results(kernel, inputs, grads, dtype)
     outputs = len(actual) - len(grads)
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         eager = reference(*inputs)
     for i, e in enumerate(eager if isinstance(eager, tuple) else [eager]):
         assert actual[i].dtype == e.dtype, f"output {i}: {actual[i].dtype}, want {e.dtype}"
