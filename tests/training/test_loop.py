@@ -82,7 +82,6 @@ class Interrupting(Custom):
 def whole(tmp_path_factory):
     """Six steps without a stop, evaluated half-way."""
     folder = tmp_path_factory.mktemp("whole")
-    torch.set_num_threads(2)
     run = train(config(folder, evaluate_every=3, evaluate_scenes=2), progress=False)
     return folder, run
 
