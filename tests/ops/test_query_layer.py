@@ -110,6 +110,7 @@ WITHOUT_KERNEL = {  # sizes, dtype
     "no query": ({"Q": 0}, torch.float16),
     "nothing hidden": ({"F": 0}, torch.float16),
 }
+OF_THE_LAYER = ("narrow heads", "wide heads", "nothing hidden")  # a prediction has none of them
 
 
 @torch.no_grad()
@@ -118,7 +119,8 @@ def test_what_the_kernel_does_not_suit_takes_the_reference(case):
     sizes, dtype = WITHOUT_KERNEL[case]
     inputs, heads = query_layer_inputs(**sizes, dtype=dtype), sizes.get("H", 2)
     assert_same(run(query_layer, heads), run(query_layer_reference, heads), inputs)
-    assert_same(predict(query_prediction), predict(query_prediction_reference), inputs)
+    if case not in OF_THE_LAYER:
+        assert_same(predict(query_prediction), predict(query_prediction_reference), inputs)
 
 
 def test_gradients():
