@@ -311,7 +311,7 @@ def _train_command(arguments: list[str]) -> Callable:
     root, resume = given.get("--data.root"), given.get("--resume")
     chosen = None if resume else given.get("--recipe")
     if root and not (chosen or resume):
-        chosen = _recipe_for(root, "--data.layout" in given)
+        chosen = _recipe_for(root, "--data.layout" in given, given.get("--init"))
     if resume:
         folder = Path(resume)
         default = stored_config(folder)
@@ -330,9 +330,9 @@ def _train_command(arguments: list[str]) -> Callable:
 
         Args:
             config: what and how.
-            recipe: the model, and the defaults of the other options; not given, mask2former for
-                pictures of objects in --data.root, segmenter for maps of classes there, digits
-                without. Those of segmenter and segformer are their papers' for the layout of
+            recipe: the model, and the defaults of the other options; not given, with --data.root
+                that of the model that --init names, else mask2former for pictures of objects and
+                segmenter for maps of classes; digits without. Those of segmenter and segformer are their papers' for the layout of
                 --data.root; those of the others have the classes of the data in --data.root, whose
                 format is found, and the sizes of the model that --init names.
             resume: go on with the run in this folder; other options default to its settings.
@@ -387,8 +387,11 @@ def _recipe_config(name: str | None, given: dict[str, str], arguments: list[str]
     )
 
 
-def _recipe_for(root: str, layout: bool) -> str:
-    """The recipe for the data in a folder; one whose layout is given holds maps of classes."""
+def _recipe_for(root: str, layout: bool, init: str | None) -> str:
+    """The recipe of the model to start from, or, without one, for the data in a folder; a folder
+    whose layout is given holds maps of classes."""
+    if init is not None and (kind := open_model(init).config.kind) in recipes.RECIPES:
+        return kind
     objects = not layout and "masks" in find_format(root)[0].targets
     return "mask2former" if objects else "segmenter"
 

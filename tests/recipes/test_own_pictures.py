@@ -10,7 +10,14 @@ import pytest
 
 from segkern import cli
 from segkern.cli import main
-from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterConfig
+from segkern.models import (
+    Mask2Former,
+    Mask2FormerConfig,
+    SegFormer,
+    SegFormerConfig,
+    Segmenter,
+    SegmenterConfig,
+)
 from support.own_pictures import PHOTOS, SHAPES, write_shapes
 from support.pictures import noise, write, write_coco
 
@@ -95,7 +102,7 @@ def test_the_data_tell_the_recipe(steps, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_segmenter_has_the_sizes_of_the_model_it_starts_from(steps, tmp_path, capsys):
+def test_the_recipe_is_that_of_the_model_it_starts_from(steps, tmp_path, capsys):
     for split in ("train", "val"):
         write(tmp_path / f"own/images/{split}/a.png", noise(0))
         write(tmp_path / f"own/labels/{split}/a.png", noise(0)[..., 0] % 2)
@@ -108,8 +115,12 @@ def test_a_segmenter_has_the_sizes_of_the_model_it_starts_from(steps, tmp_path, 
     assert {name: getattr(model, name) for name in sizes} == sizes
     assert model.id2label == {0: "road", 1: "river"}
     assert (model.num_labels, model.backbone_pretrained) == (2, False)
-    Mask2Former(Mask2FormerConfig.tiny(7)).save_pretrained(tmp_path / "other")
-    assert main([*own, str(tmp_path / "other")]) == 2
+    others = Mask2Former(Mask2FormerConfig.tiny(7)), SegFormer(SegFormerConfig.tiny(7))
+    for kind, other in zip(("mask2former", "segformer"), others):
+        other.save_pretrained(tmp_path / kind)
+        assert main([*own, str(tmp_path / kind)]) == 0, capsys.readouterr().err
+        assert (steps[-1].model.kind, steps[-1].model.num_labels) == (kind, 2)
+    assert main([*own, str(tmp_path / "mask2former"), "--recipe", "segmenter"]) == 2
     assert "init must be a segmenter, got a mask2former" in capsys.readouterr().err
 
 
