@@ -33,7 +33,7 @@ COLUMNS = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = SimpleNamespace(small=False, runs=None, compiled=False)  # set by conftest.py
 PASSES = {"forward": "", "forward+backward": " forward+backward"}  # how a case is called
-PACKAGES = ("scipy", "torch-linear-assignment")
+PACKAGES = ("scipy", "torch-linear-assignment", "openvino", "onnxruntime")
 FLUSH_BYTES = 2**28  # twice the largest L2 cache
 CACHED = 5e-3  # seconds: what takes longer leaves nothing in the cache for its next run
 

@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))  # support.inputs
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 LABELS = 133
 TARGETS = 16
+QUERIES = ("class_queries_logits", "masks_queries_logits")  # of a model of transformers
 TINY = {  # runs in a moment
     "num_labels": 7,
     "num_queries": 6,
@@ -181,50 +182,6 @@ def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu
 
     step.model = model
     return step
-
-
-def build_openvino(folder: Path, height: int, width: int, batch: int, dtype: str):
-    """An inference of transformers' model in OpenVINO on the CPU, or why there is none."""
-    model = open_model("transformers", folder, "cpu")
-    torch.manual_seed(0)
-    x = torch.randn(batch, 3, height, width)
-    return in_openvino(model, ("class_queries_logits", "masks_queries_logits"), x, dtype)
-
-
-def in_openvino(model: torch.nn.Module, results: tuple[str, ...], x: torch.Tensor, dtype: str):
-    """An inference of a model of transformers in OpenVINO on the CPU, or why there is none.
-
-    OpenVINO computes in `dtype`, "float32" or "bfloat16"; images and results are float32.
-
-    Args:
-        results: names in the model's output.
-        x: the images.
-    """
-    try:
-        import openvino
-    except ImportError:
-        return "OpenVINO is not installed (pip install openvino)"
-
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            out = self.model(x)
-            return tuple(out[name] for name in results)
-
-    with torch.no_grad():
-        graph = openvino.convert_model(Logits(), example_input=x)
-    graph.reshape(list(x.shape))  # constant shapes, as torch.compile has them
-    precision = "bf16" if dtype.startswith("bfloat16") else "f32"
-    settings = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled = openvino.Core().compile_model(graph, "CPU", settings)
-    return lambda: compiled(x.numpy())
 
 
 def peak_memory(*arguments, script: str = __file__) -> float:

@@ -74,7 +74,7 @@ def build(impl, folder, kind, size, batch, dtype="float32", device="cpu", compil
             with autocast:
                 if impl == "segkern":
                     return model.label_map(x)
-                return F.interpolate(call(x).logits, size=(size, size), mode="bilinear").argmax(1)
+                return label_map(call(x).logits, size)
 
         return run
     labels = torch.randint(0, LABELS, (batch, size, size), device=device)
@@ -92,20 +92,10 @@ def build(impl, folder, kind, size, batch, dtype="float32", device="cpu", compil
     return step
 
 
-def build_openvino(folder: Path, size: int, batch: int, dtype: str):
-    """An inference of transformers' model in OpenVINO and, by PyTorch, the way of its logits to
-    label maps; or why there is none."""
-    torch.manual_seed(0)
-    x = torch.randn(batch, 3, size, size)
-    run = _models.in_openvino(open_model("transformers", folder), ("logits",), x, dtype)
-    if isinstance(run, str):
-        return run
-
-    def labels():
-        logits = torch.from_numpy(run()[0])
-        return F.interpolate(logits, size=(size, size), mode="bilinear").argmax(1)
-
-    return labels
+def label_map(logits, size: int):
+    """What transformers' processor makes of a model's logits, an array or a tensor."""
+    logits = torch.as_tensor(logits)
+    return F.interpolate(logits, size=(size, size), mode="bilinear").argmax(1)
 
 
 def peak_memory(*arguments) -> float:

@@ -1,4 +1,4 @@
-"""EoMT against transformers and OpenVINO: inference and a training step, same weights.
+"""EoMT against transformers: inference and a training step, same weights.
 
 As bench_mask2former.py measures. Inference has no masks of attention, training draws and computes
 them.
@@ -6,7 +6,7 @@ them.
 
 import pytest
 from _measure import pick
-from bench_mask2former import COMPILED, HALF, IMPLS, ONE, OPENVINO, build, name
+from bench_mask2former import ALL, HALF, ONE, build, name
 
 CASES = pick(  # model, kind, height, width, batch, dtype
     [("tiny", "inference", 64, 64, 1, ONE), ("tiny", "training step", 64, 64, 2, ONE)],
@@ -21,7 +21,7 @@ CASES = pick(  # model, kind, height, width, batch, dtype
 )
 
 
-@pytest.mark.parametrize("impl", [*IMPLS, COMPILED, OPENVINO])
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]} {name(*c[1:5])} {c[5]}")
 def test_eomt(case, impl, measured):
     size, *sizes, dtype = case

@@ -3,16 +3,20 @@
 On the CPU peak memory is that of a process of its own, above what it held after the imports; on a
 GPU what a run allocates above weights and inputs. "bfloat16" is autocast on both sides, "bfloat16
 weights" a model that was cast itself; inference with either is also compared with transformers
-in float32. OpenVINO runs transformers' model, converted. A step is forward, loss, backward,
-clipping and AdamW; in transformers ResNet's batch norms are not frozen.
+in float32. OpenVINO and ONNX Runtime run transformers' model, exported. A step is forward, loss,
+backward, clipping and AdamW; in transformers ResNet's batch norms are not frozen.
 """
 
+import functools
+
+import _exported
 import _models
 import pytest
 from _measure import DEVICE, OPTIONS, Work, largest, pick
 
 IMPLS = ("segkern", "segkern, checkpointing", "transformers", "transformers, float32")
-COMPILED, OPENVINO = "transformers, compiled", "OpenVINO"
+COMPILED = "transformers, compiled"
+ALL = (*IMPLS, COMPILED, *_exported.RUNTIMES)
 ONE, HALF, WHOLE = "float32", "bfloat16", "bfloat16 weights"
 CASES = pick(  # model, kind, height, width, batch, dtype
     [("tiny", "inference", 64, 64, 1, ONE), ("tiny", "training step", 64, 64, 2, ONE)],
@@ -59,13 +63,14 @@ def build(model, *case):
     impls[COMPILED] = "compiling takes minutes (--compiled)"
     if OPTIONS.compiled:
         impls[COMPILED] = _models.build("transformers", folder, *case, DEVICE, compiled=True)
-    impls[OPENVINO] = "for inference on a CPU"
-    if sizes[0] == "inference" and DEVICE == "cpu" and not OPTIONS.small:
-        impls[OPENVINO] = _models.build_openvino(folder, *sizes[1:], dtype)
+    kind, height, width, batch = sizes
+    theirs = functools.partial(_models.open_model, "transformers", folder, DEVICE)
+    shape = (batch, 3, height, width)
+    impls |= _exported.runtimes(kind, theirs, _models.QUERIES, shape, dtype)
     return Work(impls, peaks=peaks)
 
 
-@pytest.mark.parametrize("impl", [*IMPLS, COMPILED, OPENVINO])
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]} {name(*c[1:5])} {c[5]}")
 def test_mask2former(case, impl, measured):
     model, *sizes, dtype = case

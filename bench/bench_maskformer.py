@@ -1,18 +1,21 @@
 """MaskFormer against transformers: inference and a training step, same weights.
 
 On the CPU peak memory is that of a process of its own, above what it held after the imports; on a
-GPU what a run allocates above weights and inputs. bfloat16 is autocast on both sides. OpenVINO
-runs transformers' model, converted. A step is forward, loss of the last prediction (which is what
-transformers trains by itself), backward, clipping and AdamW.
+GPU what a run allocates above weights and inputs. bfloat16 is autocast on both sides. OpenVINO and
+ONNX Runtime run transformers' model, exported. A step is forward, loss of the last prediction
+(which is what transformers trains by itself), backward, clipping and AdamW.
 """
 
+import functools
+
+import _exported
 import _models
 import pytest
 from _measure import DEVICE, OPTIONS, Work, pick
 from bench_mask2former import name
 
 IMPLS = ("segkern", "transformers")
-COMPILED, OPENVINO = "transformers, compiled", "OpenVINO"
+COMPILED = "transformers, compiled"
 ONE, HALF = "float32", "bfloat16"
 CASES = pick(  # model, kind, height, width, batch, dtype
     [("tiny", "inference", 64, 64, 1, ONE), ("tiny", "training step", 64, 64, 2, ONE)],
@@ -29,7 +32,7 @@ CASES = pick(  # model, kind, height, width, batch, dtype
 
 
 def build(model, *case):
-    kind, *sizes, dtype = case
+    kind, height, width, batch, dtype = case
     folder = _models.weights(model, kind="maskformer")
     impls, peaks = {}, {}
     for impl in IMPLS:
@@ -39,13 +42,13 @@ def build(model, *case):
     impls[COMPILED] = "compiling takes minutes (--compiled)"
     if OPTIONS.compiled:
         impls[COMPILED] = _models.build("transformers", folder, *case, DEVICE, compiled=True)
-    impls[OPENVINO] = "for inference on a CPU"
-    if kind == "inference" and DEVICE == "cpu" and not OPTIONS.small:
-        impls[OPENVINO] = _models.build_openvino(folder, *sizes, dtype)
+    theirs = functools.partial(_models.open_model, "transformers", folder, DEVICE)
+    shape = (batch, 3, height, width)
+    impls |= _exported.runtimes(kind, theirs, _models.QUERIES, shape, dtype)
     return Work(impls, peaks=peaks)
 
 
-@pytest.mark.parametrize("impl", [*IMPLS, COMPILED, OPENVINO])
+@pytest.mark.parametrize("impl", [*IMPLS, COMPILED, *_exported.RUNTIMES])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]} {name(*c[1:5])} {c[5]}")
 def test_maskformer(case, impl, measured):
     model, *sizes, dtype = case

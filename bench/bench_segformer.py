@@ -1,4 +1,4 @@
-"""SegFormer against transformers and OpenVINO: images to label maps, and a training step.
+"""SegFormer against transformers, OpenVINO, ONNX Runtime: images to label maps, a training step.
 
 Same random weights on all sides; bfloat16 is autocast, and OpenVINO's own. Peers take the logits
 to the image's size before the argmax, as transformers' processor does. A step is forward, loss,
@@ -6,11 +6,14 @@ backward and AdamW. On the CPU peak memory is that of a process of its own, abov
 after the imports. One case alone: -k "b2 and inference and 512", -k training.
 """
 
+import functools
+
+import _exported
 import _segformer
 import pytest
 from _measure import DEVICE, OPTIONS, Work, pick
 
-IMPLS = ("segkern", "transformers", "transformers, compiled", "OpenVINO")
+IMPLS = ("segkern", "transformers", "transformers, compiled")
 ONE, HALF = "float32", "bfloat16"
 CASES = pick(  # model, kind, size, batch, dtype
     [("tiny", "inference", 64, 1, ONE), ("tiny", "training step", 64, 2, ONE)],
@@ -32,13 +35,13 @@ def build(model, *case):
     impls[IMPLS[2]] = "compiling takes minutes (--compiled)"
     if OPTIONS.compiled:
         impls[IMPLS[2]] = _segformer.build("transformers", folder, *case, DEVICE, compiled=True)
-    impls[IMPLS[3]] = "for inference on a CPU"
-    if kind == "inference" and DEVICE == "cpu" and not OPTIONS.small:
-        impls[IMPLS[3]] = _segformer.build_openvino(folder, size, batch, dtype)
+    theirs = functools.partial(_segformer.open_model, "transformers", folder)
+    after = functools.partial(_segformer.label_map, size=size)
+    impls |= _exported.runtimes(kind, theirs, ["logits"], (batch, 3, size, size), dtype, after)
     return Work(impls, peaks=peaks)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, *_exported.RUNTIMES])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]} {c[1]} {c[2]} B={c[3]} {c[4]}")
 def test_segformer(case, impl, measured):
     model, kind, size, batch, dtype = case
