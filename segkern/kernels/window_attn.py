@@ -39,7 +39,7 @@ BACKWARD = {
     ("227 KB, 10.x", 2): {SMALL: (64, 64, 8, 1), LARGE: (64, 32, 4, 2)},
 }
 FLOAT32 = {SMALL: (64, 64, 8, 1), LARGE: (32, 32, 8, 1)}
-FLOAT64 = {SMALL: (32, 32, 8, 1), LARGE: (16, 16, 4, 1), WIDE: (16, 16, 4, 1)}
+FLOAT64 = {SMALL: (32, 32, 8, 1), LARGE: (16, 16, 4, 1), WIDE: (16, 16, 8, 1)}
 WIDE_HALF, WIDE_FLOAT32 = ((64, 32, 8, 1), (32, 16, 8, 1)), ((16, 32, 8, 1), (16, 16, 8, 1))
 for table, half, single in zip((FORWARD, BACKWARD), WIDE_HALF, WIDE_FLOAT32, strict=True):
     for kind in KINDS:

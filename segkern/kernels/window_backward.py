@@ -12,11 +12,13 @@ import triton.language as tl
 from .sigmoid import reciprocal
 from .window_tokens import (
     LOWEST,
+    PART,
     SIZES,
     load,
     load_bias,
     load_projected,
     places,
+    product,
     scores,
     store,
     weights,
@@ -54,6 +56,7 @@ def backward(
     value: tl.constexpr = qkv.dtype.element_ty
     S: tl.constexpr = W * W
     several: tl.constexpr = S > BLOCK_I or S > BLOCK_J
+    wide: tl.constexpr = CHANNELS > PART  # registers are short: queries are added up at once
     C = H * D
     qkv += head * D
     qkv_bias += head * D
@@ -64,7 +67,7 @@ def backward(
     rests += program.to(tl.int64) * (2 * S * D)
     factor = tl.full((), scale, exact)
     total = tl.zeros((BLOCK_I, BLOCK_J), exact)  # of the gradient of bias
-    total_q = tl.zeros((BLOCK_I, CHANNELS), exact)
+    total_q = tl.zeros((1 if wide else BLOCK_I, CHANNELS), exact)
     for window in range(first, tl.minimum(first + run, N)):
         image = (window // (rows * columns)).to(tl.int64) * h * w * C
         x, dx, upper = qkv + image * 3, grad_qkv + image * 3, grad + image
@@ -86,7 +89,7 @@ def backward(
                 v = load_projected(
                     x + 2 * C, qkv_bias + 2 * C, token, there, real, 3 * C, D, CHANNELS
                 )
-                dp = tl.dot(up, tl.trans(v), input_precision="ieee", out_dtype=exact)
+                dp = product(up, v, exact)
                 mean = mean * old + tl.sum(p * dp, 1)
             inverse = reciprocal(sum)
             mean *= inverse
@@ -100,7 +103,7 @@ def backward(
                 v = load_projected(
                     x + 2 * C, qkv_bias + 2 * C, token, there, real, 3 * C, D, CHANNELS
                 )
-                dp = tl.dot(up, tl.trans(v), input_precision="ieee", out_dtype=exact)
+                dp = product(up, v, exact)
                 dv = tl.zeros((BLOCK_J, CHANNELS), exact)
                 if S > BLOCK_I:
                     dv += load(rests, j, there & (begin > 0), D, D, CHANNELS)
@@ -127,7 +130,7 @@ def backward(
                 else:
                     store(dx + C, token, real, 3 * C, dk * factor, D, CHANNELS)
                 dq = tl.dot(ds, k, dq, input_precision="ieee", out_dtype=exact)
-            total_q += dq
+            total_q += tl.sum(dq, 0, keep_dims=True) if wide else dq
             store(dx, asks, asked, 3 * C, dq * factor, D, CHANNELS)
             if several:
                 tl.debug_barrier()  # other threads read what these have written

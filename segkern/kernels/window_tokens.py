@@ -11,6 +11,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(math.log2(math.e))
 BLOCKED = tl.constexpr(-100.0)  # ops.window_attn.BLOCKED: where two tokens are no neighbours
 LOWEST = tl.constexpr(-3.0e38)  # a maximum of nothing; finite, so that it minus itself is 0
+PART = tl.constexpr(32)  # channels of a product, which Swin's heads have
 # arguments that are never specialised
 SIZES = ["h", "w", "H", "shift", "rows", "columns", "N", "run"]
 
@@ -82,10 +83,27 @@ def load_bias(bias, i, j, S: tl.constexpr):
 
 
 @triton.jit
+def product(x, y, exact: tl.constexpr):
+    """x y^T of rows of channels.
+
+    What no matrix unit multiplies, a thread multiplies from registers: all channels of its rows of
+    x and of y, which of a wide head are more than it has. Parts of the channels are then factors
+    of products of their own, side by side, and these are added up.
+    """
+    CHANNELS: tl.constexpr = x.shape[1]
+    if CHANNELS > PART and x.dtype.primitive_bitwidth >= 32:
+        x = tl.reshape(x, (x.shape[0], CHANNELS // PART, PART)).permute(1, 0, 2)
+        y = tl.reshape(y, (y.shape[0], CHANNELS // PART, PART)).permute(1, 2, 0)
+        return tl.sum(tl.dot(x, y, input_precision="ieee", out_dtype=exact), 0)
+    else:
+        return tl.dot(x, tl.trans(y), input_precision="ieee", out_dtype=exact)
+
+
+@triton.jit
 def scores(q, k, bias, region_q, region_k, scale):
     """What the softmax is taken of, [queries, keys], in the bias's precision."""
     exact: tl.constexpr = bias.dtype
-    x = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=exact)
+    x = product(q, k, exact)
     x = x * tl.full((), scale, exact) + bias
     return x + tl.where(region_q[:, None] != region_k[None, :], BLOCKED, 0.0)
 

@@ -294,11 +294,17 @@ def test_wide_heads_in_float32(arch, tmp_path):
     assert_fits(compiled, arch, tmp_path, spills)
 
 
+WIDE = [(torch.float32, 128, 7, arch) for arch in (80, 86, 90, 100, 120)]
+WIDE += [(torch.float32, 64, 7, 100), (torch.float32, 72, 7, 86)]
+WIDE += [(torch.bfloat16, 128, 7, arch) for arch in (86, 90, 100, 120)]
+WIDE += [(torch.bfloat16, 64, 7, 90), (torch.bfloat16, 128, 12, 90)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("D", "arch"), [(128, 86), (64, 90), (128, 90), (128, 100), (128, 120)])
-def test_windows_of_wide_heads(D, arch, tmp_path):
+@pytest.mark.parametrize(("dtype", "D", "window", "arch"), WIDE)
+def test_windows_of_wide_heads(dtype, D, window, arch, tmp_path):
     with compiling(arch) as compiled:
-        window_attn(torch.bfloat16, H=2, D=D)
+        window_attn(dtype, H=2, D=D, window=window, shift=window // 2)
     assert_fits(compiled, arch, tmp_path)
 
 
