@@ -332,9 +332,10 @@ def _train_command(arguments: list[str]) -> Callable:
             config: what and how.
             recipe: the model, and the defaults of the other options; not given, with --data.root
                 that of the model that --init names, else mask2former for pictures of objects and
-                segmenter for maps of classes; digits without. Those of segmenter and segformer are their papers' for the layout of
-                --data.root; those of the others have the classes of the data in --data.root, whose
-                format is found, and the sizes of the model that --init names.
+                segmenter for maps of classes; digits without. Those of segmenter and segformer are
+                their papers' for the layout of --data.root; those of the others have the classes
+                of the data in --data.root, whose format is found, and the sizes of the model that
+                --init names.
             resume: go on with the run in this folder; other options default to its settings.
             preset: model of a recipe, not given, that of --init or a small one: of mask2former and
                 maskformer tiny, resnet50, resnet101, swin_tiny, swin_small, swin_base or
