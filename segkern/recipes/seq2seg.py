@@ -50,26 +50,30 @@ def digits_seq2seg(level: str = "easy", size: tuple[int, int] = (64, 64)):
 
 
 def digits_seq2seg_semantic(level: str = "easy", size: tuple[int, int] = (64, 64)):
-    """A small Seq2Seg that gives each pixel of scenes of digits a class.
+    """A small Seq2Seg that gives each pixel of scenes of digits a class: two and a half minutes on
+    one core.
 
     Args:
         level: "easy", "hard" or "mixed".
-        size: height and width of a scene, multiples of 4.
+        size: height and width of a scene, multiples of 8.
 
     Returns:
-        a `TrainConfig`, with the settings of `digits_segmenter`.
+        a `TrainConfig`. Patches of 8 pixels: four times as many scenes in the time of patches of
+        4, and a higher rate, as each step sees 16.
     """
     names = [str(k) for k in range(10)] + ["background"]
-    model = replace(Seq2SegConfig.tiny(11, "semantic"), image_size=size, num_hidden_layers=3)
+    model = replace(
+        Seq2SegConfig.tiny(11, "semantic"), image_size=size, patch_size=8, num_hidden_layers=3
+    )
     model.id2label = dict(enumerate(names))
     return TrainConfig(
         output=Path("runs/digits-seq2seg-semantic"),
-        steps=2400,
-        batch_size=2,
-        evaluate_every=1200,
+        steps=1100,
+        batch_size=16,
+        evaluate_every=550,
         data=DigitsConfig(size=size, level=level, task="semantic"),
         model=model,
-        **_DIGITS,
+        **(_DIGITS | {"lr": 4e-3}),
     )
 
 

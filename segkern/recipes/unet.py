@@ -20,7 +20,7 @@ _PAPER = {
 _EPOCHS = 30
 _DIGITS = {
     "batch_size": 8,
-    "lr": 2e-3,
+    "lr": 5e-3,
     "backbone_lr_factor": 1.0,
     "schedule": "cosine",
     "warmup": 50,
@@ -29,21 +29,23 @@ _DIGITS = {
 
 
 def digits_unet(level: str = "easy", size: tuple[int, int] = (64, 64)):
-    """A small Hungarian U-Net that finds handwritten digits: minutes on two CPU cores.
+    """A small Hungarian U-Net that finds handwritten digits: three minutes on one core.
 
     Args:
         level: "easy", "hard" or "mixed".
         size: height and width of a scene, multiples of 16.
 
     Returns:
-        a `TrainConfig`.
+        a `TrainConfig`. Not the paper's: 6 output channels, and focal loss beside dice.
     """
-    model = replace(UNetConfig.tiny(10, "instance"), image_size=size)
+    model = replace(
+        UNetConfig.tiny(10, "instance"), image_size=size, channels=16, mask_weight=20.0
+    )
     model.id2label = {k: str(k) for k in range(10)}
     return TrainConfig(
         output=Path("runs/digits-unet"),
-        steps=3000,
-        evaluate_every=1000,
+        steps=1400,
+        evaluate_every=700,
         best_metric="class_accuracy",
         threshold=0.5,
         data=DigitsConfig(size=size, level=level, task="instance"),
@@ -53,25 +55,25 @@ def digits_unet(level: str = "easy", size: tuple[int, int] = (64, 64)):
 
 
 def digits_unet_semantic(level: str = "easy", size: tuple[int, int] = (64, 64)):
-    """A small U-Net that gives each pixel of scenes of digits a class.
+    """A small U-Net that gives each pixel of scenes of digits a class: five minutes on one core.
 
     Args:
         level: "easy", "hard" or "mixed".
         size: height and width of a scene, multiples of 16.
 
     Returns:
-        a `TrainConfig`.
+        a `TrainConfig`. With 8 channels it learned the background alone.
     """
     names = [str(k) for k in range(10)] + ["background"]
-    model = replace(UNetConfig.tiny(11), image_size=size)
+    model = replace(UNetConfig.tiny(11), image_size=size, channels=16)
     model.id2label = dict(enumerate(names))
     return TrainConfig(
         output=Path("runs/digits-unet-semantic"),
-        steps=1500,
-        evaluate_every=500,
+        steps=2100,
+        evaluate_every=700,
         data=DigitsConfig(size=size, level=level, task="semantic"),
         model=model,
-        **_DIGITS,
+        **(_DIGITS | {"lr": 1e-2}),
     )
 
 
