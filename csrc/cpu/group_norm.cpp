@@ -2,8 +2,10 @@
 // the resized coarser map and cuts at 0. Letters: B image, N pixel, C channel, G group,
 // h w size of the coarser map.
 #include <cmath>
+#include <optional>
 
-#include "../common.h"
+#include "simd_math.h"
+#include "tile.h"
 
 namespace segkern {
 namespace {
@@ -11,13 +13,13 @@ namespace {
 constexpr int64_t kPixels = 64;  // that are summed in T before they go to double
 
 // sum[c] += x - origin and square[c] += (x - origin)^2 over n pixels
-template <class T>
-SEGKERN_CLONES void add_moments(const T* x /*[n, C]*/, const T* origin, int64_t n, int64_t C,
+template <class S, class T>
+SEGKERN_CLONES void add_moments(const S* x /*[n, C]*/, const S* origin, int64_t n, int64_t C,
                                 T* sum, T* square) {
   for (int64_t i = 0; i < n; ++i) {
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c) {
-      const T d = x[i * C + c] - origin[c];
+      const T d = widened<T>(x[i * C + c]) - widened<T>(origin[c]);
       sum[c] += d;
       square[c] += d * d;
     }
@@ -26,21 +28,25 @@ SEGKERN_CLONES void add_moments(const T* x /*[n, C]*/, const T* origin, int64_t 
 
 // y = x scale + shift, + up[0] f[0] + .. + up[3] f[3] where there is a coarser map, cut at 0 if so
 // asked
-template <class T>
-SEGKERN_CLONES void finish(const T* x, const T* scale, const T* shift, const T* const* up,
-                           const T* f, int64_t C, bool relu, T* y) {
+template <class S, class T>
+SEGKERN_CLONES void finish(const S* x, const T* scale, const T* shift, const T* const* up,
+                           const T* f, int64_t C, bool relu, S* y) {
+  const T lowest = relu ? T(0) : -std::numeric_limits<T>::infinity();
   if (up != nullptr) {
     const T *a = up[0], *b = up[1], *c = up[2], *d = up[3];
 #pragma omp simd
-    for (int64_t k = 0; k < C; ++k)
-      y[k] = x[k] * scale[k] + shift[k] + (f[0] * a[k] + f[1] * b[k] + f[2] * c[k] + f[3] * d[k]);
+    for (int64_t k = 0; k < C; ++k) {
+      const T more = f[0] * a[k] + f[1] * b[k] + f[2] * c[k] + f[3] * d[k];
+      const T sum = widened<T>(x[k]) * scale[k] + shift[k] + more;
+      y[k] = rounded<S>(sum < lowest ? lowest : sum);
+    }
   } else {
 #pragma omp simd
-    for (int64_t k = 0; k < C; ++k) y[k] = x[k] * scale[k] + shift[k];
+    for (int64_t k = 0; k < C; ++k) {
+      const T sum = widened<T>(x[k]) * scale[k] + shift[k];
+      y[k] = rounded<S>(sum < lowest ? lowest : sum);
+    }
   }
-  if (!relu) return;
-#pragma omp simd
-  for (int64_t k = 0; k < C; ++k) y[k] = y[k] < T(0) ? T(0) : y[k];
 }
 
 // Where output i of n reads `in` values: the two, and the share of the second. As bilinear
@@ -58,8 +64,8 @@ struct Place {
 };
 
 // Mean and the inverse deviation of each group of image b, from its N pixels.
-template <class T>
-void moments(const T* x /*[N, C]*/, int64_t N, int64_t C, int64_t G, double eps, T* mean,
+template <class S, class T>
+void moments(const S* x /*[N, C]*/, int64_t N, int64_t C, int64_t G, double eps, T* mean,
              T* inverse) {
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(64, N / 256)), D = C / G;
   const Scratch<double> sums(parts * 2 * C);
@@ -81,10 +87,11 @@ void moments(const T* x /*[N, C]*/, int64_t N, int64_t C, int64_t G, double eps,
     for (int64_t c = 0; c < 2 * C; ++c) sums[c] += sums[p * 2 * C + c];
   for (int64_t g = 0; g < G; ++g) {
     double middle = 0, spread = 0;
-    for (int64_t c = g * D; c < (g + 1) * D; ++c) middle += x[c] + sums[c] / n;
+    for (int64_t c = g * D; c < (g + 1) * D; ++c)
+      middle += static_cast<double>(x[c]) + sums[c] / n;
     middle /= D;
     for (int64_t c = g * D; c < (g + 1) * D; ++c) {
-      const double off = sums[c] / n, apart = x[c] + off - middle;
+      const double off = sums[c] / n, apart = static_cast<double>(x[c]) + off - middle;
       spread += std::max(0.0, sums[C + c] / n - off * off) + apart * apart;
     }
     mean[g] = static_cast<T>(middle);
@@ -92,18 +99,19 @@ void moments(const T* x /*[N, C]*/, int64_t N, int64_t C, int64_t G, double eps,
   }
 }
 
-template <class T>
+template <class S, class T>
 std::tuple<Tensor, Tensor, Tensor> run(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                        int64_t G, double eps, bool relu,
                                        const std::optional<Tensor>& up) {
   const int64_t B = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), N = H * W, D = C / G;
-  const Tensor from = dense<T>(x), gain = dense<T>(weight), offset = dense<T>(bias);
-  const Tensor coarse = up ? dense<T>(*up) : Tensor(from);
-  const int64_t h = coarse.size(1), w = coarse.size(2);
-  const Tensor out = empty<T>(x, {B, H, W, C}), mean = empty<T>(x, {B, G});
+  const Tensor from = torch::stable::contiguous(x), gain = dense<T>(weight),
+               offset = dense<T>(bias);
+  const Tensor coarse = up ? dense<T>(*up) : Tensor(gain);
+  const int64_t h = up ? coarse.size(1) : 0, w = up ? coarse.size(2) : 0;
+  const Tensor out = empty_as(x, {B, H, W, C}), mean = empty<T>(x, {B, G});
   const Tensor inverse = empty<T>(x, {B, G});
   for (int64_t b = 0; b < B && N > 0; ++b) {
-    const T* source = data<T>(from) + b * N * C;
+    const S* source = data<S>(from) + b * N * C;
     T *m = mutable_data<T>(mean) + b * G, *r = mutable_data<T>(inverse) + b * G;
     moments(source, N, C, G, eps, m, r);
     const Scratch<T> scale(C), shift(C);
@@ -112,14 +120,15 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& x, const Tensor& weight, co
       shift[c] = data<T>(offset)[c] - m[c / D] * scale[c];
     }
     const T* below = data<T>(coarse) + b * h * w * C;
-    T* to = mutable_data<T>(out) + b * N * C;
+    S* to = mutable_data<S>(out) + b * N * C;
     parallel_for(0, H, 2, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Place<T> y(i, H, h);
         for (int64_t j = 0; j < W; ++j) {
           const int64_t at = (i * W + j) * C;
           if (!up) {
-            finish<T>(source + at, scale.get(), shift.get(), nullptr, nullptr, C, relu, to + at);
+            finish<S, T>(source + at, scale.get(), shift.get(), nullptr, nullptr, C, relu,
+                         to + at);
             continue;
           }
           const Place<T> z(j, W, w);
@@ -128,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& x, const Tensor& weight, co
                                 below + (y.high * w + z.high) * C};
           const T share[4] = {(1 - y.share) * (1 - z.share), (1 - y.share) * z.share,
                               y.share * (1 - z.share), y.share * z.share};
-          finish(source + at, scale.get(), shift.get(), corner, share, C, relu, to + at);
+          finish<S, T>(source + at, scale.get(), shift.get(), corner, share, C, relu, to + at);
         }
       }
     });
@@ -142,9 +151,11 @@ std::tuple<Tensor, Tensor, Tensor> group_norm(Tensor x, Tensor weight, Tensor bi
                       x.size(3) % groups == 0 && (!up || up->size(3) == x.size(3)) &&
                       (!up || up->size(0) == x.size(0)) && (!up || up->numel() > 0 || !x.numel()),
                   "group_norm: sizes that do not fit");
-  return x.scalar_type() == ScalarType::Double
-             ? run<double>(x, weight, bias, groups, eps, relu, up)
-             : run<float>(x, weight, bias, groups, eps, relu, up);
+  std::tuple<Tensor, Tensor, Tensor> result;
+  dispatch_storage(x, "group_norm", [&](auto stored, auto sum) {
+    result = run<decltype(stored), decltype(sum)>(x, weight, bias, groups, eps, relu, up);
+  });
+  return result;
 }
 
 }  // namespace

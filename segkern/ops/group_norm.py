@@ -157,7 +157,12 @@ def group_norm(
     for name, tensor in tensors.items():
         if not autocast and tensor.dtype != x.dtype:
             raise TypeError(f"group_norm: {name} must be {x.dtype} as x, got {tensor.dtype}")
-    if not x.is_cuda and (autocast or x.dtype.itemsize < 4) and impl == "kernel":
+    # in half precision PyTorch's norm is as fast, but not its resize and sum
+    half = not x.is_cuda and (autocast or x.dtype.itemsize < 4)
+    fused = up is not None and not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors.values()))
+    )
+    if half and not fused and impl == "kernel":
         impl = "reference"
     if not _library.use_kernel("group_norm", impl, x):
         if autocast and not weight.dtype == bias.dtype == x.dtype:
