@@ -30,6 +30,7 @@ class Gate(NamedTuple):
 GATES = [
     Gate("digits-segmenter", "miou", 0.8, ("--steps", "3000")),
     Gate("digits-segformer", "miou", 0.8),
+    Gate("digits-seq2seg-semantic", "miou", 0.75),
 ]
 
 
