@@ -55,7 +55,7 @@ class FPNPixelDecoder(nn.Module):
             [B, M, h, w] at the finest map's size.
         """
         out = conv3x3(self._finest(features), self.mask_features.weight)
-        return out + self.mask_features.bias.to(out.dtype)[:, None, None]
+        return out.add_(self.mask_features.bias.to(out.dtype)[:, None, None])
 
     def mask_logits(self, features: list[Tensor], embeddings: Tensor) -> Tensor:
         """The product of mask embeddings and the mask features, which are not formed.
@@ -73,7 +73,7 @@ class FPNPixelDecoder(nn.Module):
         for image, embedding in zip(x, embeddings):  # each has filters of its own
             filters = linear(embedding, weight.t()).unflatten(1, filter)
             bias = embedding @ self.mask_features.bias
-            logits.append(conv3x3(image[None], filters) + bias[:, None, None])
+            logits.append(conv3x3(image[None], filters).add_(bias[:, None, None]))
         return torch.cat(logits).contiguous()
 
     def _finest(self, features: list[Tensor]) -> Tensor:
@@ -104,4 +104,5 @@ def _level(x: Tensor, feature: Tensor, adapter: nn.Sequential, block: nn.Sequent
     """One step of the pyramid, from x to the size of a finer map."""
     convolution, norm = adapter
     left = normed(pointwise(convolution, feature), norm)
-    return _block(block, left + F.interpolate(x, left.shape[2:], mode="nearest"))
+    # in place, as in `forward`: no op keeps its result, and new pages cost more than the sum
+    return _block(block, left.add_(F.interpolate(x, left.shape[2:], mode="nearest")))
