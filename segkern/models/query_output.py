@@ -4,10 +4,10 @@ Letters: B image, H W image size, h w size of the maps, R prediction, Q query, T
 M channels of the mask features.
 """
 
-import torch
 from torch import Tensor, nn
 
 from ..ops._checks import expect, got
+from ..ops.upscale import masks_of
 from ..structures.outputs import output
 from ..structures.targets import Targets
 
@@ -119,6 +119,4 @@ def mask_logits(embeddings: Tensor, mask_features: Tensor) -> Tensor:
     Returns:
         [B, Q, h, w].
     """
-    # image by image: a CPU copies a stack of transposed maps in half precision before its product
-    logits = [x @ features.flatten(1) for x, features in zip(embeddings, mask_features)]
-    return torch.stack(logits).unflatten(2, mask_features.shape[2:])
+    return masks_of(embeddings, mask_features.permute(0, 2, 3, 1))

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import feed_forward, linear, masked_attn
+from ..ops import attention, feed_forward, linear, masked_attn
 from ..runtime.constants import constant
 from .linear import Linear
 from .vit import initialise
@@ -88,8 +88,7 @@ class Attention(nn.Module):
             rows = [part[: x.shape[1]] for part in turn]
             q, k = _turned(q, *rows), _turned(k, *rows)
         free = x.shape[1] if mask is None else x.shape[1] - mask.bits.shape[1]
-        heads_first = (part.transpose(1, 2) for part in (q[:, :free], k, v))
-        out = F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(2)
+        out = attention(q[:, :free], k, v)
         if mask is None:
             return out
         return torch.cat((out, masked_attn(q[:, free:], k, v, *mask)), 1)

@@ -1,21 +1,25 @@
 """The pixel decoder of a plain feature pyramid: from the coarsest map to the finest.
 
-Letters: B image, C channels, M channels of the mask features, h w map size.
+Letters: B image, C channels, M channels of the mask features, Q query, h w map size.
 
     x = relu(norm(3x3(the coarsest map)))
     for each finer map:  x = relu(norm(3x3(norm(1x1(map)) + x at the map's size)))
     mask features = 3x3(x)
+    mask logits   = embeddings . 3x3(x) = (embeddings . filters)(x)
 
-A coarser map is brought to a finer one's size by its nearest pixels. Maps are channels-last.
+A product of each pixel moves through a convolution, so that the logits of Q queries need Q filters
+and not M, and no features (`mask_logits`): fewer operations where Q < M. A coarser map is brought
+to a finer one's size by its nearest pixels. Maps are channels-last.
 Source: Feature Pyramid Networks (Lin et al., CVPR 2017) with group norms, as in MaskFormer (Cheng
 et al., NeurIPS 2021), section 3.3.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import conv3x3
+from ..ops import conv3x3, linear
 from .maps import GROUPS, normed, pointwise
 
 
@@ -50,6 +54,30 @@ class FPNPixelDecoder(nn.Module):
         Returns:
             [B, M, h, w] at the finest map's size.
         """
+        out = conv3x3(self._finest(features), self.mask_features.weight)
+        return out.add_(self.mask_features.bias.to(out.dtype)[:, None, None])
+
+    def mask_logits(self, features: list[Tensor], embeddings: Tensor) -> Tensor:
+        """The product of mask embeddings and the mask features, which are not formed.
+
+        Args:
+            features: maps [B, C_i, h_i, w_i], finest first.
+            embeddings: [B, Q, M].
+
+        Returns:
+            [B, Q, h, w].
+        """
+        x, (M, *filter) = self._finest(features), self.mask_features.weight.shape
+        weight = self.mask_features.weight.view(M, -1)
+        logits = []
+        for image, embedding in zip(x, embeddings):  # each has filters of its own
+            filters = linear(embedding, weight.t()).unflatten(1, filter)
+            bias = embedding @ self.mask_features.bias
+            logits.append(conv3x3(image[None], filters).add_(bias[:, None, None]))
+        return torch.cat(logits).contiguous()
+
+    def _finest(self, features: list[Tensor]) -> Tensor:
+        """What the mask features are a convolution of, [B, C, h, w]."""
         coarsest, *finer = reversed(features)
         x = _block(self.stem, coarsest)
         for adapter, block, feature in zip(self.adapters, self.blocks, finer):
@@ -58,8 +86,7 @@ class FPNPixelDecoder(nn.Module):
                 x = checkpoint(_level, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = _level(*inputs)
-        out = conv3x3(x, self.mask_features.weight)
-        return out + self.mask_features.bias.to(out.dtype)[:, None, None]
+        return x
 
 
 def _convolution(inputs: int, outputs: int, side: int) -> nn.Sequential:
@@ -77,4 +104,5 @@ def _level(x: Tensor, feature: Tensor, adapter: nn.Sequential, block: nn.Sequent
     """One step of the pyramid, from x to the size of a finer map."""
     convolution, norm = adapter
     left = normed(pointwise(convolution, feature), norm)
-    return _block(block, left + F.interpolate(x, left.shape[2:], mode="nearest"))
+    # in place, as in `forward`: no op keeps its result, and new pages cost more than the sum
+    return _block(block, left.add_(F.interpolate(x, left.shape[2:], mode="nearest")))

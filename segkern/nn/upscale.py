@@ -10,10 +10,10 @@ Source: EoMT (Kerssies et al., CVPR 2025), section 3.2.
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import linear
+from ..ops import linear, upscale
+from ..ops.upscale import as_product, masks_of, refined
 
 
 class Upscale(nn.Module):
@@ -31,14 +31,13 @@ class Upscale(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, h, w, C] to [B, 2h, 2w, C]."""
-        B, h, w, C = x.shape
-        weight = self.conv1.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [a b C, C]
-        bias = self.conv1.bias.repeat(4)
-        y = linear(x, weight, bias, "gelu" if self.activation is None else "none")
-        if self.activation is not None:
-            y = self.activation(y)
-        y = y.view(B, h, w, 2, 2, C).transpose(2, 3).reshape(B, 2 * h, 2 * w, C)
-        y = F.conv2d(y.movedim(3, 1), self.conv2.weight, padding=1, groups=C)
-        return self.norm(y.movedim(1, 3))
+    def forward(self, x: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        """[B, h, w, C] to [B, 2h, 2w, C], or to its products with embeddings [B, Q, C], which are
+        masks [B, Q, 2h, 2w]."""
+        filters, norm = self.conv2.weight, (self.norm.weight, self.norm.bias)
+        if self.activation is None:
+            weights = self.conv1.weight, self.conv1.bias, filters, *norm
+            return upscale(x, *weights, self.norm.eps, embeddings)
+        y = self.activation(linear(x, *as_product(self.conv1.weight, self.conv1.bias)))
+        out = refined(y, filters, *norm, self.norm.eps)
+        return out if embeddings is None else masks_of(embeddings, out.to(embeddings.dtype))

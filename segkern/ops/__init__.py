@@ -4,6 +4,7 @@ The specification of each is `NAME_reference` in its file.
 """
 
 from . import _norm_relu as _norm_relu  # of backbones alone, but declared with the others
+from .attention import attention as attention
 from .conv3x3 import conv3x3 as conv3x3
 from .dwconv3x3_gelu import dwconv3x3_gelu as dwconv3x3_gelu
 from .feed_forward import feed_forward as feed_forward
@@ -26,4 +27,5 @@ from .resize_argmax import resize_argmax as resize_argmax
 from .resize_sum import resize_sum as resize_sum
 from .segment_map import SegmentMap as SegmentMap
 from .segment_map import segment_map as segment_map
+from .upscale import upscale as upscale
 from .window_attn import window_attn as window_attn

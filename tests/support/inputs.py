@@ -366,6 +366,30 @@ def dwconv3x3_gelu_inputs(B=2, h=7, w=10, C=6, dtype=torch.float32, seed=0) -> l
 
 
 @_made_on_cpu
+def attention_inputs(B=2, Q=5, S=70, H=3, D=8, dtype=torch.float32, seed=0) -> list[Tensor]:
+    """q [B, Q, H, D] and k and v [B, S, H, D], normal."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = (B, Q, H, D), (B, S, H, D), (B, S, H, D)
+    return [torch.randn(s, generator=g).to(dtype) for s in shapes]
+
+
+@_made_on_cpu
+def upscale_inputs(B=2, h=3, w=5, C=6, Q=None, dtype=torch.float32, seed=0) -> list:
+    """x [B, h, w, C], the weights of a transposed convolution, depthwise filters and a norm, so
+    that sums are about 1; eps, large enough for maps that are nearly constant; and embeddings [B,
+    Q, C] where there is a Q."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(shape, generator=g) * scale).to(dtype)
+
+    near = C**-0.5
+    made = [normal(B, h, w, C), normal(C, C, 2, 2, scale=near), normal(C, scale=0.5)]
+    made += [normal(C, 1, 3, 3, scale=0.5), 1 + normal(C, scale=0.2), normal(C, scale=0.2), 1e-3]
+    return made if Q is None else [*made, normal(B, Q, C, scale=near)]
+
+
+@_made_on_cpu
 def query_layer_inputs(
     B=2, Q=20, C=32, H=2, F=40, M=24, more=True, dtype=torch.float32, seed=0
 ) -> list[Tensor]:

@@ -32,12 +32,13 @@ from ...nn.upscale import Upscale
 from ...nn.vit import start_locally
 from ...ops import linear, mask_bits
 from ...ops._checks import expect, got
+from ...ops.upscale import masks_of
 from ...structures.logits import QueryLogits
 from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ..build import build
-from ..query_output import given_targets
+from ..query_output import given_targets, mask_logits
 from . import huggingface, original, pretrained
 from .config import EoMTConfig
 
@@ -85,8 +86,7 @@ class Prediction(NamedTuple):
 
     def masks(self) -> Tensor:
         """[B, Q, h, w]."""
-        product = self.embeddings @ self.features.flatten(2).to(self.embeddings.dtype)
-        return product.unflatten(2, self.features.shape[2:])
+        return mask_logits(self.embeddings, self.features.to(self.embeddings.dtype))
 
 
 class EoMT(nn.Module):
@@ -236,6 +236,11 @@ class EoMT(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
+        found, x = self._tokens(pixel_values, last)
+        return [*found, self._prediction(x)], x
+
+    def _tokens(self, pixel_values: Tensor, last: bool) -> tuple[list[Prediction], Tensor]:
+        """All predictions but the last, and the normed tokens [B, T, D] that it comes from."""
         S, encoder = self.config.image_size, self.encoder
         shape = f"B {self.config.input.channels} H W"
         expect("EoMT", "pixel_values", pixel_values, shape, "float", {})
@@ -256,21 +261,30 @@ class EoMT(nn.Module):
                 found.append(self._prediction(encoder.norm(x)))
                 mask = self._mask(found[-1], self.attn_mask_probs[i - first])
             x = encoder.run(block, x, turn, mask)
-        x = encoder.norm(x)
-        return [*found, self._prediction(x)], x
+        return found, encoder.norm(x)
 
     def _prediction(self, x: Tensor) -> Prediction:
         """Of normed tokens [B, T, D]."""
+        classes, embeddings, patches = self._factors(x)
+        return Prediction(classes, embeddings, self.upscale(patches).movedim(3, 1))
+
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of normed tokens [B, T, D]: class logits, mask embeddings, patches [B, *, *, D]."""
         Q, P = self.config.num_queries, self.encoder.tokens
         patches, queries = x[:, P:-Q].unflatten(1, self.encoder.grid), x[:, -Q:]
-        features = self.upscale(patches).movedim(3, 1)
         classes, embeddings = self.class_predictor(queries), queries
         for layer in self.mask_head[:-1]:
             if self.activation is None:
                 embeddings = linear(embeddings, layer.weight, layer.bias, "gelu")
             else:
                 embeddings = self.activation(layer(embeddings))
-        return Prediction(classes, self.mask_head[-1](embeddings), features)
+        return classes, self.mask_head[-1](embeddings), patches
+
+    def _masks(self, embeddings: Tensor, patches: Tensor) -> Tensor:
+        """[B, Q, h, w] of embeddings [B, Q, D] and patches [B, *, *, D]; no features are held."""
+        for i, block in enumerate(self.upscale, 1):
+            patches = block(patches, embeddings if i == len(self.upscale) else None)
+        return patches if len(self.upscale) else masks_of(embeddings, patches)
 
     @torch.no_grad()
     def _mask(self, prediction: Prediction, share: Tensor) -> Mask:
@@ -341,13 +355,19 @@ class EoMT(nn.Module):
             TypeError, ValueError: wrong dtype, shape or combination of arguments.
         """
         targets = given_targets(self, pixel_values, mask_labels, class_labels, targets)
-        plain = targets is None and not auxiliary_logits
-        (*earlier, last), x = self.all_predictions(pixel_values, last=plain)
-        out = EoMTOutput(class_queries_logits=last.classes, patch_offsets=patch_offsets)
+        out = EoMTOutput(patch_offsets=patch_offsets)
+        if targets is None and not auxiliary_logits:
+            _, x = self._tokens(pixel_values, last=True)
+            out.class_queries_logits, embeddings, patches = self._factors(x)
+            out.masks_queries_logits = self._masks(embeddings, patches)
+            out.last_hidden_state = x.roll(self.config.num_queries, 1)
+            return out
+        (*earlier, last), x = self.all_predictions(pixel_values)
+        out.class_queries_logits = last.classes
         out.last_hidden_state = x.roll(self.config.num_queries, 1)
         if targets is not None:
             out.loss, out.losses = self._loss([*earlier, last], targets)
-        if targets is None or not self.training or auxiliary_logits:
+        if not self.training or auxiliary_logits:
             out.masks_queries_logits = last.masks()
         if auxiliary_logits:
             out.auxiliary_logits = [

@@ -19,6 +19,7 @@ layer.
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ...nn.backbones import build_backbone
@@ -182,9 +183,22 @@ class MaskFormer(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype, shape or combination of arguments.
         """
-        return query_output(
-            self, pixel_values, mask_labels, class_labels, targets, auxiliary_logits
-        )
+        wanted = mask_labels, class_labels, targets
+        if auxiliary_logits or any(w is not None for w in wanted) or not self._composes():
+            return query_output(self, pixel_values, *wanted, auxiliary_logits)
+        expect_pixels(self, pixel_values)
+        maps = self.backbone(pixel_values)
+        class_logits, embeddings = self.query_decoder(maps[-1], last=True)
+        out = QueryOutput(class_queries_logits=class_logits[:, -1])
+        out.masks_queries_logits = self.pixel_decoder.mask_logits(maps, embeddings[:, -1])
+        return out
+
+    def _composes(self) -> bool:
+        """Whether mask logits come from composed filters: fewer than the mask features have, and
+        not in half precision, which would round them; on a GPU that has not been tried."""
+        weight = self.pixel_decoder.mask_features.weight
+        exact = weight.dtype.itemsize >= 4 and not torch.is_autocast_enabled(weight.device.type)
+        return exact and not weight.is_cuda and self.config.num_queries < len(weight)
 
     @classmethod
     def from_pretrained(
