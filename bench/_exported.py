@@ -84,7 +84,10 @@ def _onnxruntime(model: torch.nn.Module, x: Tensor, half: bool) -> Callable | st
     options.add_session_config_entry("session.force_spinning_stop", "1")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        exported = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+        try:
+            exported = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+        except torch.onnx.OnnxExporterError as error:
+            return f"PyTorch does not export it: {type(error.__cause__ or error).__name__}"
         exported.save(file, external_data=True)  # a file of its own for more than 2 GB
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
