@@ -72,9 +72,9 @@ TRITON_OPS = $(call tests_of,$(wildcard segkern/kernels/*.py))
 CUDA_OPS = $(call tests_of,$(wildcard csrc/cuda/*.cu))
 
 # the Triton kernels in place of the C++ ones, in Triton's interpreter (its bfloat16 products are
-# wrong, and float64 is float32's code); compiled kernels are in tests/kernels/test_triton.py
+# wrong); compiled kernels are in tests/kernels/test_triton.py
 interpret: setup
-	TRITON_INTERPRET=1 $(PARALLEL) $(TRITON_OPS) -m "not slow and not gpu and not cpu_only" -k "not bfloat16 and not float64 and not opcheck and not compile"
+	TRITON_INTERPRET=1 $(PARALLEL) $(TRITON_OPS) -m "not slow and not gpu and not cpu_only" -k "not bfloat16 and not opcheck and not compile"
 
 # $(call library,KIND,SETTINGS): builds a library of test kernels in build/KIND, and checks that it
 # is the one that is loaded; $(PYTEST_KIND) runs tests on it

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "heads.h"
 #include "matrix_product.h"
 #include "simd_math.h"
 
@@ -20,14 +21,8 @@ SEGKERN_INLINE float power_of_2(float x) {
   const float c = x < -126.0f ? -126.0f : x;
   const float shifted = c + 12582912.0f;        // rounds to the nearest integer n
   const float f = c - (shifted - 12582912.0f);  // c = n + f
-  float p = 1.535336341e-4f;                    // 2^f
-  p = p * f + 1.339887502e-3f;
-  p = p * f + 9.618436918e-3f;
-  p = p * f + 5.550332367e-2f;
-  p = p * f + 2.402264774e-1f;
-  p = p * f + 6.931471825e-1f;
-  p = p * f + 1.0f;
-  const float y = p * bits_to_float((float_to_bits(shifted) - 0x4B400000 + 127) << 23);
+  const float y =
+      power_of_rest(f) * bits_to_float((float_to_bits(shifted) - 0x4B400000 + 127) << 23);
   return x < -126.0f ? 0.0f : y;
 }
 
@@ -63,35 +58,6 @@ SEGKERN_CLONES void softmax(T* x, int64_t rows, int64_t keys, T* top /*[rows]*/,
   }
 }
 
-// A [B, S, H, D] tensor whose channels are adjacent; the other strides are free.
-template <class T>
-struct View {
-  explicit View(const Tensor& t)
-      : tensor(t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t)),
-        base(data<T>(tensor)),
-        image(tensor.stride(0)),
-        row(tensor.stride(1)),
-        head(tensor.stride(2)) {}
-  const T* at(int64_t b, int64_t s, int64_t h) const {
-    return base + b * image + s * row + h * head;
-  }
-  Tensor tensor;
-  const T* base;
-  int64_t image, row, head;
-};
-
-// out[r, d] = scale x[r, d], with zeros up to [lines, E]
-template <class T>
-SEGKERN_CLONES void copy_lines(const T* x, int64_t stride, int64_t rows, int64_t D, T scale,
-                               int64_t lines, int64_t E, T* out) {
-  for (int64_t r = 0; r < lines; ++r, out += E) {
-    const int64_t n = r < rows ? D : 0;
-#pragma omp simd
-    for (int64_t d = 0; d < n; ++d) out[d] = scale * x[r * stride + d];
-    for (int64_t d = n; d < E; ++d) out[d] = T(0);
-  }
-}
-
 // out = x / sum, [rows, D] with lines of `stride`
 template <class T>
 SEGKERN_CLONES void divide(const T* x /*[rows, E]*/, const T* sum /*[rows, lanes]*/, int64_t rows,
@@ -112,7 +78,7 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale) 
   const int64_t E = (D + L - 1) / L * L, whole = (S + kKeys - 1) / kKeys * kKeys;
   const Tensor out = empty<T>(q, {B, Q, H * D});
   if (out.numel() == 0) return out;
-  const View<T> queries(q), keys(k), values(v);
+  const Heads<T> queries(q), keys(k), values(v);
   const T factor = static_cast<T>(scale * 1.4426950408889634);  // powers of 2, not of e
   T* to = mutable_data<T>(out);
   const Tiles<T>& tile = tiles<T>();
@@ -135,11 +101,11 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale) 
     const int64_t begin = part * queries_a_part, end = std::min(Q, begin + queries_a_part);
     T *panels = memory.k.get(), *lines = memory.v.get(), *x = memory.x.get();
     pack<T>({keys.at(b, 0, h), 1, keys.row}, D, S, panels);
-    copy_lines(values.at(b, 0, h), values.row, S, D, T(1), whole, E, lines);
+    copy_lines<T, T>(values.at(b, 0, h), values.row, S, D, T(1), whole, E, lines);
     for (int64_t first = begin; first < end; first += kChunk) {
       const int64_t rows = std::min(kChunk, end - first);
       T *head = memory.q.get(), *total = memory.out.get(), *sum = memory.sum.get();
-      copy_lines(queries.at(b, first, h), queries.row, rows, D, factor, rows, D, head);
+      copy_lines<T, T>(queries.at(b, first, h), queries.row, rows, D, factor, rows, D, head);
       std::fill_n(memory.top.get(), rows, std::numeric_limits<T>::lowest());
       std::fill_n(sum, rows * L, T(0));
       std::fill_n(total, rows * E, T(0));

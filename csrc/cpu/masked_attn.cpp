@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "heads.h"
 #include "simd_math.h"
 #include "tile.h"
 
@@ -32,35 +33,6 @@ Sizes sizes_of(const Tensor& q, const Tensor& k) {
           (S + kChunk - 1) / kChunk};
 }
 
-// A [B, S, H, D] tensor whose channels are adjacent; the other strides are free.
-template <class S>
-struct View {
-  explicit View(const Tensor& t)
-      : tensor(t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t)),
-        base(static_cast<const S*>(tensor.const_data_ptr())),
-        image(tensor.stride(0)),
-        row(tensor.stride(1)),
-        head(tensor.stride(2)) {}
-  const S* at(int64_t b, int64_t s, int64_t h) const {
-    return base + b * image + s * row + h * head;
-  }
-  Tensor tensor;
-  const S* base;
-  int64_t image, row, head;
-};
-
-// out[r, d] = scale x[r, d], with zeros up to [lines, E]
-template <class S, class T>
-SEGKERN_CLONES void copy_rows(const S* x, int64_t stride, int64_t rows, int64_t D, T scale,
-                              int64_t lines, int64_t E, T* out /*[lines, E]*/) {
-  for (int64_t r = 0; r < lines; ++r) {
-    const int64_t n = r < rows ? D : 0;
-#pragma omp simd
-    for (int64_t d = 0; d < n; ++d) out[r * E + d] = scale * static_cast<T>(x[r * stride + d]);
-    for (int64_t d = n; d < E; ++d) out[r * E + d] = T(0);
-  }
-}
-
 template <class S, class T>
 SEGKERN_CLONES void store_rows(const T* x /*[rows, E]*/, int64_t rows, int64_t D, int64_t E,
                                S* out, int64_t stride) {
@@ -72,11 +44,11 @@ SEGKERN_CLONES void store_rows(const T* x /*[rows, E]*/, int64_t rows, int64_t D
 
 // A head of queries or gradients, [B, Q, H, D] to [B, H, Q, E]
 template <class S, class T>
-void copy_heads(const View<S>& x, const Sizes& n, T scale, T* out) {
+void copy_heads(const Heads<S>& x, const Sizes& n, T scale, T* out) {
   for (int64_t b = 0; b < n.B; ++b)
     for (int64_t h = 0; h < n.H; ++h)
-      copy_rows<S, T>(x.at(b, 0, h), x.row, n.Q, n.D, scale, n.Q, n.E,
-                      out + (b * n.H + h) * n.Q * n.E);
+      copy_lines<S, T>(x.at(b, 0, h), x.row, n.Q, n.D, scale, n.Q, n.E,
+                       out + (b * n.H + h) * n.Q * n.E);
 }
 
 // Keys or values of one group, [lanes, E] in T: in place where they lie so, else a copy.
@@ -86,18 +58,19 @@ struct Group {
   int64_t ld;
 };
 template <class S, class T>
-Group<T> group_rows(const View<S>& x, const Sizes& n, int64_t b, int64_t g, int64_t h, T* buffer) {
+Group<T> group_rows(const Heads<S>& x, const Sizes& n, int64_t b, int64_t g, int64_t h,
+                    T* buffer) {
   constexpr int64_t G = kLanes<T>;
   const S* from = x.at(b, g * G, h);
   if constexpr (std::is_same_v<S, T>)
     if (n.D == n.E && (g + 1) * G <= n.S) return {from, x.row};
-  copy_rows<S, T>(from, x.row, std::min(G, n.S - g * G), n.D, T(1), G, n.E, buffer);
+  copy_lines<S, T>(from, x.row, std::min(G, n.S - g * G), n.D, T(1), G, n.E, buffer);
   return {buffer, n.E};
 }
 
 // Rows of a head lie far apart; the hardware does not guess the next ones.
 template <class S>
-void prefetch_rows(const View<S>& x, const Sizes& n, int64_t b, int64_t s, int64_t h,
+void prefetch_rows(const Heads<S>& x, const Sizes& n, int64_t b, int64_t s, int64_t h,
                    int64_t rows) {
   for (int64_t r = s; r < std::min(s + rows, n.S); ++r)
     for (int64_t d = 0; d < n.D; d += 64 / int64_t(sizeof(S)))
@@ -201,7 +174,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bi
              const Tensor& open, double scale, const Tensor& out, const Tensor& norm) {
   constexpr int64_t G = kLanes<T>;
   const Sizes n = sizes_of<T>(q, k);
-  const View<S> queries(q), keys(k), values(v);
+  const Heads<S> queries(q), keys(k), values(v);
   const Lists<T> lists = make_lists<T>(bits, open, n);
   const Scratch<T> qs(n.B * n.H * n.Q * n.E);
   copy_heads<S, T>(queries, n, static_cast<T>(scale), qs.get());
@@ -288,7 +261,7 @@ void dot_lines(const T* x, const T* y, int64_t lines, int64_t E, T* delta) {
   std::iota(row, row + G, 0);
   for (int64_t i = 0; i < lines; i += G) {
     const int64_t n = std::min(G, lines - i);
-    copy_rows<T, T>(y + i * E, E, n, E, T(1), G, E, rows.get());
+    copy_lines<T, T>(y + i * E, E, n, E, T(1), G, E, rows.get());
     tiles<T>().transpose(rows.get(), E, E, t.get());
     tiles<T>().dot(x + i * E, E, row, n, t.get(), E, product.get());
     for (int64_t j = 0; j < n; ++j) delta[i + j] = product[j * G + j];
@@ -302,9 +275,9 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
   constexpr int64_t G = kLanes<T>;
   const Sizes n = sizes_of<T>(q, k);
   const IntList heads = {n.B, n.Q, n.H, n.D};
-  const View<S> queries(q), keys(k), values(v);
-  const View<S> grads(torch::stable::view(torch::stable::contiguous(grad), heads));
-  const View<T> outs(torch::stable::view(torch::stable::contiguous(out), heads));
+  const Heads<S> queries(q), keys(k), values(v);
+  const Heads<S> grads(torch::stable::view(torch::stable::contiguous(grad), heads));
+  const Heads<T> outs(torch::stable::view(torch::stable::contiguous(out), heads));
   const Lists<T> lists = make_lists<T>(bits, open, n);
   const int64_t lines = n.B * n.H * n.Q;
   const Scratch<T> qs(lines * n.E), gs(lines * n.E), os(lines * n.E), delta(lines);

@@ -28,6 +28,17 @@ SEGKERN_INLINE double simd_exp(double x) { return std::exp(x); }
 SEGKERN_INLINE double simd_log(double x) { return std::log(x); }
 SEGKERN_INLINE double simd_log1p(double x) { return std::log1p(x); }
 
+// 2^f, |f| <= 1/2
+SEGKERN_INLINE float power_of_rest(float f) {
+  float p = 1.535336341e-4f;
+  p = p * f + 1.339887502e-3f;
+  p = p * f + 9.618436918e-3f;
+  p = p * f + 5.550332367e-2f;
+  p = p * f + 2.402264774e-1f;
+  p = p * f + 6.931471825e-1f;
+  return p * f + 1.0f;
+}
+
 // exp(r) of c = n ln2 + r, |r| <= ln2/2; `shifted` is n + 12582912
 SEGKERN_INLINE float exp_rest(float c, float shifted) {
   const float n = shifted - 12582912.0f;
@@ -122,14 +133,8 @@ SEGKERN_INLINE float normal_tail(float t) {
   r = r > -126.0f ? r : -126.0f;                // there the result is 0; also if r is inf - inf
   const float shifted = r + 12582911.0f;        // rounds; its last bits are the integer n - 1
   const float f = r - (shifted - 12582911.0f);  // r = n + f
-  float p = 1.535336341e-4f;                    // 2^f
-  p = p * f + 1.339887502e-3f;
-  p = p * f + 9.618436918e-3f;
-  p = p * f + 5.550332367e-2f;
-  p = p * f + 2.402264774e-1f;
-  p = p * f + 6.931471825e-1f;
-  p = p * f + 1.0f;
-  return bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));  // 2^(n - 1) p
+  return bits_to_float(float_to_bits(power_of_rest(f)) +
+                       (float_to_bits(shifted) << 23));  // 2^(n - 1 + f)
 }
 SEGKERN_INLINE double normal_tail(double t) { return 0.5 * std::erfc(t * 0.70710678118654752); }
 

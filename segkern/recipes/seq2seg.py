@@ -58,8 +58,8 @@ def digits_seq2seg_semantic(level: str = "easy", size: tuple[int, int] = (64, 64
         size: height and width of a scene, multiples of 8.
 
     Returns:
-        a `TrainConfig`. Patches of 8 pixels: four times as many scenes in the time of patches of
-        4, and a higher rate, as each step sees 16.
+        a `TrainConfig`. Patches of 8 pixels, a quarter as many as of 4, and a higher rate, as
+        each step sees 16 scenes.
     """
     names = [str(k) for k in range(10)] + ["background"]
     model = replace(

@@ -195,10 +195,10 @@ class MaskFormer(nn.Module):
 
     def _composes(self) -> bool:
         """Whether mask logits come from composed filters: fewer than the mask features have, and
-        not in half precision, which would round them; on a GPU that has not been tried."""
+        not in half precision, which would round them."""
         weight = self.pixel_decoder.mask_features.weight
         exact = weight.dtype.itemsize >= 4 and not torch.is_autocast_enabled(weight.device.type)
-        return exact and not weight.is_cuda and self.config.num_queries < len(weight)
+        return exact and self.config.num_queries < len(weight)
 
     @classmethod
     def from_pretrained(
