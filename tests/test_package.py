@@ -27,10 +27,11 @@ ROOT = Path(__file__).parent.parent
 OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))
 # every folder of the package, from the top, and the folders that it may import
 FLOORS = {
-    "cli": "recipes training evaluation inference models data structures runtime ops",
+    "cli": "recipes training evaluation integrations inference models data structures runtime ops",
     "recipes": "training evaluation inference models data structures runtime io",
     "training": "evaluation models data weights structures runtime io",
     "evaluation": "inference models nn structures runtime io",
+    "integrations": "inference models nn weights structures runtime ops io",
     "inference": "models nn structures runtime ops io",
     "models": "nn weights structures runtime ops io",
     "nn": "weights structures runtime ops",
@@ -113,7 +114,7 @@ def test_imports_only_go_down(path):
             assert name in known, f"{path} imports {name}"
 
 
-NAMES_MODELS = ("models", "recipes", "cli", "__init__", "_moved")
+NAMES_MODELS = ("models", "recipes", "integrations", "cli", "__init__", "_moved")
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if room(p) not in NAMES_MODELS], ids=str)
