@@ -34,8 +34,13 @@ STAGES = 2  # 16 queries are on their way while 16 are multiplied; three spill o
 PROGRAMS = 2048  # of an image at most: eight rounds of an H200
 WORDS = 32  # of 32 pixels, where masks cover a map: four pixels a thread
 RUN = 32  # queries whose bounds are found together
-# one stage: no gather goes through shared memory
-OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 128, **FUSED}
+
+
+def _options(exact: torch.dtype, registers: int = 128) -> dict:
+    """Of a launch whose sums have a dtype: in float64 one program a multiprocessor, for want of
+    registers. One stage: no gather goes through shared memory."""
+    registers = 255 if exact == torch.float64 else registers
+    return {"num_warps": 8, "num_stages": 1, "maxnreg": registers, **FUSED}
 
 
 def segment_map(
@@ -67,7 +72,7 @@ def segment_map(
             counts,
             *(Q, H, W, *f.tiles, *f.masks.stride()),
             *(f.taps, *TILE, RUN),
-            **OPTIONS,
+            **_options(scores.dtype),
         )
         stuff = None if stuff is None else stuff.contiguous().view(torch.uint8)
         K = 0 if stuff is None else len(stuff)
@@ -100,7 +105,7 @@ def segment_map_semantic(
         rows = 16 * triton.cdiv(Q, 16)
         double = weights.dtype == torch.float64
         # 16 taps that differ from pixel to pixel: one program then, for want of registers
-        options = OPTIONS | ({"maxnreg": 168} if f.taps == 4 and not f.scores else {})
+        registers = 168 if f.taps == 4 and not f.scores else 128
         semantic_tiles[(B * f.programs,)](
             weights.contiguous(),
             f.masks,
@@ -114,7 +119,7 @@ def segment_map_semantic(
             *(Q, K, H, W, *f.tiles, *f.masks.stride()),
             *(f.taps, f.scores, *PRODUCT, CLASSES, RUN, AT_ONCE),
             *(("ieee", 1) if double else ("tf32x3", STAGES)),
-            **options,
+            **_options(weights.dtype, registers),
         )
     return map, areas, scores
 
@@ -141,7 +146,7 @@ def segment_map_instance(
                 sums,
                 *(masks.shape[1], n, H, W, words, *f.tiles, *f.masks.stride()),
                 *(f.taps, *TILE, RUN),
-                **OPTIONS,
+                **_options(exact),
             )
     return bits, areas, sums.sum(1).to(exact)
 
@@ -158,6 +163,6 @@ def segment_map_cover(bits: Tensor, order: Tensor, width: int) -> Tensor:
                 order.contiguous(),
                 map,
                 *(n, N, H, width, words, blocks, WORDS),
-                **OPTIONS,
+                **_options(torch.int32),
             )
     return map

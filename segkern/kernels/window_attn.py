@@ -46,6 +46,7 @@ for table, half, single in zip((FORWARD, BACKWARD), WIDE_HALF, WIDE_FLOAT32, str
         table[kind, 2][WIDE] = half
         table[kind, 4] = FLOAT32 | {WIDE: single}
         table[kind, 8] = FLOAT64
+BACKWARD["99 KB", 8] = FLOAT64 | {SMALL: (32, 16, 8, 1)}
 
 
 def _prepare(table: dict, qkv: Tensor, window: int):
