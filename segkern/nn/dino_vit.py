@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops import attention, feed_forward, linear, masked_attn
 from ..runtime.constants import constant
+from .drop_path import left_out
 from .linear import Linear
 from .vit import initialise
 
@@ -145,11 +146,11 @@ class Block(nn.Module):
         attended = self.attn(self.norm1(x), turn, mask)
         last = _scaled(self.attn.proj, self.ls1)
         if dropping:
-            x = x + self._dropped(linear(attended, *last))
+            x = x + left_out(linear(attended, *last), self.drop_path)
         else:
             x = linear(attended, *last, residual=x)
         if dropping:
-            return x + self._dropped(self._feed_forward(x, None))
+            return x + left_out(self._feed_forward(x, None), self.drop_path)
         return self._feed_forward(x, x)
 
     def _feed_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -160,12 +161,6 @@ class Block(nn.Module):
             return feed_forward(x, *weights, norm=norm, residual=residual)
         gate, up = first(self.norm2(x)).chunk(2, -1)
         return linear(F.silu(gate) * up, *last, residual=residual)
-
-    def _dropped(self, branch: Tensor) -> Tensor:
-        """A branch [B, T, D] without that of samples drawn at random."""
-        keep = 1 - self.drop_path
-        drawn = torch.rand(len(branch), 1, 1, dtype=branch.dtype, device=branch.device)
-        return branch * ((drawn < keep).to(branch.dtype) / keep)
 
 
 def _scaled(layer: nn.Linear, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,3 +45,11 @@ def add(
     out = branch(None)
     out = (out.view(len(x), -1) * keep.view(-1, 1).to(out.dtype)).view_as(out)
     return plus(out, flat).view_as(x)
+
+
+def left_out(branch: Tensor, rate: float) -> Tensor:
+    """A branch [B, ...] in training: 0 for images drawn at random, the others over 1 - rate."""
+    if rate == 0:
+        return branch
+    kept = branch.new_empty(len(branch), *(1,) * (branch.ndim - 1)).bernoulli_(1 - rate)
+    return branch * (kept / (1 - rate))

@@ -3,18 +3,16 @@
 Letters: B image, H W image size (multiples of the patch size), N patch, D channels, K class.
 
     x = patches(image) + positions,  after the class token (and DeiT's distillation token)
-    x = x + attention(norm(x));  x = x + mlp(norm(x))        a block, with stochastic depth
+    x = block(x)                                             of vit_block.py, again and again
     mask decoder:  masks[n, k] = layer_norm_k( (P x_n / |P x_n|) . (C c_k / |C c_k|) )
 
 where x_n and c_k are patch and class embeddings that went through the decoder's blocks together.
-Blocks are timm's, whose attention is PyTorch's scaled dot product, with the LayerNorm of PyTorch
-(eps 1e-5, where timm's ViT has 1e-6); names of weights are those of the original code.
+Names of weights are those of the original code.
 Source: Segmenter (Strudel et al., ICCV 2021), section 3; ViT (Dosovitskiy et al., ICLR 2021).
 Differs: normalised embeddings divide by at least 1e-12, so that an embedding of zeros is no NaN.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..runtime.constants import is_recording
-from .linear import Linear, use_own_products
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import Block
+from .drop_path import rates
+from .linear import Linear
+from .vit_block import Block
 
 
 def blocks(dim: int, heads: int, depth: int, dropout: float, drop_path: float) -> nn.ModuleList:
@@ -35,23 +32,7 @@ def blocks(dim: int, heads: int, depth: int, dropout: float, drop_path: float) -
         dropout: probability in attention weights, projections and feed-forward networks.
         drop_path: rate of dropped residual branches of the last block; grows linearly from 0.
     """
-    # here, because it takes as long to import as torch
-    from timm.models.vision_transformer import Block
-
-    made = nn.ModuleList(
-        Block(
-            dim,
-            heads,
-            qkv_bias=True,
-            proj_drop=dropout,
-            attn_drop=dropout,
-            drop_path=drop_path * i / max(depth - 1, 1),
-            norm_layer=nn.LayerNorm,
-        )
-        for i in range(depth)
-    )
-    use_own_products(made)
-    return made
+    return nn.ModuleList(Block(dim, heads, dropout, rate) for rate in rates(drop_path, depth))
 
 
 def initialise(module: nn.Module) -> None:
@@ -229,7 +210,7 @@ def start_locally(encoder: ViT) -> None:
         _widen(block)
 
 
-def _widen(block: "Block") -> None:
+def _widen(block: Block) -> None:
     """Values, projections and feed-forward weights that pass on what comes, at any width."""
     D = block.attn.qkv.in_features
     nn.init.normal_(block.attn.qkv.weight[2 * D :], std=D**-0.5)
