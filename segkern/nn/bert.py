@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import feed_forward
+from ..ops import attention, feed_forward
 from .linear import Linear
 from .vit import ResizedPositions, initialise
 
@@ -40,12 +40,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
         """x + attention(x)."""
-        dropout = self.dropout if self.training else 0.0
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        found = F.scaled_dot_product_attention(*qkv, dropout_p=dropout).transpose(1, 2).flatten(2)
-        if dropout:
-            return x + F.dropout(self.proj(found), dropout)
-        return self.proj(found, x)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        if not (self.training and self.dropout):
+            return self.proj(attention(*qkv.unbind(2)), x)
+        heads_first = qkv.permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(*heads_first, dropout_p=self.dropout)
+        return x + F.dropout(self.proj(found.transpose(1, 2).flatten(2)), self.dropout)
 
 
 class FeedForward(nn.Module):

@@ -17,11 +17,10 @@ from itertools import accumulate
 from operator import mul
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...ops import dwconv3x3_gelu, linear
+from ...ops import attention, dwconv3x3_gelu, linear
 from .. import drop_path
 from ..linear import Linear
 
@@ -59,10 +58,9 @@ class Attention(nn.Module):
         return self.norm(linear(x, weight, self.sr.bias))
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:  # [B, h, w, C] -> [B N, C]
-        q = self.q(x).flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        q = self.q(x).flatten(1, 2).unflatten(2, (self.heads, -1))
         kv = self.kv(self.reduced(x)).unflatten(2, (2, self.heads, -1))
-        out = F.scaled_dot_product_attention(q, *kv.permute(2, 0, 3, 1, 4).unbind(0))
-        return self.proj(out.transpose(1, 2).flatten(2).flatten(0, 1), residual)
+        return self.proj(attention(q, *kv.unbind(2)).flatten(0, 1), residual)
 
 
 class Block(nn.Module):
