@@ -77,12 +77,6 @@ class DeformableAttention(nn.Module):
         reference: Tensor,  # [1, S, 1, 2]
         residual: Tensor | None,  # [B S, C], added
     ) -> Tensor:  # [B S, C]
-        out = recomputed(self._sample, x, position, shapes, reference)
-        return self.output_proj(out.flatten(0, 1), residual)
-
-    def _sample(
-        self, x: Tensor, position: Tensor, shapes: tuple, reference: Tensor
-    ) -> Tensor:  # [B, S, C]
         heads, levels, points = self.grid
         query = x + position
         value = self.value_proj(x).unflatten(-1, (heads, -1))
@@ -90,7 +84,8 @@ class DeformableAttention(nn.Module):
         offsets = linear_exact(query, to_offsets.weight, to_offsets.bias)
         offsets = offsets.unflatten(-1, (heads, levels, points, 2))
         logits = self.attention_weights(query).unflatten(-1, (heads, levels, points))
-        return ms_deform_attn(value, shapes, reference, offsets, logits)
+        out = ms_deform_attn(value, shapes, reference, offsets, logits)
+        return self.output_proj(out.flatten(0, 1), residual)
 
 
 class PixelDecoderLayer(nn.Module):
@@ -117,22 +112,38 @@ class PixelDecoderLayer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [B, S, C]
+        x: Tensor,  # [B, S, C], before `norm`
+        norm: nn.LayerNorm | None,  # the last one of the layer before
         position: Tensor,  # [S, C]
         shapes: tuple[tuple[int, int], ...],  # (h, w) of L levels
         reference: Tensor,  # [1, S, 1, 2]
+        checkpointing: bool,  # keep x alone for backward
     ) -> Tensor:  # [B, S, C]
-        flat, first, second = x.flatten(0, 1), self.linear1, self.linear2
-        if self.training and self.dropout.p > 0:
-            attended = self.attn(x, position, shapes, reference, None)
-            y = self.norm1(plus(self.dropout(attended), flat))
-            hidden = self.dropout(F.relu(first(y), inplace=True))
-            y = plus(self.dropout(second(hidden)), y)
-        else:
-            y = self.norm1(self.attn(x, position, shapes, reference, flat))
-            weights = first.weight, first.bias, second.weight, second.bias
-            y = feed_forward(y, *weights, "relu", residual=y)
-        return self.norm2(y).view_as(x)
+        """The layer up to its last sum, which `norm2` has to normalise.
+
+        So training keeps two sums a layer, and not what norms make of them.
+        """
+        inputs, dropping = (x, norm, position, shapes, reference), self.training and self.dropout.p
+        if checkpointing:
+            function = self._dropping if dropping else self._sums
+            # a generator's state cannot be read in a CUDA graph
+            options = {"use_reentrant": False, "preserve_rng_state": bool(dropping)}
+            return checkpoint(function, *inputs, **options)
+        return self._dropping(*inputs) if dropping else recomputed(self._sums, *inputs)
+
+    def _sums(self, x, norm, position, shapes, reference) -> Tensor:
+        x = x if norm is None else norm(x)
+        first, second = self.linear1, self.linear2
+        y = self.norm1(self.attn(x, position, shapes, reference, x.flatten(0, 1)))
+        weights = first.weight, first.bias, second.weight, second.bias
+        return feed_forward(y, *weights, "relu", residual=y).view_as(x)
+
+    def _dropping(self, x, norm, position, shapes, reference) -> Tensor:
+        x = x if norm is None else norm(x)
+        attended = recomputed(self.attn, x, position, shapes, reference, None)
+        y = self.norm1(plus(self.dropout(attended), x.flatten(0, 1)))
+        hidden = self.dropout(F.relu(self.linear1(y), inplace=True))
+        return plus(self.dropout(self.linear2(hidden)), y).view_as(x)
 
 
 class PixelDecoder(nn.Module):
@@ -197,32 +208,36 @@ class PixelDecoder(nn.Module):
             mask features [B, M, h, w] at the finest map's size; the attended pixels [B, S, C] of
             the three other maps, coarsest first; the (h, w) of those three.
         """
+        x, shapes = self._attended(features[1:])
+        finest = x[:, -math.prod(shapes[-1]) :].unflatten(1, shapes[-1]).permute(0, 3, 1, 2)
+        return self.pyramid(features[0], finest), x, shapes
+
+    def _attended(self, features: list[Tensor]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """Pixels [B, S, C] of all levels after all layers, coarsest first, and their (h, w)."""
         maps = [
             normed(pointwise(project, feature), norm)
-            for (project, norm), feature in zip(self.input_proj, reversed(features[1:]))
+            for (project, norm), feature in zip(self.input_proj, reversed(features))
         ]
         shapes = tuple((m.shape[2], m.shape[3]) for m in maps)
         # float32 under autocast, whose layer norms leave it so, too
         x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1).to(self.level_embed.dtype)
+        del maps
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         reference = pixel_centres(shapes, x.device, exact)
         position = sine_position(shapes, x.shape[2], x.device, x.dtype)
-        sizes = [h * w for h, w in shapes]
-        position = position + torch.cat(
-            [e.expand(n, -1) for e, n in zip(self.level_embed, sizes)]
-        ).to(x.dtype)
+        levels = [e.expand(h * w, -1) for e, (h, w) in zip(self.level_embed, shapes)]
+        position = position + torch.cat(levels).to(x.dtype)
+        norm = None
         for layer in self.layers:
-            inputs = (x, position, shapes, reference)
-            if self.checkpointing and self.training:
-                # a generator's state cannot be read in a CUDA graph
-                random = layer.dropout.p > 0
-                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=random)
-            else:
-                x = layer(*inputs)
-        finest = x[:, -sizes[-1] :].unflatten(1, shapes[-1]).permute(0, 3, 1, 2)
-        return self._pyramid(features[0], finest), x, shapes
+            x = layer(x, norm, position, shapes, reference, self.checkpointing and self.training)
+            norm = layer.norm2
+        return (x if norm is None else norm(x)), shapes
 
-    def _pyramid(self, x: Tensor, coarser: Tensor) -> Tensor:  # [B, M, h, w]
+    def pyramid(self, x: Tensor, coarser: Tensor) -> Tensor:  # [B, M, h, w]
+        """The mask features, of the backbone's finest map and the finest level of the pixels."""
+        return recomputed(self._pyramid, x, coarser)
+
+    def _pyramid(self, x: Tensor, coarser: Tensor) -> Tensor:
         # `x` is overwritten at each step so that no map outlives its use: the allocator can then
         # give its memory, which is large, to the map after the next
         project, norm = self.adapter

@@ -12,9 +12,10 @@ C channels, M channels of the mask features, K class.
 
 The mask of a prediction is never built at full size: bilinear resizing commutes with the product,
 so the mask features are resized once to the three levels, and each layer's mask is one product on
-its level, thresholded and packed 32 keys to a word (`mask_bits`). The keys and values of the
-layers that share a level are projected together. What comes after the product of a layer's cross
-attention is one op, with the next prediction and the next layer's queries (`query_layer`).
+its level, thresholded and packed 32 keys to a word (`mask_bits`). Keys and values are projected
+when their layer asks: those of all layers would be the most that an inference holds. What comes
+after the product of a layer's cross attention is one op, with the next prediction and the next
+layer's queries (`query_layer`).
 Source: Mask2Former (Cheng et al., CVPR 2022), section 3; sigmoid(m) < 0.5 there is m < 0 here.
 """
 
@@ -84,6 +85,22 @@ class DecoderLayer(nn.Module):
         parts = (self.cross_attn.out_proj, self.cross_norm, attn.q_proj, attn.k_proj, attn.v_proj)
         parts += (attn.out_proj, self.self_norm, self.linear1, self.linear2, self.norm)
         return Layer(*chain.from_iterable((part.weight, part.bias) for part in parts))
+
+    def keys_values(
+        self,
+        pixels: Tensor,  # [B, S, C]
+        position: Tensor,  # [S, C]
+        embed: Tensor,  # [C], of the level
+    ) -> tuple[Tensor, Tensor]:  # [B, S, H, D] each
+        """What the queries attend to."""
+        return recomputed(self._project, pixels, position, embed)
+
+    def _project(self, pixels: Tensor, position: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
+        pixels, attn = pixels + embed, self.cross_attn
+        out = []
+        for part, source in ((attn.k_proj, pixels + position), (attn.v_proj, pixels)):
+            out.append(linear(source, part.weight, part.bias).unflatten(-1, (self.heads, -1)))
+        return tuple(out)
 
     def forward(
         self,
@@ -155,16 +172,18 @@ class QueryDecoder(nn.Module):
             class logits [B, R, Q, K + 1] (the last class is "no object") and mask embeddings [B,
             R, Q, M], R = layers + 1, or 1 of the last prediction.
         """
-        keys, values = self.keys_values(pixels, shapes)
-        levels = self._level_features(mask_features, shapes)
+        sizes, channels = [h * w for h, w in shapes], pixels.shape[2]
+        positions = sine_position(shapes, channels, pixels.device, pixels.dtype).split(sizes)
+        sources = list(zip(pixels.split(sizes, 1), positions, self.level_embed.weight))
+        features = self._level_features(mask_features, shapes)
         x = self.query_feat.weight.expand(pixels.shape[0], -1, -1)
         position, eps = self.query_embed.weight, self.norm.eps
         first, *others = self._predictions()
         normed, embedding, query = query_prediction(x, position, first, eps)
         outputs = [(normed, embedding)]
         for i, (layer, prediction) in enumerate(zip(self.layers, others)):
-            mask = mask_bits(embedding, levels[i % LEVELS])
-            given = query, keys[i], values[i], *mask, prediction
+            mask = mask_bits(embedding, features[i % LEVELS])
+            given = query, *layer.keys_values(*sources[i % LEVELS]), *mask, prediction
             x, normed, embedding, query = layer(x, position, *given)
             outputs.append((normed, embedding))
         if last:
@@ -187,30 +206,3 @@ class QueryDecoder(nn.Module):
             for size in shapes
         )
         return [as_features(x) for x in resized]
-
-    def keys_values(self, pixels: Tensor, shapes: tuple) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values [B, S, H, D] of every layer, those of a level in one product each."""
-        count = len(self.layers)
-        keys, values = [None] * count, [None] * count
-        position = sine_position(shapes, pixels.shape[2], pixels.device, pixels.dtype)
-        sizes = [h * w for h, w in shapes]
-        levels = zip(pixels.split(sizes, 1), position.split(sizes), self.level_embed.weight)
-        for level, (x, pos, embed) in zip(range(count), levels):
-            users = range(level, count, LEVELS)
-            together = recomputed(self._project, x, pos, embed, users)
-            for out, projected in zip((keys, values), together):
-                split = projected.unflatten(-1, (len(users), self.heads, -1)).unbind(2)
-                for i, part in zip(users, split):
-                    out[i] = part
-        return keys, values
-
-    def _project(
-        self, x: Tensor, position: Tensor, embed: Tensor, users: range
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, S, N C] of a level [B, S, C] for the N layers that use it."""
-        x, out = x + embed, []
-        for name, source in (("k_proj", x + position), ("v_proj", x)):
-            project = [getattr(self.layers[i].cross_attn, name) for i in users]
-            weight = torch.cat([p.weight for p in project])
-            out.append(linear(source, weight, torch.cat([p.bias for p in project])))
-        return tuple(out)

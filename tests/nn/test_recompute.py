@@ -26,19 +26,28 @@ def layer():
     module = pixel_decoder.PixelDecoderLayer(64, 4, 4, 256, 0.0)
     place = torch.randn(sum(h * w for h, w in SHAPES), 64)
     reference = pixel_centres(SHAPES, place.device, place.dtype)
-    return lambda x: module(x, place, SHAPES, reference), (2, len(place), 64), module
+    norm = torch.nn.LayerNorm(64)
+    return lambda x: module(x, norm, place, SHAPES, reference, False), (2, len(place), 64), module
+
+
+def pyramid():
+    module = pixel_decoder.PixelDecoder((16, 16, 16, 16), 32, 32, 1, 2, 4, 64)
+    coarser = torch.randn(2, 32, 16, 16).contiguous(memory_format=torch.channels_last)
+    return lambda x: module.pyramid(x.permute(0, 3, 1, 2), coarser), (2, 32, 32, 16), module
 
 
 def keys_values():
-    module = query_decoder.QueryDecoder(5, 64, 64, 4, 3, 4, 64)
-    return lambda x: module.keys_values(x, SHAPES), (2, 1344, 64), module
+    module = query_decoder.DecoderLayer(64, 4, 64, 0.0)
+    place, embed = torch.randn(1344, 64), torch.randn(64)
+    return lambda x: module.keys_values(x, place, embed), (2, 1344, 64), module
 
 
 CASES = {  # what is kept, the result with it, over the input's size
     "block: attention, the sum with it, the result": (lambda: block(32), 3),
     "wide block: q, k, v too": (lambda: block(swin.WIDE), 6),
     "downsample: the result": (downsample, 0.5),
-    "pixel decoder layer: attention, two sums, two norms": (layer, 5),
+    "pixel decoder layer: attention, the sum": (layer, 2),
+    "pyramid: its convolution, the result": (pyramid, 4),
     "keys and values alone": (keys_values, 2),
 }
 

@@ -117,6 +117,6 @@ def test_a_layer_of_the_decoder_takes_it(monkeypatch):
         if patched:
             monkeypatch.setattr("segkern.nn.pixel_decoder.linear_exact", as_on_a_gpu)
         with torch.autocast("cpu", torch.bfloat16):
-            out = layer(x, position, shapes, reference)
+            out = layer(x, None, position, shapes, reference, False)
         grads.append(torch.autograd.grad((out * x.flip(1)).sum(), weight)[0])
     assert (grads[0] - grads[1]).norm() < 0.02 * grads[0].norm()
