@@ -124,7 +124,7 @@ def test_a_result_without_segments_is_empty_everywhere():
 
 def test_supervision_that_is_missing_comes_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(ImportError, match="to_supervision: .* pip install supervision"):
+    with pytest.raises(ImportError, match=r"to_supervision: .* pip install supervision"):
         result("panoptic").to_supervision()
 
 
