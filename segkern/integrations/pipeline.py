@@ -119,9 +119,8 @@ class Pipeline:
             subtask: in place of the pipeline's task.
             threshold: in [0, 1]: panoptic segments must score more than this, instances at least
                 this; semantic does not read it.
-            mask_threshold: must be 0.5: a pixel is in a mask where that is as likely as not, which
-                is what the kernels compute (transformers' Mask2Former cuts masks there, too,
-                whatever is given).
+            mask_threshold: panoptic: must be 0.5: the kernels end a mask where a pixel is as likely
+                inside as outside. The other tasks do not read it, as in transformers.
             overlap_mask_area_threshold: in [0, 1]: a panoptic segment must win this share of its
                 own mask; the other tasks do not read it.
             batch_size: in place of the pipeline's.
@@ -189,12 +188,12 @@ def _options(
             raise TypeError(f"pipeline: {name} must be a number, got {value!r}")
         if not 0 <= value <= 1:
             raise ValueError(f"pipeline: {name} must be in [0, 1], got {value}")
-    if mask_threshold != 0.5:
-        raise ValueError(
-            "pipeline: mask_threshold must be 0.5, where the kernels cut masks, got "
-            f"{mask_threshold}"
-        )
     if task == "panoptic":
+        if mask_threshold != 0.5:
+            raise ValueError(
+                "pipeline: mask_threshold must be 0.5 for panoptic, where the kernels end masks, "
+                f"got {mask_threshold}"
+            )
         return Options(threshold, overlap)
     if task == "instance":  # of as many pairs of query and class as there are queries
         return Options(threshold, top_k=getattr(model.config, "num_queries", None))

@@ -41,6 +41,7 @@ class ModelConfig(Protocol):
     @property
     def labels(self) -> Labels:
         """Names, and which are stuff."""
+
     @property
     def input(self) -> InputConfig:
         """How images are made what the model takes."""

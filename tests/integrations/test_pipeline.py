@@ -295,6 +295,13 @@ def test_lists_and_iterators(batch_size):
     assert max(len(batch) for batch in model.seen) <= batch_size
 
 
+@pytest.mark.parametrize("task", ["instance", "semantic"])
+def test_what_a_task_does_not_read_changes_nothing(task):
+    run = segkern.pipeline(Squares(), task)
+    found = run(half_bright(), mask_threshold=0.2, overlap_mask_area_threshold=0.1)
+    assert rows([found]) == rows([run(half_bright())])
+
+
 def test_the_mode_and_the_model_stay():
     model = Squares().train()
     run = segkern.pipeline(model, task="image-segmentation")
@@ -358,7 +365,7 @@ BAD = {
         TypeError,
         "pipeline: overlap_mask_area_threshold must be a number, got '0.5'",
     ),
-    "another mask threshold": (
+    "another mask threshold, where it is read": (
         lambda: segkern.pipeline(Squares())(half_bright(), mask_threshold=0.3),
         ValueError,
         "pipeline: mask_threshold must be 0.5",
