@@ -119,8 +119,8 @@ class Pipeline:
             subtask: in place of the pipeline's task.
             threshold: in [0, 1]: panoptic segments must score more than this, instances at least
                 this; semantic does not read it.
-            mask_threshold: panoptic: must be 0.5: the kernels end a mask where a pixel is as likely
-                inside as outside. The other tasks do not read it, as in transformers.
+            mask_threshold: panoptic: must be 0.5: the kernels end a mask where a pixel is as
+                likely inside as outside. The other tasks do not read it, as in transformers.
             overlap_mask_area_threshold: in [0, 1]: a panoptic segment must win this share of its
                 own mask; the other tasks do not read it.
             batch_size: in place of the pipeline's.

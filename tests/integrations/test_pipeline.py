@@ -309,6 +309,7 @@ def test_the_mode_and_the_model_stay():
     assert run.model is model
     assert model.training
     assert run.task == "panoptic"
+    assert next(segkern.pipeline(model, device=-1).model.parameters()).device.type == "cpu"
 
 
 SMALL_MODELS = {
