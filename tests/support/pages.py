@@ -2,15 +2,18 @@
 
 import ast
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import yaml
 from PIL import Image
 
 from segkern.models import MODELS, Segmenter, SegmenterConfig, build_model
+from segkern.models.segmenter import original
 from support.own_pictures import write_shapes
 
 _FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -93,10 +96,7 @@ def furnish(folder: Path, texts: list[str]) -> None:
         if path.suffix in _PICTURES:
             _picture(path)
         elif path.name == "checkpoint.pth":
-            config = SegmenterConfig(
-                num_labels=3, image_size=(32, 32), embed_dim=64, depth=1, num_heads=1
-            )
-            Segmenter(config).save_pretrained(path.parent, format="original")
+            _segmenter(path)
         elif text == "own":
             write_shapes(path, "instance")
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", text) and (kind := _kind(text)):
@@ -113,6 +113,15 @@ def small(kind: str):
 
 def _kind(name: str) -> str | None:
     return next((kind for kind in MODELS if kind in name.lower()), None)
+
+
+def _segmenter(path: Path) -> None:
+    """A checkpoint of Segmenter's code, with variant.yml beside it."""
+    sides = {"image_size": (32, 32), "window_size": 32, "window_stride": 32, "shortest_edge": 64}
+    config = SegmenterConfig(num_labels=3, embed_dim=64, depth=1, num_heads=1, **sides)
+    path.parent.mkdir(parents=True)
+    torch.save({"model": Segmenter(config).state_dict()}, path)
+    (path.parent / "variant.yml").write_text(yaml.safe_dump(original.to_variant(asdict(config))))
 
 
 def _picture(path: Path) -> None:
