@@ -53,7 +53,7 @@ def test_what_was_saved_goes_back_to_transformers(tmp_path, monkeypatch):
     )
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    assert opened.config.num_labels == 3
+    assert opened.config.num_labels == 133
 
 
 PAGE = """# A page

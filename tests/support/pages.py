@@ -105,7 +105,7 @@ def furnish(folder: Path, texts: list[str]) -> None:
 
 def small(kind: str):
     """The config of a small model that the tools of its format open, too."""
-    config = MODELS[kind].config.tiny(3)
+    config = MODELS[kind].config.tiny(133)
     if getattr(config, "backbone", None) != "resnet_digits":
         return config
     return replace(config, backbone="swin_tiny", backbone_options=_SWIN, size_divisor=32)
