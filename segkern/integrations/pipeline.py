@@ -9,6 +9,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
 from ..inference.segment import check, segment
 from ..io.images import read_image
@@ -113,9 +114,9 @@ class Pipeline:
           comes later overwrites what came before.
 
         Args:
-            inputs: a picture, or a list or an iterator of them. A picture is a path; an address
-                (http://, https://); a data URI; the bytes of a file, or a file open in binary
-                mode; a PIL image; an array or a tensor as `segment` takes it.
+            inputs: a picture, or a list, an iterator or a torch `Dataset` of them. A picture is a
+                path; an address (http://, https://); a data URI; the bytes of a file, or a file
+                open in binary mode; a PIL image; an array or a tensor as `segment` takes it.
             subtask: in place of the pipeline's task.
             threshold: in [0, 1]: panoptic segments must score more than this, instances at least
                 this; semantic does not read it.
@@ -130,7 +131,7 @@ class Pipeline:
 
         Returns:
             a list of a `Found` for each segment with pixels; a list of such lists for a list of
-            pictures; for an iterator an iterator, which reads on as it is read.
+            pictures; for an iterator or data set an iterator, which reads on as it is read.
 
         Raises:
             TypeError, ValueError: no picture, or an argument out of range or not for this model; a
@@ -158,8 +159,8 @@ class Pipeline:
 
         if isinstance(inputs, (list, tuple)):
             return list(batches(iter(inputs)))
-        if isinstance(inputs, Iterator) and not hasattr(inputs, "read"):
-            return batches(inputs)
+        if isinstance(inputs, (Iterator, Dataset)) and not hasattr(inputs, "read"):
+            return batches(iter(inputs))
         result = segment(self.model, read(inputs, "image"), task, options=options)
         return _listed(result)
 

@@ -77,8 +77,10 @@ def fetch(
 
     Raises:
         OSError: it cannot be fetched.
-        ValueError: the server sends more than `max_bytes`.
+        ValueError: the server sends more than `max_bytes`, or timeout is not positive.
     """
+    if not timeout > 0:
+        raise ValueError(f"{name}: timeout must be above 0 seconds, got {timeout}")
     asked = request.Request(quote(url, safe=string.punctuation), headers={"User-Agent": "segkern"})
     try:
         with _opener().open(asked, timeout=timeout) as answer:

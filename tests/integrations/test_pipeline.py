@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 from torch import nn
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 import segkern
 from segkern.models import EoMTConfig, Mask2FormerConfig, SegFormerConfig
@@ -293,6 +294,8 @@ def test_lists_and_iterators(batch_size):
     assert sum(len(batch) for batch in model.seen) == min(batch_size, 7)  # no more was read
     assert rows([first, *drawn]) == rows(found)
     assert max(len(batch) for batch in model.seen) <= batch_size
+    dataset = KeyDataset([{"image": image} for image in images], "image")  # of transformers
+    assert rows(run(dataset)) == rows(found)
 
 
 @pytest.mark.parametrize("task", ["instance", "semantic"])

@@ -155,6 +155,11 @@ def test_a_size_that_is_too_large_is_refused_before_it_comes(server):
     assert fetch(f"{server}/picture", max_bytes=len(PICTURE)) == PICTURE
 
 
+def test_a_timeout_is_positive(server):
+    with pytest.raises(ValueError, match="image: timeout must be above 0 seconds, got 0"):
+        fetch(f"{server}/picture", timeout=0)
+
+
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:1/a.png", "http://127.0.0.1:port/a.png", "http:///a.png"]
 )
