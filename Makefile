@@ -1,4 +1,4 @@
-# make demo | test | check | lint | bench | gpu: each sets up what it needs first, in .venv.
+# make demo | test | check | lint | docs | bench | gpu: each sets up what it needs first, in .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -14,7 +14,7 @@ INSTALL = install --disable-pip-version-check -q
 KERNELS = segkern/_C_cpu.abi3.so
 SOURCES = setup.py tools/toolchain.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: setup demo test check sdist slow interpret avx2 sanitize emulate racecheck oldest gate lint bench gpu clean
+.PHONY: setup demo test check sdist slow interpret avx2 sanitize emulate racecheck oldest gate lint docs bench gpu clean
 setup: $(KERNELS)
 
 # the constraints first, so that building against the installed torch needs no isolation
@@ -136,6 +136,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+# the reference of all Python names, as pages in build/docs; a warning is an error
+docs: setup
+	$(PY) tools/reference.py build/docs
 
 # in turn with their peers; appends the rows to bench/results.csv
 bench: setup

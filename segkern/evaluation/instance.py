@@ -137,6 +137,14 @@ class Instances:
         return found["dtMatches"] > 0, found["dtIgnore"].astype(bool)
 
     def compute(self, rows: list[dict]) -> dict:
+        """AP, F1 and the confusion of objects.
+
+        Args:
+            rows: of each class a dict, which gets the figures of that class.
+
+        Returns:
+            those of all.
+        """
         results = np.concatenate([*self.results, np.zeros(0, _RESULT)])
         results = [results[results["label"] == k] for k in self.things]
         whole, edges = (self._precision(results, which) for which in range(2))

@@ -73,6 +73,14 @@ class Panoptic:
         return ratio_or_none(iou, tp + 0.5 * fp + 0.5 * fn)
 
     def compute(self, rows: list[dict]) -> dict:
+        """PQ and the confusion of segments.
+
+        Args:
+            rows: of each class a dict, which gets the figures of that class.
+
+        Returns:
+            those of all.
+        """
         total = self.tp + 0.5 * self.fp + 0.5 * self.fn
         figures = np.full((3, len(total)), np.nan)  # pq, sq, rq
         occurs = total > 0

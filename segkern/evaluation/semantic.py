@@ -41,6 +41,14 @@ class Semantic:
         return mean_or_none(_share(right, found + target - right))
 
     def compute(self, rows: list[dict]) -> dict:
+        """IoU, F1, accuracy and the confusion of pixels.
+
+        Args:
+            rows: of each class a dict, which gets the figures of that class.
+
+        Returns:
+            those of all.
+        """
         matrix = self.matrix.compute().numpy().reshape(self.classes, -1)  # of one class a number
         right, found, true = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
         figures = {

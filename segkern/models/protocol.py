@@ -39,9 +39,12 @@ class ModelConfig(Protocol):
     backbone_pretrained: bool
 
     @property
-    def labels(self) -> Labels: ...
+    def labels(self) -> Labels:
+        """Names, and which are stuff."""
+
     @property
-    def input(self) -> InputConfig: ...
+    def input(self) -> InputConfig:
+        """How images are made what the model takes."""
 
 
 class SegmentationModel(Protocol):

@@ -44,6 +44,11 @@ def is_recording() -> bool:
 
 
 def constant(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps what a function builds; the module says for how long.
+
+    Args:
+        build: of hashable arguments a tensor that nobody changes, without gradient.
+    """
     kept: dict[tuple, Tensor] = {}  # the last used at the end
 
     @functools.wraps(build)

@@ -4,10 +4,10 @@ Letters: K class, H W size of the image, n instance, m map of bits.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import scipy
@@ -20,6 +20,7 @@ from ..io.images import read_pixels
 from ..io.overlay import drawable_suffix, overlay, save_picture
 from ..io.rle import encode, encode_bits
 from ..ops.mask_bits import unpack_bits
+from . import conversions
 
 
 class Segment(NamedTuple):
@@ -213,6 +214,70 @@ class Segmentation:
             for s, code, (x0, y0, x1, y1) in zip(self.segments, codes, self._boxes().tolist())
         ]
         return {"task": self.task, "size": list(self.segmentation.shape), "segments": segments}
+
+    def to_supervision(self):
+        """The segments as supervision's `Detections`, for its annotators, metrics and trackers.
+
+        Returns:
+            `supervision.Detections` of n segments: xyxy [n, 4] float32, the right and bottom edge
+            behind the last pixel as in `boxes` (supervision's "exclusive" convention); mask
+            [n, H, W] bool; confidence [n] float32, None for semantic; class_id [n]; and names in
+            data["class_name"].
+
+        Raises:
+            ImportError: the package supervision is not installed.
+        """
+        return conversions.supervision_detections(self)
+
+    def to_coco(
+        self,
+        image_id: int = 1,
+        category_ids: Mapping[int, int] | Sequence[int] | None = None,
+        kind: Literal["annotations", "results"] = "annotations",
+        first_id: int = 1,
+    ) -> list[dict]:
+        """The segments as COCO writes them, masks as run-length codes with their counts as text.
+
+        Args:
+            image_id: of the picture in the COCO file.
+            category_ids: of each label the id of its category in the COCO file; None: the labels
+                themselves, from 0.
+            kind: "annotations" are what a COCO file lists, with id, area, bbox and iscrowd;
+                "results" are what `pycocotools`' `COCO.loadRes` and its evaluation read, with
+                score and without bbox, from which they would take the area.
+            first_id: annotations: the first of their ids, which count up.
+
+        Returns:
+            a dict for each segment; annotations leave out segments without a pixel.
+
+        Raises:
+            ValueError: another kind, results of a semantic result, which has no scores, or a label
+                that `category_ids` lacks.
+        """
+        if kind == "results":
+            return conversions.coco_results(self, image_id, category_ids)
+        if kind == "annotations":
+            return conversions.coco_annotations(self, image_id, category_ids, first_id)
+        raise ValueError(f'to_coco: kind must be "annotations" or "results", got {kind!r}')
+
+    def to_panoptic_png(
+        self, category_ids: Mapping[int, int] | Sequence[int] | None = None
+    ) -> tuple[Image.Image, list[dict]]:
+        """The map as COCO's panoptic format has it.
+
+        Args:
+            category_ids: as in `to_coco`.
+
+        Returns:
+            an RGB image whose pixels hold ids, red + 256 green + 65536 blue, 0 for void; and
+            `segments_info`: id, category_id, area, bbox [x, y, width, height], iscrowd. Each class
+            of a semantic result is one segment, whose id is its label + 1. Of instances that
+            overlap, the best-scored has the pixel, and areas and boxes are of what is seen.
+
+        Raises:
+            ValueError: a label that `category_ids` lacks.
+        """
+        return conversions.panoptic_png(self, category_ids)
 
     def _boxes(self) -> np.ndarray:
         if self.masks is not None:

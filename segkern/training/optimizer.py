@@ -32,20 +32,25 @@ class MuonAndAdamW:
 
     @property
     def param_groups(self) -> list[dict]:
+        """Of both."""
         return [group for part in self.parts for group in part.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any optimizer of torch."""
         for part in self.parts:
             part.zero_grad(set_to_none)
 
     def step(self) -> None:
+        """Of both, each on its own parameters."""
         for part in self.parts:
             part.step()
 
     def state_dict(self) -> dict:
+        """The states of both, under "parts"."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state: dict) -> None:
+        """Takes what `state_dict` gave."""
         for part, found in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(found)
 

@@ -128,6 +128,7 @@ class Mask2FormerConfig:
 
     @property
     def labels(self) -> Labels:
+        """Names, and which are stuff."""
         return Labels(self.id2label, tuple(self.stuff))
 
     @property

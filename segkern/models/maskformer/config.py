@@ -112,6 +112,7 @@ class MaskFormerConfig:
 
     @property
     def labels(self) -> Labels:
+        """Names, and which are stuff."""
         return Labels(self.id2label, tuple(self.stuff))
 
     @property

@@ -1,0 +1,144 @@
+"""Pictures that are not files: addresses on the network, data URIs, bytes, open files."""
+
+import base64
+import binascii
+import http.client
+import string
+import time
+import urllib.request as request
+from io import BytesIO
+from urllib.parse import quote
+
+from .images import open_image
+
+TIMEOUT = 30.0  # seconds
+MAX_BYTES = 2**26  # of a picture's file: 64 MiB
+_AT_ONCE = 2**16
+
+
+def is_url(source) -> bool:
+    """Whether it is text that begins with http:// or https://."""
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
+
+
+def open_source(
+    source,
+    name: str = "image",
+    timeout: float = TIMEOUT,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int | None = None,
+):
+    """What `io.images.read_image` takes, from any source of a picture.
+
+    Args:
+        source: an address (http://, https://), a data URI (data:image/png;base64,...), the bytes
+            of a picture's file, or a file open for reading in binary mode, which is read to its
+            end; anything else comes back as it is.
+        name: begins the message of an error.
+        timeout: seconds to wait for a server, and that what it sends may then take.
+        max_bytes: that a server may send.
+        max_pixels: as in `io.images.open_image`.
+
+    Returns:
+        a PIL image, upright, or `source`.
+
+    Raises:
+        TypeError: a file open as text.
+        OSError: the address cannot be fetched.
+        ValueError: more than `max_bytes`, no base64, or not an image that PIL can read.
+    """
+    if is_url(source):
+        data = fetch(source, name, timeout, max_bytes)
+        name = f"{name}: {source}"
+    elif isinstance(source, str) and source.startswith("data:"):
+        data = _decoded(source, name)
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+    elif hasattr(source, "read"):
+        data = source.read()
+        if not isinstance(data, bytes):
+            raise TypeError(
+                f"{name}: a file must be open in binary mode, reading it gave "
+                f"{type(data).__name__}"
+            )
+    else:
+        return source
+    return open_image(_Named(data, name), max_pixels)
+
+
+def fetch(
+    url: str, name: str = "image", timeout: float = TIMEOUT, max_bytes: int = MAX_BYTES
+) -> bytes:
+    """What an address holds; redirections to other addresses of http and https are followed.
+
+    Args:
+        url: http:// or https://; the proxies of the environment are used.
+        name, timeout, max_bytes: as in `open_source`.
+
+    Raises:
+        OSError: it cannot be fetched.
+        ValueError: the server sends more than `max_bytes`, or timeout is not positive.
+    """
+    if not timeout > 0:
+        raise ValueError(f"{name}: timeout must be above 0 seconds, got {timeout}")
+    asked = request.Request(quote(url, safe=string.punctuation), headers={"User-Agent": "segkern"})
+    try:
+        with _opener().open(asked, timeout=timeout) as answer:
+            length = answer.headers.get("Content-Length", "")
+            length = int(length) if length.isdecimal() else None
+            data, until = bytearray(), time.monotonic() + timeout
+            while (length or 0) <= max_bytes and (part := answer.read1(_AT_ONCE)):
+                data += part
+                if len(data) > max_bytes:
+                    break
+                if time.monotonic() > until:
+                    raise TimeoutError(f"{len(data)} bytes came in {timeout:g} seconds")
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"{name}: {url} cannot be fetched: {error}") from error
+    if max(length or 0, len(data)) > max_bytes:
+        raise ValueError(
+            f"{name}: {url} must send at most max_bytes = {max_bytes} bytes, got "
+            f"{length or 'more'}"
+        )
+    if length is not None and len(data) < length:
+        raise OSError(f"{name}: {url} cannot be fetched: it ended after {len(data)} of {length}")
+    return bytes(data)
+
+
+class _Named(BytesIO):
+    """Bytes that messages call by their name, as a file by its path."""
+
+    def __init__(self, data: bytes, name: str):
+        super().__init__(data)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+
+def _opener() -> request.OpenerDirector:
+    """Knows http and https alone, also where a server sends us on."""
+    opener = request.OpenerDirector()
+    for handler in (
+        request.ProxyHandler,
+        request.UnknownHandler,
+        request.HTTPHandler,
+        request.HTTPSHandler,
+        request.HTTPDefaultErrorHandler,
+        request.HTTPRedirectHandler,
+        request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+def _decoded(uri: str, name: str) -> bytes:
+    head, comma, data = uri.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ValueError(
+            f"{name}: a data URI must be data:image/KIND;base64,DATA, got {uri[:40]!r}"
+        )
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{name}: a data URI must hold base64: {error}") from error
