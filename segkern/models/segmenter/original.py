@@ -22,7 +22,6 @@ from ...weights.timm_names import check_timm_name, pretrained_model
 from ...weights.yaml_files import read_yaml, yaml_text
 from .. import own_format
 
-FORMATS = ("segkern", "original")
 _MODEL_TYPE = "segmenter"
 _IMAGENET_CLASSES = 1000
 _NORMALIZATION = {
@@ -171,27 +170,20 @@ def to_variant(settings: dict) -> dict:
     }
 
 
-def write_folder(
-    folder: str | Path, settings: dict, weights: dict[str, Tensor], format: str
-) -> None:
-    """Writes a model, each file whole or not at all, the settings last.
+def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor]) -> None:
+    """Writes checkpoint.pth and variant.yml of the original code, each file whole or not at all,
+    the settings last; the unused ImageNet heads are zeros.
 
     Args:
         folder: is made if it is not there.
         settings: names of `SegmenterConfig`.
         weights: names of `Segmenter`.
-        format: "segkern" or "original", whose unused ImageNet heads are written as zeros.
 
     Raises:
-        ValueError: another format, or settings that the original format cannot hold.
+        ValueError: settings that the original format cannot hold.
         OSError: the folder cannot be written to.
     """
-    if format not in FORMATS:
-        raise ValueError(f"Segmenter: format must be one of {', '.join(FORMATS)}, got {format!r}")
     folder = Path(folder)
-    if format == "segkern":
-        own_format.write(folder, _MODEL_TYPE, settings, weights)
-        return
     state = on_disk(weights)
     variant = to_variant(settings)
     for head in ["head", "head_dist"][: 2 if settings["distilled"] else 1]:
