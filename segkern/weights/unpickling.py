@@ -5,6 +5,7 @@ import codecs
 import pickle
 import re
 import threading
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -89,6 +90,7 @@ _HARMLESS = [
     *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
     *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
 ]
+_WEIGHTS = ("model", "state_dict", "ema_state")  # what they are called in files, by preference
 _LOCK = threading.Lock()  # torch keeps one list for all threads
 
 
@@ -144,6 +146,24 @@ def load_arrays(path: str | Path):
     except Exception as error:  # a foreign or cut file makes the unpickler raise anything
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(f"not a whole pickle of arrays ({reason})") from error
+
+
+def weights_of(content: dict) -> tuple[dict[str, torch.Tensor], str | None]:
+    """The weights in what a file of `load` or `load_arrays` holds, and under which name they lie
+    there; None where they are all that it holds. Arrays are tensors; what is neither is left out.
+    """
+    places = [name for name in _WEIGHTS if isinstance(content.get(name), dict)]
+    state = content[places[0]] if places else content
+    if len(places) > 1:
+        warnings.warn(
+            f"weights are those of '{places[0]}'; there is '{places[1]}', too", stacklevel=2
+        )
+    found = {
+        name: torch.as_tensor(value)
+        for name, value in state.items()
+        if isinstance(name, str) and isinstance(value, (torch.Tensor, np.ndarray, np.generic))
+    }
+    return found, places[0] if places else None
 
 
 def names(path: str | Path) -> set[str]:

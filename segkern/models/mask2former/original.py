@@ -29,7 +29,6 @@ from .original_keys import from_original, to_original
 SUFFIXES = (".pkl", ".pth")  # of the file
 CONFIG = "config.yaml"  # beside it
 
-_WEIGHTS = ("model", "state_dict", "ema_state")  # what they are called in the file
 _WRAPPED = ("module.", "_orig_mod.")  # by torch, when a wrapped model was written
 _MARK = "sem_seg_head.predictor.class_embed.weight"
 _STATISTICS = {"pixel_mean": "image_mean", "pixel_std": "image_std"}  # of 0 to 255, in old files
@@ -97,22 +96,12 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     except ValueError as error:
         raise ValueError(f"from_pretrained: {path}: {error}") from error
     content = content if isinstance(content, dict) else {}
-    found = [name for name in _WEIGHTS if isinstance(content.get(name), dict)]
-    state = content[found[0]] if found else content
-    if len(found) > 1:
-        warnings.warn(
-            f"{path}: its weights are those of '{found[0]}'; it has '{found[1]}', too",
-            stacklevel=4,
-        )
-    own = content.get("segkern")
-    out = {}
+    state, _ = unpickling.weights_of(content)
+    own, out = content.get("segkern"), {}
     for name, value in state.items():
-        while str(name).startswith(_WRAPPED):
+        while name.startswith(_WRAPPED):
             name = name.partition(".")[2]
-        try:
-            out[name] = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError):
-            continue  # text or the like, which stands beside weights
+        out[name] = value
     return out, own if isinstance(own, dict) else {}
 
 

@@ -299,7 +299,9 @@ def test_averaged_weights_beside_others_are_told_of(tmp_path):
     state = reference("swin").state_dict()
     other = {name: value * 0 for name, value in state.items()}
     path = saved(tmp_path / "a.pth", state, ema_state=other)
-    with pytest.warns(UserWarning, match="weights are those of 'model'; it has 'ema_state', too"):
+    with pytest.warns(
+        UserWarning, match="weights are those of 'model'; there is 'ema_state', too"
+    ):
         opened = open_model(path)
     assert_equal(to_original(opened.state_dict()), state)
 

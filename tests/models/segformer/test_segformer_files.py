@@ -377,9 +377,7 @@ def test_a_file_of_the_original_goes_out_as_it_came(tmp_path):
     assert b["meta"]["CLASSES"] == a["meta"]["CLASSES"]
     unused = "decode_head.conv_seg.weight", "decode_head.conv_seg.bias"
     equal(*({k: v for k, v in x["state_dict"].items() if k not in unused} for x in (a, b)))
-    with pytest.warns(
-        UserWarning, match="layer_norm_eps is 1e-05 here, and 1e-06 in"
-    ):
+    with pytest.warns(UserWarning, match="layer_norm_eps is 1e-05 here, and 1e-06 in"):
         small().save_original(tmp_path / "c.pth")
     with pytest.raises(ValueError, match=r"path must end in \.pth"):
         small().save_original(tmp_path / "c.pkl")

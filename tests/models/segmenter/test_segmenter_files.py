@@ -13,10 +13,8 @@ import yaml
 from test_segmenter import CASES, SMALL
 
 import segkern
-from segkern.models.segmenter import original as weights
 from segkern.models.segmenter.config import SegmenterConfig
 from segkern.models.segmenter.model import Segmenter
-
 
 WAYS = {"segkern": Segmenter.save_pretrained, "original": Segmenter.save_original}
 
