@@ -30,7 +30,7 @@ LABELS = {i: f"class {i}" for i in range(7)}
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*which no published checkpoint has",
     "ignore:.*opens models with encoder_feedforward_dim",
-    "ignore:.*is taken for a model",
+    "ignore:.*(is taken for a model|have not faded)",
     "ignore:.*of no published checkpoint",
     "ignore:.*in the original code, whose outputs differ",
 )

@@ -6,7 +6,6 @@ of classes, which tells the data set in the published ones. A file that was writ
 settings, too, under "segkern", which detectron2 passes over.
 """
 
-import pickle
 import re
 import warnings
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from ...io.atomic_files import atomic
 from ...nn.backbones.swin import VARIANTS
 from ...structures.labels import DATASETS
 from ...weights import unpickling
+from ...weights.pickling import dump_arrays
 from ...weights.state_dicts import on_disk
 from ...weights.yaml_files import yaml_text
 from . import detectron2_config
@@ -149,8 +149,7 @@ def write_file(path: str | Path, settings: dict, weights: dict[str, Tensor]) -> 
             for name, value in state.items():  # of which NumPy has no bfloat16
                 exact = value.float() if value.dtype == torch.bfloat16 else value
                 state[name] = exact.numpy()
-            with temporary.open("wb") as file:
-                pickle.dump(content, file, protocol=4)
+            dump_arrays(temporary, content)
         else:
             torch.save(content, temporary)
     with atomic(path.parent / CONFIG) as temporary:
