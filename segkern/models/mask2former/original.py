@@ -97,12 +97,24 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"from_pretrained: {path}: {error}") from error
     content = content if isinstance(content, dict) else {}
     state, _ = unpickling.weights_of(content)
-    own, out = content.get("segkern"), {}
+    out = {}
     for name, value in state.items():
         while name.startswith(_WRAPPED):
             name = name.partition(".")[2]
         out[name] = value
-    return out, own if isinstance(own, dict) else {}
+    own = content.get("segkern")
+    return out, own if isinstance(own, dict) and _known(own) else {}
+
+
+def _known(own: dict) -> bool:
+    """Whether settings name no other backbone than this format has: of a foreign file they might
+    name one that is downloaded."""
+    options = own.get("backbone_options")
+    return (
+        own.get("backbone") in (*VARIANTS, *_RESNETS.values())
+        and isinstance(options, dict)
+        and not options.keys() - {"freeze_norm", *VARIANTS["swin_tiny"]}
+    )
 
 
 def write_file(path: str | Path, settings: dict, weights: dict[str, Tensor]) -> None:

@@ -12,8 +12,10 @@ from transformers import Mask2FormerConfig as TheirConfig
 from transformers import Mask2FormerForUniversalSegmentation, ResNetConfig, SwinConfig
 
 from segkern.models import Mask2Former, Mask2FormerConfig, open_model
+from segkern.models.mask2former import original
 from segkern.models.mask2former.huggingface_keys import to_huggingface
 from segkern.models.mask2former.original_keys import from_original, to_original
+from segkern.nn.backbones.swin import VARIANTS
 from support import detectron2_mask2former as detectron2
 from support.detectron2_files import SIZES, assert_equal, reference, saved, written
 
@@ -184,3 +186,25 @@ def test_names_of_published_models_both_ways(backbone):
     frozen = {k for k in full if k.endswith("num_batches_tracked")} | {"criterion.seed"}
     assert full.keys() - weights.keys() == frozen
     assert not weights.keys() - full.keys()
+
+
+PUBLISHED = {
+    "resnet50": lambda: detectron2.ResNet(),
+    "resnet101": lambda: detectron2.ResNet((3, 4, 23, 3)),
+    **{name: lambda name=name: detectron2.Swin(**VARIANTS[name]) for name in VARIANTS},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_of_published_models(name):
+    with torch.device("meta"):
+        queries = 200 if name == "swin_large" else 100
+        state = detectron2.Mask2Former(PUBLISHED[name](), 133, Q=queries).state_dict()
+        weights = original.from_original(state)
+        settings = original.read_sizes(weights, name) | original.dataset_of(133, name)
+        config = Mask2FormerConfig(**settings)
+        assert config == Mask2FormerConfig.preset(name)
+        frozen = name.startswith("resnet")
+        own = Mask2Former(config).state_dict()
+        back = {k: v.shape for k, v in original.to_original(own, frozen).items()}
+    assert back == {k: v.shape for k, v in state.items()}

@@ -210,6 +210,20 @@ def test_what_detectron2_asks_of_a_file(tmp_path):
             assert versions[name] == {"version": 2}
 
 
+FOREIGN = {
+    "a backbone from the hub": {"backbone": "hub:someone/model", "backbone_options": {}},
+    "options of timm": {"backbone": "resnet50", "backbone_options": {"checkpoint_path": "x"}},
+    "no settings": [1, 2],
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_foreign_settings_in_our_place_are_not_read(case, tmp_path):
+    state = reference("swin").state_dict()
+    plain = open_model(saved(tmp_path / "a.pth", state)).config
+    assert open_model(saved(tmp_path / "b.pth", state, segkern=FOREIGN[case])).config == plain
+
+
 # --- what is refused ------------------------------------------------------------------------
 
 
