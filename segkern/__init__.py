@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from .models import UNet as UNet
     from .models import UNetConfig as UNetConfig
     from .models import open_model as open_model
+    from .models.convert import convert as convert
     from .runtime.cuda_graphs import Replay as Replay
     from .structures.segmentation import Segmentation as Segmentation
     from .structures.settings import Options as Options
@@ -62,6 +63,7 @@ _HOME = {
     "UNet": "models",
     "UNetConfig": "models",
     "open_model": "models",
+    "convert": "models.convert",
     "Replay": "runtime.cuda_graphs",
     "Segmentation": "structures.segmentation",
     "Options": "structures.settings",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segkern import cli, recipes
+from segkern import recipes
 from segkern.cli import main
 from segkern.data import DigitsConfig
 from segkern.models import Mask2Former, Mask2FormerConfig
@@ -49,7 +49,7 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["evaluate"], ["predict"], ["demo"], ["info"]], ids=str
+    "command", [[], ["train"], ["evaluate"], ["predict"], ["demo"], ["convert"], ["info"]], ids=str
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -237,7 +237,7 @@ def test_failed_training_exits_with_1_and_ctrl_c_with_130(monkeypatch, capsys):
         def fail(*_, error=error):
             raise error
 
-        monkeypatch.setattr(cli, "run_train", fail)
+        monkeypatch.setattr("segkern.cli.train.run_train", fail)
         assert main(["train"]) == code
         assert str(error) in capsys.readouterr().err
 

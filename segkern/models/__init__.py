@@ -9,6 +9,7 @@ from typing import NamedTuple, Union
 
 from ..weights.folders import FILES, find_folder, is_model, model_type
 from ..weights.state_dicts import misfits, with_new_head
+from ..weights.unpickling import names
 from .eomt import EoMT as EoMT
 from .eomt import EoMTConfig as EoMTConfig
 from .eomt import EoMTOutput as EoMTOutput
@@ -42,6 +43,7 @@ class Kind(NamedTuple):
         files: names that tell a checkpoint of its original code; Hugging Face's format and ours
             say the kind in config.json.
         suffixes: of checkpoints of its original code that are one file.
+        marks: ends of names of weights, of which such a file holds one, as no other model's does.
         types: what config.json calls it; () for its kind.
     """
 
@@ -49,17 +51,34 @@ class Kind(NamedTuple):
     model: type
     files: tuple[str, ...] = ()
     suffixes: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
 
 
 MODELS = {
-    "mask2former": Kind(Mask2FormerConfig, Mask2Former, suffixes=(".pkl",)),
+    "mask2former": Kind(
+        Mask2FormerConfig,
+        Mask2Former,
+        suffixes=(".pkl", ".pth"),
+        marks=("predictor.query_feat.weight", "predictor.static_query.weight"),
+    ),
     "segmenter": Kind(SegmenterConfig, Segmenter, files=("variant.yml",)),
     "maskformer": Kind(MaskFormerConfig, MaskFormer),
-    "segformer": Kind(SegFormerConfig, SegFormer, suffixes=(".pth",)),
+    "segformer": Kind(
+        SegFormerConfig,
+        SegFormer,
+        suffixes=(".pth",),
+        marks=("patch_embed1.proj.weight",),
+    ),
     "seq2seg": Kind(Seq2SegConfig, Seq2Seg),
     "unet": Kind(UNetConfig, UNet),
-    "eomt": Kind(EoMTConfig, EoMT, suffixes=(".bin", ".ckpt"), types=("eomt", "eomt_dinov3")),
+    "eomt": Kind(
+        EoMTConfig,
+        EoMT,
+        suffixes=(".bin", ".ckpt", ".pth"),
+        marks=("network.q.weight",),
+        types=("eomt", "eomt_dinov3"),
+    ),
 }
 Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
 
@@ -107,18 +126,17 @@ def open_model(name: str | Path) -> SegmentationModel:
 
     Args:
         name: a folder that a model's `save_pretrained`, transformers or a model's original code
-            wrote, or a file in it, or a .pkl file of Mask2Former's code, a .pth file of
-            SegFormer's or a .bin or .ckpt file of EoMT's; the folder of a training run; or a name
-            on the hub.
+            wrote, or a file in it, or a .pkl or .pth file of Mask2Former's code, a .pth file of
+            SegFormer's or a .bin, .ckpt or .pth file of EoMT's; the folder of a training run; or a
+            name on the hub.
 
     Raises:
         ValueError: of no kind that segkern has; or see each model's `from_pretrained`.
     """
     path = Path(name)
     described = path.name in FILES and is_model(path.parent)
-    for row in MODELS.values():
-        if path.suffix in row.suffixes and not described:
-            return row.model.from_pretrained(name)
+    if not described and (kind := _kind_of_file(path)):
+        return MODELS[kind].model.from_pretrained(name)
     folder = find_folder(name)
     kinds = [
         kind
@@ -134,6 +152,26 @@ def open_model(name: str | Path) -> SegmentationModel:
             )
     kind = kinds[0]
     return MODELS[kind].model.from_pretrained(folder)
+
+
+def _kind_of_file(path: Path) -> str | None:
+    """The model whose original code writes such a file; None for another suffix, or a folder.
+
+    Raises:
+        ValueError: a file of weights that is of no model here, or cannot be read.
+    """
+    kinds = [kind for kind, row in MODELS.items() if path.suffix in row.suffixes]
+    if len(kinds) < 2 or path.is_dir():
+        return kinds[0] if kinds and not path.is_dir() else None
+    try:
+        found = names(path.expanduser())
+    except ValueError as error:
+        raise ValueError(f"open_model: {path}: {error}") from error
+    for kind in kinds:
+        if any(name.endswith(MODELS[kind].marks) for name in found):
+            return kind
+    marks = "; ".join(f"{' or '.join(MODELS[kind].marks)} ({kind})" for kind in kinds)
+    raise ValueError(f"open_model: {path} must hold weights of a model of these: {marks}")
 
 
 # settings that change what the weights compute and show in no shape

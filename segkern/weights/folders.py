@@ -13,6 +13,10 @@ FILES = (  # each of which stands for the folder that it is in
 )
 
 
+# of files: what ends in one is no name on the hub
+_SUFFIXES = (".pkl", ".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".json", ".yml", ".yaml")
+
+
 def find_folder(name_or_folder: str | Path) -> Path:
     """The folder of a model.
 
@@ -38,6 +42,8 @@ def find_folder(name_or_folder: str | Path) -> Path:
             return folder
         inside = [folder / part for part in ("best", "model")]
         return next((part for part in inside if (part / "config.json").is_file()), folder)
+    if folder.suffix in _SUFFIXES:
+        raise ValueError(f"from_pretrained: no such file: {name}")
     if isinstance(name_or_folder, Path) or name.count("/") > 1 or name[:1] in "./~":
         raise ValueError(f"from_pretrained: no such folder: {name}")
     try:

@@ -5,7 +5,10 @@ import codecs
 import pickle
 import re
 import threading
+import warnings
+import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -87,19 +90,24 @@ _HARMLESS = [
     *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
     *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
 ]
+_WEIGHTS = ("model", "state_dict", "ema_state")  # what they are called in files, by preference
 _LOCK = threading.Lock()  # torch keeps one list for all threads
 
 
-def load(path: str | Path):
+def load(path: str | Path, mapped: bool = False):
     """What torch.save wrote, on the CPU: tensors, plain types, and NumPy's values, paths and
     argparse.Namespace, as people keep them beside weights.
+
+    Args:
+        path: of the file.
+        mapped: tensors are read when they are used, from the file, which must be a zip archive.
 
     Raises:
         ValueError: damaged, cut short, or holds other things; says why in one line.
     """
     try:
         with _LOCK, safe_globals([x for x in _HARMLESS if x not in get_safe_globals()]):
-            return _plain(torch.load(path, map_location="cpu", weights_only=True))
+            return _plain(torch.load(path, "cpu", weights_only=True, mmap=mapped))
     except Exception as error:  # a foreign or cut file makes the unpickler raise anything
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes for a terminal
         if found := re.search(r"(?:GLOBAL|class) (\S+) (?:was not an allowed|whose module)", text):
@@ -137,4 +145,43 @@ def load_arrays(path: str | Path):
             return _plain(_Arrays(file).load())
     except Exception as error:  # a foreign or cut file makes the unpickler raise anything
         reason = str(error).partition("\n")[0][:120]
-        raise ValueError(f"{path}: not a whole pickle of arrays ({reason})") from error
+        raise ValueError(f"not a whole pickle of arrays ({reason})") from error
+
+
+def weights_of(content: dict) -> tuple[dict[str, torch.Tensor], str | None]:
+    """The weights in what a file of `load` or `load_arrays` holds, and under which name they lie
+    there; None where they are all that it holds. Arrays are tensors; what is neither is left out.
+    """
+    places = [name for name in _WEIGHTS if isinstance(content.get(name), dict)]
+    state = content[places[0]] if places else content
+    if len(places) > 1:
+        warnings.warn(
+            f"weights are those of '{places[0]}'; there is '{places[1]}', too", stacklevel=2
+        )
+    found = {
+        name: torch.as_tensor(value)
+        for name, value in state.items()
+        if isinstance(name, str) and isinstance(value, (torch.Tensor, np.ndarray, np.generic))
+    }
+    return found, places[0] if places else None
+
+
+def names(path: str | Path) -> set[str]:
+    """The keys of the dicts that a file of `load` holds, or, where it is a .pkl, of `load_arrays`;
+    of what torch.save writes today the values are not read.
+
+    Raises:
+        ValueError: as they do.
+    """
+    if Path(path).suffix == ".pkl":
+        tree = load_arrays(path)
+    else:
+        tree = load(path, mapped=zipfile.is_zipfile(path))
+    return set(_keys(tree))
+
+
+def _keys(tree) -> Iterator[str]:
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield str(name)
+            yield from _keys(value)

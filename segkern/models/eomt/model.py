@@ -417,3 +417,15 @@ class EoMT(nn.Module):
         """
         settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
         huggingface.write_folder(folder, settings, self.state_dict())
+
+    def save_original(self, path: str | Path) -> None:
+        """Writes the weights as the original code reads them.
+
+        Args:
+            path: ends in .bin, .pth or .ckpt; its folder is made if it is not there.
+
+        Raises:
+            ValueError: another suffix, or an encoder that is no DINOv2.
+        """
+        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        original.write_file(path, settings, self.state_dict())

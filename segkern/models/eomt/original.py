@@ -11,10 +11,13 @@ import warnings
 from math import isqrt
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ...io.atomic_files import atomic
 from ...structures.labels import DATASETS
 from ...weights import unpickling
+from ...weights.state_dicts import on_disk
 from .pretrained import from_timm
 
 SUFFIXES = (".bin", ".pth", ".ckpt")
@@ -84,6 +87,63 @@ def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if "encoder.reg_token" not in out:
         out["encoder.reg_token"] = out["encoder.cls_token"].new_zeros(1, 0, _width(out))
     return out
+
+
+def to_original(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The way back. A DINOv2 without registers has a position of its class token there, which is
+    part of the token here: zeros."""
+    out = {}
+    for name, value in weights.items():
+        if name.startswith("encoder."):
+            if name == "encoder.reg_token" and not value.numel():
+                continue
+            name = re.sub(r"\.ls(\d)$", r".ls\1.gamma", name)
+            name = _ENCODER + name.removeprefix("encoder.")
+        elif found := re.match(r"mask_head\.(\d)\.", name):
+            name = f"network.mask_head.{2 * int(found[1])}.{name[found.end() :]}"
+        elif not name.startswith("criterion."):
+            module, rest = name.partition(".")[::2]
+            module = {"query": "q", "class_predictor": "class_head"}.get(module, module)
+            name = f"network.{module}.{rest}" if rest else f"network.{module}"
+        out[name] = value
+    out.pop("criterion.seed", None)
+    if not weights["encoder.reg_token"].numel():
+        positions = out[f"{_ENCODER}pos_embed"]
+        own = torch.zeros_like(positions[:, :1])
+        out[f"{_ENCODER}pos_embed"] = torch.cat((own, positions), 1)
+    return out
+
+
+def write_file(path: str | Path, settings: dict, weights: dict[str, Tensor]) -> None:
+    """Writes a file of weights, whole or not at all: Lightning's form where it is a .ckpt.
+
+    Args:
+        path: of the file; its folder is made if it is not there.
+        settings: names of `EoMTConfig`.
+        weights: names of `EoMT`.
+
+    Raises:
+        ValueError: another suffix, or an encoder that is no DINOv2.
+        OSError: the folder cannot be written to.
+    """
+    path = Path(path)
+    heads = settings["hidden_size"] // _HEAD_SIZE
+    for name, rule, found, kept in (
+        ("path", f"end in {', '.join(SUFFIXES)}", path, path.suffix in SUFFIXES),
+        *(
+            (name, f"be {value}", settings[name], settings[name] == value)
+            for name, value in (("encoder", "dinov2"), ("num_attention_heads", heads))
+        ),
+    ):
+        if not kept:
+            raise ValueError(f"save_original: {name} must {rule}, got {found}")
+    state = to_original(weights)
+    for name in ("mean", "std"):
+        values = torch.tensor(settings[f"image_{name}"]).view(1, -1, 1, 1)
+        state[f"network.encoder.pixel_{name}"] = values
+    state = on_disk(state)
+    with atomic(path) as temporary:
+        torch.save({"state_dict": state} if path.suffix == ".ckpt" else state, temporary)
 
 
 def read_sizes(weights: dict[str, Tensor], name: str) -> dict:

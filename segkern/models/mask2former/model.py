@@ -191,11 +191,12 @@ class Mask2Former(nn.Module):
     def from_pretrained(
         cls, name_or_folder: str | Path, num_labels: int | None = None
     ) -> "Mask2Former":
-        """Opens a checkpoint in Hugging Face's format, or a .pkl file of the original code.
+        """Opens a checkpoint in Hugging Face's format, or a file of the original code.
 
         Args:
             name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
-                `save_pretrained`, or the folder of a training run; or a .pkl file.
+                `save_pretrained`, or the folder of a training run; or a .pkl or .pth file, whose
+                config.yaml is read if it lies beside it.
             num_labels: K of the new task; where it differs from the checkpoint's, the class head
                 starts anew. None keeps the checkpoint's.
 
@@ -206,7 +207,7 @@ class Mask2Former(nn.Module):
             ValueError: the weights are not those of the configured model (names the keys); nothing
                 is loaded then.
         """
-        if Path(name_or_folder).suffix == original.SUFFIX:
+        if original.is_file(name_or_folder):
             settings, weights = original.read_file(name_or_folder)
         else:
             settings, weights = huggingface.read_folder(name_or_folder, num_labels)
@@ -220,3 +221,16 @@ class Mask2Former(nn.Module):
         """
         settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
         huggingface.write_folder(folder, settings, self.state_dict())
+
+    def save_original(self, path: str | Path) -> None:
+        """Writes the model as the original code reads it: the weights in a file, and config.yaml
+        beside it.
+
+        Args:
+            path: ends in .pkl or .pth; its folder is made if it is not there.
+
+        Raises:
+            ValueError: another suffix, or settings that the original code has not.
+        """
+        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        original.write_file(path, settings, self.state_dict())

@@ -1,14 +1,14 @@
-"""Checkpoints of Mask2Former's original code: a pickle of NumPy arrays, one .pkl file.
+"""Checkpoints of Mask2Former's original code, as detectron2 writes them: one .pkl or .pth file.
 
-Plain functions on dicts, as huggingface.py. The file holds weights alone: sizes are read off their
-shapes, and how pictures are resized off the number of classes, which tells the data set in the
-published ones.
-Source: the names of the weights are those of the published checkpoints (facebookresearch/
-Mask2Former on detectron2).
+Plain functions on dicts, as huggingface.py. The file holds weights: sizes are read off their
+shapes; what no shape tells, off config.yaml beside it where there is one, or else off the number
+of classes, which tells the data set in the published ones. A file that was written here holds our
+settings, too, under "segkern", which detectron2 passes over.
 """
 
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from math import isqrt
 from pathlib import Path
@@ -16,52 +16,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...io.atomic_files import atomic
 from ...nn.backbones.swin import VARIANTS
 from ...structures.labels import DATASETS
 from ...weights import unpickling
+from ...weights.pickling import dump_arrays
+from ...weights.state_dicts import on_disk
+from ...weights.yaml_files import yaml_text
+from . import detectron2_config
+from .original_keys import from_original, to_original
 
-SUFFIX = ".pkl"  # of the file
+SUFFIXES = (".pkl", ".pth")  # of the file
+CONFIG = "config.yaml"  # beside it
 
-_HEAD, _LAYERS = r"sem_seg_head\.pixel_decoder", r"sem_seg_head\.predictor\.transformer"
-_NAMES = [  # the first that fits
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"backbone\.norm(\d)\.", r"backbone.norms.\1."),
-        (r"backbone\.stem\.conv1\.norm\.", "backbone.body.bn1."),
-        (r"backbone\.stem\.conv1\.", "backbone.body.conv1."),
-        (r"backbone\.res(\d)\.(\d+)\.shortcut\.norm\.", r"backbone.body.layer\1.\2.downsample.1."),
-        (r"backbone\.res(\d)\.(\d+)\.shortcut\.", r"backbone.body.layer\1.\2.downsample.0."),
-        (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.norm\.", r"backbone.body.layer\1.\2.bn\3."),
-        (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.", r"backbone.body.layer\1.\2.conv\3."),
-        (rf"{_HEAD}\.transformer\.encoder\.(layers\.\d+)\.self_attn\.", r"pixel_decoder.\1.attn."),
-        (rf"{_HEAD}\.transformer\.(encoder\.)?", "pixel_decoder."),
-        (rf"{_HEAD}\.adapter_1\.norm\.", "pixel_decoder.adapter.1."),
-        (rf"{_HEAD}\.adapter_1\.", "pixel_decoder.adapter.0."),
-        (rf"{_HEAD}\.layer_1\.norm\.", "pixel_decoder.output_conv.1."),
-        (rf"{_HEAD}\.layer_1\.", "pixel_decoder.output_conv.0."),
-        (rf"{_HEAD}\.", "pixel_decoder."),
-        (
-            rf"{_LAYERS}_(self|cross)_attention_layers\.(\d+)\.norm\.",
-            r"query_decoder.layers.\2.\1_norm.",
-        ),
-        (
-            rf"{_LAYERS}_(self|cross)_attention_layers\.(\d+)\.(self|multihead)_attn\.",
-            r"query_decoder.layers.\2.\1_attn.",
-        ),
-        (rf"{_LAYERS}_ffn_layers\.", "query_decoder.layers."),
-        (r"sem_seg_head\.predictor\.decoder_norm\.", "query_decoder.norm."),
-        (r"sem_seg_head\.predictor\.mask_embed\.layers\.", "query_decoder.mask_embed."),
-        (r"sem_seg_head\.predictor\.static_query\.", "query_decoder.query_feat."),
-        (r"sem_seg_head\.predictor\.", "query_decoder."),
-    )
-]
-_COMPUTED = "relative_position_index"
-_RESNETS = {6: "resnet50", 23: "resnet101"}  # by the blocks of the third stage
+_WRAPPED = ("module.", "_orig_mod.")  # by torch, when a wrapped model was written
+_MARK = "sem_seg_head.predictor.class_embed.weight"
+_STATISTICS = {"pixel_mean": "image_mean", "pixel_std": "image_std"}  # of 0 to 255, in old files
+_RESNETS = {6: "resnet50", 23: "resnet101", 36: "resnet152"}  # by the blocks of the third stage
 _LEVELS, _POINTS = 3, 4  # of the pixel decoder: the code reads no other number
+_FEEDFORWARD = 1024  # likewise
+_AUTHOR = "segkern"  # without one detectron2 takes a .pkl for one of Caffe2
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a path names such a file, also one that is not there."""
+    path = Path(path)
+    return path.suffix in SUFFIXES and not path.is_dir()
 
 
 def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Settings and weights of a .pkl file.
+    """Settings and weights of a .pkl or .pth file.
 
     Args:
         path: of the file.
@@ -71,50 +55,122 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         have no name here keep theirs.
 
     Raises:
-        ValueError: no such checkpoint; or a backbone that is neither Swin nor ResNet.
+        ValueError: no such checkpoint, one that holds code, or a backbone that is neither Swin nor
+            ResNet.
     """
-    content = unpickling.load_arrays(path)
-    state = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or "sem_seg_head.predictor.class_embed.weight" not in state:
-        raise ValueError(
-            f"from_pretrained: {path} is no checkpoint of Mask2Former's original code"
-        )
+    path = Path(path).expanduser()
+    state, own = read_state(path)
+    other = f"from_pretrained: {path} is no checkpoint of Mask2Former's original code"
+    if _MARK not in state:
+        raise ValueError(other)
+    settings = {}
+    for name, ours in _STATISTICS.items():
+        if name in state:
+            settings[ours] = tuple(round(v, 9) for v in (state.pop(name).flatten() / 255).tolist())
     try:
-        weights = from_original({name: torch.as_tensor(value) for name, value in state.items()})
-        settings = read_sizes(weights, str(path))
-    except (KeyError, TypeError, RuntimeError) as error:  # of MaskFormer, or no numbers
-        raise ValueError(
-            f"from_pretrained: {path} is no checkpoint of Mask2Former's original code ({error})"
-        ) from error
+        weights = from_original(state)
+        shown = read_sizes(weights, str(path))
+    except (KeyError, TypeError, RuntimeError) as error:  # of MaskFormer or MaskDINO
+        raise ValueError(f"{other} ({error})") from error
+    settings |= shown | own
+    if (path.parent / CONFIG).is_file():
+        swin = "backbone.patch_embed.proj.weight" in weights
+        settings |= detectron2_config.read(path.parent / CONFIG, shown, swin)
+    if not own:
+        edges = [name for name in ("shortest_edge", "longest_edge") if name in settings]
+        settings = dataset_of(settings["num_labels"], str(path), bool(edges)) | settings
     for name in [name for name in weights if name.endswith(".running_var")]:  # frozen there
         count = name.replace("running_var", "num_batches_tracked")
         weights.setdefault(count, torch.zeros((), dtype=torch.int64))
     return settings, weights
 
 
-def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names and products for the weights of the original code."""
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Weights under the names in the file, and the settings that were written here, if they were.
+
+    Raises:
+        ValueError: it cannot be read, or holds code.
+    """
+    try:
+        content = unpickling.load_arrays(path) if path.suffix == ".pkl" else unpickling.load(path)
+    except ValueError as error:
+        raise ValueError(f"from_pretrained: {path}: {error}") from error
+    content = content if isinstance(content, dict) else {}
+    state, _ = unpickling.weights_of(content)
     out = {}
     for name, value in state.items():
-        if name.endswith(_COMPUTED):
-            continue
-        for pattern, replacement in _NAMES:
-            name, count = pattern.subn(replacement, name)
-            if count:
-                break
-        # its stages count from 2
-        name = re.sub(r"(?<=body\.layer)\d", lambda found: str(int(found[0]) - 1), name)
-        if found := re.fullmatch(r"(query_decoder\..*_attn\.)in_proj_(weight|bias)", name):
-            for part, piece in zip("qkv", value.chunk(3)):
-                out[f"{found[1]}{part}_proj.{found[2]}"] = piece
+        while name.startswith(_WRAPPED):
+            name = name.partition(".")[2]
+        out[name] = value
+    own = content.get("segkern")
+    return out, own if isinstance(own, dict) and _known(own) else {}
+
+
+def _known(own: dict) -> bool:
+    """Whether settings name no other backbone than this format has: of a foreign file they might
+    name one that is downloaded."""
+    options = own.get("backbone_options")
+    return (
+        own.get("backbone") in (*VARIANTS, *_RESNETS.values())
+        and isinstance(options, dict)
+        and not options.keys() - {"freeze_norm", *VARIANTS["swin_tiny"]}
+    )
+
+
+def write_file(path: str | Path, settings: dict, weights: dict[str, Tensor]) -> None:
+    """Writes the weights, and config.yaml beside them, each whole or not at all.
+
+    Args:
+        path: of the file; a .pkl holds NumPy's arrays, a .pth torch's tensors. Its folder is made
+            if it is not there.
+        settings: names of `Mask2FormerConfig`.
+        weights: names of `Mask2Former`.
+
+    Raises:
+        ValueError: another suffix, or settings that the original code has not.
+        OSError: the folder cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"save_original: path must end in {' or '.join(SUFFIXES)}, got {path}")
+    backbone, options = settings["backbone"], settings["backbone_options"]
+    swin = VARIANTS[backbone] | options if backbone in VARIANTS else None
+    plain = backbone in _RESNETS.values() and not options.keys() - {"freeze_norm"}
+    points, channels = settings["num_points_encoder"], len(settings["image_mean"])
+    rules = (
+        ("backbone", "a Swin or a plain ResNet-50, -101 or -152", swin or plain, backbone),
+        ("num_points_encoder", f"{_POINTS}", points == _POINTS, points),
+        ("image_mean", "of 3 channels", channels == 3, f"{channels}"),
+    )
+    for name, rule, kept, found in rules:
+        if not kept:
+            raise ValueError(f"save_original: {name} must be {rule}, got {found}")
+    if settings["encoder_feedforward_dim"] != _FEEDFORWARD:
+        warnings.warn(
+            f"{path}: the original code itself opens models with encoder_feedforward_dim "
+            f"{_FEEDFORWARD} alone, this one has {settings['encoder_feedforward_dim']}",
+            stacklevel=3,
+        )
+    state = OrderedDict(on_disk(to_original(weights, bool(options.get("freeze_norm")))))
+    # without versions the original takes names for those of its first version
+    versions = {"": 1, "sem_seg_head": 2, "sem_seg_head.predictor": 2}
+    state._metadata = OrderedDict((name, {"version": v}) for name, v in versions.items())
+    content = {"model": state, "__author__": _AUTHOR, "segkern": settings}
+    with atomic(path) as temporary:
+        if path.suffix == ".pkl":
+            for name, value in state.items():  # of which NumPy has no bfloat16
+                exact = value.float() if value.dtype == torch.bfloat16 else value
+                state[name] = exact.numpy()
+            dump_arrays(temporary, content)
         else:
-            out[name] = value
-    return out
+            torch.save(content, temporary)
+    with atomic(path.parent / CONFIG) as temporary:
+        text = yaml_text(detectron2_config.write(settings, swin), sort_keys=False)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_sizes(weights: dict[str, Tensor], name: str) -> dict:
-    """Settings under the names of `Mask2FormerConfig` that weights under our names show; a warning
-    says what the number of classes alone tells.
+    """Settings under the names of `Mask2FormerConfig` that weights under our names show.
 
     Args:
         weights: of `from_original`.
@@ -130,11 +186,10 @@ def read_sizes(weights: dict[str, Tensor], name: str) -> dict:
     def count(pattern: str) -> int:
         return len({found[0] for key in weights if (found := re.match(pattern, key))})
 
-    labels = rows("query_decoder.class_embed") - 1
     queries, width = weights["query_decoder.query_feat.weight"].shape
     heads = rows("pixel_decoder.layers.0.attn.attention_weights") // (_LEVELS * _POINTS)
     return {
-        "num_labels": labels,
+        "num_labels": rows("query_decoder.class_embed") - 1,
         "num_queries": queries,
         "hidden_dim": width,
         "feature_size": width,
@@ -144,13 +199,18 @@ def read_sizes(weights: dict[str, Tensor], name: str) -> dict:
         "encoder_feedforward_dim": rows("pixel_decoder.layers.0.linear1"),
         "dim_feedforward": rows("query_decoder.layers.0.linear1"),
         "num_attention_heads": heads,
-        **_dataset(labels, name),
         **_backbone(weights, count, name),
     }
 
 
-def _dataset(labels: int, name: str) -> dict:
-    """What the published checkpoints with so many classes are trained on."""
+def dataset_of(labels: int, name: str, sized: bool = False) -> dict:
+    """What the published checkpoints with so many classes are trained on; a warning where none is.
+
+    Args:
+        labels: K.
+        name: of the checkpoint, for messages.
+        sized: how pictures are resized is known otherwise.
+    """
     known = [
         (facts, task)
         for facts in DATASETS.values()
@@ -158,10 +218,11 @@ def _dataset(labels: int, name: str) -> dict:
         if number == labels and facts.edges is not None
     ]
     if not known:
+        resized = "" if sized else "pictures are resized as COCO's (shortest_edge, longest_edge), "
         warnings.warn(
-            f"{name}: has {labels} classes, which no published checkpoint has: pictures are "
-            "resized as COCO's (shortest_edge, longest_edge), and no class is stuff",
-            stacklevel=2,
+            f"{name}: has {labels} classes, which no published checkpoint has: {resized}"
+            f"{'and ' * (not sized)}no class is stuff",
+            stacklevel=4,
         )
         return {}
     facts, task = known[0]
@@ -190,6 +251,10 @@ def _backbone(weights: dict[str, Tensor], count: Callable[[str], int], name: str
     blocks = count(r"backbone\.body\.layer3\.\d+\.")
     if blocks not in _RESNETS:
         raise ValueError(
-            f"from_pretrained: {name}: the backbone must be a Swin, ResNet-50 or ResNet-101"
+            f"from_pretrained: {name}: the backbone must be a Swin, ResNet-50, -101 or -152"
         )
-    return {"backbone": _RESNETS[blocks], "backbone_options": {"freeze_norm": True}}
+    frozen = "backbone.body.bn1.num_batches_tracked" not in weights
+    return {
+        "backbone": _RESNETS[blocks],
+        "backbone_options": {"freeze_norm": True} if frozen else {},
+    }

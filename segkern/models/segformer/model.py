@@ -286,3 +286,14 @@ class SegFormer(nn.Module):
             folder: is made if it is not there.
         """
         huggingface.write_folder(folder, asdict(self.config), self.state_dict())
+
+    def save_original(self, path: str | Path) -> None:
+        """Writes the model as the original code reads it: weights and names of the classes.
+
+        Args:
+            path: ends in .pth; its folder is made if it is not there.
+
+        Raises:
+            ValueError: another suffix.
+        """
+        original.write_file(path, asdict(self.config), self.state_dict())

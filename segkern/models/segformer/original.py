@@ -12,30 +12,34 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ...io.atomic_files import atomic
 from ...structures.labels import DATASETS
 from ...weights import unpickling
+from ...weights.state_dicts import on_disk
 from .config import SIZES, SegFormerConfig
 
 SUFFIX = ".pth"  # of the file
 LAYER_NORM_EPS = 1e-6  # of blocks and stages there, where transformers has 1e-5
 
+_STAGES = (  # names there, whose stages count from 1, and here; # is a block
+    ("backbone.patch_embed{}.", "backbone.stages.{}.patch_embed."),
+    ("backbone.block{}.#.mlp.dwconv.dwconv.", "backbone.stages.{}.blocks.#.mlp.dwconv."),
+    ("backbone.block{}.#.", "backbone.stages.{}.blocks.#."),
+    ("backbone.norm{}.", "backbone.stages.{}.norm."),
+    ("decode_head.linear_c{}.proj.", "head.linears.{}."),
+)
 _NAMES = [  # the first that fits
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"backbone\.patch_embed(\d)\.", "backbone.stages.{}.patch_embed."),
-        (r"backbone\.block(\d)\.(\d+)\.mlp\.dwconv\.", "backbone.stages.{}.blocks.{}.mlp."),
-        (r"backbone\.block(\d)\.(\d+)\.", "backbone.stages.{}.blocks.{}."),
-        (r"backbone\.norm(\d)\.", "backbone.stages.{}.norm."),
-        (r"decode_head\.linear_c(\d)\.proj\.", "head.linears.{}."),
-        (r"decode_head\.linear_fuse\.conv\.", "head.fuse."),
-        (r"decode_head\.linear_fuse\.bn\.", "head.norm."),
-        (r"decode_head\.linear_pred\.", "head.classifier."),
-    )
+    *((a.format(i + 1), b.format(i)) for a, b in _STAGES for i in range(4)),
+    ("decode_head.linear_fuse.conv.", "head.fuse."),
+    ("decode_head.linear_fuse.bn.", "head.norm."),
+    ("decode_head.linear_pred.", "head.classifier."),
 ]
 # MMSegmentation's own classifier, which this head replaces, and that of ImageNet
 _UNUSED = re.compile(r"(decode_head\.conv_seg|(backbone\.)?head)\.")
+_UNUSED_WIDTH = 128  # of that classifier
 _FILTERS = ("head.fuse.weight", "head.classifier.weight")  # 1 x 1 there
 
 
@@ -79,15 +83,57 @@ def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names and shapes for the weights of the original code."""
     out = {}
     for name, value in state.items():
-        if _UNUSED.match(name):
-            continue
-        for pattern, replacement in _NAMES:
-            if match := pattern.match(name):
-                stage, *block = match.groups() or ("1",)  # stages count from 1 there
-                name = replacement.format(int(stage) - 1, *block) + name[match.end() :]
-                break
-        out[name] = value.flatten(1) if name in _FILTERS else value
+        if not _UNUSED.match(name):
+            name = _renamed(name, _NAMES)
+            out[name] = value.flatten(1) if name in _FILTERS else value
     return out
+
+
+def to_original(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The way back; MMSegmentation's own classifier, which the head does not use, is zeros."""
+    back, out = [(ours, theirs) for theirs, ours in _NAMES], {}
+    for name, value in weights.items():
+        out[_renamed(name, back)] = value[..., None, None] if name in _FILTERS else value
+    if (bias := weights.get("head.classifier.bias")) is not None:
+        out["decode_head.conv_seg.weight"] = bias.new_zeros(len(bias), _UNUSED_WIDTH, 1, 1)
+        out["decode_head.conv_seg.bias"] = torch.zeros_like(bias)
+    return out
+
+
+def _renamed(name: str, pairs: list[tuple[str, str]]) -> str:
+    for before, after in pairs:
+        pattern = re.escape(before).replace(r"\#", r"(\d+)")
+        if match := re.match(pattern, name):
+            return after.replace("#", "".join(match.groups())) + name[match.end() :]
+    return name
+
+
+def write_file(path: str | Path, settings: dict, weights: dict[str, Tensor]) -> None:
+    """Writes a .pth file, whole or not at all.
+
+    Args:
+        path: of the file; its folder is made if it is not there.
+        settings: names of `SegFormerConfig`.
+        weights: names of `SegFormer`.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: the folder cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise ValueError(f"save_original: path must end in {SUFFIX}, got {path}")
+    if (eps := settings["layer_norm_eps"]) != LAYER_NORM_EPS:
+        warnings.warn(
+            f"{path}: layer_norm_eps is {eps} here, and {LAYER_NORM_EPS} in the original code, "
+            "whose outputs differ by as much",
+            stacklevel=3,
+        )
+    content = {"state_dict": on_disk(to_original(weights))}
+    if names := settings.get("id2label"):
+        content["meta"] = {"CLASSES": tuple(names[k] for k in range(len(names)))}
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
 
 
 def read_sizes(weights: dict[str, Tensor], name: str) -> dict:

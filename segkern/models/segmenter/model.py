@@ -25,7 +25,7 @@ from ...structures.outputs import output
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ...weights.folders import find_folder
-from .. import pixel_output
+from .. import own_format, pixel_output
 from ..build import build
 from . import original
 from .config import SegmenterConfig
@@ -266,16 +266,24 @@ class Segmenter(nn.Module):
             )
         return build(folder, cls, SegmenterConfig, settings, weights, num_labels)
 
-    def save_pretrained(self, folder: str | Path, format: str = "segkern") -> None:
-        """Writes the model.
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors.
 
         Args:
             folder: is made if it is not there.
-            format: "segkern" (config.json, model.safetensors) or "original" (variant.yml,
-                checkpoint.pth).
         """
-        settings, takes = asdict(self.config), self.config.input
-        if format == "original":  # which has no setting that follows another
-            settings |= {"window_size": takes.window, "window_stride": takes.stride}
-            settings |= {"shortest_edge": takes.shortest_edge}
-        original.write_folder(folder, settings, self.state_dict(), format)
+        own_format.save(self, folder)
+
+    def save_original(self, folder: str | Path) -> None:
+        """Writes the model as the original code reads it: checkpoint.pth and variant.yml.
+
+        Args:
+            folder: is made if it is not there.
+
+        Raises:
+            ValueError: settings that the original code has not.
+        """
+        takes = self.config.input  # the original has no setting that follows another
+        settings = asdict(self.config) | {"shortest_edge": takes.shortest_edge}
+        settings |= {"window_size": takes.window, "window_stride": takes.stride}
+        original.write_folder(folder, settings, self.state_dict())

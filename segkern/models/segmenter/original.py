@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
 from ...io.atomic_files import atomic
@@ -20,9 +19,9 @@ from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD
 from ...weights import unpickling
 from ...weights.state_dicts import misfits, on_disk
 from ...weights.timm_names import check_timm_name, pretrained_model
+from ...weights.yaml_files import read_yaml, yaml_text
 from .. import own_format
 
-FORMATS = ("segkern", "original")
 _MODEL_TYPE = "segmenter"
 _IMAGENET_CLASSES = 1000
 _NORMALIZATION = {
@@ -49,25 +48,6 @@ _DECODER = {
 _DECODERS = {"mask_transformer": "mask", "linear": "linear"}
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML and tuples."""
-
-
-_Loader.add_constructor(
-    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node))
-)
-_Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Plain YAML, and tuples with the tag that the original writes."""
-
-
-_Dumper.add_representer(
-    tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:python/tuple", value)
-)
-
-
 def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """Settings under the names of `SegmenterConfig`, and weights.
 
@@ -87,10 +67,9 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
                 f"and model.safetensors; it has no {name}"
             )
     try:
-        variant = yaml.load((folder / "variant.yml").read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = str(error).splitlines()[0]
-        raise ValueError(f"Segmenter: {folder / 'variant.yml'} cannot be read: {line}") from error
+        variant = read_yaml(folder / "variant.yml")
+    except ValueError as error:
+        raise ValueError(f"Segmenter: {error}") from error
     settings = from_variant(variant, str(folder / "variant.yml"))
     path = folder / "checkpoint.pth"
     try:
@@ -191,27 +170,20 @@ def to_variant(settings: dict) -> dict:
     }
 
 
-def write_folder(
-    folder: str | Path, settings: dict, weights: dict[str, Tensor], format: str
-) -> None:
-    """Writes a model, each file whole or not at all, the settings last.
+def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor]) -> None:
+    """Writes checkpoint.pth and variant.yml of the original code, each file whole or not at all,
+    the settings last; the unused ImageNet heads are zeros.
 
     Args:
         folder: is made if it is not there.
         settings: names of `SegmenterConfig`.
         weights: names of `Segmenter`.
-        format: "segkern" or "original", whose unused ImageNet heads are written as zeros.
 
     Raises:
-        ValueError: another format, or settings that the original format cannot hold.
+        ValueError: settings that the original format cannot hold.
         OSError: the folder cannot be written to.
     """
-    if format not in FORMATS:
-        raise ValueError(f"Segmenter: format must be one of {', '.join(FORMATS)}, got {format!r}")
     folder = Path(folder)
-    if format == "segkern":
-        own_format.write(folder, _MODEL_TYPE, settings, weights)
-        return
     state = on_disk(weights)
     variant = to_variant(settings)
     for head in ["head", "head_dist"][: 2 if settings["distilled"] else 1]:
@@ -221,7 +193,7 @@ def write_folder(
     with atomic(folder / "checkpoint.pth") as temporary:
         torch.save({"model": state, "n_cls": settings["num_labels"]}, temporary)
     with atomic(folder / "variant.yml") as temporary:
-        temporary.write_text(yaml.dump(variant, Dumper=_Dumper), encoding="utf-8")
+        temporary.write_text(yaml_text(variant), encoding="utf-8")
 
 
 def labels_of(weights: dict[str, Tensor]) -> int | None:

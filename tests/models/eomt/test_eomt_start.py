@@ -183,3 +183,37 @@ def test_weights_beside_settings_are_those_of_the_folder(tmp_path):
     segkern.Mask2Former(segkern.Mask2FormerConfig.tiny(3)).save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"old")
     assert isinstance(segkern.open_model(tmp_path / "pytorch_model.bin"), segkern.Mask2Former)
+
+
+@pytest.mark.filterwarnings("ignore:.*taken for a model")
+@pytest.mark.parametrize("registers", [4, 0], ids=["registers", "none"])
+@pytest.mark.parametrize("suffix", [".bin", ".pth", ".ckpt"])
+def test_files_go_out_as_they_came(registers, suffix, tmp_path):
+    torch.manual_seed(0)
+    model = EoMT(config(num_labels=3, num_queries=5, num_register_tokens=registers)).eval()
+    model.save_original(tmp_path / f"a{suffix}")
+    opened = segkern.open_model(tmp_path / f"a{suffix}")
+    own = model.state_dict()
+    assert all(torch.equal(v, own[k]) for k, v in opened.state_dict().items())
+    opened.save_original(tmp_path / f"b{suffix}")
+    a, b = (torch.load(tmp_path / f"{n}{suffix}", weights_only=True) for n in "ab")
+    a, b = (x.get("state_dict", x) for x in (a, b))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_names_that_go_out_are_those_of_the_original_code(tmp_path):
+    lines = KEYS.read_text().splitlines()[1:]
+    shapes = {k: literal_eval(shape) for k, shape in (line.split("\t") for line in lines)}
+    sizes = {"num_hidden_layers": 12, "num_blocks": 3, "num_queries": 200, "num_labels": 133}
+    EoMT(config(**sizes)).save_original(tmp_path / "a.bin")
+    found = torch.load(tmp_path / "a.bin", weights_only=True)
+    assert {k: tuple(v.shape) for k, v in found.items()} == shapes
+    for changes, message in (
+        ({"encoder": "dinov3"}, "encoder must be dinov2, got dinov3"),
+        ({"num_attention_heads": 12}, "num_attention_heads must be 6, got 12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EoMT(config(**changes)).save_original(tmp_path / "b.bin")
+    with pytest.raises(ValueError, match=r"path must end in \.bin, \.pth, \.ckpt, got"):
+        EoMT(config()).save_original(tmp_path / "b.pkl")

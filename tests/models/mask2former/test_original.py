@@ -119,7 +119,8 @@ def test_every_name_of_a_published_checkpoint_has_its_place():
     rows = [line.split("\t") for line in KEYS.read_text().splitlines() if line[0] != "#"]
     state = {name: torch.empty(literal_eval(shape), device="meta") for name, shape in rows}
     weights = original.from_original(state)
-    config = Mask2FormerConfig(**original.read_sizes(weights, "model.pkl"))
+    settings = original.read_sizes(weights, "model.pkl") | original.dataset_of(133, "model.pkl")
+    config = Mask2FormerConfig(**settings)
     assert config == Mask2FormerConfig.preset("swin_tiny")
     with torch.device("meta"):
         own = Mask2Former(config).state_dict()

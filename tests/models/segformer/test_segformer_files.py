@@ -226,6 +226,8 @@ def test_other_files_are_refused(case, tmp_path):
     with pytest.raises(
         ValueError, match=r"model.pth is no checkpoint of SegFormer's original code"
     ):
+        SegFormer.from_pretrained(path)
+    with pytest.raises(ValueError, match=r"patch_embed1\.proj\.weight \(segformer\)"):
         open_model(path)
     path.write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(ValueError, match=r"model.pth: not a whole checkpoint"):
@@ -362,3 +364,29 @@ def test_weights_that_do_not_fit_are_named(case, folder):
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         open_model(folder)
+
+
+# --- out again ------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*of no published checkpoint")
+def test_a_file_of_the_original_goes_out_as_it_came(tmp_path):
+    path = written(tmp_path / "a.pth", small(layer_norm_eps=1e-6))
+    open_model(path).save_original(tmp_path / "b.pth")
+    a, b = (torch.load(tmp_path / f"{n}.pth", weights_only=True) for n in "ab")
+    assert b["meta"]["CLASSES"] == a["meta"]["CLASSES"]
+    unused = "decode_head.conv_seg.weight", "decode_head.conv_seg.bias"
+    equal(*({k: v for k, v in x["state_dict"].items() if k not in unused} for x in (a, b)))
+    with pytest.warns(UserWarning, match="layer_norm_eps is 1e-05 here, and 1e-06 in"):
+        small().save_original(tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=r"path must end in \.pth"):
+        small().save_original(tmp_path / "c.pkl")
+
+
+def test_the_names_that_go_out_are_those_of_the_original_code():
+    lines = KEYS.read_text().splitlines()[1:]
+    shapes = {k: literal_eval(shape) for k, shape in (line.split("\t") for line in lines)}
+    with torch.device("meta"):
+        own = SegFormer(SegFormerConfig.preset("b0", "ade20k")).state_dict()
+    found = {k: tuple(v.shape) for k, v in original.to_original(own).items()}
+    assert found == shapes

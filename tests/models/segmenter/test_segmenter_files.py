@@ -13,9 +13,10 @@ import yaml
 from test_segmenter import CASES, SMALL
 
 import segkern
-from segkern.models.segmenter import original as weights
 from segkern.models.segmenter.config import SegmenterConfig
 from segkern.models.segmenter.model import Segmenter
+
+WAYS = {"segkern": Segmenter.save_pretrained, "original": Segmenter.save_original}
 
 
 def random_model(**changes):
@@ -23,11 +24,11 @@ def random_model(**changes):
     return Segmenter(replace(SMALL, **changes)).eval()
 
 
-@pytest.mark.parametrize("format", weights.FORMATS)
+@pytest.mark.parametrize("format", WAYS)
 @pytest.mark.parametrize("case", CASES)
 def test_folders_open_as_they_were_random_model(case, format, tmp_path):
     model = random_model(**CASES[case])
-    model.save_pretrained(tmp_path, format=format)
+    WAYS[format](model, tmp_path)
     again = Segmenter.from_pretrained(tmp_path)
     wanted = asdict(model.config)
     assert again.config.input == model.config.input
@@ -42,7 +43,7 @@ def test_folders_open_as_they_were_random_model(case, format, tmp_path):
 
 
 def test_the_original_format_has_the_originals_names(tmp_path):
-    random_model(distilled=True).save_pretrained(tmp_path, format="original")
+    random_model(distilled=True).save_original(tmp_path)
     state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
     assert state["encoder.head.weight"].shape == (1000, 64)
     assert state["encoder.head_dist.bias"].shape == (1000,)
@@ -71,7 +72,7 @@ DAMAGED = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged_folders_are_named(case, tmp_path):
     name, content, message = DAMAGED[case]
-    random_model().save_pretrained(tmp_path, format="original")
+    random_model().save_original(tmp_path)
     if content is None:
         (tmp_path / name).unlink()
     else:
@@ -107,7 +108,7 @@ HARMLESS = {
 def test_what_people_keep_beside_weights_does_not_matter(value, tmp_path):
     allowed = set(torch.serialization.get_safe_globals())
     model = random_model()
-    model.save_pretrained(tmp_path, format="original")
+    model.save_original(tmp_path)
     path = tmp_path / "checkpoint.pth"
     torch.save(torch.load(path) | {"args": value}, path)
     again = Segmenter.from_pretrained(tmp_path)
@@ -117,7 +118,7 @@ def test_what_people_keep_beside_weights_does_not_matter(value, tmp_path):
 
 
 def test_code_is_named_and_does_not_run(tmp_path):
-    random_model().save_pretrained(tmp_path, format="original")
+    random_model().save_original(tmp_path)
     path = tmp_path / "checkpoint.pth"
     whole = torch.load(path)
     for code, name in ((Code(), r"\S+\.ran"), (Code(os.system, "exit"), "posix.system")):
@@ -128,7 +129,7 @@ def test_code_is_named_and_does_not_run(tmp_path):
     text = (tmp_path / "variant.yml").read_text()
     tag = "log_dir: !!python/object/apply:pathlib.PosixPath [runs]\n"
     (tmp_path / "variant.yml").write_text(tag + text)
-    random_model().save_pretrained(tmp_path / "whole", format="original")
+    random_model().save_original(tmp_path / "whole")
     (tmp_path / "whole/checkpoint.pth").rename(path)
     Segmenter.from_pretrained(tmp_path)
 
@@ -143,7 +144,7 @@ NAMED = {
 @pytest.mark.parametrize("case", NAMED)
 def test_what_cannot_be_obeyed_is_named(case, tmp_path):
     old, new, message = NAMED[case]
-    random_model().save_pretrained(tmp_path, format="original")
+    random_model().save_original(tmp_path)
     path = tmp_path / "variant.yml"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
@@ -152,7 +153,7 @@ def test_what_cannot_be_obeyed_is_named(case, tmp_path):
 
 
 def test_unknown_settings_and_other_shapes_are_named(tmp_path):
-    random_model().save_pretrained(tmp_path, format="original")
+    random_model().save_original(tmp_path)
     path = tmp_path / "variant.yml"
     text = path.read_text()
     path.write_text(text.replace("  distilled: false", "  distilled: false\n  colour: blue"))
@@ -163,10 +164,10 @@ def test_unknown_settings_and_other_shapes_are_named(tmp_path):
         Segmenter.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("format", weights.FORMATS)
+@pytest.mark.parametrize("format", WAYS)
 @pytest.mark.parametrize("decoder", ["mask", "linear"])
 def test_another_number_of_labels_is_named(decoder, format, tmp_path):
-    random_model(decoder=decoder).save_pretrained(tmp_path, format)
+    WAYS[format](random_model(decoder=decoder), tmp_path)
     path = tmp_path / {"segkern": "config.json", "original": "variant.yml"}[format]
     text = path.read_text()
     for name in ("n_cls: ", '"num_labels": '):
@@ -228,7 +229,7 @@ def test_sizes_that_are_not_given_follow_the_crops(changes, sizes):
 
 
 def test_a_variant_without_inference_has_the_sizes_of_its_crops(tmp_path):
-    random_model().save_pretrained(tmp_path, format="original")
+    random_model().save_original(tmp_path)
     path = tmp_path / "variant.yml"
     variant = yaml.load(path.read_text(), yaml.FullLoader)
     del variant["inference_kwargs"]

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, explain, data, demo, info.
+"""The command line: train, evaluate, predict, explain, data, convert, demo, info.
 
 Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 """
@@ -7,45 +7,39 @@ import importlib.util
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from inspect import Parameter, signature
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
-from . import recipes
-from .data import Digits, Folder, FolderConfig, Pictures, Streets, find_format
-from .data.folder import Layout
-from .evaluation.evaluate import evaluate as run_evaluate
-from .evaluation.optional import import_extra
-from .evaluation.report import table
-from .inference.predict_files import Predicted, image_files, predict_files
-from .models import Segmenter, open_model
-from .models.segmenter.explain import explain as run_explain
-from .ops import _library
-from .ops.segment_map import TASKS
-from .recipes.check_data import check_data, show_data
-from .recipes.compare import LEVELS, compare, markdown
-from .recipes.demo import demo as run_demo
-from .recipes.evaluate_run import run_folder, source_of, write_report
-from .runtime.device import usable_device
-from .structures.settings import Options, Views
-from .training import checkpoint
-from .training.config import TrainConfig
-from .training.loop import stored_config
-from .training.loop import train as run_train
-from .training.validation import BEST, best_of
+from .. import recipes
+from ..data import Digits, Folder, FolderConfig, Pictures, Streets, find_format
+from ..data.folder import Layout
+from ..evaluation.evaluate import evaluate as run_evaluate
+from ..evaluation.optional import import_extra
+from ..evaluation.report import table
+from ..inference.predict_files import Predicted, image_files, predict_files
+from ..models import Segmenter, open_model
+from ..models.convert import FORMATS
+from ..models.convert import convert as run_convert
+from ..models.segmenter.explain import explain as run_explain
+from ..ops import _library
+from ..ops.segment_map import TASKS
+from ..recipes.check_data import check_data, show_data
+from ..recipes.compare import LEVELS, compare, markdown
+from ..recipes.demo import demo as run_demo
+from ..recipes.evaluate_run import run_folder, source_of, write_report
+from ..runtime.device import usable_device
+from ..structures.settings import Options, Views
+from .train import train_command
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 _Task = Literal[TASKS]
 _Model = Annotated[
     str, tyro.conf.arg(help="folder of a run or a model, or a name on the Hugging Face hub")
 ]
-# options of train that are read before the others, whose defaults depend on them
-_FIRST = ("--recipe", "--resume", "--preset", "--init")
-_FIRST += ("--data.root", "--data.layout", "--data.task")
 _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error arose."
 
 
@@ -256,6 +250,29 @@ def explain(
     print(f"written: {out}")
 
 
+def convert(
+    source: tyro.conf.Positional[str],
+    target: tyro.conf.Positional[Path],
+    format: Literal[FORMATS] | None = None,
+) -> None:
+    """Write a checkpoint in another format of its model, and prove that it computes the same.
+
+    Says what became of each tensor: taken under its name, renamed, merged with others, split, not
+    used, or made. Fails where one would be lost, and writes nothing then.
+
+    Args:
+        source: folder of a run or a model, a file of a model's original code, or a name on the
+            Hugging Face hub.
+        target: a folder for Hugging Face's format, or, where the model's original code has files,
+            one with their suffix (.pkl or .pth of Mask2Former, .pth of SegFormer, .bin, .pth or
+            .ckpt of EoMT); there is nothing yet.
+        format: original, for a folder of the original code (Segmenter's), or pretrained, for
+            Hugging Face's or our own; not given, by the target's suffix.
+    """
+    print(*run_convert(source, target, format).lines(), sep="\n")
+    print(f"written: {target}")
+
+
 def info() -> None:
     """Print versions, the kernels that are loaded, and why others are not."""
     rows = _library.info()
@@ -301,102 +318,6 @@ def data(
     return 0 if good else 2
 
 
-def _train_command(arguments: list[str]) -> Callable:
-    """`segkern train`, whose defaults are the recipe's, or those of the run to go on with."""
-    given = {}
-    for name, following in zip(arguments, [*arguments[1:], ""]):
-        name, _, value = name.partition("=")
-        if name in _FIRST and arguments[0] == "train":
-            given[name] = value or following
-    root, resume = given.get("--data.root"), given.get("--resume")
-    chosen = None if resume else given.get("--recipe")
-    if root and not (chosen or resume):
-        chosen = _recipe_for(root, "--data.layout" in given, given.get("--init"))
-    if resume:
-        folder = Path(resume)
-        default = stored_config(folder)
-        default.output = checkpoint.folder_of(folder)
-        default.overwrite = False  # it was said of that run, not of what comes now
-    else:
-        default = _recipe_config(chosen, given, arguments)
-
-    def train(
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
-        recipe: Literal[tuple(recipes.RECIPES)] | None = None,
-        resume: Path | None = None,
-        preset: str | None = None,
-    ) -> None:
-        """Train on pictures of your own in --data.root, or on scenes of handwritten digits.
-
-        Args:
-            config: what and how.
-            recipe: the model, and the defaults of the other options; not given, with --data.root
-                that of the model that --init names, else mask2former for pictures of objects and
-                segmenter for maps of classes; digits without. Those of segmenter and segformer are
-                their papers' for the layout of --data.root; those of the others have the classes
-                of the data in --data.root, whose format is found, and the sizes of the model that
-                --init names.
-            resume: go on with the run in this folder; other options default to its settings.
-            preset: model of a recipe, not given, that of --init or a small one: of mask2former and
-                maskformer tiny, resnet50, resnet101, swin_tiny, swin_small, swin_base or
-                swin_large; of segmenter such as Seg-B-Mask/16; of segformer b0 to b5; of eomt
-                tiny, small, base, large or giant; of seq2seg semantic, semantic-no-skip, instance,
-                tiny or tiny-instance; of unet semantic, hungarian, either with -bertN for N
-                transformer layers, tiny or tiny-hungarian.
-        """
-        if preset is not None and not _takes(chosen, "preset"):
-            known = ", ".join(name for name in recipes.RECIPES if _takes(name, "preset"))
-            raise ValueError(f"train: --preset is for a new run with --recipe {known}")
-        if _takes(chosen, "root", needed=True):
-            names = list((config.model.id2label or {}).values())
-            found = f"{config.data.root}: data of kind {config.data.kind} ({config.data.task})"
-            print(f"{found}, {len(names)} classes: {', '.join(names[:20])}")
-        run = run_train(config, resume)
-        print(f"trained {run.steps} steps in {run.seconds:.0f} s: {config.output / 'model'}")
-        if best := best_of(config.output):
-            print("best: step {}, {} {:.3f}: {}".format(*best, config.output / BEST))
-
-    return train
-
-
-def _takes(recipe: str | None, argument: str, needed: bool = False) -> bool:
-    """Whether a recipe takes an argument, or cannot be without it."""
-    if recipe not in recipes.RECIPES:
-        return False
-    found = signature(recipes.RECIPES[recipe]).parameters.get(argument)
-    return found is not None and not (needed and found.default is not Parameter.empty)
-
-
-def _recipe_config(name: str | None, given: dict[str, str], arguments: list[str]) -> TrainConfig:
-    """What a recipe, or that of digits, makes of the options that it takes."""
-    root, layout = given.get("--data.root"), given.get("--data.layout")
-    if not _takes(name, "root"):
-        return recipes.RECIPES.get(name, recipes.digits)()
-    if not root and _takes(name, "root", needed=True):
-        raise ValueError(f"train: --recipe {name} needs --data.root, a folder of pictures")
-    offered = {
-        "root": root,
-        "layout": layout,
-        "dataset": layout or "plain",
-        "task": given.get("--data.task"),
-        "init": given.get("--init"),
-        "preset": given.get("--preset"),
-        "pretrained": "--model.no-backbone-pretrained" not in arguments,
-    }
-    return recipes.RECIPES[name](
-        **{k: v for k, v in offered.items() if v is not None and _takes(name, k)}
-    )
-
-
-def _recipe_for(root: str, layout: bool, init: str | None) -> str:
-    """The recipe of the model to start from, or, without one, for the data in a folder; a folder
-    whose layout is given holds maps of classes."""
-    if init is not None and (kind := open_model(init).config.kind) in recipes.RECIPES:
-        return kind
-    objects = not layout and "masks" in find_format(root)[0].targets
-    return "mask2former" if objects else "segmenter"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -412,7 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         app = tyro.extras.SubcommandApp()
-        for command in (_train_command(arguments), evaluate, predict, explain, data, demo, info):
+        others = evaluate, predict, explain, data, convert, demo, info
+        for command in (train_command(arguments), *others):
             app.command(command)
         # the model's kind is that of the recipe's or the stored config, and no subcommand
         config = (tyro.conf.AvoidSubcommands,)
