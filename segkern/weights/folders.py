@@ -41,7 +41,7 @@ def find_folder(name_or_folder: str | Path) -> Path:
     if isinstance(name_or_folder, Path) or name.count("/") > 1 or name[:1] in "./~":
         raise ValueError(f"from_pretrained: no such folder: {name}")
     try:
-        files = ["config.json", "preprocessor_config.json", "model*.safetensors*"]
+        files = ["config.json", "*processor_config.json", "model*.safetensors*"]
         with downloads():
             folder = Path(snapshot_download(name, allow_patterns=files))
             if not list(folder.glob("*.safetensors")):
