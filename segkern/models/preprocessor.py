@@ -122,11 +122,12 @@ def read_preprocessor(found: dict, kind: str, name: str, own: bool = False) -> d
     if "do_split_image" in given:
         settings["do_split_image"] = bool(given["do_split_image"])
     if pad := given.get("pad_size"):
-        given["pad_size"] = (pad["height"], pad["width"]) if isinstance(pad, dict) else pad
+        if isinstance(pad, dict):
+            given["pad_size"] = pad.get("height"), pad.get("width")
     try:
         rest |= {field: given[field] for field in _SAME if field in given}
         settings["processing"] = Processing(**rest)
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"from_pretrained: {name}: preprocessor_config.json: {error}") from error
     return settings
 

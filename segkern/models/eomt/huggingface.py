@@ -199,8 +199,8 @@ def write_pictures(settings: dict) -> dict:
     """preprocessor_config.json of Hugging Face from settings."""
     windows, S = settings["windows"], settings["image_size"]
     sides = {"shortest_edge": S, "longest_edge": None if windows else S, "do_split_image": windows}
-    written = write_preprocessor(settings | sides, KIND)
-    return {"do_pad": not windows} | written
+    written = {"do_pad": not windows} | write_preprocessor(settings | sides, KIND)
+    return {k: v for k, v in written.items() if k != "do_reduce_labels"}  # it has no such field
 
 
 def _side(value, field: str, name: str) -> int:

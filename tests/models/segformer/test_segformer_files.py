@@ -150,9 +150,9 @@ def test_a_changed_file_of_ours_is_obeyed(tmp_path):
     processor.save_pretrained(tmp_path)
     assert open_model(tmp_path).config.input.multiple is None
     assert open_model(tmp_path).config.shortest_edge == 64
-    for processor in (processor, SegformerImageProcessor()):
-        processor.size = {"height": 96, "width": 32}
-        processor.save_pretrained(tmp_path)
+    for other in (processor, SegformerImageProcessor()):
+        other.size = {"height": 96, "width": 32}
+        other.save_pretrained(tmp_path)
         assert open_model(tmp_path).config.input.size == (96, 32)
 
 
