@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from .evaluation.evaluate import evaluate as evaluate
     from .inference.postprocess import postprocess as postprocess
     from .inference.segment import segment as segment
+    from .integrations.processor import Processor as Processor
     from .models import EoMT as EoMT
     from .models import EoMTConfig as EoMTConfig
     from .models import Mask2Former as Mask2Former
@@ -45,6 +46,7 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "postprocess": "inference.postprocess",
     "segment": "inference.segment",
+    "Processor": "integrations.processor",
     "EoMT": "models",
     "EoMTConfig": "models",
     "Mask2Former": "models",

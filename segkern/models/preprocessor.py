@@ -21,7 +21,10 @@ DEFAULTS = {  # of the processors, where they differ; a size_divisor only where 
     "MaskFormerImageProcessor": _MASKS,
     "OneFormerImageProcessor": {"size": {"shortest_edge": 800, "longest_edge": 1333}},
     "SegformerImageProcessor": {"size": {"height": 512, "width": 512}, "square": True},
-    "EomtImageProcessor": {"size": {"shortest_edge": 640, "longest_edge": 640}},
+    "EomtImageProcessor": {
+        "size": {"shortest_edge": 640, "longest_edge": 640},
+        "lacks": ("do_reduce_labels",),
+    },
 }
 _OLD = {  # names of before 2023
     "reduce_labels": "do_reduce_labels",
@@ -59,7 +62,7 @@ def known_kind(found: dict, kind: str, name: str) -> str:
         found: the file's fields.
         kind: that of the model, where the file names none; one that is not known here is taken for
             it, with a warning.
-        name: of the checkpoint, for messages.
+        name: begins the messages of errors.
 
     Raises:
         ValueError: one that is not known here, which crops.
@@ -73,11 +76,11 @@ def known_kind(found: dict, kind: str, name: str) -> str:
         return base
     if found.get("do_center_crop"):
         raise ValueError(
-            f"from_pretrained: {name}: do_center_crop of preprocessor_config.json must be false, "
+            f"{name}: do_center_crop of preprocessor_config.json must be false, "
             f"got {found['do_center_crop']}"
         )
     warnings.warn(
-        f"from_pretrained: {name}: image_processor_type {named} is not known here: "
+        f"{name}: image_processor_type {named} is not known here: "
         f"preprocessor_config.json is read as that of {kind}",
         stacklevel=4,
     )
@@ -90,7 +93,7 @@ def read_preprocessor(found: dict, kind: str, name: str, own: bool = False) -> d
     Args:
         found: its fields.
         kind: class of image processors of the model, such as "Mask2FormerImageProcessor".
-        name: of the checkpoint, for messages.
+        name: begins the messages of errors.
         own: the checkpoint was written here, so that a file without the field "segkern" has sizes
             as in the papers' code.
 
@@ -117,18 +120,17 @@ def read_preprocessor(found: dict, kind: str, name: str, own: bool = False) -> d
     if "size_divisor" in default:
         multiple = max(1, given.get("size_divisor", default["size_divisor"]))
         settings["size_divisor"] = multiple
-    ours = found.get("segkern") or {"multiple": None if own else multiple}
-    rest["multiple"] = ours.get("multiple")
+    ours = found.get("segkern") or {"sizes": "rounded" if own else "cut"}
+    rest["multiple"] = None if ours.get("sizes") == "rounded" else multiple
     if "do_split_image" in given:
         settings["do_split_image"] = bool(given["do_split_image"])
-    if pad := given.get("pad_size"):
-        if isinstance(pad, dict):
-            given["pad_size"] = pad.get("height"), pad.get("width")
+    if isinstance(pad := given.get("pad_size"), dict):
+        given["pad_size"] = pad.get("height"), pad.get("width")
     try:
         rest |= {field: given[field] for field in _SAME if field in given}
         settings["processing"] = Processing(**rest)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"from_pretrained: {name}: preprocessor_config.json: {error}") from error
+        raise ValueError(f"{name}: preprocessor_config.json: {error}") from error
     return settings
 
 
@@ -156,8 +158,9 @@ def write_preprocessor(settings: dict, kind: str) -> dict:
     for field in ("do_split_image", "num_labels"):
         if field in settings:
             written[field] = settings[field]
-    written = {k: v for k, v in written.items() if v is not None}
-    return written | {"segkern": {"multiple": more.multiple}}
+    lacks = DEFAULTS[kind].get("lacks", ())
+    written = {k: v for k, v in written.items() if v is not None and k not in lacks}
+    return written | {"segkern": {"sizes": "rounded" if more.multiple is None else "cut"}}
 
 
 def _read_size(given: dict, default: dict, name: str) -> dict[str, int]:
@@ -179,7 +182,7 @@ def _read_size(given: dict, default: dict, name: str) -> dict[str, int]:
     good = isinstance(size, dict) and set(size) in _SIZES
     if not good or not all(type(side) is int and side > 0 for side in size.values()):
         raise ValueError(
-            f"from_pretrained: {name}: size of preprocessor_config.json must have height and "
+            f"{name}: size of preprocessor_config.json must have height and "
             "width, shortest_edge and longest_edge, or max_height and max_width, all of them "
             f"positive integers, got {given.get('size')!r}"
         )

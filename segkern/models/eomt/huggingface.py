@@ -189,7 +189,7 @@ def read_pictures(found: dict, settings: dict, name: str, own: bool) -> dict:
     fits = short == S and (not whole or long in (None, S))
     if read["processing"].max_size or (fixed != (S, S) if fixed else not fits):
         raise ValueError(
-            f"from_pretrained: {name}: size of preprocessor_config.json must be image_size "
+            f"{name}: size of preprocessor_config.json must be image_size "
             f"({S}), got {found.get('size')}"
         )
     return read | {"windows": read.pop("do_split_image", False)}
@@ -199,8 +199,7 @@ def write_pictures(settings: dict) -> dict:
     """preprocessor_config.json of Hugging Face from settings."""
     windows, S = settings["windows"], settings["image_size"]
     sides = {"shortest_edge": S, "longest_edge": None if windows else S, "do_split_image": windows}
-    written = {"do_pad": not windows} | write_preprocessor(settings | sides, KIND)
-    return {k: v for k, v in written.items() if k != "do_reduce_labels"}  # it has no such field
+    return {"do_pad": not windows} | write_preprocessor(settings | sides, KIND)
 
 
 def _side(value, field: str, name: str) -> int:

@@ -110,7 +110,8 @@ def read_folder(name_or_folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     config = read_json(folder / "config.json")
     settings = read_config(config, str(name_or_folder))
     if found := find_preprocessor(folder):
-        settings |= read_pictures(found, settings, str(name_or_folder), "segkern" in config)
+        given = f"from_pretrained: {name_or_folder}", "segkern" in config
+        settings |= read_pictures(found, settings, *given)
     channels = config.get("num_channels", 3)
     if channels != len(settings.get("image_mean", IMAGENET_MEAN)):
         raise ValueError(
@@ -187,7 +188,7 @@ def read_pictures(found: dict, settings: dict, name: str, own: bool) -> dict:
     Args:
         found: its fields.
         settings: those of config.json.
-        name: of the checkpoint, for messages.
+        name: begins the messages of errors.
         own: the checkpoint was written here; then its sizes are those of config.json, unless the
             file was changed since.
     """
