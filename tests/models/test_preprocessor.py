@@ -3,11 +3,14 @@ transformers' own processor, for every field, and a file of ours gives transform
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor, Mask2FormerImageProcessor
 
 import segkern
+from segkern.inference.predict_files import predict_files
 from segkern.models import EoMTConfig, Mask2FormerConfig, MaskFormerConfig, SegFormerConfig
 from segkern.models.eomt import huggingface as eomt
 from segkern.models.preprocessor import find_preprocessor, read_preprocessor, write_preprocessor
@@ -191,6 +194,16 @@ def test_another_size_than_the_files(tmp_path):
     size = {"shortest_edge": 80, "longest_edge": 133}
     want = Mask2FormerImageProcessor(size=size)(image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(taken(config, image, size), want, rtol=0, atol=2e-6)
+
+
+def test_evaluate_and_predict_at_another_size(tmp_path):
+    image, model = picture(40, 60), Squares().eval()
+    sample = {"image": image, "semantic": np.zeros((40, 60), np.int64)}
+    data = type("Data", (list,), {"classes": ["ground", "square"], "stuff": (0,)})([sample])
+    segkern.evaluate(model, data, ("semantic",), size=32, progress=False)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    predict_files(model, [tmp_path / "a.png"], tmp_path / "out", size=(48, 64))
+    assert [x.shape[2:] for x in model.seen] == [(32, 48), (48, 64)]
 
 
 @pytest.mark.parametrize(
