@@ -312,8 +312,17 @@ def resize(image: Tensor, size: tuple[int, int], resample: str = "bilinear") -> 
     """
     if tuple(image.shape[1:]) == tuple(size):
         return image
-    from torchvision.transforms.v2 import functional as tv  # takes as long to import as torch
+    import torchvision  # takes as long as torch
+    from torchvision.transforms.v2 import functional as tv
 
+    version = tuple(map(int, torchvision.__version__.split(".")[:2]))
+    if resample == "lanczos" and (version < (0, 27) or image.device.type != "cpu"):
+        warnings.warn(
+            "Lanczos needs torchvision 0.27 and a picture on the CPU: bicubic stands for it, as "
+            "in Hugging Face's processors",
+            stacklevel=2,
+        )
+        resample = "bicubic"
     return tv.resize(image, list(size), tv.InterpolationMode(resample), antialias=True)
 
 
