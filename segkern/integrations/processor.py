@@ -186,6 +186,11 @@ class Processor:
                     f"got {bad[0]!r}"
                 )
             tasks = tasks * len(images) if len(tasks) == 1 else tasks
+            if len(tasks) != len(images):
+                raise ValueError(
+                    f"Processor: task_inputs must be 1 or {len(images)}, as images, "
+                    f"got {len(tasks)}"
+                )
             out["task_inputs"] = [f"the task is {task}" for task in tasks]
         elif task_inputs is not None:
             raise ValueError(f"Processor: task_inputs must be left out for a {self.kind}")
@@ -349,8 +354,10 @@ class Processor:
     def _input(self, settings: dict | None = None) -> InputConfig:
         settings = settings or self._settings()
         short, long = settings["shortest_edge"], settings["longest_edge"]
-        square = (short, long or short) if self.kind == EOMT and self.do_pad and short else None
-        return settings["processing"].input(
+        more, square = settings["processing"], None
+        if self.kind == EOMT and more.do_pad and short is not None:
+            square = short, long or short
+        return more.input(
             InputConfig(
                 settings["image_mean"],
                 settings["image_std"],

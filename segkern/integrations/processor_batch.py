@@ -61,7 +61,8 @@ def arranged(
         classes: label of each id, for all images or of each.
 
     Raises:
-        ValueError: an id that has no label, or an image larger than `pad_size`.
+        ValueError: an id that has no label, an image larger than `pad_size`, or no size of
+            windows.
     """
     more = settings["processing"]
     if kind == SEGFORMER:
@@ -71,6 +72,8 @@ def arranged(
         offsets = []
         if settings.get("do_split_image"):
             side = settings["shortest_edge"]
+            if side is None:
+                raise ValueError("Processor: size must have a shortest_edge with do_split_image")
             offsets = _windows([x.shape[1:] for x in pixels], side)
             pixels = [_window(pixels[i], start, side) for i, start, _ in offsets]
             maps = maps and [_window(maps[i], start, side) for i, start, _ in offsets]

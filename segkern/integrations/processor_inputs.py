@@ -61,8 +61,9 @@ def pixels_of(picture: Tensor, settings: InputConfig, raw: bool) -> Tensor:
     x = resize(picture, settings.resized(tuple(picture.shape[1:])), settings.resample)
     if raw:
         return x
-    mean, std = (torch.tensor(v)[:, None, None] for v in (settings.mean, settings.std))
-    return (x.float() / 255 - mean) / std
+    x = x.float() / 255
+    mean, std = (x.new_tensor(v)[:, None, None] for v in (settings.mean, settings.std))
+    return (x - mean) / std
 
 
 def read_labels(found, name: str) -> Tensor:

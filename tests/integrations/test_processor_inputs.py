@@ -149,6 +149,15 @@ def test_fields_of_a_call(kind):
     equal_pixels(processor(IMAGES)["pixel_values"], want)
 
 
+def test_padding_of_a_call():
+    sides = {"size": {"shortest_edge": SIDE, "longest_edge": SIDE}}
+    for own, given in ((True, False), (False, True)):
+        reference = KINDS["eomt"](**sides, do_pad=own)
+        processor = Processor("EomtImageProcessor", **sides, do_pad=own)
+        want = reference(IMAGES[0], do_pad=given, return_tensors="pt")["pixel_values"]
+        equal_pixels(processor(IMAGES[0], do_pad=given).pixel_values, want)
+
+
 def test_forms_of_returns():
     processor = Processor(size={"height": 32, "width": 32})
     out = processor(IMAGES, MAPS, return_tensors="np")
@@ -229,6 +238,16 @@ FAULTS = {
     "tasks": (
         lambda: Processor("OneFormerImageProcessor")(IMAGES, task_inputs="all"),
         "task_inputs must be panoptic, instance or semantic, got 'all'",
+    ),
+    "number of tasks": (
+        lambda: Processor("OneFormerImageProcessor")(IMAGES, task_inputs=3 * ["panoptic"]),
+        "task_inputs must be 1 or 2, as images, got 3",
+    ),
+    "windows": (
+        lambda: Processor("EomtImageProcessor", do_split_image=True)(
+            IMAGES, size={"height": 64, "width": 64}
+        ),
+        "size must have a shortest_edge",
     ),
     "picture": (lambda: Processor()(np.zeros((5, 6, 7))), r"images\[0\]: must be \[H, W\]"),
     "nan": (lambda: Processor()(np.full((8, 8, 3), np.nan)), "must be finite"),
