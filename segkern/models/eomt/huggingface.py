@@ -6,6 +6,7 @@ along.
 """
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -192,6 +193,8 @@ def read_pictures(found: dict, settings: dict, name: str, own: bool) -> dict:
             f"{name}: size of preprocessor_config.json must be image_size "
             f"({S}), got {found.get('size')}"
         )
+    if read["processing"].do_pad is whole:  # as a model does it by itself
+        read["processing"] = replace(read["processing"], do_pad=None)
     return read | {"windows": read.pop("do_split_image", False)}
 
 
