@@ -8,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, Mask2FormerImageProcessor
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import get_image_size_for_max_height_width
 
 import segkern
 from segkern.inference.predict_files import predict_files
+from segkern.io.images import cut_size, fitted_size
 from segkern.models import EoMTConfig, Mask2FormerConfig, MaskFormerConfig, SegFormerConfig
 from segkern.models.eomt import huggingface as eomt
 from segkern.models.preprocessor import find_preprocessor, read_preprocessor, write_preprocessor
@@ -71,6 +74,20 @@ def test_pixels_are_those_of_the_processor(flag, kind, size, tmp_path):
     assert torch.equal(again(image, return_tensors="pt")["pixel_values"].float(), want)
     for name in ("do_reduce_labels", "ignore_index"):
         assert getattr(again, name, None) == getattr(processor, name, None)
+
+
+@pytest.mark.parametrize("longest", [None, 1333, 801])
+def test_sides_are_those_of_the_processors(longest):
+    g = np.random.default_rng(0)
+    for h, w, shortest in g.integers(1, 3000, (3000, 3)).tolist():
+        shortest = shortest % 800 + 50
+        most = longest and max(longest, shortest)
+        want = get_size_with_aspect_ratio((h, w), shortest, most)
+        if min(want) > 0:  # theirs may be 0 of a line
+            assert cut_size((h, w), shortest, most) == want
+        fitted = get_image_size_for_max_height_width((h, w), shortest, most or 900)
+        if min(fitted) > 0:
+            assert fitted_size((h, w), (shortest, most or 900)) == fitted
 
 
 def test_a_batch_is_padded_as_each_of_its_images_alone(tmp_path):
@@ -194,6 +211,14 @@ def test_another_size_than_the_files(tmp_path):
     size = {"shortest_edge": 80, "longest_edge": 133}
     want = Mask2FormerImageProcessor(size=size)(image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(taken(config, image, size), want, rtol=0, atol=2e-6)
+
+
+def test_windows_need_their_side(tmp_path):
+    theirs("eomt", "windows").save_pretrained(tmp_path)
+    config, image = config_of("eomt", tmp_path), picture(61, 93)
+    assert taken(config, image, 80).shape == (4, 3, SIDE, SIDE)  # 80 x 121, two by two
+    with pytest.raises(ValueError, match="segment: size must give no side below the window's, 64"):
+        taken(config, image, 40)
 
 
 def test_evaluate_and_predict_at_another_size(tmp_path):
