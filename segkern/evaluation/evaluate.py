@@ -263,10 +263,9 @@ def _input(
         pixels = torch.as_tensor(sample["pixel_values"])
         return Input((tuple(pixels.shape[1:]),), _size(sample), lambda _: pixels)
     if "image" not in sample:
-        raise ValueError(
-            "evaluate: scales must be (1.0,) and size None for samples without image, got "
-            f"{views.scales} and {size}"
-        )
+        name, value = ("size", size) if size is not None else ("scales", views.scales)
+        rule = "None" if name == "size" else "(1.0,)"
+        raise ValueError(f"evaluate: {name} must be {rule} for samples without image, got {value}")
     settings = model.config.input.sized("evaluate", size)
     return Input.of(_picture(sample), settings, views, _size(sample))
 

@@ -226,6 +226,9 @@ def test_evaluate_and_predict_at_another_size(tmp_path):
     sample = {"image": image, "semantic": np.zeros((40, 60), np.int64)}
     data = type("Data", (list,), {"classes": ["ground", "square"], "stuff": (0,)})([sample])
     segkern.evaluate(model, data, ("semantic",), size=32, progress=False)
+    del sample["image"]
+    with pytest.raises(ValueError, match="size must be None for samples without image, got 32"):
+        segkern.evaluate(model, data, ("semantic",), size=32, progress=False)
     Image.fromarray(image).save(tmp_path / "a.png")
     predict_files(model, [tmp_path / "a.png"], tmp_path / "out", size=(48, 64))
     assert [x.shape[2:] for x in model.seen] == [(32, 48), (48, 64)]
