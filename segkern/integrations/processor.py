@@ -38,8 +38,8 @@ class Processor:
     do it: one may stand in place of the other, with a model of either.
 
     Pixels are those of transformers' default (torchvision) processors: resized in 8 bits where 8
-    bits came, with antialiasing. Its Pillow ones resize with other roundings: most values are the
-    same, some are one of 255 steps apart. Results are those of `segkern.postprocess`, which differ
+    bits came, with antialiasing. Its Pillow ones round otherwise: some values are a step of 255
+    apart, bicubic and Lanczos ones up to two. Results are those of `segkern.postprocess`, which differ
     from transformers' where these are at fault:
 
     - mask logits go to the result's size at once, not by way of 384 x 384 (Mask2Former);
