@@ -39,8 +39,8 @@ class Processor:
 
     Pixels are those of transformers' default (torchvision) processors: resized in 8 bits where 8
     bits came, with antialiasing. Its Pillow ones round otherwise: some values are a step of 255
-    apart, bicubic and Lanczos ones up to two. Results are those of `segkern.postprocess`, which differ
-    from transformers' where these are at fault:
+    apart, bicubic and Lanczos ones up to two. Results are those of `segkern.postprocess`, which
+    differ from transformers' where these are at fault:
 
     - mask logits go to the result's size at once, not by way of 384 x 384 (Mask2Former);
     - padding is cut away, not stretched into the result: `target_sizes` are the images' own sizes,
