@@ -1,1 +1,1 @@
-"""Other people's ways of calling: transformers' models in place, its processors, its pipeline."""
+"""Other people's ways of calling: transformers' models, its processors and its pipeline."""
