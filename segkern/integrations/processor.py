@@ -13,6 +13,7 @@ from ..io.atomic_files import write_json
 from ..models.preprocessor import (
     DEFAULTS,
     find_preprocessor,
+    is_old,
     known_kind,
     read_preprocessor,
     write_preprocessor,
@@ -73,7 +74,7 @@ class Processor:
         if kind not in DEFAULTS:
             raise ValueError(f"Processor: kind must be one of {', '.join(DEFAULTS)}, got {kind!r}")
         self.kind = kind
-        self._set(fields, "Processor", own=False)
+        self._set(fields, "Processor", old=False)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> "Processor":
@@ -97,7 +98,7 @@ class Processor:
         processor = cls.__new__(cls)
         default = _KINDS.get(config.get("model_type"), "Mask2FormerImageProcessor")
         processor.kind = known_kind(found, default, name)
-        processor._set(found, name, own="segkern" in config)
+        processor._set(found, name, is_old(config))
         return processor
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -325,13 +326,13 @@ class Processor:
             raise ValueError("Processor: target_sizes must be given for an EoMT, got None")
         return outputs_.sizes_of(target_sizes, len(outputs.class_queries_logits))
 
-    def _set(self, fields: dict, name: str, own: bool) -> None:
+    def _set(self, fields: dict, name: str, old: bool) -> None:
         """Takes the fields of a file, with defaults for what is missing.
 
         Raises:
             ValueError: a value that is not known here.
         """
-        settings = read_preprocessor(fields, self.kind, name, own)
+        settings = read_preprocessor(fields, self.kind, name, old)
         known = write_preprocessor(settings, self.kind)
         rest = {"pad_size": None, "ignore_index": None}
         if self.kind == EOMT:

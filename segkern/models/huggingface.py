@@ -11,7 +11,7 @@ from torch import Tensor
 from ..structures.labels import IMAGENET_MEAN
 from ..weights.folders import find_folder, read_json
 from ..weights.hf_folders import read_weights
-from .preprocessor import find_preprocessor, read_preprocessor
+from .preprocessor import find_preprocessor, is_old, read_preprocessor
 
 
 def read_folder(
@@ -32,7 +32,7 @@ def read_folder(
         read_names: the weights under our names, of those in the files and the settings.
         head: our name of the class head's bias, [K + 1].
         preprocessor: settings of preprocessor_config.json's fields, the settings so far, the
-            begin of a message, and whether it was written here; None takes `read_preprocessor` for
+            begin of a message, and what `is_old` says of it; None takes `read_preprocessor` for
             Mask2Former's image processor.
 
     Returns:
@@ -47,7 +47,7 @@ def read_folder(
     config = read_json(folder / "config.json")
     settings = read_config(config, str(name_or_folder))
     if found := find_preprocessor(folder):
-        given = f"from_pretrained: {name_or_folder}", "segkern" in config
+        given = f"from_pretrained: {name_or_folder}", is_old(config)
         if preprocessor is None:
             settings |= read_preprocessor(found, "Mask2FormerImageProcessor", *given)
         else:

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..structures.labels import IMAGENET_MEAN, IMAGENET_STD
 from ..structures.processing import Processing
 from ..weights.folders import read_json
+from ..weights.hf_folders import SIZES_TOLD
 
 _MASKS = {"size": {"shortest_edge": 800, "longest_edge": 1333}, "size_divisor": 32}
 DEFAULTS = {  # of the processors, where they differ; a size_divisor only where they have one
@@ -55,6 +56,12 @@ def find_preprocessor(folder: Path) -> dict | None:
     return None
 
 
+def is_old(config: dict) -> bool:
+    """Whether config.json was written here by a version whose preprocessor_config.json does not
+    say how sizes are computed."""
+    return "segkern" in config and SIZES_TOLD not in config["segkern"]
+
+
 def known_kind(found: dict, kind: str, name: str) -> str:
     """The class of image processors whose defaults and manners a file follows.
 
@@ -87,15 +94,14 @@ def known_kind(found: dict, kind: str, name: str) -> str:
     return kind
 
 
-def read_preprocessor(found: dict, kind: str, name: str, own: bool = False) -> dict:
+def read_preprocessor(found: dict, kind: str, name: str, old: bool = False) -> dict:
     """Settings from a preprocessor_config.json.
 
     Args:
         found: its fields.
         kind: class of image processors of the model, such as "Mask2FormerImageProcessor".
         name: begins the messages of errors.
-        own: the checkpoint was written here, so that a file without the field "segkern" has sizes
-            as in the papers' code.
+        old: as `is_old` says of the checkpoint; then sizes are as in the papers' code.
 
     Returns:
         image_mean, image_std, shortest_edge, longest_edge (None where the size is fixed),
@@ -120,7 +126,7 @@ def read_preprocessor(found: dict, kind: str, name: str, own: bool = False) -> d
     if "size_divisor" in default:
         multiple = max(1, given.get("size_divisor", default["size_divisor"]))
         settings["size_divisor"] = multiple
-    ours = found.get("segkern") or {"sizes": "rounded" if own else "cut"}
+    ours = found.get("segkern") or {"sizes": "rounded" if old else "cut"}
     rest["multiple"] = None if ours.get("sizes") == "rounded" else multiple
     if "do_split_image" in given:
         settings["do_split_image"] = bool(given["do_split_image"])

@@ -19,6 +19,7 @@ from segkern.models.eomt import huggingface as eomt
 from segkern.models.preprocessor import find_preprocessor, read_preprocessor, write_preprocessor
 from segkern.models.segformer import huggingface as segformer
 from segkern.structures.processing import Processing
+from segkern.weights.hf_folders import SIZES_TOLD
 from support.models import Squares
 from support.processors import CASES, FIXED, KINDS, SIDE, SIZES, picture, theirs
 
@@ -172,6 +173,20 @@ def test_the_part_of_a_processors_file(tmp_path):
     assert config_of("oneformer", tmp_path).shortest_edge == 48  # as transformers prefers it
     (tmp_path / "processor_config.json").write_text("{}")
     assert config_of("oneformer", tmp_path).input.size == (37, 96)
+
+
+def test_a_file_beside_a_model_of_ours(tmp_path):
+    """A file of transformers is obeyed, one that an older version of ours wrote has its sizes."""
+    segkern.models.build_model(Mask2FormerConfig.tiny(2)).save_pretrained(tmp_path)
+    assert segkern.open_model(tmp_path).config.input.multiple is None
+    theirs("mask2former", "edges").save_pretrained(tmp_path)
+    assert segkern.open_model(tmp_path).config.input.multiple == 32
+    assert segkern.Processor.from_pretrained(tmp_path)._input().multiple == 32
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["segkern"][SIZES_TOLD]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert segkern.open_model(tmp_path).config.input.multiple is None
+    assert segkern.Processor.from_pretrained(tmp_path)._input().multiple is None
 
 
 def test_a_fixed_size_and_edges_are_no_size():

@@ -176,7 +176,7 @@ def write_config(settings: dict) -> dict:
     }
 
 
-def read_pictures(found: dict, settings: dict, name: str, own: bool) -> dict:
+def read_pictures(found: dict, settings: dict, name: str, old: bool) -> dict:
     """Settings under the names of `EoMTConfig` from a preprocessor_config.json and those of the
     checkpoint's config.json (`models.preprocessor.read_preprocessor`).
 
@@ -184,7 +184,7 @@ def read_pictures(found: dict, settings: dict, name: str, own: bool) -> dict:
         ValueError: pictures are resized to other sides than the model takes.
     """
     S, whole = settings["image_size"], not found.get("do_split_image")
-    read = read_preprocessor({"size": {"shortest_edge": S}} | found, KIND, name, own)
+    read = read_preprocessor({"size": {"shortest_edge": S}} | found, KIND, name, old)
     fixed = read["processing"].size
     short, long = read.pop("shortest_edge"), read.pop("longest_edge")
     fits = short == S and (not whole or long in (None, S))

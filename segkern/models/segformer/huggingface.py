@@ -20,7 +20,7 @@ from ...weights import hf_folders
 from ...weights.folders import find_folder, read_json
 from ...weights.hf_folders import check_fixed, read_labels, read_weights, write_labels
 from ...weights.state_dicts import name_rules, renamed
-from ..preprocessor import find_preprocessor, read_preprocessor, write_preprocessor
+from ..preprocessor import find_preprocessor, is_old, read_preprocessor, write_preprocessor
 
 KIND = "SegformerImageProcessor"
 EDGES = ("shortest_edge", "longest_edge")
@@ -110,7 +110,7 @@ def read_folder(name_or_folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     config = read_json(folder / "config.json")
     settings = read_config(config, str(name_or_folder))
     if found := find_preprocessor(folder):
-        given = f"from_pretrained: {name_or_folder}", "segkern" in config
+        given = f"from_pretrained: {name_or_folder}", is_old(config)
         settings |= read_pictures(found, settings, *given)
     channels = config.get("num_channels", 3)
     if channels != len(settings.get("image_mean", IMAGENET_MEAN)):
@@ -181,7 +181,7 @@ def write_config(settings: dict) -> dict:
     }
 
 
-def read_pictures(found: dict, settings: dict, name: str, own: bool) -> dict:
+def read_pictures(found: dict, settings: dict, name: str, old: bool) -> dict:
     """Settings under the names of `SegFormerConfig` from a preprocessor_config.json
     (`models.preprocessor.read_preprocessor`).
 
@@ -189,19 +189,22 @@ def read_pictures(found: dict, settings: dict, name: str, own: bool) -> dict:
         found: its fields.
         settings: those of config.json.
         name: begins the messages of errors.
-        own: the checkpoint was written here; then its sizes are those of config.json, unless the
-            file was changed since.
+        old: as `models.preprocessor.is_old` says of the checkpoint.
+
+    A checkpoint that was written here has sizes in config.json, too, which hold unless the file
+    was changed since.
     """
     shortest, image_size = settings.get("shortest_edge"), settings.get("image_size", (512, 512))
     square = dict.fromkeys(("height", "width"), shortest or min(image_size))
     # such a square once stood in files of ours, whatever the size
-    old = own and "segkern" not in found and found.get("size") == square
+    old = old and found.get("size") == square
     read = read_preprocessor(found, KIND, name, old)
     more, edges = read["processing"], {edge: read[edge] for edge in EDGES}
     read["processing"] = replace(more, do_reduce_labels=False)  # a setting of the config
     read["do_reduce_labels"] = more.do_reduce_labels
     if old:
         read["processing"] = replace(read["processing"], size=None)
+    own = "image_size" in settings
     if old or (own and edges == _edges(settings | {"processing": more})):
         return {k: v for k, v in read.items() if k not in EDGES}
     side = min((side for side in edges.values() if side is not None), default=None)

@@ -20,6 +20,7 @@ from transformers import (
 
 from segkern.models import SegFormer, SegFormerConfig, initialize, open_model
 from segkern.models.segformer import huggingface, original
+from segkern.weights.hf_folders import SIZES_TOLD
 
 KEYS = Path(__file__).parents[2] / "expected/segformer_original_keys.txt"
 SIZES = {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 2, 1, 1], "decoder_hidden_size": 24}
@@ -162,6 +163,10 @@ def test_a_square_in_an_old_file_of_ours_was_no_square(tmp_path):
     SegformerImageProcessor(
         size={"height": 64, "width": 64}, do_reduce_labels=True
     ).save_pretrained(tmp_path)
+    assert open_model(tmp_path).config.input.size == (64, 64)  # of now it is one
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["segkern"][SIZES_TOLD]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert open_model(tmp_path).config == want
 
 
