@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from .inference.postprocess import postprocess as postprocess
     from .inference.segment import segment as segment
     from .integrations.pipeline import pipeline as pipeline
+    from .integrations.processor import Processor as Processor
     from .models import EoMT as EoMT
     from .models import EoMTConfig as EoMTConfig
     from .models import Mask2Former as Mask2Former
@@ -48,6 +49,7 @@ _HOME = {
     "postprocess": "inference.postprocess",
     "segment": "inference.segment",
     "pipeline": "integrations.pipeline",
+    "Processor": "integrations.processor",
     "EoMT": "models",
     "EoMTConfig": "models",
     "Mask2Former": "models",

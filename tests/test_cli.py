@@ -96,7 +96,8 @@ def test_train_resume_evaluate_predict(tmp_path, capsys):
     for path, shape in zip(pictures, ((70, 50), (64, 64, 4), (33, 91, 3))):
         Image.fromarray(np.full(shape, 90, np.uint8)).save(path)
     command = ["predict", *map(str, pictures), "--model", str(run), "--out", str(out)]
-    assert main([*command, "--threshold", "0", "--device", "cpu", "--no-cuda-graphs"]) == 0
+    options = ["--threshold", "0", "--device", "cpu", "--no-cuda-graphs", "--size", "48"]
+    assert main([*command, *options]) == 0
     for path in pictures:
         assert json.loads((out / f"{path.stem}.json").read_text())["task"] == "panoptic"
         assert (out / f"{path.stem}_overlay.png").is_file()

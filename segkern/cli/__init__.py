@@ -150,6 +150,7 @@ def predict(
     device: str = "auto",
     cuda_graphs: bool = True,
     max_pixels: int | None = None,
+    size: tuple[int, ...] | None = None,
 ) -> int:
     """Segment pictures: writes an overlay, a label map and a JSON of segments for each, and says
     what it found in a line.
@@ -169,13 +170,16 @@ def predict(
         cuda_graphs: on a GPU run the model from a CUDA graph for sizes that come again and again.
         max_pixels: width times height that a picture may have; not given, 178,956,970, which keeps
             a small file from filling the memory.
+        size: pixels to which pictures are resized, of the short side, or height and width; not
+            given, the model's.
     """
     image_files(images)  # before a model is opened, maybe from the network
     if model == "demo" and not Path(model).is_dir():
         raise ValueError("no folder demo: run `segkern demo` first or give --model")
     opened = open_model(model).to(usable_device(device))
     options, views = Options(threshold), Views(window, stride, scales, flip)
-    settings = task, options, views, cuda_graphs, _tell, max_pixels
+    side = size[0] if size is not None and len(size) == 1 else size
+    settings = task, options, views, cuda_graphs, _tell, max_pixels, side
     _, failed = predict_files(opened, images, out, *settings)
     return 2 if failed else 0
 

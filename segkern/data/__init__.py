@@ -111,8 +111,11 @@ def build_dataset(config: DataConfig, split: str, model=None):
         look = model.input
         views = InstanceViews(wanted, look.mean, look.std, look.padding)
     elif model is not None and model.input.crop is not None:
-        edges = model.input.shortest_edge, model.input.longest_edge
-        views = SemanticViews(model.input.crop, edges, model.input.mean, model.input.std)
+        look = model.input
+        edges = look.shortest_edge, look.longest_edge
+        if look.shortest_edge is None:  # it predicts from pictures of a fixed size
+            edges = min(look.crop), 4 * min(look.crop)
+        views = SemanticViews(look.crop, edges, look.mean, look.std)
     return row.dataset(config, split, views)
 
 

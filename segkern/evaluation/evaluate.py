@@ -49,6 +49,7 @@ def evaluate(
     options: Options | None = None,
     views: Views | None = None,
     max_detections: int = 100,
+    size: int | tuple[int, int] | dict[str, int] | None = None,
 ) -> dict:
     """Runs the model over a data set and measures the results.
 
@@ -74,6 +75,7 @@ def evaluate(
         options, views: in place of their settings.
         max_detections: instance results of a class in an image that count, the best ones; COCO's
             100. More than that makes None of `top_k` as many, or the model would give no more.
+        size: of images, in place of the model's, as `segment` takes it; needs samples with image.
 
     Returns:
         plain types, None where nothing occurs that could be measured: images, seconds,
@@ -127,7 +129,7 @@ def evaluate(
         for samples in loader:
             samples = samples[: total - images]
             place = images
-            for i, results in found(model, samples, wanted, views, stuff, cuda_graphs):
+            for i, results in found(model, samples, wanted, views, stuff, cuda_graphs, size):
                 scores = {task: meters[task].update(x, samples[i]) for task, x in results.items()}
                 index = _index(samples[i], place + i, source is dataset)
                 _remember(worst, scores[tasks[0]], place + i, index, samples[i])
@@ -184,9 +186,10 @@ def found(
     views: Views,
     stuff: Sequence[int],
     cuda_graphs: bool,
+    size: int | tuple[int, int] | dict[str, int] | None = None,
 ) -> Iterator[tuple[int, dict[str, Segmentation]]]:
     """Places in `samples`, and the result of every task at the size of their targets."""
-    inputs = [_input(model, sample, tuple(wanted), views) for sample in samples]
+    inputs = [_input(model, sample, tuple(wanted), views, size) for sample in samples]
     return find(model, inputs, wanted, views, stuff, len(samples), cuda_graphs)
 
 
@@ -243,24 +246,28 @@ def check_dataset(
     return list(classes), tuple(stuff or ())
 
 
-def _input(model: SegmentationModel, sample: dict, tasks: tuple[str, ...], views: Views) -> Input:
+def _input(
+    model: SegmentationModel, sample: dict, tasks: tuple[str, ...], views: Views, size
+) -> Input:
     """A sample on its way into the model; the result has the size of its targets.
 
     Raises:
-        ValueError: the sample lacks what a task or the scales need.
+        ValueError: the sample lacks what a task, the scales or the size need.
     """
     if tasks != ("semantic",) and "masks" not in sample:
         raise ValueError(
             f"evaluate: tasks must be ('semantic',) for samples without masks, got {tasks}"
         )
-    if "pixel_values" in sample and views.scales == (1.0,):
+    plain = views.scales == (1.0,) and size is None
+    if "pixel_values" in sample and plain:
         pixels = torch.as_tensor(sample["pixel_values"])
         return Input((tuple(pixels.shape[1:]),), _size(sample), lambda _: pixels)
     if "image" not in sample:
-        raise ValueError(
-            f"evaluate: scales must be (1.0,) for samples without image, got {views.scales}"
-        )
-    return Input.of(_picture(sample), model.config.input, views, _size(sample))
+        name, value = ("size", size) if size is not None else ("scales", views.scales)
+        rule = "None" if name == "size" else "(1.0,)"
+        raise ValueError(f"evaluate: {name} must be {rule} for samples without image, got {value}")
+    settings = model.config.input.sized("evaluate", size)
+    return Input.of(_picture(sample), settings, views, _size(sample))
 
 
 def _picture(sample: dict) -> Tensor:

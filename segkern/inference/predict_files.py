@@ -43,6 +43,7 @@ def predict_files(
     cuda_graphs: bool = True,
     report: Callable[[Predicted], None] | None = None,
     max_pixels: int | None = None,
+    size: int | tuple[int, int] | dict[str, int] | None = None,
 ) -> tuple[list[Path], list[tuple[Path, str]]]:
     """Segments every picture and writes NAME_overlay.png, NAME_labels.png and NAME.json for each.
 
@@ -58,7 +59,7 @@ def predict_files(
         views: windows, scales and mirror images.
         cuda_graphs: as in `segment`.
         report: called after each picture.
-        max_pixels: as in `segment`.
+        max_pixels, size: as in `segment`.
 
     Returns:
         the JSON files written, and the pictures that failed with the reasons.
@@ -69,6 +70,7 @@ def predict_files(
         OSError: nothing can be written to `out_dir`; found before the model runs.
     """
     task = check_one("predict", model, task, options, views)
+    model.config.input.sized("predict", size)
     if task == "instance" and options.threshold is None:
         options = replace(options, threshold=THRESHOLD)
     pictures = image_files(paths)
@@ -79,7 +81,7 @@ def predict_files(
     for path, name in zip(pictures, _names(pictures)):
         try:
             given = {"options": options, "views": views, "cuda_graphs": cuda_graphs}
-            result = segment(model, path, task, max_pixels=max_pixels, **given)
+            result = segment(model, path, task, max_pixels=max_pixels, size=size, **given)
             save_picture(folder / f"{name}_overlay.png", result.plot())
             save_label_map(folder / f"{name}_labels.png", result)
             write_json(folder / f"{name}.json", {"image": path.name, **result.to_json()})

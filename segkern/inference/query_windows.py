@@ -78,8 +78,13 @@ def query_label_maps(
 
     Returns:
         B times [H, W] int32, and [K, H, W] or None.
+
+    Raises:
+        ValueError: images smaller than a window.
     """
     size, s = tuple(images.shape[2:]), model.config.input.window
+    if min(size) < s:
+        raise ValueError(f"segment: size must give no side below the window's, {s}, got {size}")
     tops, lefts = (starts(side, s, model.config.input.stride) for side in size)
     places = [(top, left) for top in tops for left in lefts]
     crops = [x[:, top : top + s, left : left + s] for x in images for top, left in places]
@@ -94,17 +99,50 @@ def query_label_maps(
             )
         found.append(_factors(logits))
     classes, masks = (torch.cat(parts) for parts in zip(*found))
-    eye = torch.eye(masks.shape[2], dtype=torch.float64, device=masks.device)
-    matrix = resized(eye, s).to(masks.dtype)
     n = len(places)
     return [
-        _likeliest(
-            _Windows(places, classes[b * n :][:n], masks[b * n :][:n], matrix, size),
-            output,
-            return_scores,
-        )
+        _merged(classes[b * n :][:n], masks[b * n :][:n], places, s, size, output, return_scores)
         for b, output in enumerate(output_sizes)
     ]
+
+
+def merged(
+    logits: QueryLogits,
+    places: list[tuple[int, int]],
+    window: int,
+    size: tuple[int, int],
+    output_size: tuple[int, int],
+    return_scores: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The likeliest class of each pixel of one image, from what a model said of its windows.
+
+    Args:
+        logits: of the windows, in the order of their places.
+        places: top and left of each in the image.
+        window: their side.
+        size: (h, w) of the image.
+        output_size: (H, W) of the result.
+        return_scores: also return the scores.
+
+    Returns:
+        [H, W] int32, and [K, H, W] or None.
+    """
+    return _merged(*_factors(logits), places, window, size, output_size, return_scores)
+
+
+def _merged(
+    classes: Tensor,
+    masks: Tensor,
+    places: list[tuple[int, int]],
+    window: int,
+    size: tuple[int, int],
+    output_size: tuple[int, int],
+    return_scores: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`merged` of what `_factors` gives."""
+    eye = torch.eye(masks.shape[2], dtype=torch.float64, device=masks.device)
+    matrix = resized(eye, window).to(masks.dtype)
+    return _likeliest(_Windows(places, classes, masks, matrix, size), output_size, return_scores)
 
 
 def _factors(logits: QueryLogits) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..io.images import prepare, read_image, shown, target_size
+from ..io.images import prepare, read_image, shown
 from ..models.protocol import SegmentationModel
 from ..ops._checks import expect_integer
 from ..ops.segment_map import check_options
@@ -46,12 +46,14 @@ def segment(
     options: Options | None = None,
     views: Views | None = None,
     max_pixels: int | None = None,
+    size: int | tuple[int, int] | dict[str, int] | None = None,
 ) -> Segmentation | list[Segmentation]:
     """Finds the segments of pictures.
 
-    Images are resized as the model's config says, and each is padded only to a multiple of its
-    divisor; those that then have one size go together. So a result does not depend on the other
-    images.
+    Images are resized, scaled and normalised as the model's config says, which for a checkpoint
+    with a preprocessor_config.json is what that file says. Each is padded only to a multiple of
+    the config's divisor; those that then have one size go together. So a result does not depend on
+    the other images.
 
     Args:
         model: such as a `Mask2Former`, in whatever mode; the mode stays, and others may use the
@@ -68,6 +70,9 @@ def segment(
         options, views: in place of their settings.
         max_pixels: width times height that a picture in a file may have; None is Pillow's limit of
             178,956,970, which keeps a small file from filling the memory.
+        size: pixels to which images are resized, in place of the config's: of the short side, as
+            (height, width), whatever an image's shape, or as {"shortest_edge": 800,
+            "longest_edge": 1333}. docs/processors.md says at which sizes papers measured.
 
     Returns:
         one `Segmentation` for one image, a list for a list, at the images' own sizes.
@@ -86,7 +91,8 @@ def segment(
         read_image(x, "image" if one else f"image {i}", max_pixels, model.config.input.channels)
         for i, x in enumerate([images] if one else images)
     ]
-    inputs = [Input.of(picture, model.config.input, views) for picture in pictures]
+    settings = model.config.input.sized("segment", size)
+    inputs = [Input.of(picture, settings, views) for picture in pictures]
     results = [None] * len(inputs)
     stuff = model.config.labels.stuff
     wanted = {task: options}
@@ -187,7 +193,7 @@ class Input(NamedTuple):
                 f"(input.channels), got {len(picture)}"
             )
         own, at = tuple(picture.shape[1:]), [settings.at(scale) for scale in views.scales]
-        sizes = tuple(target_size(own, x.shortest_edge, x.longest_edge) for x in at)
+        sizes = tuple(x.resized(own) for x in at)
         return cls(sizes, output or own, lambda k: prepare(picture, at[k]))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
@@ -287,20 +286,44 @@ def prepare(image: Tensor, settings) -> Tensor:
 
     Args:
         image: [C, H, W] uint8, or floating in [0, 1].
-        settings: a model's `config.input`: `shortest_edge`, `longest_edge` (pixels or None: no
-            such limit; both None keep the size), `mean` and `std`.
+        settings: a model's `config.input`, of which `resized`, `resample`, `mean` and `std` count.
 
     Returns:
         [C, h, w] float32.
     """
-    size = target_size(tuple(image.shape[1:]), settings.shortest_edge, settings.longest_edge)
-    x = image.float()
-    if size != tuple(image.shape[1:]):
-        x = F.interpolate(x[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+    x = resize(image, settings.resized(tuple(image.shape[1:])), settings.resample).float()
     if image.dtype == torch.uint8:
-        x = x.round() / 255  # 8 bits stay 8 bits when resized, as in training
+        x /= 255  # 8 bits stay 8 bits when resized, as in training
     mean, std = (x.new_tensor(v)[:, None, None] for v in (settings.mean, settings.std))
     return (x - mean) / std
+
+
+def resize(image: Tensor, size: tuple[int, int], resample: str = "bilinear") -> Tensor:
+    """A picture of another size, with antialiasing, as torchvision does it, and so Hugging Face's
+    processors by default: 8 bits stay 8 bits and are computed in whole numbers on most CPUs.
+
+    Args:
+        image: [C, H, W] of any dtype.
+        size: (h, w).
+        resample: a mode of torchvision's.
+
+    Returns:
+        [C, h, w] of its dtype.
+    """
+    if tuple(image.shape[1:]) == tuple(size):
+        return image
+    import torchvision  # takes as long as torch
+    from torchvision.transforms.v2 import functional as tv
+
+    version = tuple(map(int, torchvision.__version__.split(".")[:2]))
+    if resample == "lanczos" and (version < (0, 27) or image.device.type != "cpu"):
+        warnings.warn(
+            "Lanczos needs torchvision 0.27 and a picture on the CPU: bicubic stands for it, as "
+            "in Hugging Face's processors",
+            stacklevel=2,
+        )
+        resample = "bicubic"
+    return tv.resize(image, list(size), tv.InterpolationMode(resample), antialias=True)
 
 
 def target_size(
@@ -316,6 +339,26 @@ def target_size(
     if not scales or (not shortest and scales[-1] >= 1):
         return size
     return tuple(max(1, int(s * scales[-1] + 0.5)) for s in size)
+
+
+def cut_size(size: tuple[int, int], shortest: int, longest: int | None) -> tuple[int, int]:
+    """As `target_size`, with the short side rounded and the long side cut to whole pixels, each
+    from the other and in the order in which Hugging Face's processors compute them."""
+    short, long = min(size), max(size)
+    exact = shortest
+    if longest is not None and long / short * shortest > longest:
+        exact = longest * short / long
+    new = round(exact)
+    if new == short:
+        return size
+    sides = max(1, new), max(1, int(exact * long / short))
+    return sides if size[0] <= size[1] else sides[::-1]
+
+
+def fitted_size(size: tuple[int, int], most: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the same shape, the largest within `most`, cut to whole pixels."""
+    scale = min(m / s for s, m in zip(size, most))
+    return tuple(max(1, int(s * scale)) for s in size)
 
 
 def _from_pil(image: Image.Image, name: str) -> np.ndarray:

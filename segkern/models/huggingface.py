@@ -1,5 +1,4 @@
-"""Folders in Hugging Face's format, as models of masks share them: how they are read, and what
-their preprocessor_config.json holds.
+"""Folders in Hugging Face's format, as models of masks share them: how they are read.
 
 Plain functions on dicts: settings have the names of a model's config.
 """
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..structures.labels import IMAGENET_MEAN
 from ..weights.folders import find_folder, read_json
 from ..weights.hf_folders import read_weights
+from .preprocessor import find_preprocessor, is_old, read_preprocessor
 
 
 def read_folder(
@@ -20,7 +20,7 @@ def read_folder(
     read_config: Callable[[dict, str], dict],
     read_names: Callable[[dict[str, Tensor], dict], dict[str, Tensor]],
     head: str,
-    preprocessor: Callable[[dict, dict, str], dict] | None = None,
+    preprocessor: Callable[[dict, dict, str, bool], dict] | None = None,
 ) -> tuple[dict, dict[str, Tensor]]:
     """Settings and weights of a model in Hugging Face's format.
 
@@ -31,13 +31,13 @@ def read_folder(
         read_config: settings of config.json's fields and the checkpoint's name, for messages.
         read_names: the weights under our names, of those in the files and the settings.
         head: our name of the class head's bias, [K + 1].
-        preprocessor: settings of preprocessor_config.json's fields, the settings so far and the
-            checkpoint's name; None takes `read_preprocessor`.
+        preprocessor: settings of preprocessor_config.json's fields, the settings so far, the
+            begin of a message, and what `is_old` says of it; None takes `read_preprocessor` for
+            Mask2Former's image processor.
 
     Returns:
-        settings under the names of the model's config (with "do_reduce_labels" and "ignore_index"
-        of the preprocessor), and weights under our names; weights that have no name here keep
-        theirs.
+        settings under the names of the model's config, and weights under our names; weights that
+        have no name here keep theirs.
 
     Raises:
         ValueError: no such folder or name, a file that is missing or broken, an option that the
@@ -46,12 +46,12 @@ def read_folder(
     folder = find_folder(name_or_folder)
     config = read_json(folder / "config.json")
     settings = read_config(config, str(name_or_folder))
-    if (folder / "preprocessor_config.json").is_file():
-        found = read_json(folder / "preprocessor_config.json")
+    if found := find_preprocessor(folder):
+        given = f"from_pretrained: {name_or_folder}", is_old(config)
         if preprocessor is None:
-            settings |= read_preprocessor(found)
+            settings |= read_preprocessor(found, "Mask2FormerImageProcessor", *given)
         else:
-            settings |= preprocessor(found, settings, str(name_or_folder))
+            settings |= preprocessor(found, settings, *given)
     channels = (config.get("backbone_config") or config).get("num_channels", 3)
     if channels != len(settings.get("image_mean", IMAGENET_MEAN)):
         raise ValueError(
@@ -68,45 +68,3 @@ def read_folder(
             )
         settings |= {"num_labels": has, "id2label": None, "stuff": ()}
     return settings, weights
-
-
-def read_preprocessor(config: dict) -> dict:
-    """Settings from a preprocessor_config.json."""
-    settings = {}
-    for field in ("image_mean", "image_std"):
-        if config.get(field):
-            settings[field] = tuple(config[field])
-    size = config.get("size")
-    if isinstance(size, int):  # files of before 2023
-        size = {"shortest_edge": size, "longest_edge": config.get("max_size", size)}
-    if size and "height" in size:
-        size = {"shortest_edge": min(size.values()), "longest_edge": max(size.values())}
-    if size and "shortest_edge" in size:
-        settings["shortest_edge"] = size["shortest_edge"]
-        settings["longest_edge"] = size.get("longest_edge") or 2 * size["shortest_edge"]
-    if config.get("size_divisor", config.get("size_divisibility")):
-        settings["size_divisor"] = config.get("size_divisor", config.get("size_divisibility"))
-    settings["ignore_index"] = config.get("ignore_index")
-    settings["do_reduce_labels"] = config.get(
-        "do_reduce_labels", config.get("reduce_labels", False)
-    )
-    return settings
-
-
-def write_preprocessor(settings: dict, kind: str) -> dict:
-    """preprocessor_config.json of Hugging Face from settings, for an image processor of a kind."""
-    return {
-        "image_processor_type": kind,
-        "do_resize": True,
-        "size": {k: settings[k] for k in ("shortest_edge", "longest_edge")},
-        "size_divisor": settings["size_divisor"],
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(settings["image_mean"]),
-        "image_std": list(settings["image_std"]),
-        "ignore_index": settings.get("ignore_index"),
-        "do_reduce_labels": settings.get("do_reduce_labels", False),
-        "num_labels": settings["num_labels"],
-    }

@@ -82,8 +82,9 @@ def own_objects(
         stuff=tuple(pictures.stuff),
     )
     settings = paper
-    if model.shortest_edge < SMALL:
-        data = small_views(data, model.input.padded((model.shortest_edge,) * 2))
+    size = model.input.resized((1024, 1024))
+    if min(size) < SMALL:
+        data = small_views(data, model.input.padded(size))
         settings = DIGITS
     steps = max(1000, _EPOCHS * len(pictures) // settings["batch_size"])
     return TrainConfig(

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 
+from ..io.images import cut_size, fitted_size, target_size
 from ..ops._checks import expect_integer
 from ..ops.segment_map import USED
 
@@ -16,12 +17,20 @@ class InputConfig:
             the pictures have; std above 0.
         shortest_edge: pixels, to which an image's short side is resized; None keeps its size.
         longest_edge: pixels, the most that the long side may get; None for no limit.
-        divisor: sides of a batch are padded to a multiple of it.
+        divisor: sides of a batch are padded to a multiple of it, in prediction only where there is
+            no `multiple`.
         window: side in pixels of the windows that a large image is cut into; None takes it whole.
         stride: pixels from one window to the next; None is the window's side, or, of models that
             give masks, lets as few windows as cover a side overlap evenly.
         crop: (H, W) of random views in training; None where the data set decides.
         black: what an image is padded with is black, not the mean colour.
+        size: (H, W) that every image gets, whatever its shape, in place of the edges.
+        within: (H, W) in which every image becomes as large as it can, in place of the edges.
+        multiple: images are resized to sides that are cut to whole pixels and then go up to
+            multiples of it, as Hugging Face's processors do; None rounds sides, as the papers'
+            code does.
+        resample: "bilinear", "bicubic", "lanczos" or "nearest-exact".
+        pad_size: (H, W) that every image is padded to.
 
     Raises:
         ValueError: mean or std are no numbers, not equally many, or std not positive.
@@ -36,6 +45,11 @@ class InputConfig:
     stride: int | None = None
     crop: tuple[int, int] | None = None
     black: bool = False
+    size: tuple[int, int] | None = None
+    within: tuple[int, int] | None = None
+    multiple: int | None = None
+    resample: str = "bilinear"
+    pad_size: tuple[int, int] | None = None
 
     def __post_init__(self):
         for name in ("mean", "std"):
@@ -61,21 +75,82 @@ class InputConfig:
         return tuple(-m / s if self.black else 0.0 for m, s in zip(self.mean, self.std))
 
     def at(self, scale: float) -> "InputConfig":
-        """The same with edges times `scale`, at least 1."""
+        """The same with the size of images times `scale`, at least 1."""
         if scale == 1:
             return self
-        edges = {
-            name: None if edge is None else max(1, round(scale * edge))
-            for name, edge in (
-                ("shortest_edge", self.shortest_edge),
-                ("longest_edge", self.longest_edge),
+
+        def scaled(side: int | None) -> int | None:
+            return None if side is None else max(1, round(scale * side))
+
+        edges = {name: scaled(getattr(self, name)) for name in ("shortest_edge", "longest_edge")}
+        pairs = {name: getattr(self, name) for name in ("size", "within")}
+        return replace(self, **edges, **{k: v and tuple(map(scaled, v)) for k, v in pairs.items()})
+
+    def sized(self, caller: str, size: "int | tuple[int, int] | dict | None") -> "InputConfig":
+        """The same with another size of images.
+
+        Args:
+            caller: begins the message of an error.
+            size: pixels of the short side; (H, W) whatever an image's shape; or by the names
+                "shortest_edge" and "longest_edge". None keeps it.
+
+        Raises:
+            TypeError, ValueError: of no such form, or not positive.
+        """
+        if size is None:
+            return self
+        edges, pair = {}, None
+        if isinstance(size, dict):
+            edges = size
+        elif isinstance(size, (tuple, list)):
+            pair = tuple(size)
+        else:
+            edges = {"shortest_edge": size}
+        if not edges.keys() <= {"shortest_edge", "longest_edge"} or (not edges and not pair):
+            raise ValueError(
+                f"{caller}: size must be a number, (height, width), or have shortest_edge and "
+                f"longest_edge, got {size!r}"
             )
-        }
-        return replace(self, **edges)
+        if pair and len(pair) != 2:
+            raise ValueError(f"{caller}: size must be (height, width), got {size!r}")
+        for side in (*edges.values(), *(pair or ())):
+            expect_integer(f"{caller}: size", side)
+        none = {"shortest_edge": None, "longest_edge": None, "within": None, "size": pair}
+        return replace(self, **none | edges)
+
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of an image of that size where it is resized, not yet padded."""
+        if self.size is not None:
+            found = self.size
+        elif self.within is not None:
+            found = fitted_size(size, self.within)
+        elif self.shortest_edge is None and self.longest_edge is None:
+            return size
+        elif self.multiple is None or self.shortest_edge is None:
+            found = target_size(size, self.shortest_edge, self.longest_edge)
+        else:
+            found = cut_size(size, self.shortest_edge, self.longest_edge)
+        return _up(found, self.multiple or 1)
 
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width rounded up to multiples of the divisor."""
-        return tuple(-(-side // self.divisor) * self.divisor for side in size)
+        """(H, W) of a resized image of that size where it is padded.
+
+        Raises:
+            ValueError: it does not fit into `pad_size`.
+        """
+        if self.pad_size is not None:
+            if any(side > most for side, most in zip(size, self.pad_size)):
+                raise ValueError(
+                    f"pad_size must be at least an image's size, {tuple(size)}, "
+                    f"got {self.pad_size}"
+                )
+            return self.pad_size
+        return _up(size, self.divisor if self.multiple is None else 1)
+
+
+def _up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Sides rounded up to multiples."""
+    return tuple(-(-side // multiple) * multiple for side in size)
 
 
 @dataclass(frozen=True)

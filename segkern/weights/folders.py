@@ -17,13 +17,14 @@ FILES = (  # each of which stands for the folder that it is in
 _SUFFIXES = (".pkl", ".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".json", ".yml", ".yaml")
 
 
-def find_folder(name_or_folder: str | Path) -> Path:
+def find_folder(name_or_folder: str | Path, weights: bool = True) -> Path:
     """The folder of a model.
 
     Args:
         name_or_folder: a model's folder, or one of its files; the folder of a training run, which
             has best/, the weights that measured best, or else model/, the newest; or a name on the
             hub, whose files are downloaded.
+        weights: False downloads the settings alone.
 
     Raises:
         ValueError: no such folder, another file, or the hub does not give it.
@@ -47,10 +48,11 @@ def find_folder(name_or_folder: str | Path) -> Path:
     if isinstance(name_or_folder, Path) or name.count("/") > 1 or name[:1] in "./~":
         raise ValueError(f"from_pretrained: no such folder: {name}")
     try:
-        files = ["config.json", "preprocessor_config.json", "model*.safetensors*"]
+        files = ["config.json", "*processor_config.json"]
+        files += ["model*.safetensors*"] if weights else []
         with downloads():
             folder = Path(snapshot_download(name, allow_patterns=files))
-            if not list(folder.glob("*.safetensors")):
+            if weights and not list(folder.glob("*.safetensors")):
                 folder = Path(snapshot_download(name, allow_patterns=[*files, "pytorch_model*"]))
     except (OSError, ValueError) as error:
         raise ValueError(

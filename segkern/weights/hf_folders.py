@@ -13,6 +13,7 @@ from . import unpickling
 from .folders import read_json, write_json
 from .state_dicts import on_disk
 
+SIZES_TOLD = "sizes_in_preprocessor"  # under "segkern" in config.json: the other file says them
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
 
 
@@ -96,6 +97,7 @@ def write_folder(
     state = on_disk(weights)
     floats = {str(v.dtype).removeprefix("torch.") for v in state.values() if v.is_floating_point()}
     config = config | {"dtype": min(floats, default="float32")}
+    config["segkern"] = config.get("segkern", {}) | {SIZES_TOLD: True}
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         save_file(state, temporary / _WEIGHTS[0], metadata={"format": "pt"})

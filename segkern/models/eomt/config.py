@@ -1,11 +1,12 @@
 """The settings of EoMT, and the presets of its paper."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ...ops._checks import expect_integer
 from ...structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import QueryLogits
+from ...structures.processing import Processing
 from ...structures.settings import InputConfig
 
 _TASKS = ("panoptic", "instance", "semantic")
@@ -74,6 +75,7 @@ class EoMTConfig:
         image_mean: of the pixels in [0, 1], red, green, blue; or of as many channels as the
             pictures have, which is then what the first convolution takes.
         image_std: likewise.
+        processing: what else a checkpoint's preprocessor_config.json says (`Processing`).
     """
 
     kind: ClassVar[str] = "eomt"
@@ -116,8 +118,10 @@ class EoMTConfig:
     stuff: tuple[int, ...] = ()
     image_mean: tuple[float, ...] = IMAGENET_MEAN
     image_std: tuple[float, ...] = IMAGENET_STD
+    processing: Processing = field(default_factory=Processing)
 
     def __post_init__(self):
+        self.processing = Processing.of(self.processing)
         positive = (
             "num_labels image_size patch_size hidden_size num_hidden_layers num_attention_heads "
             "intermediate_size num_queries num_blocks train_num_points"
@@ -170,16 +174,20 @@ class EoMTConfig:
     @property
     def input(self) -> InputConfig:
         """How images are taken: whole in a square, or in squares along the long side."""
-        S = self.image_size
-        return InputConfig(
-            self.image_mean,
-            self.image_std,
-            shortest_edge=S,
-            longest_edge=None if self.windows else S,
-            divisor=S,
-            window=S if self.windows else None,
-            crop=(S, S),
-            black=True,
+        S, edges = self.image_size, self.processing.size is None
+        theirs = self.processing.multiple is not None
+        return self.processing.input(
+            InputConfig(
+                self.image_mean,
+                self.image_std,
+                shortest_edge=S if edges else None,
+                longest_edge=S if edges and not self.windows else None,
+                divisor=S,
+                window=S if self.windows else None,
+                crop=(S, S),
+                black=True,
+                pad_size=(S, S) if theirs and not self.windows else None,
+            )
         )
 
     @classmethod

@@ -6,6 +6,7 @@ along.
 """
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch import Tensor
 from ...structures.labels import known_stuff
 from ...weights import hf_folders as files
 from .. import huggingface as folders
+from ..preprocessor import read_preprocessor, write_preprocessor
 from .huggingface_keys import from_huggingface, to_huggingface
 
+KIND = "EomtImageProcessor"
 KINDS = {"eomt": "dinov2", "eomt_dinov3": "dinov3"}  # the model types of config.json
 _ARCHITECTURES = {
     "eomt": "EomtForUniversalSegmentation",
@@ -71,7 +74,7 @@ def read_folder(
         read_config,
         lambda state, settings: from_huggingface(state, settings["encoder"]),
         "class_predictor.bias",
-        read_preprocessor,
+        read_pictures,
     )
     shares = weights.get("attn_mask_probs")
     if "mask_annealing" not in settings and shares is not None and (shares > 0).any():
@@ -97,7 +100,7 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
         OSError: the folder cannot be written to.
     """
     state = to_huggingface(weights, settings["encoder"], settings["gated"])
-    files.write_folder(folder, state, write_config(settings), write_preprocessor(settings))
+    files.write_folder(folder, state, write_config(settings), write_pictures(settings))
 
 
 def read_config(config: dict, name: str = "config.json") -> dict:
@@ -173,47 +176,33 @@ def write_config(settings: dict) -> dict:
     }
 
 
-def read_preprocessor(config: dict, settings: dict, name: str) -> dict:
+def read_pictures(found: dict, settings: dict, name: str, old: bool) -> dict:
     """Settings under the names of `EoMTConfig` from a preprocessor_config.json and those of the
-    checkpoint's config.json.
+    checkpoint's config.json (`models.preprocessor.read_preprocessor`).
 
     Raises:
         ValueError: pictures are resized to other sides than the model takes.
     """
-    image_size = settings["image_size"]
-    settings = {"windows": bool(config.get("do_split_image", False))}
-    for field in ("image_mean", "image_std"):
-        if config.get(field):
-            settings[field] = tuple(config[field])
-    size = config.get("size") or {"shortest_edge": image_size}
-    sides = (size.get("shortest_edge", size.get("height")),)
-    if not settings["windows"]:
-        sides += (size.get("longest_edge", size.get("width")) or image_size,)
-    if any(side != image_size for side in sides):
+    S, whole = settings["image_size"], not found.get("do_split_image")
+    read = read_preprocessor({"size": {"shortest_edge": S}} | found, KIND, name, old)
+    fixed = read["processing"].size
+    short, long = read.pop("shortest_edge"), read.pop("longest_edge")
+    fits = short == S and (not whole or long in (None, S))
+    if read["processing"].max_size or (fixed != (S, S) if fixed else not fits):
         raise ValueError(
-            f"from_pretrained: {name}: size of preprocessor_config.json must be image_size "
-            f"({image_size}), got {size}"
+            f"{name}: size of preprocessor_config.json must be image_size "
+            f"({S}), got {found.get('size')}"
         )
-    return settings
+    if read["processing"].do_pad is whole:  # as a model does it by itself
+        read["processing"] = replace(read["processing"], do_pad=None)
+    return read | {"windows": read.pop("do_split_image", False)}
 
 
-def write_preprocessor(settings: dict) -> dict:
+def write_pictures(settings: dict) -> dict:
     """preprocessor_config.json of Hugging Face from settings."""
-    windows, side = settings["windows"], settings["image_size"]
-    return {
-        "image_processor_type": "EomtImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": side, "longest_edge": None if windows else side},
-        "do_split_image": windows,
-        "do_pad": not windows,
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(settings["image_mean"]),
-        "image_std": list(settings["image_std"]),
-        "ignore_index": None,
-    }
+    windows, S = settings["windows"], settings["image_size"]
+    sides = {"shortest_edge": S, "longest_edge": None if windows else S, "do_split_image": windows}
+    return {"do_pad": not windows} | write_preprocessor(settings | sides, KIND)
 
 
 def _side(value, field: str, name: str) -> int:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from ...structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import QueryLogits
+from ...structures.processing import Processing
 from ...structures.settings import InputConfig
 
 _DATASETS = ("coco", "ade20k", "cityscapes")
@@ -59,9 +60,11 @@ class Mask2FormerConfig:
         image_mean: of the pixels in [0, 1], red, green, blue; or of as many channels as the
             pictures have, which is then what the first convolution takes.
         image_std: likewise.
-        shortest_edge: pixels, to which an image's short side is resized for prediction.
-        longest_edge: pixels, the most that the long side may get.
+        shortest_edge: pixels, to which an image's short side is resized for prediction; None where
+            `processing` has another size.
+        longest_edge: pixels, the most that the long side may get; None for no limit.
         size_divisor: sides of a batch are padded to a multiple of it.
+        processing: what else a checkpoint's preprocessor_config.json says (`Processing`).
     """
 
     kind: ClassVar[str] = "mask2former"
@@ -95,11 +98,13 @@ class Mask2FormerConfig:
     stuff: tuple[int, ...] = ()
     image_mean: tuple[float, ...] = IMAGENET_MEAN
     image_std: tuple[float, ...] = IMAGENET_STD
-    shortest_edge: int = 800
-    longest_edge: int = 1333
+    shortest_edge: int | None = 800
+    longest_edge: int | None = 1333
     size_divisor: int = 32
+    processing: Processing = field(default_factory=Processing)
 
     def __post_init__(self):
+        self.processing = Processing.of(self.processing)
         positive = (
             "num_labels num_queries hidden_dim mask_feature_size decoder_layers "
             "num_attention_heads num_points_encoder train_num_points oversample_ratio size_divisor"
@@ -133,13 +138,15 @@ class Mask2FormerConfig:
 
     @property
     def input(self) -> InputConfig:
-        """How images are taken: whole, resized between the edges."""
-        return InputConfig(
-            self.image_mean,
-            self.image_std,
-            self.shortest_edge,
-            self.longest_edge,
-            self.size_divisor,
+        """How images are taken: whole, resized between the edges or as `processing` says."""
+        return self.processing.input(
+            InputConfig(
+                self.image_mean,
+                self.image_std,
+                self.shortest_edge,
+                self.longest_edge,
+                self.size_divisor,
+            )
         )
 
     @classmethod

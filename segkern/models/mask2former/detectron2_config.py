@@ -132,7 +132,8 @@ def write(settings: dict, swin: dict | None) -> dict:
         swin: sizes of a Swin by the names of its arguments; None for a ResNet.
     """
     flat = _FIXED | (_FIXED_RESNET if swin is None else _FIXED_SWIN)
-    flat |= {name: settings[ours] for name, ours in (_SHOWN | _TOLD).items()}
+    known = {name: settings[ours] for name, ours in (_SHOWN | _TOLD).items()}
+    flat |= {name: value for name, value in known.items() if value is not None}
     flat[_LAYERS] = settings["decoder_layers"] + 1
     for name, ours in _PIXELS.items():
         flat[name] = [round(value * 255, 9) for value in settings[ours]]

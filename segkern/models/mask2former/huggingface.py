@@ -14,6 +14,7 @@ from ...nn.backbones.huggingface import read_backbone, write_backbone
 from ...structures.labels import IMAGENET_MEAN, known_stuff
 from ...weights import hf_folders as files
 from .. import huggingface as folders
+from ..preprocessor import write_preprocessor
 from .huggingface_keys import from_huggingface, to_huggingface
 
 _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
@@ -54,9 +55,8 @@ def read_folder(
             than the weights have, and the settings say what the weights have.
 
     Returns:
-        settings under the names of `Mask2FormerConfig` (with "do_reduce_labels" and
-        "ignore_index" of the preprocessor), and weights under our names; weights that have no
-        name here keep theirs.
+        settings under the names of `Mask2FormerConfig`, and weights under our names; weights that
+        have no name here keep theirs.
 
     Raises:
         ValueError: no such folder or name, a file that is missing or broken, an option that
@@ -82,7 +82,7 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     Raises:
         OSError: the folder cannot be written to.
     """
-    preprocessor = folders.write_preprocessor(settings, "Mask2FormerImageProcessor")
+    preprocessor = write_preprocessor(settings, "Mask2FormerImageProcessor")
     state = to_huggingface(weights, _family(settings))
     files.write_folder(folder, state, write_config(settings), preprocessor)
 

@@ -14,7 +14,7 @@ Source: Mask2Former (Cheng et al., CVPR 2022). Names of arguments, results and m
 those of Hugging Face transformers.
 """
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -232,5 +232,5 @@ class Mask2Former(nn.Module):
         Raises:
             ValueError: another suffix, or settings that the original code has not.
         """
-        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        settings = asdict(self.config)
         original.write_file(path, settings, self.state_dict())

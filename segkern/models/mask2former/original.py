@@ -10,6 +10,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import asdict
 from math import isqrt
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from ...io.atomic_files import atomic
 from ...nn.backbones.swin import VARIANTS
 from ...structures.labels import DATASETS
+from ...structures.processing import Processing
 from ...weights import unpickling
 from ...weights.pickling import dump_arrays
 from ...weights.state_dicts import on_disk
@@ -149,6 +151,12 @@ def write_file(path: str | Path, settings: dict, weights: dict[str, Tensor]) -> 
         warnings.warn(
             f"{path}: the original code itself opens models with encoder_feedforward_dim "
             f"{_FEEDFORWARD} alone, this one has {settings['encoder_feedforward_dim']}",
+            stacklevel=3,
+        )
+    if settings["processing"] != asdict(Processing()):
+        warnings.warn(
+            f"{path}: the original code itself only resizes pictures between two edges and does not "
+            f"know {settings['processing']}",
             stacklevel=3,
         )
     state = OrderedDict(on_disk(to_original(weights, bool(options.get("freeze_norm")))))

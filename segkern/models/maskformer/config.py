@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from ...structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import QueryLogits
+from ...structures.processing import Processing
 from ...structures.settings import InputConfig
 from ..mask2former.config import BACKBONES as _BACKBONES
 
@@ -43,9 +44,11 @@ class MaskFormerConfig:
         stuff: labels that have no instances; () where all are things.
         image_mean: of each channel, on the scale from 0 to 1; as many as the pictures have.
         image_std: likewise.
-        shortest_edge: pixels, to which an image's short side is resized for prediction.
-        longest_edge: pixels, the most that the long side may get.
+        shortest_edge: pixels, to which an image's short side is resized for prediction; None where
+            `processing` has another size.
+        longest_edge: pixels, the most that the long side may get; None for no limit.
         size_divisor: sides of a batch are padded to a multiple of it.
+        processing: what else a checkpoint's preprocessor_config.json says (`Processing`).
     """
 
     kind: ClassVar[str] = "maskformer"
@@ -74,11 +77,13 @@ class MaskFormerConfig:
     stuff: tuple[int, ...] = ()
     image_mean: tuple[float, ...] = IMAGENET_MEAN
     image_std: tuple[float, ...] = IMAGENET_STD
-    shortest_edge: int = 800
-    longest_edge: int = 1333
+    shortest_edge: int | None = 800
+    longest_edge: int | None = 1333
     size_divisor: int = 32
+    processing: Processing = field(default_factory=Processing)
 
     def __post_init__(self):
+        self.processing = Processing.of(self.processing)
         positive = (
             "num_labels num_queries hidden_dim fpn_feature_size mask_feature_size decoder_layers "
             "num_attention_heads dim_feedforward size_divisor"
@@ -117,13 +122,15 @@ class MaskFormerConfig:
 
     @property
     def input(self) -> InputConfig:
-        """How images are taken: whole, resized between the edges."""
-        return InputConfig(
-            self.image_mean,
-            self.image_std,
-            self.shortest_edge,
-            self.longest_edge,
-            self.size_divisor,
+        """How images are taken: whole, resized between the edges or as `processing` says."""
+        return self.processing.input(
+            InputConfig(
+                self.image_mean,
+                self.image_std,
+                self.shortest_edge,
+                self.longest_edge,
+                self.size_divisor,
+            )
         )
 
     @classmethod

@@ -18,6 +18,7 @@ from ...nn.backbones.swin import bias_rows
 from ...structures.labels import IMAGENET_MEAN, known_stuff
 from ...weights import hf_folders as files
 from .. import huggingface as folders
+from ..preprocessor import write_preprocessor
 
 _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
     "fpn_feature_size": 256,
@@ -117,7 +118,7 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     Raises:
         OSError: the folder cannot be written to.
     """
-    preprocessor = folders.write_preprocessor(settings, "MaskFormerImageProcessor")
+    preprocessor = write_preprocessor(settings, "MaskFormerImageProcessor")
     config = write_config(settings)
     state = to_huggingface(
         weights, _family(settings), config["backbone_config"].get("window_size")

@@ -1,11 +1,12 @@
 """The settings of SegFormer, and the presets of its paper."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ...ops._checks import expect_integer
 from ...structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import PixelLogits
+from ...structures.processing import Processing
 from ...structures.settings import InputConfig
 
 # channels and depths of the encoders, and width of the head
@@ -59,6 +60,8 @@ class SegFormerConfig:
         image_std: likewise.
         do_reduce_labels: maps of labels on disk begin with 1, as ADE20K's do; kept for Hugging
             Face's processor alone, as data formats here know it themselves.
+        processing: what else a checkpoint's preprocessor_config.json says (`Processing`); with a
+            size of its own the edges must be None.
     """
 
     kind: ClassVar[str] = "segformer"
@@ -88,8 +91,10 @@ class SegFormerConfig:
     image_mean: tuple[float, ...] = IMAGENET_MEAN
     image_std: tuple[float, ...] = IMAGENET_STD
     do_reduce_labels: bool = False
+    processing: Processing = field(default_factory=Processing)
 
     def __post_init__(self):
+        self.processing = Processing.of(self.processing)
         for name in (*_STAGES, "image_size"):
             values, count = tuple(getattr(self, name)), 2 if name == "image_size" else 4
             setattr(self, name, values)
@@ -150,16 +155,22 @@ class SegFormerConfig:
     def input(self) -> InputConfig:
         """How images are taken: resized between the edges, whole or in windows. Their sides need
         only be multiples of a cell of the logits."""
-        edge = self.shortest_edge or min(self.image_size)
-        return InputConfig(
-            self.image_mean,
-            self.image_std,
-            edge,
-            self.longest_edge or 4 * edge,
-            self.strides[0],
-            self.window_size,
-            self.window_stride or self.window_size,
-            self.image_size,
+        more = self.processing
+        shortest, longest = self.shortest_edge, self.longest_edge
+        if more.size is None and more.max_size is None:
+            shortest = shortest or min(self.image_size)
+            longest = longest or (4 * shortest if more.multiple is None else None)
+        return more.input(
+            InputConfig(
+                self.image_mean,
+                self.image_std,
+                shortest,
+                longest,
+                self.strides[0],
+                self.window_size,
+                self.window_stride or self.window_size,
+                self.image_size,
+            )
         )
 
     @property

@@ -8,17 +8,22 @@ the hub; read are also the names that it has in memory. Keys and values are one 
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...structures.labels import IMAGENET_MEAN
+from ...structures.processing import Processing
 from ...weights import hf_folders
 from ...weights.folders import find_folder, read_json
 from ...weights.hf_folders import check_fixed, read_labels, read_weights, write_labels
 from ...weights.state_dicts import name_rules, renamed
+from ..preprocessor import find_preprocessor, is_old, read_preprocessor, write_preprocessor
 
+KIND = "SegformerImageProcessor"
+EDGES = ("shortest_edge", "longest_edge")
 _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
     "hidden_sizes": (32, 64, 160, 256),
     "depths": (2, 2, 2, 2),
@@ -40,7 +45,7 @@ _TRAINING = {  # what training does not leave open here; inference does not read
 # settings that Hugging Face has no place for; layer_norm_eps has one there that nothing reads
 _OWN = (
     *("layer_norm_eps", "backbone", "image_size", "window_size", "window_stride"),
-    *("shortest_edge", "longest_edge"),
+    *EDGES,
 )
 _STAGE, _DISK, _MEMORY = "backbone.stages.#", "segformer.encoder", "segformer.stages.#"
 _NAMES = (  # ours; on disk; in the memory of transformers 5
@@ -104,8 +109,9 @@ def read_folder(name_or_folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     folder = find_folder(name_or_folder)
     config = read_json(folder / "config.json")
     settings = read_config(config, str(name_or_folder))
-    if (folder / "preprocessor_config.json").is_file():
-        settings = read_preprocessor(read_json(folder / "preprocessor_config.json")) | settings
+    if found := find_preprocessor(folder):
+        given = f"from_pretrained: {name_or_folder}", is_old(config)
+        settings |= read_pictures(found, settings, *given)
     channels = config.get("num_channels", 3)
     if channels != len(settings.get("image_mean", IMAGENET_MEAN)):
         raise ValueError(
@@ -126,7 +132,7 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     Raises:
         OSError: the folder cannot be written to.
     """
-    config, preprocessor = write_config(settings), write_preprocessor(settings)
+    config, preprocessor = write_config(settings), write_pictures(settings)
     hf_folders.write_folder(folder, to_huggingface(weights), config, preprocessor)
 
 
@@ -175,40 +181,50 @@ def write_config(settings: dict) -> dict:
     }
 
 
-def read_preprocessor(config: dict) -> dict:
-    """Settings under the names of `SegFormerConfig` from a preprocessor_config.json.
+def read_pictures(found: dict, settings: dict, name: str, old: bool) -> dict:
+    """Settings under the names of `SegFormerConfig` from a preprocessor_config.json
+    (`models.preprocessor.read_preprocessor`).
 
-    Hugging Face's processor squashes a picture to a square; here it keeps its shape, as in the
-    paper, and its short side becomes that of the square.
+    Args:
+        found: its fields.
+        settings: those of config.json.
+        name: begins the messages of errors.
+        old: as `models.preprocessor.is_old` says of the checkpoint.
+
+    A checkpoint that was written here has sizes in config.json, too, which hold unless the file
+    was changed since.
     """
-    settings = {}
-    for field in ("image_mean", "image_std"):
-        if config.get(field):
-            settings[field] = tuple(config[field])
-    size = config.get("size")
-    if isinstance(size, dict):
-        size = min(size.values(), default=None)
-    if size:
-        settings |= {"image_size": (size, size), "shortest_edge": size, "longest_edge": 4 * size}
-    reduce = config.get("do_reduce_labels", config.get("reduce_labels", False))
-    return settings | {"do_reduce_labels": bool(reduce)}
+    shortest, image_size = settings.get("shortest_edge"), settings.get("image_size", (512, 512))
+    square = dict.fromkeys(("height", "width"), shortest or min(image_size))
+    # such a square once stood in files of ours, whatever the size
+    old = old and found.get("size") == square
+    read = read_preprocessor(found, KIND, name, old)
+    more, edges = read["processing"], {edge: read[edge] for edge in EDGES}
+    read["processing"] = replace(more, do_reduce_labels=False)  # a setting of the config
+    read["do_reduce_labels"] = more.do_reduce_labels
+    if old:
+        read["processing"] = replace(read["processing"], size=None)
+    own = "image_size" in settings
+    if old or (own and edges == _edges(settings | {"processing": more})):
+        return {k: v for k, v in read.items() if k not in EDGES}
+    side = min((side for side in edges.values() if side is not None), default=None)
+    size = more.size or more.max_size or (side, side)
+    return {"image_size": settings.get("image_size", size)} | read
 
 
-def write_preprocessor(settings: dict) -> dict:
+def write_pictures(settings: dict) -> dict:
     """preprocessor_config.json of Hugging Face from settings."""
-    side = settings["shortest_edge"] or min(settings["image_size"])
-    return {
-        "image_processor_type": "SegformerImageProcessor",
-        "do_resize": True,
-        "size": {"height": side, "width": side},
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(settings["image_mean"]),
-        "image_std": list(settings["image_std"]),
-        "do_reduce_labels": settings["do_reduce_labels"],
-    }
+    written = write_preprocessor(settings | _edges(settings), KIND)
+    return written | {"do_reduce_labels": settings["do_reduce_labels"]}
+
+
+def _edges(settings: dict) -> dict[str, int | None]:
+    """The edges that settings mean, where a size is one of edges."""
+    more, (short, long) = Processing.of(settings["processing"]), map(settings.get, EDGES)
+    if more.size is None and more.max_size is None and more.multiple is None:
+        short = short or min(settings["image_size"])
+        long = long or 4 * short
+    return dict(zip(EDGES, (short, long)))
 
 
 def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,8 @@ def build_backbone(config, channels: int = 3) -> nn.Module:
         config: has `backbone` ("swin_tiny", "swin_small", "swin_base", "swin_large",
             "resnet_digits" or the name of a timm model), `backbone_pretrained` (timm's weights),
             `backbone_options` (arguments of `Swin`, `ResNetDigits` or `timm.create_model`, and
-            "freeze_norm" for the last), `drop_path_rate`, `size_divisor` and `longest_edge`.
+            "freeze_norm" for the last), `drop_path_rate`, `size_divisor` and `longest_edge`, or
+            `input` where that is None.
         channels: of the images; timm fits pretrained weights of the first layer to them.
 
     Returns:
@@ -41,7 +42,8 @@ def build_backbone(config, channels: int = 3) -> nn.Module:
         options["in_chans"] = channels
     if name not in VARIANTS and name != OWN_SMALL:
         freeze_norm = options.pop("freeze_norm", False)
-        sizes = config.size_divisor, config.longest_edge
+        longest = config.longest_edge or max(config.input.resized((1024, 1024)))
+        sizes = config.size_divisor, longest
         return TimmBackbone(name, config.backbone_pretrained, freeze_norm, options, *sizes)
     if name == OWN_SMALL:
         if config.backbone_pretrained:

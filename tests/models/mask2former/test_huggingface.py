@@ -19,10 +19,10 @@ from transformers import (
 
 from segkern.models import Mask2Former
 from segkern.models import Mask2FormerConfig as OurConfig
-from segkern.models.huggingface import read_preprocessor
 from segkern.models.mask2former import huggingface
 from segkern.models.mask2former.huggingface import read_config, read_folder, write_config
 from segkern.models.mask2former.huggingface_keys import from_huggingface, to_huggingface
+from segkern.structures.processing import Processing
 from segkern.weights import hf_folders
 
 with torch.device("meta"):
@@ -187,26 +187,9 @@ def test_stuff_of_coco_is_known():
     assert read_config(their_config(BACKBONES["swin"]).to_dict())["stuff"] == ()
 
 
-PREPROCESSORS = [
-    ("edges", {"size": {"shortest_edge": 640, "longest_edge": 2560}}, (640, 2560)),
-    ("old", {"size": 800, "max_size": 1333}, (800, 1333)),
-    ("square", {"size": {"height": 384, "width": 384}}, (384, 384)),
-]
-
-
-@pytest.mark.parametrize(("name", "config", "edges"), PREPROCESSORS, ids=lambda v: str(v)[:6])
-def test_preprocessors(name, config, edges):
-    config = config | {"reduce_labels": True, "ignore_index": 255, "image_mean": [0.1, 0.2, 0.3]}
-    settings = read_preprocessor(config)
-    assert (settings["shortest_edge"], settings["longest_edge"]) == edges
-    assert settings["image_mean"] == (0.1, 0.2, 0.3)
-    assert settings["do_reduce_labels"] is True
-    assert settings["ignore_index"] == 255
-
-
 def test_transformers_reads_our_preprocessor(folder, tmp_path):
     settings, weights = read_folder(folder)
-    settings |= IMAGES | {"ignore_index": 255, "do_reduce_labels": True}
+    settings |= IMAGES | {"processing": Processing(ignore_index=255, do_reduce_labels=True)}
     huggingface.write_folder(tmp_path / "ours", settings, weights | SEED)
     processor = Mask2FormerImageProcessor.from_pretrained(tmp_path / "ours")
     assert (processor.size.shortest_edge, processor.size.longest_edge) == (96, 160)

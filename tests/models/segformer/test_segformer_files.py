@@ -20,6 +20,7 @@ from transformers import (
 
 from segkern.models import SegFormer, SegFormerConfig, initialize, open_model
 from segkern.models.segformer import huggingface, original
+from segkern.weights.hf_folders import SIZES_TOLD
 
 KEYS = Path(__file__).parents[2] / "expected/segformer_original_keys.txt"
 SIZES = {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 2, 1, 1], "decoder_hidden_size": 24}
@@ -108,28 +109,65 @@ def test_settings_come_back(tmp_path):
     assert config.hidden_sizes == SIZES["hidden_sizes"]
     assert (config.num_labels, config.id2label[4]) == (5, "e")
     processor = SegformerImageProcessor.from_pretrained(tmp_path)
-    assert dict(processor.size) == {"height": 640, "width": 640}
+    assert dict(processor.size) == {"shortest_edge": 640, "longest_edge": 2048}
     assert processor.do_reduce_labels
     assert list(processor.image_std) == [0.1, 0.2, 0.3]
 
 
-PROCESSORS = {
-    "square": ({"size": {"height": 640, "width": 640}, "do_reduce_labels": True}, 640, True),
-    "old": ({"size": 512, "reduce_labels": True}, 512, True),
-    "edge": ({"size": {"shortest_edge": 96}}, 96, False),
+PROCESSORS = {  # what a file says; size, edges, crop of training; whether labels begin with 1
+    "square": (
+        {"size": {"height": 640, "width": 640}, "do_reduce_labels": True},
+        ((640, 640), None, None, (640, 640)),
+        True,
+    ),
+    "oblong": (
+        {"size": {"height": 512, "width": 1024}},
+        ((512, 1024), None, None, (512, 1024)),
+        False,
+    ),
+    "old": ({"size": 512, "reduce_labels": True}, ((512, 512), None, None, (512, 512)), True),
+    "edge": ({"size": {"shortest_edge": 96}}, (None, 96, None, (96, 96)), False),
 }
 
 
 @pytest.mark.parametrize("case", PROCESSORS)
-def test_a_processors_file_says_how_pictures_are_taken(case, folder):
-    config, side, reduce = PROCESSORS[case]
-    (folder / "preprocessor_config.json").write_text(json.dumps(config))
-    opened = open_model(folder).config
-    assert (opened.image_size, opened.input.shortest_edge) == ((side, side), side)
-    assert (opened.input.longest_edge, opened.input.window) == (4 * side, None)
-    assert opened.do_reduce_labels == reduce
+def test_a_processors_file_says_how_pictures_are_taken(case, folder, tmp_path):
+    written, sizes, reduce = PROCESSORS[case]
+    (folder / "preprocessor_config.json").write_text(json.dumps(written))
+    config = open_model(folder).config
+    takes = config.input
+    assert (takes.size, takes.shortest_edge, takes.longest_edge, takes.crop) == sizes
+    assert (takes.multiple, takes.window) == (1, None)
+    assert config.do_reduce_labels == reduce
+    open_model(folder).save_pretrained(tmp_path / "again")
+    assert open_model(tmp_path / "again").config == config
     (folder / "preprocessor_config.json").unlink()
     assert open_model(folder).config.input.shortest_edge == 512
+
+
+def test_a_changed_file_of_ours_is_obeyed(tmp_path):
+    small(shortest_edge=64, longest_edge=128).save_pretrained(tmp_path)
+    processor = SegformerImageProcessor.from_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert open_model(tmp_path).config.input.multiple is None
+    assert open_model(tmp_path).config.shortest_edge == 64
+    for other in (processor, SegformerImageProcessor()):
+        other.size = {"height": 96, "width": 32}
+        other.save_pretrained(tmp_path)
+        assert open_model(tmp_path).config.input.size == (96, 32)
+
+
+def test_a_square_in_an_old_file_of_ours_was_no_square(tmp_path):
+    small(shortest_edge=64, longest_edge=128).save_pretrained(tmp_path)
+    want = open_model(tmp_path).config
+    SegformerImageProcessor(
+        size={"height": 64, "width": 64}, do_reduce_labels=True
+    ).save_pretrained(tmp_path)
+    assert open_model(tmp_path).config.input.size == (64, 64)  # of now it is one
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["segkern"][SIZES_TOLD]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_model(tmp_path).config == want
 
 
 # --- NVlabs ---------------------------------------------------------------------------------
