@@ -18,6 +18,9 @@ from .mask2former import Mask2FormerOutput as Mask2FormerOutput
 from .maskformer import MaskFormer as MaskFormer
 from .maskformer import MaskFormerConfig as MaskFormerConfig
 from .maskformer import MaskFormerOutput as MaskFormerOutput
+from .oneformer import OneFormer as OneFormer
+from .oneformer import OneFormerConfig as OneFormerConfig
+from .oneformer import OneFormerOutput as OneFormerOutput
 from .protocol import ModelConfig as ModelConfig
 from .protocol import SegmentationModel as SegmentationModel
 from .segformer import SegFormer as SegFormer
@@ -60,6 +63,7 @@ MODELS = {
     "seq2seg": Kind(Seq2SegConfig, Seq2Seg),
     "unet": Kind(UNetConfig, UNet),
     "eomt": Kind(EoMTConfig, EoMT, suffixes=(".bin", ".ckpt"), types=("eomt", "eomt_dinov3")),
+    "oneformer": Kind(OneFormerConfig, OneFormer, suffixes=(".pth", ".pkl")),
 }
 Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
 
@@ -107,18 +111,23 @@ def open_model(name: str | Path) -> SegmentationModel:
 
     Args:
         name: a folder that a model's `save_pretrained`, transformers or a model's original code
-            wrote, or a file in it, or a .pkl file of Mask2Former's code, a .pth file of
-            SegFormer's or a .bin or .ckpt file of EoMT's; the folder of a training run; or a name
-            on the hub.
+            wrote, or a file in it, or a .pkl file of Mask2Former's or OneFormer's code, a .pth
+            file of SegFormer's or OneFormer's or a .bin or .ckpt file of EoMT's; the folder of a
+            training run; or a name on the hub.
 
     Raises:
         ValueError: of no kind that segkern has; or see each model's `from_pretrained`.
     """
     path = Path(name)
     described = path.name in FILES and is_model(path.parent)
-    for row in MODELS.values():
-        if path.suffix in row.suffixes and not described:
+    rows = [row for row in MODELS.values() if path.suffix in row.suffixes and not described]
+    for row in rows:  # of those with one suffix the first whose names of weights the file has
+        try:
             return row.model.from_pretrained(name)
+        except ValueError as error:
+            told = f"{told}; {error}" if row is not rows[0] else str(error)
+    if rows:
+        raise ValueError(told)
     folder = find_folder(name)
     kinds = [
         kind

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import feed_forward, linear
+from ..ops import attention, feed_forward, linear
 from .linear import use_own_products
 from .maps import pointwise
 from .position import sine_position
@@ -34,12 +34,20 @@ class DetrLayer(nn.Module):
         channels: C.
         heads: H.
         feedforward: width of the feed-forward network.
-        dropout: probability.
+        dropout: probability, in what is added to the queries.
+        inner_dropout: probability, in the weights of attention and in the hidden layer.
     """
 
-    def __init__(self, channels: int, heads: int, feedforward: int, dropout: float):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        feedforward: int,
+        dropout: float,
+        inner_dropout: float = 0.0,
+    ):
         super().__init__()
-        self.heads = heads
+        self.heads, self.inner_dropout = heads, inner_dropout
         self.self_attn = Attention(channels)
         self.self_norm = nn.LayerNorm(channels)
         self.cross_attn = Attention(channels)
@@ -55,8 +63,8 @@ class DetrLayer(nn.Module):
         self,
         x: Tensor,  # [B, Q, C]
         position: Tensor,  # [Q, C]
-        key: Tensor,  # [B, H, S, D]
-        value: Tensor,  # [B, H, S, D]
+        key: Tensor,  # [B, S, H, D]
+        value: Tensor,  # [B, S, H, D]
     ) -> Tensor:  # [B, Q, C]
         attn, query = self.self_attn, x + position
         own = (_heads(p(q), self.heads) for p, q in ((attn.k_proj, query), (attn.v_proj, x)))
@@ -67,7 +75,12 @@ class DetrLayer(nn.Module):
     def _attended(self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, x: Tensor):
         """x + attention, [B, Q, C]."""
         query = _heads(attn.q_proj(query), self.heads)
-        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        if self.training and self.inner_dropout:
+            first = (t.transpose(1, 2) for t in (query, key, value))
+            out = F.scaled_dot_product_attention(*first, dropout_p=self.inner_dropout)
+            out = out.transpose(1, 2).flatten(2)
+        else:
+            out = attention(query, key, value)
         if self.training and self.dropout.p > 0:
             return x + self.dropout(attn.out_proj(out))
         return attn.out_proj(out, x)
@@ -75,7 +88,8 @@ class DetrLayer(nn.Module):
     def _fed_forward(self, x: Tensor) -> Tensor:
         first, second = self.linear1, self.linear2
         if self.training and self.dropout.p > 0:
-            return x + self.dropout(second(F.relu(first(x))))
+            hidden = F.dropout(F.relu(first(x)), self.inner_dropout)
+            return x + self.dropout(second(hidden))
         weights = first.weight, first.bias, second.weight, second.bias
         rows = x.flatten(0, 1)
         return feed_forward(rows, *weights, "relu", residual=rows).view_as(x)
@@ -150,7 +164,7 @@ class DetrDecoder(nn.Module):
         return self.class_embed(states), end(embeddings)
 
     def _keys_values(self, feature: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values [B, H, S, D] of every layer, in one product each."""
+        """Keys and values [B, S, H, D] of every layer, in one product each."""
         if self.input_proj is not None:
             feature = pointwise(self.input_proj, feature)
         pixels = feature.flatten(2).transpose(1, 2)  # [B, S, C]
@@ -167,5 +181,5 @@ class DetrDecoder(nn.Module):
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    """[B, N, C] as [B, H, N, D]."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    """[B, N, C] as [B, N, H, D]."""
+    return x.unflatten(2, (heads, -1))

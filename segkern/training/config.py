@@ -29,7 +29,8 @@ class TrainConfig:
             the backbone that the model's config asks for.
         fresh_head: with init, start the class head anew also where the number of labels is equal.
         freeze: parts of the model that stay as they are: of a mask2former or maskformer backbone,
-            pixel_decoder and query_decoder, of a segmenter encoder and decoder, of an eomt
+            pixel_decoder and query_decoder, of a oneformer task_queries and text_encoder,
+            too, of a segmenter encoder and decoder, of an eomt
             encoder; or parts of these, such as backbone.layers.0. They have no gradient and no
             state of the optimizer, and run as in evaluation.
         overwrite: start anew in a folder that holds a run; its files are removed.
@@ -176,6 +177,12 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: a {self.model.kind} trains on {needs}, which data of kind "
                 f"{self.data.kind} does not have; it has {', '.join(self.data.targets)}"
+            )
+
+        if getattr(self.model, "joint_tasks", False) and self.data.task == "semantic":
+            raise ValueError(
+                f"TrainConfig: data.task must be panoptic or instance for a {self.model.kind}, "
+                "which learns all tasks from objects, got semantic"
             )
 
     @property

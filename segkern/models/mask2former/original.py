@@ -145,7 +145,7 @@ def read_sizes(weights: dict[str, Tensor], name: str) -> dict:
         "dim_feedforward": rows("query_decoder.layers.0.linear1"),
         "num_attention_heads": heads,
         **_dataset(labels, name),
-        **_backbone(weights, count, name),
+        **read_backbone(weights, count, name),
     }
 
 
@@ -169,7 +169,17 @@ def _dataset(labels: int, name: str) -> dict:
     return {"shortest_edge": facts.edges[0], "longest_edge": facts.edges[1], "stuff": stuff}
 
 
-def _backbone(weights: dict[str, Tensor], count: Callable[[str], int], name: str) -> dict:
+def read_backbone(weights: dict[str, Tensor], count: Callable[[str], int], name: str) -> dict:
+    """backbone, backbone_options and drop_path_rate that weights under our names show.
+
+    Args:
+        weights: of `from_original`.
+        count: of the different beginnings of names that a pattern finds.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: neither Swin nor ResNet.
+    """
     if "backbone.patch_embed.proj.weight" in weights:
         tables = [
             weights[f"backbone.layers.{i}.blocks.0.attn.relative_position_bias_table"].shape
