@@ -302,9 +302,10 @@ class OneFormer(nn.Module):
         mask_labels: list[Tensor] | None = None,  # B of [T_b, H, W]
         class_labels: list[Tensor] | None = None,  # B of [T_b]
         pixel_mask: Tensor | None = None,  # [B, H, W]
+        output_auxiliary_logits: bool = False,
+        return_dict: bool | None = None,
         targets: Targets | None = None,
-        auxiliary_logits: bool = False,
-    ) -> QueryOutput:
+    ) -> QueryOutput | tuple:
         """Predictions, and the loss if there are targets.
 
         Args:
@@ -318,8 +319,9 @@ class OneFormer(nn.Module):
             class_labels: for each image [T_b] int64 in [0, K).
             pixel_mask: taken for Hugging Face's sake and not used: padding is not masked in
                 OneFormer.
-            targets: the same, packed; not together with the lists.
-            auxiliary_logits: also return the logits of the earlier predictions.
+            output_auxiliary_logits: also return the logits of the earlier predictions.
+            return_dict: False gives a tuple of what is not None.
+            targets: the same as the labels, packed; not together with them.
 
         Returns:
             A `OneFormerOutput`; `losses` has "loss_contrastive" [1] where there is a text encoder.
@@ -333,7 +335,7 @@ class OneFormer(nn.Module):
             task_inputs = self.task_rows[targets.task] if named else "panoptic"
         if not isinstance(task_inputs, Tensor):
             task_inputs = self.task_inputs(task_inputs, len(pixel_values))
-        last = targets is None and not auxiliary_logits
+        last = targets is None and not output_auxiliary_logits
         found = self.all_predictions(pixel_values, task_inputs, last)
         class_logits, embeddings, features, _ = found
         out = QueryOutput(class_queries_logits=class_logits[:, -1])
@@ -342,9 +344,9 @@ class OneFormer(nn.Module):
                 same = (task_inputs[:, None] == self.task_rows).all(2)
                 targets = targets._replace(task=same.int().argmax(1))
             out.loss, out.losses = self._losses(found, targets, text_inputs)
-        if targets is None or not self.training or auxiliary_logits:
+        if targets is None or not self.training or output_auxiliary_logits:
             out.masks_queries_logits = mask_logits(embeddings[:, -1], features)
-        if auxiliary_logits:
+        if output_auxiliary_logits:
             out.auxiliary_logits = [
                 {
                     "class_queries_logits": class_logits[:, r],
@@ -352,7 +354,7 @@ class OneFormer(nn.Module):
                 }
                 for r in range(class_logits.shape[1] - 1)
             ]
-        return out
+        return out.to_tuple() if return_dict is False else out
 
     @classmethod
     def from_pretrained(
