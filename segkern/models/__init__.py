@@ -120,14 +120,15 @@ def open_model(name: str | Path) -> SegmentationModel:
     """
     path = Path(name)
     described = path.name in FILES and is_model(path.parent)
-    rows = [row for row in MODELS.values() if path.suffix in row.suffixes and not described]
-    for row in rows:  # of those with one suffix the first whose names of weights the file has
-        try:
-            return row.model.from_pretrained(name)
-        except ValueError as error:
-            told = f"{told}; {error}" if row is not rows[0] else str(error)
-    if rows:
-        raise ValueError(told)
+    told = []
+    for row in MODELS.values():  # some share a suffix: the first whose names the weights have
+        if path.suffix in row.suffixes and not described:
+            try:
+                return row.model.from_pretrained(name)
+            except ValueError as error:
+                told.append(str(error))
+    if told:
+        raise ValueError("; ".join(told))
     folder = find_folder(name)
     kinds = [
         kind
@@ -182,7 +183,12 @@ def initialize(model: SegmentationModel, source: str | Path, fresh_head: bool = 
     fresh = fresh_head or here != there
     own = model.state_dict()
     kept = [name for name in own if name.startswith("criterion.")]
-    weights = with_new_head(donor.state_dict(), own, (*kept, *model.class_head) if fresh else kept)
+    weights = donor.state_dict()
+    for part in getattr(model, "training_parts", ()):  # checkpoints may do without
+        if getattr(model, part) is None or getattr(donor, part) is None:
+            weights = {k: v for k, v in weights.items() if not k.startswith(f"{part}.")}
+            kept += [name for name in own if name.startswith(f"{part}.")]
+    weights = with_new_head(weights, own, (*kept, *model.class_head) if fresh else kept)
     if faults := faults + misfits(weights, own):
         raise ValueError(f"initialize: {source} does not fit the model; {'; '.join(faults)}")
     model.load_state_dict(weights)

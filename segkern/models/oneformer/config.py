@@ -130,8 +130,9 @@ class OneFormerConfig:
         self.prompts = tuple(tuple(row) for row in self.prompts)
         positive = (
             "num_labels hidden_dim mask_feature_size decoder_layers query_dec_layers "
-            "num_attention_heads num_points_encoder train_num_points oversample_ratio size_divisor "
-            "text_encoder_num_layers text_encoder_proj_layers text_encoder_context_length"
+            "num_attention_heads num_points_encoder train_num_points oversample_ratio "
+            "size_divisor text_encoder_num_layers text_encoder_proj_layers "
+            "text_encoder_context_length"
         )
         longest = max(map(len, TASK_TOKENS.values()))
         for names, least in (
@@ -177,9 +178,7 @@ class OneFormerConfig:
                     f"OneFormerConfig: {name} must be in [0, 1], got {getattr(self, name)}"
                 )
         if self.tokens not in ("clip", "words"):
-            raise ValueError(
-                f"OneFormerConfig: tokens must be clip or words, got {self.tokens!r}"
-            )
+            raise ValueError(f"OneFormerConfig: tokens must be clip or words, got {self.tokens!r}")
         _ = self.input  # checks its own
 
     @property

@@ -13,6 +13,7 @@ TEXT_ENCODER = "text_encoder."  # begins the names of training's branch, here
 _TEXT, _TASK = "model.text_mapper", "model.task_encoder"
 _QUERIES = "model.transformer_module"
 _DECODER = f"{_QUERIES}.decoder"
+_LAYER = f"{_DECODER}.layers.#"
 _START = f"{_DECODER}.query_transformer.decoder"
 _JOINED = (  # here: attentions whose projections are one product there
     r"(?:query_decoder\.layers\.\d+\.cross|task_queries\.layers\.\d+\.(?:self|cross))_attn\."
@@ -42,18 +43,18 @@ _NAMES = [
     (f"{_QUERIES}.queries_embedder", "query_decoder.query_embed"),
     (f"{_QUERIES}.level_embed", "query_decoder.level_embed"),
     *(
-        (f"{_DECODER}.layers.#.cross_attn.multihead_attn.{n}", f"query_decoder.layers.#.cross_attn.{n}")
+        (f"{_LAYER}.cross_attn.multihead_attn.{n}", f"query_decoder.layers.#.cross_attn.{n}")
         for n in _PRODUCT
     ),
     *(
-        (f"{_DECODER}.layers.#.self_attn.self_attn.{n}", f"query_decoder.layers.#.self_attn.{n}")
+        (f"{_LAYER}.self_attn.self_attn.{n}", f"query_decoder.layers.#.self_attn.{n}")
         for n in ("q_proj", "k_proj", "v_proj", "out_proj")
     ),
-    (f"{_DECODER}.layers.#.cross_attn.norm", "query_decoder.layers.#.cross_norm"),
-    (f"{_DECODER}.layers.#.self_attn.norm", "query_decoder.layers.#.self_norm"),
-    (f"{_DECODER}.layers.#.ffn.linear1", "query_decoder.layers.#.linear1"),
-    (f"{_DECODER}.layers.#.ffn.linear2", "query_decoder.layers.#.linear2"),
-    (f"{_DECODER}.layers.#.ffn.norm", "query_decoder.layers.#.norm"),
+    (f"{_LAYER}.cross_attn.norm", "query_decoder.layers.#.cross_norm"),
+    (f"{_LAYER}.self_attn.norm", "query_decoder.layers.#.self_norm"),
+    (f"{_LAYER}.ffn.linear1", "query_decoder.layers.#.linear1"),
+    (f"{_LAYER}.ffn.linear2", "query_decoder.layers.#.linear2"),
+    (f"{_LAYER}.ffn.norm", "query_decoder.layers.#.norm"),
     (f"{_DECODER}.decoder_norm", "query_decoder.norm"),
     (f"{_DECODER}.class_embed", "query_decoder.class_embed"),
     (f"{_DECODER}.mask_embed.layers.#.0", "query_decoder.mask_embed.#"),

@@ -65,6 +65,7 @@ class OneFormer(nn.Module):
         "criterion.empty_weight",
     )
     deep_supervision = True
+    training_parts = ("text_encoder",)
 
     def __init__(self, config: OneFormerConfig):
         super().__init__()

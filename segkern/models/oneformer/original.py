@@ -72,9 +72,7 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
             raise ValueError(f"from_pretrained: {path}: {error}") from error
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or _TELLS not in state:
-        raise ValueError(
-            f"from_pretrained: {path} is no checkpoint of OneFormer's original code"
-        )
+        raise ValueError(f"from_pretrained: {path} is no checkpoint of OneFormer's original code")
     try:
         weights = from_original({name: torch.as_tensor(value) for name, value in state.items()})
         settings = read_sizes(weights, str(path))
