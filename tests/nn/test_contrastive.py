@@ -27,7 +27,9 @@ def test_it_is_the_mean_cross_entropy_both_ways():
     cosine = F.cosine_similarity(queries.flatten(1)[:, None], texts.flatten(1)[None], dim=2)
     logs = cosine / 0.07
     want = -(logs.log_softmax(1).diagonal() + logs.log_softmax(0).diagonal()).mean()
-    assert ContrastiveLoss(0.07).double()(queries, texts).item() == pytest.approx(want.item(), 1e-7)
+    assert ContrastiveLoss(0.07).double()(queries, texts).item() == pytest.approx(
+        want.item(), 1e-7
+    )
 
 
 def test_the_scale_is_at_most_100():

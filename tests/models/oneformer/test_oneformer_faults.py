@@ -67,7 +67,9 @@ def theirs_of(labels, task):
 
 def ours_of(ours, labels, task, monkeypatch):
     """Row numbers of the sentences that ours are made of."""
-    monkeypatch.setattr(ours.text_encoder, "forward", lambda rows: torch.arange(len(rows))[:, None])
+    monkeypatch.setattr(
+        ours.text_encoder, "forward", lambda rows: torch.arange(len(rows))[:, None]
+    )
     monkeypatch.setattr(ours.text_encoder, "queries", lambda texts: texts)
     rows = torch.tensor([tokens(text) for text in sentences(NAMES)])
     monkeypatch.setitem(ours._buffers, "sentences", rows)
@@ -83,7 +85,11 @@ def test_b_an_image_has_the_sentences_of_its_own_classes(pair, monkeypatch):
     assert "a photo with a person" in said[1]  # which the first image shows
     names = sentences(NAMES)
     have = [[names[k] for k in row] for row in ours_of(pair[1], labels, "semantic", monkeypatch)]
-    first = ["a photo with a person", "a photo with a traffic light", "a photo with a traffic light"]
+    first = [
+        "a photo with a person",
+        "a photo with a traffic light",
+        "a photo with a traffic light",
+    ]
     rest = ["a semantic photo"] * 12
     assert have == [(first + rest)[:9], (["a photo with a potted plant"] + rest)[:9]]
 
