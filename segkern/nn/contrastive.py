@@ -48,7 +48,8 @@ class ContrastiveLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.07):
         super().__init__()
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        # [1], not []: FSDP shards no scalar
+        self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
 
     def forward(self, queries: Tensor, texts: Tensor) -> Tensor:
         """[B, Q, C] and [B, Q, C] floating to [], in float32 at least."""

@@ -17,7 +17,7 @@ CROWD = np.array([False] * 5 + [True])
 
 
 def dense():
-    return (MAP == np.arange(1, 7)[:, None, None]).astype(np.uint8)
+    return (np.arange(1, 7)[:, None, None] == MAP).astype(np.uint8)
 
 
 FORMS = {

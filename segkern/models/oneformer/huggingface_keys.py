@@ -9,6 +9,7 @@ from torch import Tensor
 from ..mask2former import huggingface_keys as shared
 from ..mask2former.huggingface_keys import PIXEL_DECODER
 
+LOGIT_SCALE = "contrastive.logit_scale"  # [1] here, a scalar there
 TEXT_ENCODER = "text_encoder."  # begins the names of training's branch, here
 _TEXT, _TASK = "model.text_mapper", "model.task_encoder"
 _QUERIES = "model.transformer_module"
@@ -76,7 +77,7 @@ _NAMES = [
     (f"{_TEXT}.text_projector.layers.#.0", "text_encoder.projector.#"),
     (f"{_TEXT}.prompt_ctx", "text_encoder.learned"),
     ("criterion.empty_weight", "criterion.empty_weight"),
-    ("criterion.logit_scale", "contrastive.logit_scale"),
+    ("criterion.logit_scale", LOGIT_SCALE),
 ]
 
 
@@ -90,7 +91,10 @@ def from_huggingface(state: dict[str, Tensor], family: str) -> dict[str, Tensor]
     Returns:
         The weights under our names; those that have none keep theirs.
     """
-    return shared.from_huggingface(state, family, _NAMES, _JOINED)
+    out = shared.from_huggingface(state, family, _NAMES, _JOINED)
+    if LOGIT_SCALE in out:
+        out[LOGIT_SCALE] = out[LOGIT_SCALE].reshape(1)
+    return out
 
 
 def to_huggingface(state: dict[str, Tensor], family: str) -> dict[str, Tensor]:
@@ -103,4 +107,5 @@ def to_huggingface(state: dict[str, Tensor], family: str) -> dict[str, Tensor]:
     Returns:
         The weights under Hugging Face's names, without `criterion.seed`, which it does not have.
     """
+    state = state | {LOGIT_SCALE: state[LOGIT_SCALE].reshape(())}
     return shared.to_huggingface(state, family, _NAMES, _JOINED)

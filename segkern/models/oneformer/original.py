@@ -17,7 +17,7 @@ from torch import Tensor
 from ...structures.labels import CLASS_NAMES, DATASETS
 from ...weights import unpickling
 from ..mask2former import original as shared
-from .huggingface_keys import TEXT_ENCODER
+from .huggingface_keys import LOGIT_SCALE, TEXT_ENCODER
 
 SUFFIXES = (".pth", ".pkl")  # of the file
 
@@ -43,7 +43,7 @@ _NAMES = [  # the first that fits
         (rf"{_TEXT}\.mlp\.c_proj\.", r"text_encoder.layers.\1.fc2."),
         (r"text_projector\.layers\.", "text_encoder.projector."),
         (r"prompt_ctx\.", "text_encoder.learned."),
-        (r"criterion\.logit_scale", "contrastive.logit_scale"),
+        (r"criterion\.logit_scale", LOGIT_SCALE),
     )
 ]
 _TELLS = "task_mlp.layers.0.weight"  # which no other model has
@@ -94,7 +94,7 @@ def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
             name, count = pattern.subn(replacement, name)
             if count:
                 break
-        out[name] = value
+        out[name] = value.reshape(1) if name == LOGIT_SCALE else value
     return out
 
 

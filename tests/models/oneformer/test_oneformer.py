@@ -91,7 +91,7 @@ def test_a_wrong_task_is_refused(tiny, given, message):
 def test_wrong_texts_are_refused(tiny):
     with pytest.raises(ValueError, match=r"text_inputs must be \[B, Q-n_ctx, L\].*with B = 2"):
         tiny(images(), "panoptic", torch.zeros(2, 3, 16, dtype=torch.int64), targets=targets())
-    with pytest.raises(ValueError, match="targets.task must say what is to be found"):
+    with pytest.raises(ValueError, match=r"targets\.task must say what is to be found"):
         tiny.loss(images(), targets()._replace(task=None))
 
 
@@ -118,12 +118,12 @@ def test_sentences_of_other_classes_are_refused():
     config = OneFormerConfig.preset("swin_tiny", "cityscapes").with_prompts()
     with (
         torch.device("meta"),
-        pytest.raises(ValueError, match="must be 10 rows of tokens.*got 22"),
+        pytest.raises(ValueError, match=r"must be 10 rows of tokens.*got 22"),
     ):
         OneFormer(replace(config, num_labels=7, id2label=None, stuff=()))
     with pytest.raises(ValueError, match="names must be 19, one a label, got 2"):
         config.with_prompts(["a", "b"])
-    with pytest.raises(ValueError, match="backbone must be one of .*dataset one of"):
+    with pytest.raises(ValueError, match=r"backbone must be one of .*dataset one of"):
         OneFormerConfig.preset("vit", "coco")
 
 

@@ -285,7 +285,7 @@ def as_the_original(model):
         if found := re.fullmatch(r"(sem_seg.*_attn\.)([qkv])_proj\.(weight|bias)", name):
             state.setdefault(f"{found[1]}in_proj_{found[3]}", {})[found[2]] = value
         else:
-            state[name] = value
+            state[name] = value.reshape(()) if name == "criterion.logit_scale" else value
     return {
         name: torch.cat([value[part] for part in "qkv"]) if isinstance(value, dict) else value
         for name, value in state.items()
