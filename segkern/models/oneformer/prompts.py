@@ -120,30 +120,41 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
             have them; or the name of a model whose files Hugging Face's cache has.
 
     Raises:
-        ImportError: neither tokenizers nor transformers is there.
-        ValueError: no such files.
+        ImportError: the library that reads the files is not there.
+        ValueError: no such files, or those of another vocabulary.
     """
     file = Path(folder).expanduser() / "tokenizer.json"
-    if file.is_file():
-        try:
-            from tokenizers import Tokenizer as Fast
-        except ImportError as error:
-            raise ImportError(
-                "prompts: tokenizer.json needs tokenizers: pip install tokenizers"
-            ) from error
-        fast = Fast.from_file(str(file))
-        fast.no_padding()
-        return lambda text: fast.encode(text).ids
     try:
-        from transformers import CLIPTokenizer
+        if file.is_file():
+            from tokenizers import Tokenizer as Fast
+
+            fast = Fast.from_file(str(file))
+            fast.no_padding()
+
+            def tokenizer(text: str) -> list[int]:
+                return fast.encode(text).ids
+        else:
+            from transformers import CLIPTokenizer
+
+            tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except ImportError as error:
         raise ImportError(
-            "prompts: vocab.json and merges.txt need transformers: pip install transformers"
+            f"prompts: the vocabulary in {folder} needs {error.name}: pip install {error.name}"
         ) from error
-    try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"prompts: {folder} must hold tokenizer.json, or vocab.json and merges.txt, here or "
             "in Hugging Face's cache, and does not"
         ) from error
+    # transformers also makes a tokenizer of a folder without a vocabulary
+    if not _reads_as_clip(tokenizer):
+        raise ValueError(f"prompts: {folder} must hold CLIP's vocabulary, and does not")
+    return tokenizer
+
+
+def _reads_as_clip(tokenizer: Tokenizer) -> bool:
+    try:
+        (row, *_) = token_rows(("dog",), tokenizer, 77, END + 1)
+    except ValueError:
+        return False
+    return row == tuple(known_words("a photo with a dog"))

@@ -225,5 +225,5 @@ def test_one_training_gives_a_model_of_three_tasks(tmp_path, capsys):
 
 def test_maps_of_classes_alone_teach_no_instances(tmp_path):
     config = digits(tmp_path)
-    with pytest.raises(ValueError, match="data.task must be panoptic or instance for a oneformer"):
+    with pytest.raises(ValueError, match=r"data\.task must be panoptic or instance for a oneformer"):
         replace(config, data=replace(config.data, task="semantic"))

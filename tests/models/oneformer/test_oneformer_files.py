@@ -1,4 +1,4 @@
-"""OneFormer's files: names of the weights, settings, tokens of sentences, the original's format."""
+"""OneFormer's files: names of weights, settings, tokens of sentences, the original's format."""
 
 import json
 import pickle
@@ -11,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    OneFormerForUniversalSegmentation,
+    ResNetConfig,
+    TimmBackboneConfig,
+)
+from transformers import OneFormerConfig as ReferenceConfig
 
 from segkern.models import OneFormer, OneFormerConfig, initialize, open_model
 from segkern.models.oneformer import huggingface, original
@@ -23,6 +30,7 @@ from segkern.weights.state_dicts import misfits
 
 EXPECTED = Path(__file__).parents[2] / "expected"
 SWIN = {"embed_dim": 24, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 3, 6], "window_size": 4}
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
 TEXT = "model.text_mapper."
 
 
@@ -73,6 +81,32 @@ def test_names_of_transformers_4_are_read():
     for name in [name for name in old if name.endswith("relative_position_bias_table")]:
         old[name.replace("bias_table", "index")] = torch.zeros(49, 49, dtype=torch.int64)
     assert from_huggingface(old, "swin").keys() == model.state_dict().keys() - {"criterion.seed"}
+
+
+BODIES = {
+    "resnet": lambda: ResNetConfig(depths=[1, 1, 1, 1], out_features=STAGES),
+    "timm": lambda: TimmBackboneConfig(backbone="resnet10t", out_indices=[1, 2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+@torch.no_grad()
+def test_transformers_models_of_other_backbones_open(body, tmp_path):
+    sizes = dict.fromkeys(("hidden_dim", "conv_dim", "mask_dim"), 64)
+    sizes |= {"encoder_layers": 1, "decoder_layers": 3, "num_queries": 5, "num_labels": 4}
+    torch.manual_seed(0)
+    theirs = OneFormerForUniversalSegmentation(
+        ReferenceConfig(backbone_config=BODIES[body](), **sizes)
+    )
+    for name, value in theirs.named_parameters():
+        # at the start samples sit on the kinks of bilinear interpolation
+        value += torch.randn_like(value) * (0.3 if "offsets.bias" in name else 0.02)
+    theirs.eval().save_pretrained(tmp_path)
+    ours, x = open_model(tmp_path).double(), torch.randn(1, 3, 64, 96).double()
+    want = theirs.double()(x, ours.task_inputs("panoptic", 1))
+    have = ours(x)
+    for name in ("class_queries_logits", "masks_queries_logits"):
+        assert (getattr(have, name) - getattr(want, name)).abs().max() < 1e-8
 
 
 # --- settings -------------------------------------------------------------------------------
@@ -133,9 +167,8 @@ def test_another_class_count_starts_a_new_class_head_and_forgets_the_sentences(t
 
 
 def clip_like(folder, words):
-    """A tokenizer.json with CLIP's frame and a vocabulary of whole words."""
-    vocabulary = {word: i for i, word in enumerate(words)}
-    vocabulary |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    """A tokenizer.json with CLIP's frame and a vocabulary of whole words and their ids."""
+    vocabulary = words | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "<|endoftext|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -147,16 +180,18 @@ def clip_like(folder, words):
 
 
 def test_a_folders_vocabulary_tells_other_words(tmp_path):
-    words = "a an photo with panoptic instance semantic narwhal".split()
-    clip_like(tmp_path, words)
+    words = {"a": 320, "an": 550, "photo": 1125, "with": 593, "dog": 1929, "narwhal": 7}
+    clip_like(tmp_path, words | {"panoptic": 24755, "instance": 34572, "semantic": 1550})
     config = replace(OneFormerConfig.preset("swin_tiny"), num_labels=1, stuff=())
     with pytest.raises(ValueError, match=r"tokens of 'narwhal' in .* must come from CLIP's"):
         config.with_prompts(["narwhal"])
     found = config.with_prompts(["narwhal"], tmp_path)
-    assert found.prompts[0] == (49406, 0, 2, 3, 0, 7, 49407)
+    assert found.prompts[0] == (49406, 320, 1125, 593, 320, 7, 49407)
     assert (found.is_training, found.id2label) == (True, {0: "narwhal"})
-    with pytest.raises(ValueError, match="must hold tokenizer.json, or vocab.json"):
-        config.with_prompts(["narwhal"], tmp_path / "nothing")
+    clip_like(tmp_path, dict.fromkeys(words, 5))
+    for other in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(ValueError, match="must hold"):
+            config.with_prompts(["narwhal"], other)
 
 
 TOKENIZERS = {
@@ -333,7 +368,7 @@ def test_another_file_is_refused(tmp_path):
     torch.save({"model": {"weight": torch.zeros(1)}}, path)
     with pytest.raises(ValueError, match="no checkpoint of OneFormer's original code"):
         OneFormer.from_pretrained(path)
-    with pytest.raises(ValueError, match="SegFormer's original code.*; .*OneFormer's original"):
+    with pytest.raises(ValueError, match=r"SegFormer's original code.*; .*OneFormer's original"):
         open_model(path)
 
 
