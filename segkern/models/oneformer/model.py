@@ -293,6 +293,11 @@ class OneFormer(nn.Module):
         B, Q, _ = queries.shape
         sizes = {"B": B, "Q-n_ctx": Q - self.config.text_encoder_n_ctx}
         expect("OneFormer", "text_inputs", text_inputs, "B Q-n_ctx L", "int64", sizes)
+        if sizes["L"] > (most := self.config.text_encoder_context_length):
+            raise ValueError(
+                f"OneFormer: text_inputs must have at most {most} tokens a text, "
+                f"got {got(text_inputs)}"
+            )
         return self.text_encoder(text_inputs.flatten(0, 1)).unflatten(0, text_inputs.shape[:2])
 
     def forward(

@@ -91,6 +91,8 @@ def test_a_wrong_task_is_refused(tiny, given, message):
 def test_wrong_texts_are_refused(tiny):
     with pytest.raises(ValueError, match=r"text_inputs must be \[B, Q-n_ctx, L\].*with B = 2"):
         tiny(images(), "panoptic", torch.zeros(2, 3, 16, dtype=torch.int64), targets=targets())
+    with pytest.raises(ValueError, match="at most 16 tokens a text, got"):
+        tiny(images(), "panoptic", torch.zeros(2, 8, 77, dtype=torch.int64), targets=targets())
     with pytest.raises(ValueError, match=r"targets\.task must say what is to be found"):
         tiny.loss(images(), targets()._replace(task=None))
 
@@ -200,15 +202,11 @@ def test_every_weight_learns(tiny):
     assert model.parameter_roles().keys() == dict(model.named_parameters()).keys()
 
 
-def digits(folder, **settings):
-    config = recipes.digits_oneformer("easy")
-    small = {"steps": 3, "batch_size": 4, "evaluate_every": 0, "tensorboard": False}
-    return replace(config, output=folder, **(small | settings))
-
-
 def test_one_training_gives_a_model_of_three_tasks(tmp_path, capsys):
     run, figures = tmp_path / "run", tmp_path / "figures.json"
-    segkern.train(digits(run), progress=False)
+    short = ["--steps", "2", "--batch-size", "4", "--evaluate-every", "0", "--no-tensorboard"]
+    command = ["train", "--recipe", "digits-oneformer", "--output", str(run), *short]
+    assert main(command) == 0
     opened = segkern.open_model(run)
     assert opened.config.labels.names[10] == "background"
     assert opened.text_encoder is not None
@@ -223,7 +221,7 @@ def test_one_training_gives_a_model_of_three_tasks(tmp_path, capsys):
     assert "written" in capsys.readouterr().out
 
 
-def test_maps_of_classes_alone_teach_no_instances(tmp_path):
-    config = digits(tmp_path)
-    with pytest.raises(ValueError, match=r"data\.task must be panoptic or instance for a oneformer"):
+def test_maps_of_classes_alone_teach_no_instances():
+    config = recipes.digits_oneformer()
+    with pytest.raises(ValueError, match=r"data\.task must be panoptic or instance"):
         replace(config, data=replace(config.data, task="semantic"))
