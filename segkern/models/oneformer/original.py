@@ -21,7 +21,8 @@ from .huggingface_keys import LOGIT_SCALE, TEXT_ENCODER
 
 SUFFIXES = (".pth", ".pkl")  # of the file
 
-_START = r"query_decoder\.class_transformer\.decoder"  # as the shared names leave it
+_PREDICTOR = r"sem_seg_head\.predictor"
+_START = rf"{_PREDICTOR}\.class_transformer\.decoder"
 _TEXT = r"text_encoder\.transformer\.resblocks\.(\d+)"
 _NAMES = [  # the first that fits
     (re.compile(rf"^{pattern}"), replacement)
@@ -31,7 +32,7 @@ _NAMES = [  # the first that fits
         (rf"{_START}\.layers\.(\d+)\.norm2\.", r"task_queries.layers.\1.cross_norm."),
         (rf"{_START}\.layers\.(\d+)\.norm3\.", r"task_queries.layers.\1.norm."),
         (rf"{_START}\.", "task_queries."),
-        (r"query_decoder\.class_input_proj\.", "task_queries.input_proj."),
+        (rf"{_PREDICTOR}\.class_input_proj\.", "task_queries.input_proj."),
         (r"task_mlp\.layers\.", "task_queries.task_mlp."),
         (r"text_encoder\.token_embedding\.", "text_encoder.token_embed."),
         (r"text_encoder\.positional_embedding", "text_encoder.position_embed"),
@@ -88,14 +89,21 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names and products for the weights of the original code."""
-    out = {}
-    for name, value in shared.from_original(state).items():
+    rest, own = {}, {}
+    for name, value in state.items():
         for pattern, replacement in _NAMES:
-            name, count = pattern.subn(replacement, name)
+            new, count = pattern.subn(replacement, name)
             if count:
                 break
-        out[name] = value.reshape(1) if name == LOGIT_SCALE else value
-    return out
+        else:
+            rest[name] = value
+            continue
+        if found := re.fullmatch(r"(task_queries\..*_attn\.)in_proj_(weight|bias)", new):
+            for part, piece in zip("qkv", value.chunk(3)):
+                own[f"{found[1]}{part}_proj.{found[2]}"] = piece
+        else:
+            own[new] = value.reshape(1) if new == LOGIT_SCALE else value
+    return shared.from_original(rest) | own
 
 
 def read_sizes(weights: dict[str, Tensor], name: str) -> dict:
