@@ -49,6 +49,13 @@ TINY_PYRAMID = {  # a MaskFormer that runs in a moment
 }
 
 
+TINY_TASKS = {  # a OneFormer that runs in a moment
+    **{name: value for name, value in TINY.items() if not name.endswith("feature_size")},
+    "conv_dim": 32,
+    "mask_dim": 32,
+}
+
+
 def save_weights(
     backbone: str, folder: Path, queries: int | None = None, kind: str = "mask2former"
 ) -> None:
@@ -59,7 +66,7 @@ def save_weights(
             "eomt tiny", "eomt small", "eomt base" or "eomt large".
         folder: to write to.
         queries: None takes 100, of "tiny" 6; of a Mask2Former.
-        kind: "mask2former" or "maskformer".
+        kind: "mask2former", "maskformer" or "oneformer".
     """
     import transformers
     from transformers import ResNetConfig, SwinConfig
@@ -83,6 +90,11 @@ def save_weights(
         settings = TINY_PYRAMID if tiny else {"num_labels": LABELS}
         config = transformers.MaskFormerConfig(backbone_config=body, **settings)
         transformers.MaskFormerForInstanceSegmentation(config).save_pretrained(folder)
+        return
+    if kind == "oneformer":
+        settings = TINY_TASKS if tiny else {"num_labels": LABELS}
+        config = transformers.OneFormerConfig(backbone_config=body, **settings)
+        transformers.OneFormerForUniversalSegmentation(config).save_pretrained(folder)
         return
     settings = TINY if tiny else {"num_labels": LABELS}
     if queries is not None:
@@ -125,7 +137,26 @@ def open_model(impl: str, folder: Path, device: str) -> torch.nn.Module:
         return segkern.open_model(folder).to(device)
     from transformers import AutoModelForUniversalSegmentation
 
-    return AutoModelForUniversalSegmentation.from_pretrained(folder).eval().to(device)
+    model = AutoModelForUniversalSegmentation.from_pretrained(folder)
+    if model.config.model_type == "oneformer":
+        model = _Asked(model)
+    return model.eval().to(device)
+
+
+class _Asked(torch.nn.Module):
+    """A OneFormer of transformers that is always asked for the same task."""
+
+    def __init__(self, model: torch.nn.Module):
+        from segkern.models.oneformer.prompts import TASK_TOKENS
+
+        super().__init__()
+        self.model, row = model, TASK_TOKENS["panoptic"]
+        length = model.config.task_seq_len
+        tokens = torch.tensor([[*row, *[0] * (length - len(row))]])
+        self.register_buffer("tokens", tokens, persistent=False)
+
+    def forward(self, x: torch.Tensor, **targets):
+        return self.model(x, self.tokens.expand(len(x), -1), **targets)
 
 
 def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu", compiled=False):
@@ -162,6 +193,8 @@ def build(impl, folder, kind, height, width, batch, dtype="float32", device="cpu
         model.gradient_checkpointing_enable()
     if impl.startswith("segkern"):
         targets = Targets.from_lists(masks, classes).to(device)
+        if getattr(model.config, "joint_tasks", False):
+            targets = targets._replace(task=torch.zeros_like(targets.count))
     else:
         masks, classes = moved((masks, classes), device)
     model.train()
@@ -213,6 +246,7 @@ def load(impl: str) -> None:
         import transformers.models.eomt.modeling_eomt
         import transformers.models.mask2former.modeling_mask2former
         import transformers.models.maskformer.modeling_maskformer
+        import transformers.models.oneformer.modeling_oneformer
         import transformers.models.swin.modeling_swin  # noqa: F401
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from .models import Mask2FormerConfig as Mask2FormerConfig
     from .models import MaskFormer as MaskFormer
     from .models import MaskFormerConfig as MaskFormerConfig
+    from .models import OneFormer as OneFormer
+    from .models import OneFormerConfig as OneFormerConfig
     from .models import SegFormer as SegFormer
     from .models import SegFormerConfig as SegFormerConfig
     from .models import Segmenter as Segmenter
@@ -56,6 +58,8 @@ _HOME = {
     "Mask2FormerConfig": "models",
     "MaskFormer": "models",
     "MaskFormerConfig": "models",
+    "OneFormer": "models",
+    "OneFormerConfig": "models",
     "SegFormer": "models",
     "SegFormerConfig": "models",
     "Segmenter": "models",

@@ -60,10 +60,11 @@ def train_command(arguments: list[str]) -> Callable:
             resume: go on with the run in this folder; other options default to its settings.
             preset: model of a recipe, not given, that of --init or a small one: of mask2former and
                 maskformer tiny, resnet50, resnet101, swin_tiny, swin_small, swin_base or
-                swin_large; of segmenter such as Seg-B-Mask/16; of segformer b0 to b5; of eomt
-                tiny, small, base, large or giant; of seq2seg semantic, semantic-no-skip, instance,
-                tiny or tiny-instance; of unet semantic, hungarian, either with -bertN for N
-                transformer layers, tiny or tiny-hungarian.
+                swin_large; of oneformer tiny, resnet50, swin_tiny, swin_small or swin_large; of
+                segmenter such as Seg-B-Mask/16; of segformer b0 to b5; of eomt tiny, small, base,
+                large or giant; of seq2seg semantic, semantic-no-skip, instance, tiny or
+                tiny-instance; of unet semantic, hungarian, either with -bertN for N transformer
+                layers, tiny or tiny-hungarian.
         """
         if preset is not None and not _takes(chosen, "preset"):
             known = ", ".join(name for name in recipes.RECIPES if _takes(name, "preset"))

@@ -26,6 +26,7 @@ from .folder import Folder as Folder
 from .folder import FolderConfig as FolderConfig
 from .instance_maps import InstanceMapsConfig as InstanceMapsConfig
 from .instance_maps import read_instance_maps
+from .joint_tasks import JointTasks as JointTasks
 from .labelme import LabelMeConfig as LabelMeConfig
 from .labelme import read_labelme
 from .order import Order as Order

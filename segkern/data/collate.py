@@ -107,6 +107,8 @@ def collate(
         maps = [torch.as_tensor(s["semantic"])[None] for s in samples]
         maps = [_pad(x, size, void_in(x)) for x in maps]
         targets = targets._replace(semantic=torch.cat(maps))
+    if all("task" in s for s in samples):
+        targets = targets._replace(task=torch.tensor([s["task"] for s in samples]))
     return Batch(pixels, targets)
 
 

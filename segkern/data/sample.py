@@ -111,6 +111,19 @@ class IdMaps:
         areas = None if self._areas is None else self._areas[keep]
         return IdMaps(_replaced(self.maps, table), self.layer[keep], areas)
 
+    def merged(self, group: np.ndarray) -> "IdMaps":
+        """Masks put together: mask g is where one lies whose `group` [n] is g. Groups count from
+        0, and each has a mask."""
+        count = int(group.max(initial=-1)) + 1
+        if len(self.maps) > 1:  # masks of a group may lie in several maps
+            whole = np.zeros((count, *self.maps.shape[1:]), bool)
+            for i, g in enumerate(group):
+                whole[g] |= self[i]
+            return IdMaps.of_arrays(whole, self.maps.shape[1:])
+        table = np.zeros(len(group) + 1, self.maps.dtype)
+        table[1:] = group + 1
+        return IdMaps(_replaced(self.maps, table).astype(_dtype(count)), np.zeros(count, np.int64))
+
     def taken(self, rows: np.ndarray, columns: np.ndarray) -> "IdMaps":
         """Masks of those rows and columns of the image, in their order; -1 stands for outside."""
         if _host is not None:
@@ -139,6 +152,8 @@ class Sample(TypedDict, total=False):
             255 classes uint16, 65535 there.
         id: index in the data set; random points of the loss depend on it.
         path: of the picture.
+        task: in training on several tasks together, what the segments are those of: its place in
+            `structures.targets.TASKS`.
         dropped: segments of which a view shows nothing, and which it left out.
         finite: pixel_values are known to be so, as they were made of bytes: nobody need look.
     """
@@ -151,6 +166,7 @@ class Sample(TypedDict, total=False):
     semantic: np.ndarray | Tensor
     id: int
     path: str
+    task: int
     dropped: int
     finite: bool
 

@@ -219,6 +219,8 @@ def find(
     Yields:
         places in `inputs`, and the result of every task.
     """
+    own = getattr(model.config, "options", {})  # what stands for None, by task
+    wanted = {task: options.over(own.get(task)) for task, options in wanted.items()}
     # through windows, or whole and padded
     windows = model.config.logits is PixelLogits or model.config.input.window is not None
     groups: dict[tuple, list[int]] = {}

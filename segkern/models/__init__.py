@@ -19,6 +19,9 @@ from .mask2former import Mask2FormerOutput as Mask2FormerOutput
 from .maskformer import MaskFormer as MaskFormer
 from .maskformer import MaskFormerConfig as MaskFormerConfig
 from .maskformer import MaskFormerOutput as MaskFormerOutput
+from .oneformer import OneFormer as OneFormer
+from .oneformer import OneFormerConfig as OneFormerConfig
+from .oneformer import OneFormerOutput as OneFormerOutput
 from .protocol import ModelConfig as ModelConfig
 from .protocol import SegmentationModel as SegmentationModel
 from .segformer import SegFormer as SegFormer
@@ -79,6 +82,12 @@ MODELS = {
         marks=("network.q.weight",),
         types=("eomt", "eomt_dinov3"),
     ),
+    "oneformer": Kind(
+        OneFormerConfig,
+        OneFormer,
+        suffixes=(".pth", ".pkl"),
+        marks=("task_mlp.layers.0.weight",),
+    ),
 }
 Config = Union[tuple(kind.config for kind in MODELS.values())]  # noqa: UP007
 
@@ -126,9 +135,9 @@ def open_model(name: str | Path) -> SegmentationModel:
 
     Args:
         name: a folder that a model's `save_pretrained`, transformers or a model's original code
-            wrote, or a file in it, or a .pkl or .pth file of Mask2Former's code, a .pth file of
-            SegFormer's or a .bin, .ckpt or .pth file of EoMT's; the folder of a training run; or a
-            name on the hub.
+            wrote, or a file in it, or a file of an original code: .pkl or .pth of Mask2Former's
+            or OneFormer's, .pth of SegFormer's, .bin, .ckpt or .pth of EoMT's; the folder of a
+            training run; or a name on the hub.
 
     Raises:
         ValueError: of no kind that segkern has; or see each model's `from_pretrained`.
@@ -211,7 +220,12 @@ def initialize(model: SegmentationModel, source: str | Path, fresh_head: bool = 
     fresh = fresh_head or here != there
     own = model.state_dict()
     kept = [name for name in own if name.startswith("criterion.")]
-    weights = with_new_head(donor.state_dict(), own, (*kept, *model.class_head) if fresh else kept)
+    weights = donor.state_dict()
+    for part in getattr(model, "training_parts", ()):  # checkpoints may do without
+        if getattr(model, part) is None or getattr(donor, part) is None:
+            weights = {k: v for k, v in weights.items() if not k.startswith(f"{part}.")}
+            kept += [name for name in own if name.startswith(f"{part}.")]
+    weights = with_new_head(weights, own, (*kept, *model.class_head) if fresh else kept)
     if faults := faults + misfits(weights, own):
         raise ValueError(f"initialize: {source} does not fit the model; {'; '.join(faults)}")
     model.load_state_dict(weights)

@@ -38,7 +38,9 @@ def build(
     made.backbone_pretrained = False
     fresh = num_labels is not None and num_labels != made.num_labels
     if fresh:
-        named = {k: v for k, v in {"id2label": None, "stuff": ()}.items() if k in known}
+        named = {
+            k: v for k, v in {"id2label": None, "stuff": (), "prompts": ()}.items() if k in known
+        }
         made = replace(made, num_labels=num_labels, **named)
     model = kind(made)
     own = model.state_dict()

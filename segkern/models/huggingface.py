@@ -66,5 +66,5 @@ def read_folder(
                 f"from_pretrained: {name_or_folder}: config.json names {settings['num_labels']} "
                 f"classes, the weights have {has}; num_labels=... starts the class head anew"
             )
-        settings |= {"num_labels": has, "id2label": None, "stuff": ()}
+        settings |= {"num_labels": has, "id2label": None, "stuff": (), "prompts": ()}
     return settings, weights

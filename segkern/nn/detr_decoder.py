@@ -34,12 +34,20 @@ class DetrLayer(nn.Module):
         channels: C.
         heads: H.
         feedforward: width of the feed-forward network.
-        dropout: probability.
+        dropout: probability, in what is added to the queries.
+        inner_dropout: probability, in the weights of attention and in the hidden layer.
     """
 
-    def __init__(self, channels: int, heads: int, feedforward: int, dropout: float):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        feedforward: int,
+        dropout: float,
+        inner_dropout: float = 0.0,
+    ):
         super().__init__()
-        self.heads = heads
+        self.heads, self.inner_dropout = heads, inner_dropout
         self.self_attn = Attention(channels)
         self.self_norm = nn.LayerNorm(channels)
         self.cross_attn = Attention(channels)
@@ -66,7 +74,13 @@ class DetrLayer(nn.Module):
 
     def _attended(self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, x: Tensor):
         """x + attention, [B, Q, C]."""
-        out = attention(_heads(attn.q_proj(query), self.heads), key, value)
+        query = _heads(attn.q_proj(query), self.heads)
+        if self.training and self.inner_dropout:
+            first = (t.transpose(1, 2) for t in (query, key, value))
+            out = F.scaled_dot_product_attention(*first, dropout_p=self.inner_dropout)
+            out = out.transpose(1, 2).flatten(2)
+        else:
+            out = attention(query, key, value)
         if self.training and self.dropout.p > 0:
             return x + self.dropout(attn.out_proj(out))
         return attn.out_proj(out, x)
@@ -74,7 +88,8 @@ class DetrLayer(nn.Module):
     def _fed_forward(self, x: Tensor) -> Tensor:
         first, second = self.linear1, self.linear2
         if self.training and self.dropout.p > 0:
-            return x + self.dropout(second(F.relu(first(x))))
+            hidden = F.dropout(F.relu(first(x)), self.inner_dropout)
+            return x + self.dropout(second(hidden))
         weights = first.weight, first.bias, second.weight, second.bias
         rows = x.flatten(0, 1)
         return feed_forward(rows, *weights, "relu", residual=rows).view_as(x)

@@ -133,6 +133,7 @@ class QueryDecoder(nn.Module):
         heads: H.
         feedforward: width of the feed-forward networks.
         dropout: probability.
+        learned: whether queries start from learned values, or from those given to `forward`.
     """
 
     def __init__(
@@ -145,10 +146,12 @@ class QueryDecoder(nn.Module):
         heads: int = 8,
         feedforward: int = 2048,
         dropout: float = 0.0,
+        learned: bool = True,
     ):
         super().__init__()
         self.heads = heads
-        self.query_feat = nn.Embedding(queries, channels)
+        if learned:
+            self.query_feat = nn.Embedding(queries, channels)
         self.query_embed = nn.Embedding(queries, channels)
         self.level_embed = nn.Embedding(LEVELS, channels)
         self.layers = nn.ModuleList(
@@ -165,6 +168,7 @@ class QueryDecoder(nn.Module):
         shapes: tuple[tuple[int, int], ...],  # (h, w) of the three levels
         mask_features: Tensor,  # [B, M, h, w]
         last: bool = False,  # only the last prediction
+        start: Tensor | None = None,  # [B, Q, C], where it is not learned
     ) -> tuple[Tensor, Tensor]:
         """Runs the decoder.
 
@@ -176,7 +180,7 @@ class QueryDecoder(nn.Module):
         positions = sine_position(shapes, channels, pixels.device, pixels.dtype).split(sizes)
         sources = list(zip(pixels.split(sizes, 1), positions, self.level_embed.weight))
         features = self._level_features(mask_features, shapes)
-        x = self.query_feat.weight.expand(pixels.shape[0], -1, -1)
+        x = self.query_feat.weight.expand(pixels.shape[0], -1, -1) if start is None else start
         position, eps = self.query_embed.weight, self.norm.eps
         first, *others = self._predictions()
         normed, embedding, query = query_prediction(x, position, first, eps)

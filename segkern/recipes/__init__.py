@@ -6,6 +6,8 @@ from .mask2former import DIGITS_THRESHOLD as DIGITS_THRESHOLD
 from .mask2former import digits as digits
 from .mask2former import mask2former as mask2former
 from .maskformer import maskformer as maskformer
+from .oneformer import digits_oneformer as digits_oneformer
+from .oneformer import oneformer as oneformer
 from .segformer import digits_segformer as digits_segformer
 from .segformer import segformer as segformer
 from .segmenter import digits_segmenter as digits_segmenter
@@ -39,4 +41,6 @@ RECIPES = {
     "streets-segmenter": streets_segmenter,
     "eomt": eomt,
     "digits-eomt": digits_eomt,
+    "oneformer": oneformer,
+    "digits-oneformer": digits_oneformer,
 }

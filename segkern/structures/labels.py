@@ -140,6 +140,26 @@ _NAMES = """
     monitor, bulletin board, shower, radiator, glass, clock, flag
 """
 ADE20K = [name.strip() for name in _NAMES.split(",")]
+# of COCO's panoptic task, things before stuff, each in the order of their ids
+_NAMES = """
+    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+    fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant,
+    bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard,
+    sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle,
+    wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+    hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+    mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
+    vase, scissors, teddy bear, hair drier, toothbrush,
+    banner, blanket, bridge, cardboard, counter, curtain, door-stuff, floor-wood, flower, fruit,
+    gravel, house, light, mirror-stuff, net, pillow, platform, playingfield, railroad, river, road,
+    roof, sand, sea, shelf, snow, stairs, tent, towel, wall-brick, wall-stone, wall-tile,
+    wall-wood, water-other, window-blind, window-other, tree-merged, fence-merged, ceiling-merged,
+    sky-other-merged, cabinet-merged, table-merged, floor-other-merged, pavement-merged,
+    mountain-merged, grass-merged, dirt-merged, paper-merged, food-other-merged,
+    building-other-merged, rock-merged, wall-other-merged, rug-merged
+"""
+COCO = [name.strip() for name in _NAMES.split(",")]
+CLASS_NAMES = {"coco": COCO, "ade20k": ADE20K, "cityscapes": list(CITYSCAPES)}  # panoptic
 # in the order of the values: the converter's, alphabetical; Segmenter's code lists other names
 PASCAL_CONTEXT = [
     "background",

@@ -222,6 +222,13 @@ class Options:
     resize: str = "masks"
     return_scores: bool = False
 
+    def over(self, others: "Options | None") -> "Options":
+        """These, and those of `others` where None stands here."""
+        if others is None:
+            return self
+        own = {name: value for name, value in asdict(self).items() if value is not None}
+        return replace(others, **own)
+
     def of(self, task: str) -> dict:
         """Those that the task reads, by name."""
         return {name: value for name, value in asdict(self).items() if task in USED[name]}

@@ -18,6 +18,7 @@ from torch.utils.data import get_worker_info
 
 from ..ops import pack_bits
 from ..ops._checks import expect, got
+from ..ops.segment_map import TASKS as TASKS
 
 _said: set[str] = set()
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 100)  # then multiples of 64
@@ -68,6 +69,8 @@ class Targets(NamedTuple):
         matched: [] floating, number of targets that find a query, from which the weight follows
             that the class loss is divided by: as normalizer the same for all that make one step.
             None takes that of this batch.
+        task: [B] int64, the place in `TASKS` of what is to be found in each image, for models that
+            learn several tasks together; None where nobody asks.
     """
 
     labels: Tensor
@@ -79,6 +82,7 @@ class Targets(NamedTuple):
     normalizer: Tensor | None = None
     pixel_normalizer: Tensor | None = None
     matched: Tensor | None = None
+    task: Tensor | None = None
 
     @classmethod
     def from_lists(

@@ -28,10 +28,11 @@ class TrainConfig:
             hub. The class head starts anew where the number of labels differs. None starts from
             the backbone that the model's config asks for.
         fresh_head: with init, start the class head anew also where the number of labels is equal.
-        freeze: parts of the model that stay as they are: of a mask2former or maskformer backbone,
-            pixel_decoder and query_decoder, of a segmenter encoder and decoder, of an eomt
-            encoder; or parts of these, such as backbone.layers.0. They have no gradient and no
-            state of the optimizer, and run as in evaluation.
+        freeze: parts of the model that stay as they are: of a mask2former, maskformer or oneformer
+            backbone, pixel_decoder and query_decoder, of a oneformer also task_queries and
+            text_encoder, of a segmenter encoder and decoder, of an eomt encoder; or parts of
+            these, such as backbone.layers.0. They have no gradient and no state of the optimizer,
+            and run as in evaluation.
         overwrite: start anew in a folder that holds a run; its files are removed.
         steps: of the optimizer. A resumed run that gets more follows the longer schedule from
             there on.
@@ -176,6 +177,12 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: a {self.model.kind} trains on {needs}, which data of kind "
                 f"{self.data.kind} does not have; it has {', '.join(self.data.targets)}"
+            )
+
+        if getattr(self.model, "joint_tasks", False) and self.data.task == "semantic":
+            raise ValueError(
+                f"TrainConfig: data.task must be panoptic or instance for a {self.model.kind}, "
+                "which learns all tasks from objects, got semantic"
             )
 
     @property

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data import Folder, Order, build_dataset, collate
+from ..data import Folder, JointTasks, Order, build_dataset, collate
 from ..evaluation.evaluate import check_dataset, some_of
 from ..io.atomic_files import writable_folder
 from ..models import SegmentationModel, build_model, initialize
@@ -295,6 +295,9 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
                 f"{split} split (255 or 65535 stands for no class): {some_of(absent)}",
                 stacklevel=3,
             )
+    if getattr(config.model, "joint_tasks", False):
+        stuff = getattr(data, "stuff", config.model.labels.stuff)
+        data = JointTasks(data, stuff, config.seed)
     return data, held_out
 
 

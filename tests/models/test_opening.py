@@ -12,6 +12,7 @@ from segkern.models import initialize
 from segkern.models.eomt import EoMT, EoMTConfig
 from segkern.models.mask2former import Mask2Former, Mask2FormerConfig
 from segkern.models.maskformer import MaskFormer, MaskFormerConfig
+from segkern.models.oneformer import OneFormer, OneFormerConfig
 from segkern.models.segformer import SegFormer, SegFormerConfig
 from segkern.models.segmenter import Segmenter, SegmenterConfig
 from segkern.models.seq2seg import Seq2Seg, Seq2SegConfig
@@ -32,6 +33,17 @@ def pyramid(num_labels=3, **changes):
     sizes |= {"backbone": "resnet_digits", "backbone_options": {"channels": (8, 8, 8, 8)}}
     sizes |= {"num_queries": 4, "decoder_layers": 2, "dim_feedforward": 16, "dropout": 0.0}
     return MaskFormer(MaskFormerConfig(num_labels, **(sizes | changes)))
+
+
+def tasks(num_labels=3, **changes):
+    """A small OneFormer that trains."""
+    sizes = dict.fromkeys(("hidden_dim", "feature_size", "mask_feature_size"), 64)
+    sizes |= {"backbone": "resnet_digits", "backbone_options": {"channels": (8, 8, 8, 8)}}
+    sizes |= {"num_queries": 4, "encoder_layers": 1, "decoder_layers": 1, "dim_feedforward": 16}
+    sizes |= {"query_dec_layers": 1, "dropout": 0.0, "is_training": True, "tokens": "words"}
+    sizes |= {"text_encoder_width": 64, "text_encoder_num_layers": 1, "text_encoder_n_ctx": 1}
+    sizes |= {"text_encoder_vocab_size": 64}
+    return OneFormer(OneFormerConfig(num_labels, **(sizes | changes)))
 
 
 def pixels(num_labels=3, **changes):
@@ -69,6 +81,8 @@ def tokens(num_labels=3, **changes):
 MODELS = {
     "Mask2Former": queries,
     "MaskFormer": pyramid,
+    "OneFormer": tasks,
+    "OneFormer without texts": lambda *a, **c: tasks(*a, is_training=False, **c),
     "Segmenter, mask": pixels,
     "Segmenter, linear": lambda *a, **changes: pixels(*a, decoder="linear", **changes),
     "SegFormer": levels,

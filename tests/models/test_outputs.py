@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from test_opening import convolutions, levels, pixels, pyramid, queries, sequence, tokens
+from test_opening import convolutions, levels, pixels, pyramid, queries, sequence, tasks, tokens
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +20,7 @@ from support.processes import in_two_processes
 KINDS = {
     "Mask2Former": queries,
     "MaskFormer": pyramid,
+    "OneFormer": tasks,
     "Segmenter": pixels,
     "SegFormer": levels,
     "Seq2Seg": partial(sequence, head="instance"),

@@ -17,7 +17,7 @@ _PIXELS = "model.pixel_level_module.decoder"
 _QUERIES = "model.transformer_module"
 _CROSS = r"query_decoder\.layers\.\d+\.cross_attn\."  # here
 
-_DECODERS = [
+PIXEL_DECODER = [
     (f"{_PIXELS}.level_embed", "pixel_decoder.level_embed"),
     (f"{_PIXELS}.input_projections.#.#", "pixel_decoder.input_proj.#.#"),
     *(
@@ -31,6 +31,9 @@ _DECODERS = [
     (f"{_PIXELS}.adapter_1.#", "pixel_decoder.adapter.#"),
     (f"{_PIXELS}.layer_1.#", "pixel_decoder.output_conv.#"),
     (f"{_PIXELS}.mask_projection", "pixel_decoder.mask_features"),
+]
+_DECODERS = [
+    *PIXEL_DECODER,
     (f"{_QUERIES}.queries_features", "query_decoder.query_feat"),
     (f"{_QUERIES}.queries_embedder", "query_decoder.query_embed"),
     (f"{_QUERIES}.level_embed", "query_decoder.level_embed"),
@@ -54,43 +57,55 @@ _DECODERS = [
 ]
 
 
-def from_huggingface(state: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+def from_huggingface(
+    state: dict[str, Tensor],
+    family: str,
+    decoders: list[tuple[str, str]] = _DECODERS,
+    joined: str = _CROSS,
+) -> dict[str, Tensor]:
     """Our names and products.
 
     Args:
         state: weights of transformers' Mask2FormerForUniversalSegmentation in any of the three
             spellings.
         family: of the backbone: "swin", "resnet", "timm_backbone" or "resnet_digits".
+        decoders: the names of all but the backbone, there and here.
+        joined: pattern of our names of attentions whose three projections are one there.
 
     Returns:
         The weights under our names; those that have none keep theirs.
     """
-    out = huggingface.from_huggingface(state, _DECODERS, family)
+    out = huggingface.from_huggingface(state, decoders, family)
     for name in list(out):
-        if match := re.fullmatch(rf"({_CROSS})in_proj(_weight|_bias)", name):
+        if match := re.fullmatch(rf"({joined})in_proj(_weight|_bias)", name):
             for part, value in zip("qkv", out.pop(name).chunk(3)):
                 out[f"{match[1]}{part}_proj.{match[2][1:]}"] = value
     return out
 
 
-def to_huggingface(state: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+def to_huggingface(
+    state: dict[str, Tensor],
+    family: str,
+    decoders: list[tuple[str, str]] = _DECODERS,
+    joined: str = _CROSS,
+) -> dict[str, Tensor]:
     """The names and products that transformers finds on disk.
 
     Args:
         state: our weights.
-        family: of the backbone: "swin", "resnet", "timm_backbone" or "resnet_digits".
+        family, decoders, joined: as `from_huggingface`.
 
     Returns:
         The weights under Hugging Face's names, without `criterion.seed`, which it does not have.
     """
     fused = {}
     for name, value in state.items():
-        if match := re.fullmatch(rf"({_CROSS})q_proj\.(weight|bias)", name):
+        if match := re.fullmatch(rf"({joined})q_proj\.(weight|bias)", name):
             parts = [state[f"{match[1]}{part}_proj.{match[2]}"] for part in "qkv"]
             fused[f"{match[1]}in_proj_{match[2]}"] = torch.cat(parts)
-        elif name != "criterion.seed" and not re.match(rf"{_CROSS}[kv]_proj\.", name):
+        elif name != "criterion.seed" and not re.match(rf"{joined}[kv]_proj\.", name):
             fused[name] = value
-    out = huggingface.to_huggingface(fused, _DECODERS, family)
+    out = huggingface.to_huggingface(fused, decoders, family)
     if family == "swin":  # transformers 5 has, and never uses, one more norm, and misses it
         last = state["backbone.norms.3.weight"]
         out[f"{ENCODER}.swin.layernorm.weight"] = torch.ones_like(last)

@@ -155,8 +155,8 @@ def write_file(path: str | Path, settings: dict, weights: dict[str, Tensor]) -> 
         )
     if settings["processing"] != asdict(Processing()):
         warnings.warn(
-            f"{path}: the original code itself only resizes pictures between two edges and does not "
-            f"know {settings['processing']}",
+            f"{path}: the original code itself resizes pictures between two edges, not as "
+            f"{settings['processing']}",
             stacklevel=3,
         )
     state = OrderedDict(on_disk(to_original(weights, bool(options.get("freeze_norm")))))
@@ -207,7 +207,7 @@ def read_sizes(weights: dict[str, Tensor], name: str) -> dict:
         "encoder_feedforward_dim": rows("pixel_decoder.layers.0.linear1"),
         "dim_feedforward": rows("query_decoder.layers.0.linear1"),
         "num_attention_heads": heads,
-        **_backbone(weights, count, name),
+        **read_backbone(weights, count, name),
     }
 
 
@@ -238,7 +238,17 @@ def dataset_of(labels: int, name: str, sized: bool = False) -> dict:
     return {"shortest_edge": facts.edges[0], "longest_edge": facts.edges[1], "stuff": stuff}
 
 
-def _backbone(weights: dict[str, Tensor], count: Callable[[str], int], name: str) -> dict:
+def read_backbone(weights: dict[str, Tensor], count: Callable[[str], int], name: str) -> dict:
+    """backbone, backbone_options and drop_path_rate that weights under our names show.
+
+    Args:
+        weights: of `from_original`.
+        count: of the different beginnings of names that a pattern finds.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: neither Swin nor ResNet.
+    """
     if "backbone.patch_embed.proj.weight" in weights:
         tables = [
             weights[f"backbone.layers.{i}.blocks.0.attn.relative_position_bias_table"].shape
