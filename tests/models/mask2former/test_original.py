@@ -198,7 +198,7 @@ def test_other_pickles_are_refused(content, message, tmp_path, capsys):
     path = tmp_path / "model.pkl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        open_model(path)
+        Mask2Former.from_pretrained(path)
     with pytest.raises(ValueError, match=r"not a whole pickle of arrays .*No such file"):
-        open_model(tmp_path / "nothing.pkl")
+        Mask2Former.from_pretrained(tmp_path / "nothing.pkl")
     assert "run" not in capsys.readouterr().out
