@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from .evaluation.evaluate import evaluate as evaluate
     from .inference.postprocess import postprocess as postprocess
     from .inference.segment import segment as segment
+    from .integrations.accelerate import accelerate as accelerate
+    from .integrations.accelerate import restore as restore
     from .models import EoMT as EoMT
     from .models import EoMTConfig as EoMTConfig
     from .models import Mask2Former as Mask2Former
@@ -45,6 +47,8 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "postprocess": "inference.postprocess",
     "segment": "inference.segment",
+    "accelerate": "integrations.accelerate",
+    "restore": "integrations.accelerate",
     "EoMT": "models",
     "EoMTConfig": "models",
     "Mask2Former": "models",
@@ -67,7 +71,7 @@ _HOME = {
     "TrainConfig": "training.config",
     "train": "training.loop",
 }
-_ROOMS = ("evaluation", "inference", "io", "nn", "runtime", "structures", "training", "weights")
+_ROOMS = ("evaluation", "inference", "integrations", "io", "nn", "runtime", "structures", "training", "weights")
 __all__ = ["ops", *_HOME]
 sys.meta_path.insert(0, _moved.Finder())
 
