@@ -17,6 +17,7 @@ VERSIONS = ("5.17", "5.23", "5.24")  # of transformers, that this is tested with
 _DEFORMABLE = ("deformable_detr", "grounding_dino", "lw_detr", "mm_grounding_dino", "omdet_turbo")
 _DEFORMABLE += ("pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4", "rf_detr", "rt_detr")
 _OWN = ("mask2former", "maskformer", "oneformer", "segformer", "eomt", "swin")
+_OWN += ("d_fine", "deimv2", "rt_detr_v2")
 # module of transformers to the file of accelerated/ that has its classes
 _HOMES = {f"transformers.models.{name}.modeling_{name}": name for name in _OWN}
 _HOMES |= {f"transformers.models.{name}.modeling_{name}": "deformable" for name in _DEFORMABLE}
@@ -44,8 +45,8 @@ def accelerate(
 
     Args:
         model: a Mask2Former, MaskFormer, OneFormer, SegFormer, EoMT or Swin of transformers, or a
-            model with its deformable attention (Deformable DETR, Grounding DINO, LW-DETR, OmDet
-            Turbo, PP-DocLayout, RF-DETR, RT-DETR). Of a model in a wrapper give the model inside.
+            model with its deformable attention (Deformable DETR, Grounding DINO, LW-DETR,
+            OmDet-Turbo, PP-DocLayout, RF-DETR, RT-DETR, D-FINE, DEIMv2). Of a model in a wrapper give the model inside.
         window_attention: Swin's blocks.
         deformable_attention: multi-scale deformable attention, and the layers of pixel decoders
             around it.

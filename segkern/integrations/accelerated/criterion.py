@@ -63,16 +63,18 @@ def packed(
     return Targets(labels, masks, count, ids, normalizer=normalizer.reshape(()))
 
 
-def _named(losses: dict[str, Tensor], shape: torch.Size, first: int = 0) -> dict[str, Tensor]:
+def _named(losses: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
     """Of values [R] those of the last prediction under their names, those of the others under
-    names with a number, each a tensor of its own: transformers multiplies them in place."""
-    R = len(losses["loss_mask"])
-    ends = [f"_{first + r}" for r in range(R - 1)] + [""]
-    return {
-        name + ends[r]: values[r].clone().reshape(shape if name != "loss_cross_entropy" else ())
-        for r in range(R)
-        for name, values in losses.items()
-    }
+    names with a number, each a tensor of its own: transformers multiplies them in place. Those of
+    masks have the shape and dtype that a division by `total` gives in transformers."""
+    out, R = {}, len(losses["loss_mask"])
+    for r, end in enumerate([f"_{r}" for r in range(R - 1)] + [""]):
+        for name, values in losses.items():
+            value = values[r].clone()
+            if name != "loss_cross_entropy":
+                value = value.to(torch.result_type(value, total)).reshape(total.shape)
+            out[name + end] = value
+    return out
 
 
 def point_losses(
@@ -102,7 +104,7 @@ def point_losses(
         return own(classes, *masks, targets)[1]
 
     if isinstance(masks, Factors):
-        return _named(scored(masks, classes), total.shape)
+        return _named(scored(masks, classes), total)
     found = []
     for part in [*_pairs(auxiliary), (masks, classes)]:
         logits, of_classes = part
@@ -110,7 +112,7 @@ def point_losses(
         each = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         factors = Factors(each.expand(len(logits), 1, -1, -1), logits)
         found.append(scored(factors, of_classes[:, None]))
-    return _named({name: torch.cat([f[name] for f in found]) for name in found[0]}, total.shape)
+    return _named({name: torch.cat([f[name] for f in found]) for name in found[0]}, total)
 
 
 def whole_mask_losses(
@@ -131,7 +133,7 @@ def whole_mask_losses(
     own.empty_weight = theirs.empty_weight
     pairs = [*_pairs(auxiliary), (masks, classes)]
     logits, of_classes = (torch.stack(parts, 1) for parts in zip(*pairs))
-    return _named(own(of_classes, logits, None, targets)[1], total.shape)
+    return _named(own(of_classes, logits, None, targets)[1], total)
 
 
 def _pairs(auxiliary: Sequence[dict[str, Tensor]] | None) -> list[tuple[Tensor, Tensor]]:

@@ -36,6 +36,26 @@ class MultiScaleDeformableAttention(nn.Module):
         )
 
 
+def ragged(
+    value: Tensor,  # [B, S, H, D]
+    shapes: list[tuple[int, int]],
+    locations: Tensor,  # [B, Q, H, N, 2], the points of all levels
+    weights: Tensor,  # [B, Q, H, N]
+    counts: list[int],  # points of each level
+    method: str = "default",
+) -> Tensor:  # [B, Q, C]
+    """The same where levels may have several numbers of points; `method` is not read."""
+    if len(set(counts)) == 1:
+        grid = len(counts), -1
+        parts = [(value, shapes, locations.unflatten(3, grid), weights.unflatten(3, grid))]
+    else:
+        levels = value.split([h * w for h, w in shapes], 1), ([shape] for shape in shapes)
+        points = (x.split(counts, 3) for x in (locations, weights))
+        rest = [[x.unsqueeze(3) for x in split] for split in points]
+        parts = zip(*levels, *rest)
+    return sum(multi_scale_deformable_attention(*part) for part in parts)
+
+
 def fits(attn: nn.Module) -> bool:
     """Whether `sample` may have the weights of a pixel decoder's attention."""
     return plain(attn.sampling_offsets, attn.attention_weights, attn.value_proj)

@@ -66,16 +66,17 @@ class _Block(NamedTuple):
         shift: int,
         drop_path: nn.Module,
     ) -> Tensor:  # [B, h w, C]
-        """The block, whose branches are left out as `drop_path` draws."""
+        """The block, whose attention is left out as `drop_path` draws; transformers never leaves
+        the feed-forward network out."""
         out = self.attended(x.unflatten(1, size), table, window, shift).flatten(1, 2)
         norm = self.norm2.weight, self.norm2.bias, self.norm2.eps
         weights = [p for layer in (self.fc1, self.fc2) for p in (layer.weight, layer.bias)]
         proj = self.proj.weight, self.proj.bias
         if type(drop_path) is nn.Identity or not drop_path.training:
             x = linear(out, *proj, residual=x)
-            return feed_forward(x, *weights, norm=norm, residual=x)
-        x = x + drop_path(linear(out, *proj))
-        return x + drop_path(feed_forward(x, *weights, norm=norm))
+        else:
+            x = x + drop_path(linear(out, *proj))
+        return feed_forward(x, *weights, norm=norm, residual=x)
 
 
 class SwinLayer(modeling_swin.SwinLayer):
