@@ -71,7 +71,17 @@ _HOME = {
     "TrainConfig": "training.config",
     "train": "training.loop",
 }
-_ROOMS = ("evaluation", "inference", "integrations", "io", "nn", "runtime", "structures", "training", "weights")
+_ROOMS = (
+    "evaluation",
+    "inference",
+    "integrations",
+    "io",
+    "nn",
+    "runtime",
+    "structures",
+    "training",
+    "weights",
+)
 __all__ = ["ops", *_HOME]
 sys.meta_path.insert(0, _moved.Finder())
 

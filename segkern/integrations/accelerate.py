@@ -9,6 +9,7 @@ of a kernel or an adapter in a layer, that module runs transformers' code.
 
 import warnings
 from importlib import import_module
+from importlib.metadata import version
 
 from torch import nn
 
@@ -140,9 +141,7 @@ def _wraps(model: nn.Module) -> bool:
 
 
 def _check_version() -> None:
-    import transformers
-
-    found = transformers.__version__
+    found = version("transformers")
     if ".".join(found.split(".")[:2]) not in VERSIONS:
         warnings.warn(
             f"accelerate: transformers must be {', '.join(VERSIONS)} to be known, got {found}; "

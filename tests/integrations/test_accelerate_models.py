@@ -55,11 +55,13 @@ ASKED = {
     "plain": {},
     "hidden states": {"output_hidden_states": True},
     "attentions": {"output_attentions": True},
+    "auxiliary logits": {"output_auxiliary_logits": True},
 }
 QUERY_MODELS = ("mask2former", "maskformer", "oneformer")
-CASES = [(name, asked) for name in ALL for asked in ASKED]
+CASES = [(name, "plain") for name in ALL]
+CASES += [(name, asked) for name in SEGMENTATION for asked in ("hidden states", "attentions")]
+CASES += [("deformable_detr", "attentions")]
 CASES += [(name, "auxiliary logits") for name in QUERY_MODELS]
-ASKED["auxiliary logits"] = {"output_auxiliary_logits": True}
 
 
 @pytest.mark.parametrize(("name", "asked"), CASES)
@@ -109,8 +111,8 @@ class SamePoints:
     of all matched pairs, image by image.
     """
 
-    def __init__(self, monkeypatch, matcher, order):
-        self.order = iter(order)  # (seed, number) of each prediction
+    def __init__(self, monkeypatch, matcher, order, dtype):
+        self.order, self.dtype = iter(order), dtype  # (seed, number) of each prediction
         match = matcher.forward
 
         def recorded(*args):
@@ -126,14 +128,16 @@ class SamePoints:
         if call < 2:
             slots = [(call, self.prediction, MATCHING)]
         else:
-            pairs = [(b, t) for b, (_, targets) in enumerate(self.matched) for t in targets.tolist()]
+            pairs = [
+                (b, t) for b, (_, targets) in enumerate(self.matched) for t in targets.tolist()
+            ]
             slots = [(b, self.prediction, t) for b, t in pairs]
         assert n == len(slots)
         slots = torch.tensor(slots, dtype=torch.int64).view(-1, 3)
         if call <= 2:
-            return random_points(self.seed, slots, points).double()
+            return random_points(self.seed, slots, points).to(self.dtype)
         candidates = int(POINTS * 3.0)
-        return random_points(self.seed, slots, candidates + points)[:, candidates:].double()
+        return random_points(self.seed, slots, candidates + points)[:, candidates:].to(self.dtype)
 
 
 def seeds(n):
@@ -157,12 +161,12 @@ MATCHERS = {  # and in which order transformers asks for points
 }
 
 
-def loss_and_gradients(model, given, monkeypatch=None, name=None, order=None):
+def loss_and_gradients(model, given, monkeypatch=None, name=None):
     model.zero_grad()
     if monkeypatch is not None and name in MATCHERS:
         matcher, points = MATCHERS[name]
         with monkeypatch.context() as patch:
-            SamePoints(patch, matcher, order or points())
+            SamePoints(patch, matcher, points(), model.dtype)
             loss = model(**given).loss
     else:
         torch.manual_seed(7)
@@ -190,15 +194,23 @@ def assert_equal_gradients(want, have):
         assert (h - g).norm() <= 1e-6 * (g.norm() + 1e-6 * everything), name
 
 
-COUNTS = {"3 and 4 targets": (3, 4), "an image without target": (0, 4), "more than queries": (12, 2)}
-LABELLED = [(name, counts) for name in SEGMENTATION for counts in COUNTS if name != "segformer"]
-LABELLED += [("segformer", "3 and 4 targets")]  # its labels are maps of two images
+COUNTS = {
+    "3 and 4 targets": (3, 4),
+    "an image without target": (0, 4),
+    "more than queries": (12, 2),
+}
+LABELLED = [(name, "3 and 4 targets", mode) for name in SEGMENTATION for mode in ("eval", "train")]
+LABELLED += [
+    (name, counts, "train")
+    for name in SEGMENTATION
+    for counts in ("an image without target", "more than queries")
+    if name != "segformer"  # its labels are maps of two images
+]
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize(("name", "counts"), LABELLED)
-def test_losses_and_gradients_are_the_same(name, counts, training, monkeypatch):
-    model = built(name).train(training)
+@pytest.mark.parametrize(("name", "counts", "mode"), LABELLED)
+def test_losses_and_gradients_are_the_same(name, counts, mode, monkeypatch):
+    model = built(name).train(mode == "train")
     given = inputs(name) | labels(name, COUNTS[counts])
     start = copy.deepcopy(model.state_dict())
     want, gradients = loss_and_gradients(model, given, monkeypatch, name)
@@ -214,11 +226,15 @@ def test_gradients_of_detections_are_the_same(name):
     found = []
     for m in (model, segkern.accelerate(copy.deepcopy(model))):
         out = m(**given)
-        names = [n for n in ("logits", "pred_boxes", "pred_masks", "decoder_class_logits") if n in out]
+        names = [
+            n for n in ("logits", "pred_boxes", "pred_masks", "decoder_class_logits") if n in out
+        ]
         assert names
         flows = [out[n].flatten() for n in (*names, "decoder_coord_logits") if n in out]
         torch.manual_seed(3)
-        sum((x[x.isfinite()] * torch.randn(int(x.isfinite().sum())).double()).sum() for x in flows).backward()
+        sum(
+            (x[x.isfinite()] * torch.randn(int(x.isfinite().sum())).double()).sum() for x in flows
+        ).backward()
         found.append({n: p.grad for n, p in m.named_parameters()})
     assert_equal_gradients(*found)
 
@@ -254,14 +270,21 @@ def test_masks_that_kernels_cannot_read_are_scored_as_before(
 
 
 def test_oneformer_with_texts_is_the_same(monkeypatch):
+    """In float32, which the contrastive loss of transformers demands."""
     torch.manual_seed(0)
-    model = noisy(SEGMENTATION["oneformer"](is_training=True)).train()
+    wide = dict.fromkeys(("hidden_dim", "conv_dim", "mask_dim"), 64)
+    model = noisy(SEGMENTATION["oneformer"](is_training=True, **wide)).train().float()
     texts = torch.randint(1, 49, (2, 7, 8), generator=torch.Generator().manual_seed(0))
-    given = inputs("oneformer") | labels("oneformer") | {"text_inputs": texts}
+    given = inputs("oneformer", torch.float32) | labels("oneformer", dtype=torch.float32)
+    given["text_inputs"] = texts
     want, gradients = loss_and_gradients(model, given, monkeypatch, "oneformer")
     have, own = loss_and_gradients(segkern.accelerate(model), given)
-    assert_equal_losses(want, have)
-    assert_equal_gradients(gradients, own)
+    # a thousand operations follow one another: roundings add up as their root, 32
+    rounding = 32 * torch.finfo(torch.float32).eps
+    assert (want - have).abs().max() <= rounding * want.abs().max()
+    used = [n for n, g in gradients.items() if g is not None]
+    want, have = (torch.cat([g[n].flatten() for n in used]) for g in (gradients, own))
+    assert (want - have).norm() <= rounding * 10 * want.norm()  # ten layers of attention above
 
 
 @torch.no_grad()
@@ -274,4 +297,3 @@ def test_drop_path_and_dropout_draw_the_same_numbers():
     want = model(**given)
     torch.manual_seed(3)
     assert_equal_outputs(want, segkern.accelerate(model)(**given), 1e-8)
-

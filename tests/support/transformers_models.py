@@ -32,28 +32,28 @@ def mask2former(**settings) -> nn.Module:
     return T.Mask2FormerForUniversalSegmentation(config)
 
 
-def maskformer(**settings) -> nn.Module:
+def maskformer(dropout: float = 0.0) -> nn.Module:
     decoder = {"num_queries": 9, "d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 40}
-    decoder |= {"model_type": "detr", "decoder_attention_heads": 2, "dropout": 0.0}
+    decoder |= {"model_type": "detr", "decoder_attention_heads": 2, "dropout": dropout}
     config = T.MaskFormerConfig(
         backbone_config=T.SwinConfig(**SWIN),
         decoder_config=decoder,
         num_labels=LABELS,
         fpn_feature_size=32,
         mask_feature_size=24,
-        **settings,
     )
     return T.MaskFormerForInstanceSegmentation(config)
+
+
+OWN = {"num_queries": 9, "is_training": False, "dropout": 0.0, "hidden_dim": 32, "conv_dim": 32}
+OWN |= {"mask_dim": 32}
 
 
 def oneformer(**settings) -> nn.Module:
     config = T.OneFormerConfig(
         backbone_config=T.SwinConfig(**SWIN),
-        **({"num_queries": 9, "is_training": False, "dropout": 0.0} | settings),
+        **(OWN | settings),
         **MASKS,
-        hidden_dim=32,
-        conv_dim=32,
-        mask_dim=32,
         encoder_layers=2,
         decoder_layers=4,
         num_attention_heads=2,
@@ -74,7 +74,9 @@ def oneformer(**settings) -> nn.Module:
 def segformer(**settings) -> nn.Module:
     sizes = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "decoder_hidden_size": 24}
     plain = {"classifier_dropout_prob": 0.0, "drop_path_rate": 0.0}
-    config = T.SegformerConfig(num_labels=LABELS, num_attention_heads=[1, 2, 2, 4], **sizes, **(plain | settings))
+    config = T.SegformerConfig(
+        num_labels=LABELS, num_attention_heads=[1, 2, 2, 4], **sizes, **(plain | settings)
+    )
     return T.SegformerForSemanticSegmentation(config)
 
 
@@ -113,7 +115,9 @@ def deformable_detr() -> nn.Module:
 
 def rt_detr(kind: str = "RTDetr") -> nn.Module:
     config = getattr(T, f"{kind}Config")(
-        backbone_config=T.RTDetrResNetConfig(**RESNET, layer_type="basic", out_features=STAGES[1:]),
+        backbone_config=T.RTDetrResNetConfig(
+            **RESNET, layer_type="basic", out_features=STAGES[1:]
+        ),
         encoder_hidden_dim=32,
         encoder_in_channels=[16, 16, 16],
         feat_strides=[8, 16, 32],
@@ -241,7 +245,9 @@ def noisy(model: nn.Module, seed: int = 1) -> nn.Module:
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            scale = 0.3 if name.endswith("sampling_offsets.bias") else 0.05 if p.ndim == 1 else 0.02
+            scale = (
+                0.3 if name.endswith("sampling_offsets.bias") else 0.05 if p.ndim == 1 else 0.02
+            )
             p.add_(torch.randn(p.shape, generator=g) * scale)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):

@@ -11,7 +11,7 @@ from ...nn.position import sine_position
 from ...ops.query_layer import Layer
 from . import deformable
 from .criterion import Factors, point_losses
-from .plain import idle, plain, unhooked
+from .plain import as_transformers, idle, plain, unhooked
 from .queries import decode
 
 
@@ -179,6 +179,7 @@ class Mask2FormerLoss(theirs.Mask2FormerLoss):
         )
 
 
+@as_transformers
 class Mask2FormerForUniversalSegmentation(theirs.Mask2FormerForUniversalSegmentation):
     """The whole model, which forms the mask logits of the predictions that are asked for."""
 

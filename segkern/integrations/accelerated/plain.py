@@ -47,4 +47,20 @@ def is_gelu(activation) -> bool:
     """Whether an activation of transformers is GELU with the error function."""
     if type(activation) is GELUActivation:
         return activation.act is F.gelu
-    return activation is F.gelu or (type(activation) is nn.GELU and activation.approximate == "none")
+    return activation is F.gelu or (
+        type(activation) is nn.GELU and activation.approximate == "none"
+    )
+
+
+def as_transformers(part: type[nn.Module]) -> type[nn.Module]:
+    """Of a class of a whole model: what transformers asks the file of a class, such as which names
+    its weights have in a checkpoint and which attention it may take, it asks the original's."""
+    for name in (
+        "is_custom_code",
+        "_can_set_attn_implementation",
+        "_can_set_experts_implementation",
+    ):
+        asked = getattr(part.__base__, name, None)
+        if asked is not None:
+            setattr(part, name, asked)
+    return part

@@ -11,7 +11,7 @@ from ...nn.resized_cross_entropy import resized_cross_entropy
 from ...ops import attention, dwconv3x3_gelu, linear, resize_sum
 from ...ops._checks import exact_dtype
 from ...structures.labels import void_of
-from .plain import idle, is_gelu, plain, unhooked
+from .plain import as_transformers, idle, is_gelu, plain, unhooked
 
 
 class SegformerSequenceReduction(theirs.SegformerSequenceReduction):
@@ -101,6 +101,7 @@ class SegformerDecodeHead(theirs.SegformerDecodeHead):
         return [a.to(weight.dtype) for a in matrices], bias.to(weight.dtype)
 
 
+@as_transformers
 class SegformerForSemanticSegmentation(theirs.SegformerForSemanticSegmentation):
     """The model with a loss whose resized logits are never held."""
 
