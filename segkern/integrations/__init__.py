@@ -1,1 +1,1 @@
-"""Other people's ways of calling: transformers' models on our kernels, its processors, its pipeline."""
+"""Others' ways of calling: transformers' models on our kernels, its processors, its pipeline."""

@@ -47,7 +47,8 @@ def accelerate(
     Args:
         model: a Mask2Former, MaskFormer, OneFormer, SegFormer, EoMT or Swin of transformers, or a
             model with its deformable attention (Deformable DETR, Grounding DINO, LW-DETR,
-            OmDet-Turbo, PP-DocLayout, RF-DETR, RT-DETR, D-FINE, DEIMv2). Of a model in a wrapper give the model inside.
+            OmDet-Turbo, PP-DocLayout, RF-DETR, RT-DETR, D-FINE, DEIMv2). Of a wrapper give the
+            model inside.
         window_attention: Swin's blocks.
         deformable_attention: multi-scale deformable attention, and the layers of pixel decoders
             around it.

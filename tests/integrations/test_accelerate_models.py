@@ -15,7 +15,6 @@ from segkern.ops import random_points
 from segkern.ops.point_sample import MATCHING
 from support.transformers_models import (
     DEFORMABLE,
-    LABELS,
     POINTS,
     SEGMENTATION,
     inputs,

@@ -1,1 +1,1 @@
-"""Modules of transformers on our kernels, one file a family; each has its original's name and weights."""
+"""Modules of transformers on our kernels, a file a family, each under its original's name."""

@@ -1,6 +1,6 @@
 """SegFormer of transformers: attention's reduction, feed-forward networks, head and loss.
 
-Letters: B image, N = h w tokens, C channels, r the reduction, E channels and K classes of the head.
+Letters: B image, h w size of a map, C channels, r the reduction, E channels of the head.
 """
 
 import torch
