@@ -250,9 +250,13 @@ def test_bfloat16_is_as_near_as_before(name):
     cast = built(name, torch.bfloat16)
     own = result(segkern.accelerate(copy.deepcopy(cast)), name, torch.bfloat16)
     assert own.dtype == torch.bfloat16
-    theirs = result(cast, name, torch.bfloat16)
-    allowed = 2 * error(theirs, exact) if theirs.isfinite().all() else 1.0
-    assert error(own, exact) <= allowed + 0.05 * exact.abs().max()
+    assert own.isfinite().all()
+    try:
+        theirs = result(cast, name, torch.bfloat16)
+    except RuntimeError:  # 5.17's MaskFormer cannot
+        return
+    if theirs.isfinite().all():  # PyTorch's grid_sample of bfloat16 is not always
+        assert error(own, exact) <= 2 * error(theirs, exact) + 0.05 * exact.abs().max()
 
 
 @pytest.mark.parametrize("name", SEGMENTATION)

@@ -122,8 +122,11 @@ class SamePoints:
         monkeypatch.setattr(matcher, "forward", recorded)
         monkeypatch.setattr(torch, "rand", self)
 
-    def __call__(self, n, points, two, device=None):
-        call, self.calls = self.calls, self.calls + 1
+    def __call__(self, *shape, device=None):
+        if len(shape) != 3:  # whether a layer is left out, which 5.17 draws in any case
+            return torch.ones(())
+        (n, points, _), call = shape, self.calls
+        self.calls += 1
         if call < 2:
             slots = [(call, self.prediction, MATCHING)]
         else:
@@ -219,21 +222,19 @@ def test_losses_and_gradients_are_the_same(name, counts, mode, monkeypatch):
     assert_equal_gradients(gradients, own)
 
 
+DETECTED = ("logits", "pred_boxes", "pred_masks", "decoder_class_logits", "decoder_coord_logits")
+
+
 @pytest.mark.parametrize("name", DEFORMABLE)
 def test_gradients_of_detections_are_the_same(name):
     model, given = built(name), inputs(name)
     found = []
     for m in (model, segkern.accelerate(copy.deepcopy(model))):
         out = m(**given)
-        names = [
-            n for n in ("logits", "pred_boxes", "pred_masks", "decoder_class_logits") if n in out
-        ]
-        assert names
-        flows = [out[n].flatten() for n in (*names, "decoder_coord_logits") if n in out]
+        flows = [x[x.isfinite()] for x in (out[n] for n in DETECTED if n in out)]
+        assert len(flows) >= 2
         torch.manual_seed(3)
-        sum(
-            (x[x.isfinite()] * torch.randn(int(x.isfinite().sum())).double()).sum() for x in flows
-        ).backward()
+        sum(x @ torch.randn(len(x)).double() for x in flows).backward()
         found.append({n: p.grad for n, p in m.named_parameters()})
     assert_equal_gradients(*found)
 

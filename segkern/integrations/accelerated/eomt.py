@@ -26,7 +26,8 @@ class EomtMLP(theirs.EomtMLP):
     """A feed-forward network whose hidden layer is not held."""
 
     def forward(self, hidden_states):
-        if not is_gelu(self.activation_fn) or not plain(self.fc1, self.fc2):
+        activation = getattr(self, "activation_fn", None) or self.activation  # of 5.17
+        if not is_gelu(activation) or not plain(self.fc1, self.fc2):
             return super().forward(hidden_states)
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         return feed_forward(hidden_states, *weights)

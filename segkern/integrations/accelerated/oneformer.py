@@ -43,10 +43,11 @@ class OneFormerPixelDecoderEncoderMultiscaleDeformableAttention(
                 spatial_shapes,
                 level_start_index,
                 output_attentions,
-                spatial_shapes_list,
+                **_sizes(spatial_shapes_list),
             )
         query = self.with_pos_embed(hidden_states, position_embeddings)
-        given = attention_mask, reference_points, spatial_shapes_list
+        shapes = spatial_shapes.tolist() if spatial_shapes_list is None else spatial_shapes_list
+        given = attention_mask, reference_points, shapes
         out = deformable.sample(self, query, encoder_hidden_states, *given)
         return self.output_proj(out), None
 
@@ -69,9 +70,8 @@ class OneFormerPixelDecoderEncoderLayer(theirs.OneFormerPixelDecoderEncoderLayer
             "position_embeddings": position_embeddings,
             "reference_points": reference_points,
             "spatial_shapes": spatial_shapes,
-            "spatial_shapes_list": spatial_shapes_list,
             "level_start_index": level_start_index,
-        }
+        } | _sizes(spatial_shapes_list)
         # transformers asks the config, not the mode, whether to drop and to cut
         dropping = not idle(self.is_training, self.dropout, self.activation_dropout)
         out = None
@@ -83,6 +83,11 @@ class OneFormerPixelDecoderEncoderLayer(theirs.OneFormerPixelDecoderEncoderLayer
                 hidden_states, attention_mask, output_attentions=output_attentions, **places
             )
         return out
+
+
+def _sizes(spatial_shapes_list: list[tuple[int, int]] | None) -> dict:
+    """An argument that transformers 5.17 does not have."""
+    return {} if spatial_shapes_list is None else {"spatial_shapes_list": spatial_shapes_list}
 
 
 class OneFormerTransformerDecoderQueryTransformerDecoderLayer(
