@@ -27,6 +27,7 @@ def open_model(name: str) -> torch.nn.Module:
             their smallest published size, or with " tiny" after it one that runs in a moment.
     """
     import transformers as T
+
     from support import transformers_models as small
 
     torch.manual_seed(0)

