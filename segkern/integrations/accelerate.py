@@ -13,6 +13,8 @@ from importlib.metadata import version
 
 from torch import nn
 
+from ..nn.linear import Linear
+
 VERSIONS = ("5.17", "5.23", "5.24")  # of transformers, that this is tested with
 
 _DEFORMABLE = ("deformable_detr", "grounding_dino", "lw_detr", "mm_grounding_dino", "omdet_turbo")
@@ -99,8 +101,6 @@ def accelerate(
             if switches[switch] and name in parts:
                 _swap(module, parts[name])
     if linear:
-        from ..nn.linear import Linear
-
         for module in model.modules():
             if type(module) is nn.Linear:
                 _swap(module, Linear)

@@ -84,6 +84,25 @@ def test_outputs_in_float32_are_within_1e_4(name):
     assert_equal_outputs(want, segkern.accelerate(model)(**given), 1e-4)
 
 
+SETTINGS = {
+    "mask2former, norms first": ("mask2former", {"pre_norm": True}),
+    "mask2former, projected pixels": ("mask2former", {"feature_size": 64}),
+    "oneformer, norms first": ("oneformer", {"pre_norm": True}),
+    "oneformer, no norm of the task": ("oneformer", {"use_task_norm": False}),
+    "segformer, gelu by tanh": ("segformer", {"hidden_act": "gelu_new"}),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+@torch.no_grad()
+def test_outputs_under_other_settings_are_the_same(case):
+    name, settings = SETTINGS[case]
+    torch.manual_seed(0)
+    model, given = noisy(SEGMENTATION[name](**settings)), inputs(name)
+    want = model(**given)
+    assert_equal_outputs(want, segkern.accelerate(model)(**given), 1e-8)
+
+
 @torch.no_grad()
 def test_tuples_are_the_same():
     model, given = built("mask2former"), inputs("mask2former")
