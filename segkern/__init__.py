@@ -72,15 +72,8 @@ _HOME = {
     "train": "training.loop",
 }
 _ROOMS = (
-    "evaluation",
-    "inference",
-    "integrations",
-    "io",
-    "nn",
-    "runtime",
-    "structures",
-    "training",
-    "weights",
+    *("evaluation", "inference", "integrations", "io", "nn", "runtime", "structures"),
+    *("training", "weights"),
 )
 __all__ = ["ops", *_HOME]
 sys.meta_path.insert(0, _moved.Finder())

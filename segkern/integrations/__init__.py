@@ -1,1 +1,1 @@
-"""Others' ways of calling: transformers' models on our kernels, its processors, its pipeline."""
+"""Other people's ways of calling: transformers' models, its processors and its pipeline."""

@@ -10,6 +10,7 @@ class DFineMultiscaleDeformableAttention(theirs.DFineMultiscaleDeformableAttenti
 
     @property
     def ms_deformable_attn_core(self):
+        """What samples."""
         bilinear = self.decoder_method == "default"
         return ragged if bilinear else vars(self)["ms_deformable_attn_core"]
 
