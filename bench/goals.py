@@ -57,6 +57,8 @@ GOALS = [
     Goal("cpu", "Swin-T inference", SWIN, "inference (512|1024) B=1", F32, "OpenVINO", 1.5),
     Goal("cpu", "Swin-T, bfloat16", SWIN, "inference (512|1024) B=1", HALF, "OpenVINO", 2),
     Goal("cpu", "Swin-T step 512", SWIN, "training step 512 B=2 T=16", F32, THEIRS, 3, 0.35),
+    Goal("cpu", "accelerated", "accelerate mask2former", "inference 512 B=1", F32, THEIRS, 1.8),
+    Goal("cpu", "accelerated", "accelerate mask2former", "training step 512 B=2", F32, THEIRS, 2),
     Goal("cpu", "MaskFormer 512", PYRAMID, "inference 512 B=1", F32, THEIRS, 2.5),
     Goal("cpu", "MaskFormer 512", PYRAMID, "inference 512 B=1", F32, "OpenVINO", 1.3),
     Goal("cpu", "panoptic maps", "segment_map", "panoptic.*1024x2048.*", F32, THEIRS, 20),

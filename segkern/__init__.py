@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from .evaluation.evaluate import evaluate as evaluate
     from .inference.postprocess import postprocess as postprocess
     from .inference.segment import segment as segment
+    from .integrations.accelerate import accelerate as accelerate
+    from .integrations.accelerate import restore as restore
     from .integrations.pipeline import pipeline as pipeline
     from .integrations.processor import Processor as Processor
     from .models import EoMT as EoMT
@@ -52,6 +54,8 @@ _HOME = {
     "segment": "inference.segment",
     "pipeline": "integrations.pipeline",
     "Processor": "integrations.processor",
+    "accelerate": "integrations.accelerate",
+    "restore": "integrations.accelerate",
     "EoMT": "models",
     "EoMTConfig": "models",
     "Mask2Former": "models",
