@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -20,11 +21,21 @@ PAGES = {
     if pages.blocks(page)
 }
 # what a page takes as given
+IDS = np.ones((480, 640), np.uint8)
 BATCH = {"pixel_values": torch.rand(1, 3, 64, 64)}
 MASKS = {"masks": [torch.ones(1, 64, 64)], "labels": [torch.tensor([1])]}
 GIVEN = {
     "docs/maskformer.md": BATCH | MASKS,
     "docs/segformer.md": BATCH | {"labels": torch.zeros(1, 64, 64, dtype=torch.int64)},
+    "docs/oneformer.md": BATCH | MASKS | {"task_inputs": "panoptic", "text_inputs": None},
+    "docs/processors.md": {
+        "image": np.zeros((480, 640, 3), np.uint8),
+        "other": np.zeros((427, 640, 3), np.uint8),
+        "ids": IDS,
+        "more": IDS[:427],
+        "labels": {1: 0},
+        "names": {1: 2},
+    },
     "docs/data.md": {
         "torch_dataset": [(torch.zeros(3, 8, 8), torch.ones(1, 8, 8), torch.tensor([0]))]
     },

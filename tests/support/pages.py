@@ -97,6 +97,8 @@ def furnish(folder: Path, texts: list[str]) -> None:
             _picture(path)
         elif path.name == "checkpoint.pth":
             _segmenter(path)
+        elif path.suffix == ".pkl":
+            build_model(small("mask2former")).save_original(path)
         elif text == "own":
             write_shapes(path, "instance")
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", text) and (kind := _kind(text)):
