@@ -188,6 +188,7 @@ class OneFormerConfig:
 
     @property
     def labels(self) -> Labels:
+        """Names of the labels, and which are stuff."""
         return Labels(self.id2label, tuple(self.stuff))
 
     @property
