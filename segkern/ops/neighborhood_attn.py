@@ -15,9 +15,9 @@ Letters: B image, h w map, H head, D channels a head, K = 2 r + 1 kernel, t dila
 dilation of the two axes may differ.
 
 A pixel near the border attends to K x K keys too: its window is moved inwards, not cut. Hence no
-key is masked, and an axis must have K t pixels at least. A layer that meets a smaller map pads what
-its projection to q, k and v reads: unlike Swin's windows, which pad most maps, that is the
-exception, and all that the op would have to know for it is three tensors' biases.
+key is masked, and an axis must have K t pixels at least. A layer that meets a smaller map pads
+what its projection to q, k and v reads. The op does not: unlike with Swin's windows, which pad
+most maps, it would have to take the biases of that projection for maps that are rare and small.
 On the CPU a kernel takes a row of queries of a head, in the order of their first keys, so that a
 vector of queries reads one vector of keys; on a GPU a tile of queries of one group of both axes
 multiplies with the keys of all of them, and those that are too far away are masked. Backward forms

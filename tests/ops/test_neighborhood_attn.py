@@ -287,7 +287,8 @@ def test_autocast_keeps_the_bias():
         out = neighborhood_attn(half[0], k, half[2], bias, *numbers)
     assert out.dtype == torch.bfloat16
     (grad,) = torch.autograd.grad(out.float().square().sum(), [bias])
-    assert grad.dtype == torch.float32 and grad.abs().max() > 0
+    assert grad.dtype == torch.float32
+    assert grad.abs().max() > 0
     exact = neighborhood_attn(*(t.float() for t in half), bias, *numbers)
     torch.testing.assert_close(out.float(), exact, rtol=0.01, atol=0.01)
 
