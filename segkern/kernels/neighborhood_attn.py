@@ -22,17 +22,20 @@ from .neighborhood_tiles import ACROSS
 # of a tile and of a block of what it meets, warps, programs a multiprocessor holds. Chosen by
 # arithmetic, not yet measured: the most programs that spill nothing.
 HEAD = 32  # channels of DiNAT's heads
-SIZED = {2: ((64, 32, 4, 2), (64, 32, 8, 1)), 4: ((32, 32, 8, 1), (16, 32, 8, 1))}
-SIZED[8] = ((16, 16, 4, 1), (16, 16, 8, 1))
-FORWARD = {(kind, size): pair for kind in KINDS for size, pair in SIZED.items()}
-BACKWARD = FORWARD | {
-    (kind, size): pair
-    for kind in KINDS
-    for size, pair in {
-        2: ((64, 32, 4, 2), (32, 16, 8, 1)),
-        4: ((32, 32, 8, 1), (16, 16, 8, 1)),
-    }.items()
+FORWARD_SIZED = {
+    2: ((64, 32, 4, 2), (64, 32, 8, 1)),
+    4: ((32, 32, 8, 1), (16, 32, 8, 1)),
+    8: ((16, 16, 4, 1), (16, 16, 8, 1)),
 }
+BACKWARD_SIZED = {
+    2: ((64, 32, 4, 2), (32, 16, 8, 1)),
+    4: ((16, 16, 8, 1), (16, 16, 16, 1)),
+    8: ((16, 16, 8, 1), (16, 16, 8, 1)),
+}
+FORWARD, BACKWARD = (
+    {(kind, size): pair for kind in KINDS for size, pair in sized.items()}
+    for sized in (FORWARD_SIZED, BACKWARD_SIZED)
+)
 
 
 def _prepare(table: dict, q: Tensor, kernel: list[int], dilation: list[int]):
