@@ -42,9 +42,10 @@ SEGKERN_TARGET inline __attribute__((always_inline)) void dots_of(const T* q, co
 
 // N channels of sums
 template <class T, bool straight, int N>
-SEGKERN_TARGET inline __attribute__((always_inline)) void sums_of(
-    const T* p, const T* const* rows, const Reach& n, int64_t at, int64_t ld, T* out,
-    typename Choice<T>::type own) {
+SEGKERN_TARGET inline __attribute__((always_inline)) void sums_of(const T* p, const T* const* rows,
+                                                                  const Reach& n, int64_t at,
+                                                                  int64_t ld, T* out,
+                                                                  typename Choice<T>::type own) {
   V<T> sum[N] = {};
   for (int64_t a = 0; a < n.rows; ++a) {
     const T* y = rows[a] + at;
@@ -60,9 +61,9 @@ SEGKERN_TARGET inline __attribute__((always_inline)) void sums_of(
 }
 
 // Calls f<N> with N = n, which is at most the first N
-#define SEGKERN_CASES(CALL)                                                                  \
-  CALL(1) CALL(2) CALL(3) CALL(4) CALL(5) CALL(6) CALL(7) CALL(8) CALL(9) CALL(10) CALL(11) \
-      CALL(12)
+#define SEGKERN_CASES(CALL) \
+  CALL(1)                   \
+  CALL(2) CALL(3) CALL(4) CALL(5) CALL(6) CALL(7) CALL(8) CALL(9) CALL(10) CALL(11) CALL(12)
 
 template <class T, bool straight>
 SEGKERN_TARGET void dots(const T* q, const T* const* rows, const int32_t* key, const Reach& n,
@@ -75,9 +76,10 @@ SEGKERN_TARGET void dots(const T* q, const T* const* rows, const int32_t* key, c
       for (int64_t j = 0, left = (n.columns + 11) / 12, take; j < n.columns; j += take, --left) {
         take = (n.columns - j + left - 1) / left;
         const T* y = rows[a] + key[part] + j * n.step;
-#define SEGKERN_CASE(N) \
-  case N:               \
-    dots_of<T, straight, N>(q + part, y, ld, D, n.step, to + j * kLanes<T>, own); break;
+#define SEGKERN_CASE(N)                                                           \
+  case N:                                                                         \
+    dots_of<T, straight, N>(q + part, y, ld, D, n.step, to + j * kLanes<T>, own); \
+    break;
         switch (take) { SEGKERN_CASES(SEGKERN_CASE) }
 #undef SEGKERN_CASE
       }
@@ -93,10 +95,10 @@ SEGKERN_TARGET void sums(const T* p, const T* const* rows, const int32_t* key, c
     for (int i = 0; i < kWide<T>; ++i) own[i] = key[part + i] - key[part];
     for (int64_t d = 0, take; d < D; d += take) {
       take = std::min<int64_t>(D - d, 8);
-#define SEGKERN_CASE(N)                                                                       \
-  case N:                                                                                     \
-    sums_of<T, straight, N>(p + part, rows, n, key[part] + d * ld, ld, out + d * kLanes<T> + part, \
-                            own);                                                             \
+#define SEGKERN_CASE(N)                                                \
+  case N:                                                              \
+    sums_of<T, straight, N>(p + part, rows, n, key[part] + d * ld, ld, \
+                            out + d * kLanes<T> + part, own);          \
     break;
       switch (take) { SEGKERN_CASES(SEGKERN_CASE) }
 #undef SEGKERN_CASE

@@ -12,41 +12,36 @@ import torch
 import triton
 from torch import Tensor
 
-from ._launch import FUSED, KINDS, device, on
+from ._launch import FUSED, device, on
 from .neighborhood_forward import forward
 from .neighborhood_keys import of_keys
 from .neighborhood_queries import of_queries
 from .neighborhood_tiles import ACROSS
 
-# (kind of device, bytes of a value), for heads of up to HEAD channels and for wider ones: places
-# of a tile and of a block of what it meets, warps, programs a multiprocessor holds. Chosen by
-# arithmetic, not yet measured: the most programs that spill nothing.
-HEAD = 32  # channels of DiNAT's heads
-FORWARD_SIZED = {
-    2: ((64, 32, 4, 2), (64, 32, 8, 1)),
-    4: ((32, 32, 8, 1), (16, 32, 8, 1)),
-    8: ((16, 16, 4, 1), (16, 16, 8, 1)),
+# Bytes of a value; then for heads of up to HEADS channels and for wider ones: places of a tile and
+# of a block of what it meets, warps, programs a multiprocessor holds. Chosen by arithmetic, not
+# yet measured: what spills nothing on any kind of GPU, and so the same for all.
+HEADS = (32, 64)  # DiNAT's heads have the first
+FORWARD = {
+    2: ((64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+    4: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    8: ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
-BACKWARD_SIZED = {
-    2: ((64, 32, 4, 2), (32, 16, 8, 1)),
-    4: ((16, 16, 8, 1), (16, 16, 16, 1)),
-    8: ((16, 16, 8, 1), (16, 16, 8, 1)),
+BACKWARD = {
+    2: ((64, 32, 4, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
+    4: ((16, 16, 8, 1), (16, 16, 16, 1), (16, 16, 8, 1)),
+    8: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
-FORWARD, BACKWARD = (
-    {(kind, size): pair for kind in KINDS for size, pair in sized.items()}
-    for sized in (FORWARD_SIZED, BACKWARD_SIZED)
-)
 
 
 def _prepare(table: dict, q: Tensor, kernel: list[int], dilation: list[int]):
     """Grid, sizes from `h` to `run`, and constants of a launch."""
     B, h, w, H, D = q.shape
-    kind, multiprocessors = device(q)
-    BLOCK_I, BLOCK_J, warps, held = table[kind, q.element_size()][D > HEAD]
+    BLOCK_I, BLOCK_J, warps, held = table[q.element_size()][sum(D > most for most in HEADS)]
     rows = triton.cdiv(triton.cdiv(h, dilation[0]), BLOCK_I // ACROSS.value)
     columns = triton.cdiv(triton.cdiv(w, dilation[1]), ACROSS.value)
     N = B * dilation[0] * dilation[1] * rows * columns
-    run = triton.cdiv(N, max(1, min(N, held * multiprocessors // H)))
+    run = triton.cdiv(N, max(1, min(N, held * device(q).multiprocessors // H)))
     constants = {
         "D": D,
         "CHANNELS": max(16, triton.next_power_of_2(D)),

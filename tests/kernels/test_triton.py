@@ -325,6 +325,19 @@ def test_windows_of_wide_heads(dtype, D, window, arch, tmp_path):
     assert_fits(compiled, arch, tmp_path)
 
 
+WIDE = [(torch.float32, 64, arch) for arch in (80, 86, 90, 100, 120)]
+WIDE += [(torch.float32, 128, arch) for arch in (86, 90, 100)]
+WIDE += [(torch.bfloat16, D, arch) for D in (64, 128) for arch in (86, 90, 100)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "D", "arch"), WIDE)
+def test_neighbors_of_wide_heads(dtype, D, arch, tmp_path):
+    with compiling(arch) as compiled:
+        neighborhood_attn(dtype, H=2, D=D, kernel=11)
+    assert_fits(compiled, arch, tmp_path)
+
+
 WIDE = [(dtype, arch) for dtype in DTYPES[::2] for arch in (80, 86, 90, 100, 120)]
 WIDE = [pytest.param(*w, marks=SLOW) for w in WIDE]  # float32, bfloat16
 
@@ -354,7 +367,6 @@ def test_every_gpu_has_its_tables(gpu):
         mask_bits,
         masked_attn_backward,
         matching_cost,
-        neighborhood_attn,
         window_attn,
     )
     from segkern.kernels.masked_attn import FORWARD
@@ -362,7 +374,6 @@ def test_every_gpu_has_its_tables(gpu):
     *has, kind = GPUS[gpu]
     assert _launch.kind_of(*has) == kind
     windows = window_attn.FORWARD, window_attn.BACKWARD
-    windows += neighborhood_attn.FORWARD, neighborhood_attn.BACKWARD
     for table in (mask_bits.TABLE, FORWARD, masked_attn_backward.BACKWARD, *windows):
         assert {(kind, 2), (kind, 4), (kind, 8)} <= table.keys()
     assert {(kind, "half"), (kind, "single")} <= matching_cost.TABLE.keys()
