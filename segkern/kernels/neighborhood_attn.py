@@ -37,7 +37,7 @@ BACKWARD = {
 def _prepare(table: dict, q: Tensor, kernel: list[int], dilation: list[int]):
     """Grid, sizes from `h` to `run`, and constants of a launch."""
     B, h, w, H, D = q.shape
-    BLOCK_I, BLOCK_J, warps, held = table[q.element_size()][sum(D > most for most in HEADS)]
+    BLOCK_I, BLOCK_J, warps, held = table[q.element_size()][sum(most < D for most in HEADS)]
     rows = triton.cdiv(triton.cdiv(h, dilation[0]), BLOCK_I // ACROSS.value)
     columns = triton.cdiv(triton.cdiv(w, dilation[1]), ACROSS.value)
     N = B * dilation[0] * dilation[1] * rows * columns
