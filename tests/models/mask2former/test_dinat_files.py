@@ -1,5 +1,6 @@
 """Mask2Former with a DiNAT: Hugging Face's files both ways, and those of the original code."""
 
+import contextlib
 import json
 import pickle
 from collections import OrderedDict
@@ -143,14 +144,31 @@ def test_a_dinat_large_is_told_from_its_weights(labels):
     assert (settings["drop_path_rate"], settings["num_queries"]) == (0.3, 200)
 
 
-def test_a_pickle_with_a_dinat_opens_to_the_same_model(tmp_path):
-    sizes = SMALL | {"dilations": [[1], [1, 4], [1], [1]], "layer_scale": 1e-5}
+@pytest.mark.parametrize("told", [False, True], ids=["weights alone", "config.yaml"])
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_a_file_with_a_dinat_opens_to_the_same_model(suffix, told, tmp_path):
+    """Its dilations are in config.yaml beside it, or else those of classifiers, with a warning."""
+    sizes = SMALL | {"layer_scale": 1e-5}
+    if not told:
+        sizes["dilations"] = [[1], [1, 4], [1], [1]]
     model = Mask2Former(config(**sizes)).eval()
-    path = tmp_path / "model_final.pkl"
-    path.write_bytes(pickle.dumps({"model": as_published(model), "__author__": "someone"}))
-    with pytest.warns(UserWarning, match="and kernel 3, which no published .* its dilations"):
+    path = tmp_path / f"model_final{suffix}"
+    content = {"model": as_published(model), "__author__": "someone"}
+    if suffix == ".pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save({"model": {n: torch.tensor(v) for n, v in content["model"].items()}}, path)
+    said = pytest.warns(UserWarning, match="it gets those of classifiers")
+    if told:
+        backbone = {"NAME": "D2DiNAT"}
+        of_dinat = {"DILATIONS": sizes["dilations"], "KERNEL_SIZE": 3, "DROP_PATH_RATE": 0.2}
+        content = {"VERSION": 2, "MODEL": {"BACKBONE": backbone, "DINAT": of_dinat}}
+        (tmp_path / "config.yaml").write_text(json.dumps(content))  # which is YAML, too
+        said = contextlib.nullcontext()
+    with said:
         opened = open_model(str(path))
-    assert opened.config.backbone_options["dilations"] is None
+    assert ("dilations" in opened.config.backbone_options) == told
+    assert opened.config.drop_path_rate == (0.2 if told else 0.3)
     for name, value in model.state_dict().items():
         assert torch.equal(opened.state_dict()[name], value), name
     x = torch.randn(1, 3, 64, 96)
