@@ -74,6 +74,10 @@ OPERATIONS = {
     ),
     "window_attn": lambda *args: 4 * args[0].numel() // 3 * _side(args) ** 2,
     "window_attn_backward": lambda *args: 10 * args[1].numel() // 3 * _side(args) ** 2,
+    "neighborhood_attn": lambda q, k, v, bias, kernel, *_: 4 * q.numel() * prod(kernel),
+    "neighborhood_attn_backward": lambda grad, q, k, v, bias, kernel, *_: (
+        10 * q.numel() * prod(kernel)
+    ),
     "matching_cost": lambda logits, embed, f, labels, masks, points, *_: (
         2 * embed[..., 0].numel() * points.shape[2] * (f.shape[1] + 2 * labels.shape[1])
     ),

@@ -28,11 +28,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         _launcher = getattr(importlib.import_module(f"segkern.kernels.{_module}"), _op)
         _interpreted.impl(_op, _launcher, "CPU", allow_override=True)
     from segkern.kernels import _launch
+    from segkern.kernels import neighborhood_attn as _near
     from segkern.kernels import segment_map as _maps
     from segkern.kernels import window_attn as _windows
 
     # few programs, so that each has several windows
-    _windows.device = lambda tensor: _launch.Device("227 KB", 4)
+    _windows.device = _near.device = lambda tensor: _launch.Device("227 KB", 4)
 
     # it takes as long for a tile of any size; few programs, so that each has several tiles
     _launch.ASSUMED = _launch.ASSUMED._replace(multiprocessors=2)

@@ -78,6 +78,11 @@ SEGKERN_INLINE float simd_exp_low(float x) {
   return p * bits_to_float((float_to_bits(shifted) - 0x4B400000 + 127) << 23);
 }
 
+// A weight of a softmax, exp(x), x <= 0; in float 0 where it is next to nothing:
+// such weights make slow subnormals
+SEGKERN_INLINE double weight_of(double x) { return std::exp(x); }
+SEGKERN_INLINE float weight_of(float x) { return x < -64.0f ? 0.0f : simd_exp_low(x); }
+
 // log(x) for normal positive x: x = 2^e m, m in [sqrt(1/2), sqrt(2))
 SEGKERN_INLINE float simd_log(float x) {
   const int32_t bits = float_to_bits(x);

@@ -119,10 +119,6 @@ SEGKERN_CLONES void add_rows(const T* x /*[n, E]*/, int64_t n, int64_t D, int64_
   }
 }
 
-// exp(x), x <= 0; in float 0 where it is next to nothing: such weights make slow subnormals
-SEGKERN_INLINE double weight_of(double x) { return std::exp(x); }
-SEGKERN_INLINE float weight_of(float x) { return x < -64.0f ? 0.0f : simd_exp_low(x); }
-
 // x = exp(scale x + bias + mask - their maximum), total = their sum
 template <class T>
 SEGKERN_CLONES void softmax_rows(const int32_t* place, int64_t n, int64_t L,

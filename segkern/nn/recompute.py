@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from .. import ops  # noqa: F401  (declares the kernels)
 
 # their results are kept where they are computed in a function that runs again: they cost the most
-_NAMES = ("window_attn", "ms_deform_attn", "feed_forward", "conv3x3")
+_NAMES = ("window_attn", "neighborhood_attn", "ms_deform_attn", "feed_forward", "conv3x3")
 KERNELS = [getattr(torch.ops.segkern, name).default for name in _NAMES]
 _contexts = functools.partial(create_selective_checkpoint_contexts, KERNELS)
 

@@ -18,6 +18,7 @@ from .masked_attn import masked_attn as masked_attn
 from .matching_cost import matching_cost as matching_cost
 from .ms_deform_attn import ms_deform_attn as ms_deform_attn
 from .ms_deform_attn import multi_scale_deformable_attention as multi_scale_deformable_attention
+from .neighborhood_attn import neighborhood_attn as neighborhood_attn
 from .point_mask_loss import point_mask_loss as point_mask_loss
 from .point_sample import point_sample as point_sample
 from .point_sample import random_points as random_points

@@ -167,6 +167,15 @@ def window_attn(dtype, B=2, h=100, w=168, H=6, D=32, window=7, shift=3):
     launch("window_attn_backward", grad, qkv, *biases, *options)
 
 
+def neighborhood_attn(dtype, B=2, h=100, w=168, H=6, D=32, kernel=7, dilation=2):
+    """Views of one projection, as a layer has them."""
+    exact, side = exact_dtype(meta(dtype)), 2 * kernel - 1
+    qkv, bias = meta(dtype, B, h, w, 3, H, D).unbind(3), meta(exact, H, side, side)
+    options = [kernel] * 2, [dilation] * 2, D**-0.5
+    grad = launch("neighborhood_attn", *qkv, bias, *options)
+    launch("neighborhood_attn_backward", grad, *qkv, bias, *options)
+
+
 def resize_argmax(dtype, B=2, K=150, h=32, w=40, H=512, W=640):
     exact = exact_dtype(meta(dtype))
     launch("resize_argmax", meta(dtype, B, K, h, w), meta(exact, H, h), meta(exact, W, w))
@@ -189,6 +198,7 @@ def dwconv3x3_gelu(dtype, B=2, h=128, w=128, C=128):
 
 OPS = (masked_attn, mask_bits, point_sample, matching_cost, segment_map, group_norm, norm_relu)
 OPS += (query_layer, window_attn, random_points, resize_argmax, resize_sum, dwconv3x3_gelu)
+OPS += (neighborhood_attn,)
 # sizes of one call after another, none of which may compile anew after the first two
 SIZES = {
     masked_attn: [{"S": s, "Q": q} for s in (1024, 1330, 4096, 16801) for q in (100, 77, 200)],
@@ -215,6 +225,11 @@ SIZES = {
         for h, shift in ((100, 3), (64, 0), (7, 3))
         for heads, b in ((3, 1), (6, 2), (24, 16))
     ],
+    neighborhood_attn: [
+        {"h": h, "H": heads, "kernel": kernel, "dilation": dilation, "B": b}
+        for h, kernel, dilation in ((100, 7, 1), (64, 7, 8), (220, 11, 16), (16, 3, 2))
+        for heads, b in ((3, 1), (6, 2), (24, 16))
+    ],
 }
 SLOW = [pytest.mark.slow]
 # what is made for sm_89 differs from sm_86 in nothing but the name; kernels without tuning tables
@@ -223,7 +238,9 @@ ALIKE = (random_points, resize_argmax, group_norm, norm_relu)  # no tuning: one 
 ALIKE += (resize_sum, dwconv3x3_gelu)
 ARCHITECTURES = [*((op, arch) for arch in (80, 90, 100) for op in OPS if op not in ALIKE)]
 ARCHITECTURES += [
-    (op, arch) for arch in (86, 120) for op in (masked_attn, mask_bits, matching_cost, window_attn)
+    (op, arch)
+    for arch in (86, 120)
+    for op in (masked_attn, mask_bits, matching_cost, window_attn, neighborhood_attn)
 ]
 ARCHITECTURES.append((query_layer, 86))
 VARIANTS = [(op, arch, dtype) for op, arch in ARCHITECTURES for dtype in DTYPES]
@@ -305,6 +322,19 @@ WIDE += [(torch.bfloat16, 64, 7, 90), (torch.bfloat16, 128, 12, 90)]
 def test_windows_of_wide_heads(dtype, D, window, arch, tmp_path):
     with compiling(arch) as compiled:
         window_attn(dtype, H=2, D=D, window=window, shift=window // 2)
+    assert_fits(compiled, arch, tmp_path)
+
+
+WIDE = [(torch.float32, 64, arch) for arch in (80, 86, 90, 100, 120)]
+WIDE += [(torch.float32, 128, arch) for arch in (86, 90, 100)]
+WIDE += [(torch.bfloat16, D, arch) for D in (64, 128) for arch in (86, 90, 100)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "D", "arch"), WIDE)
+def test_neighbors_of_wide_heads(dtype, D, arch, tmp_path):
+    with compiling(arch) as compiled:
+        neighborhood_attn(dtype, H=2, D=D, kernel=11)
     assert_fits(compiled, arch, tmp_path)
 
 

@@ -34,6 +34,10 @@ MIXED = {
         lambda v, r, o, l: ops.ms_deform_attn(v, [(2, 3)], r, o, l),
         [(1, 6, 2, 4), (1, 5, 1, 2), (1, 5, 2, 1, 3, 2), (1, 5, 2, 1, 3)],
     ),
+    "neighborhood_attn": (
+        lambda q, k, v, b: ops.neighborhood_attn(q, k, v, b, 3),
+        [(1, 4, 4, 2, 4), (1, 4, 4, 2, 4), (1, 4, 4, 2, 4), (2, 5, 5)],
+    ),
     "point_sample": (ops.point_sample, [(1, 3, 5, 5), (1, 4, 2)]),
     "resize_argmax": (ops.resize_argmax, [(1, 3, 5, 5), (7, 5), (8, 5)]),
     "resize_sum": (

@@ -28,6 +28,7 @@ CASES = {  # inputs, what follows them, places of the gradients
     "masked_attn": (inputs.masked_attn_inputs(), (), (0, 1, 2)),
     "matching_cost": (inputs.matching_cost_inputs(), (), ()),
     "ms_deform_attn": (inputs.ms_deform_attn_inputs(margin=0.01), (), (0, 2, 3, 4)),
+    "neighborhood_attn": (inputs.neighborhood_attn_inputs(dilation=2), (), (0, 1, 2, 3)),
     "point_mask_loss": (inputs.point_mask_loss_inputs(), FEW_POINTS, (0,)),
     "point_sample": (inputs.point_sample_inputs(spread=0.0), (), (0,)),
     "resize_sum": (inputs.resize_sum_inputs(), (), range(4)),

@@ -12,6 +12,7 @@ from segkern.ops import (
     masked_attn,
     matching_cost,
     ms_deform_attn,
+    neighborhood_attn,
     point_mask_loss,
     point_sample,
     query_layer,
@@ -32,6 +33,7 @@ from support.inputs import (
     matching_cost_inputs,
     moved,
     ms_deform_attn_inputs,
+    neighborhood_attn_inputs,
     point_mask_loss_inputs,
     point_sample_inputs,
     query_layer_inputs,
@@ -122,6 +124,12 @@ OPS = {  # op, inputs, sizes as in a model but small, places of the inputs that 
         window_attn_inputs,
         {"h": 30, "w": 41, "H": 3, "D": 32, "window": 7, "shift": 3},
         (0, 1, 2),
+    ),
+    "neighborhood_attn": (
+        neighborhood_attn,
+        neighborhood_attn_inputs,
+        {"h": 30, "w": 41, "H": 3, "D": 32, "kernel": 7, "dilation": 3},
+        (0, 1, 2, 3),
     ),
     "group_norm": (
         norm_of_groups,

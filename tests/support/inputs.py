@@ -325,6 +325,19 @@ def window_attn_inputs(
 
 
 @_made_on_cpu
+def neighborhood_attn_inputs(
+    B=2, h=9, w=12, H=3, D=16, kernel=3, dilation=1, dtype=torch.float32, seed=0
+) -> list:
+    """q, k and v [B, h, w, H, D], views of one tensor, and bias [H, 2 K - 1, 2 K - 1], normal;
+    kernel and dilation, numbers or pairs."""
+    g = torch.Generator().manual_seed(seed)
+    tall, wide = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    qkv = torch.randn(B, h, w, 3, H, D, generator=g).to(dtype)
+    bias = torch.randn(H, 2 * tall - 1, 2 * wide - 1, generator=g).to(dtype)
+    return [*qkv.unbind(3), bias, kernel, dilation]
+
+
+@_made_on_cpu
 def conv3x3_inputs(B=2, C=6, K=5, h=7, w=10, dtype=torch.float32, seed=0) -> list[Tensor]:
     """x [B, C, h, w], normal, channels last; weight [K, C, 3, 3], so that the sums are about 1."""
     g = torch.Generator().manual_seed(seed)

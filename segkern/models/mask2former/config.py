@@ -28,8 +28,9 @@ class Mask2FormerConfig:
 
     Attributes:
         num_labels: K, at least 1; "no object" is not counted.
-        backbone: "swin_tiny", "swin_small", "swin_base", "swin_large", "resnet_digits", or any
-            timm model with four feature maps.
+        backbone: "swin_tiny", "swin_small", "swin_base", "swin_large", "dinat_mini", "dinat_tiny",
+            "dinat_small", "dinat_base", "dinat_large", "resnet_digits", or any timm model with
+            four feature maps.
         backbone_pretrained: start from timm's ImageNet weights, which are downloaded; those of
             swin_base and swin_large are of ImageNet-22k.
         backbone_options: further arguments of the backbone, such as Swin's depths.

@@ -38,7 +38,8 @@ _TOLD = {  # by nothing else
 }
 _PIXELS = {"MODEL.PIXEL_MEAN": "image_mean", "MODEL.PIXEL_STD": "image_std"}  # of 0 to 255 there
 _LAYERS = "MODEL.MASK_FORMER.DEC_LAYERS"  # one more than here
-_RATE = "MODEL.SWIN.DROP_PATH_RATE"
+_RATE, _DINAT_RATE = "MODEL.SWIN.DROP_PATH_RATE", "MODEL.DINAT.DROP_PATH_RATE"
+_DILATIONS = "MODEL.DINAT.DILATIONS"
 _LEVELS = ["res2", "res3", "res4", "res5"]
 _FIXED = {  # what the architecture does not leave open here
     "MODEL.META_ARCHITECTURE": "MaskFormer",
@@ -63,6 +64,12 @@ _FIXED_SWIN = {
     "MODEL.SWIN.PATCH_NORM": True,
     "MODEL.SWIN.OUT_FEATURES": _LEVELS,
 }
+_FIXED_DINAT = {
+    "MODEL.BACKBONE.NAME": "D2DiNAT",
+    "MODEL.DINAT.QKV_BIAS": True,
+    "MODEL.DINAT.QK_SCALE": None,
+    "MODEL.DINAT.OUT_FEATURES": _LEVELS,
+}
 _FIXED_RESNET = {
     "MODEL.BACKBONE.NAME": "build_resnet_backbone",
     "MODEL.RESNETS.STEM_TYPE": "basic",
@@ -73,13 +80,16 @@ _LISTS = ("depths", "num_heads")  # of a Swin's sizes
 _DEPTHS = {"resnet50": 50, "resnet101": 101, "resnet152": 152}
 
 
-def read(path: Path, shown: dict, swin: bool) -> dict:
+_OF_FAMILY = {"swin": _FIXED_SWIN, "dinat": _FIXED_DINAT, "resnet": _FIXED_RESNET}
+
+
+def read(path: Path, shown: dict, family: str) -> dict:
     """Settings of a config.yaml; {} and a warning where it is of other weights.
 
     Args:
         path: of the file, whose _BASE_ is not followed: what training writes needs none.
         shown: settings that the weights show.
-        swin: whether the backbone is one, or else a ResNet.
+        family: of the backbone: "swin", "dinat" or "resnet".
 
     Raises:
         ValueError: it is no YAML, or has an option that Mask2Former has not here.
@@ -100,15 +110,20 @@ def read(path: Path, shown: dict, swin: bool) -> dict:
             f"{path} is not read: it is of other weights; {'; '.join(other)}", stacklevel=2
         )
         return {}
-    for name, value in (_FIXED | (_FIXED_SWIN if swin else _FIXED_RESNET)).items():
+    for name, value in (_FIXED | _OF_FAMILY[family]).items():
         if found.get(name, value) != value:
             raise ValueError(f"from_pretrained: {path}: {name} must be {value}, got {found[name]}")
     settings = {ours: found[name] for name, ours in _TOLD.items() if name in found}
     for name, ours in _PIXELS.items():
         if name in found:
             settings[ours] = tuple(round(value / 255, 9) for value in found[name])
-    if swin and _RATE in found:
+    if family == "swin" and _RATE in found:
         settings["drop_path_rate"] = found[_RATE]
+    if family == "dinat" and _DINAT_RATE in found:
+        settings["drop_path_rate"] = found[_DINAT_RATE]
+    if family == "dinat" and _DILATIONS in found:
+        dilations = {"dilations": found[_DILATIONS]}
+        settings["backbone_options"] = shown["backbone_options"] | dilations
     return settings
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...io.atomic_files import atomic
+from ...nn.backbones import dinat
 from ...nn.backbones.swin import VARIANTS
 from ...structures.labels import DATASETS
 from ...structures.processing import Processing
@@ -35,6 +36,8 @@ _WRAPPED = ("module.", "_orig_mod.")  # by torch, when a wrapped model was writt
 _MARK = "sem_seg_head.predictor.class_embed.weight"
 _STATISTICS = {"pixel_mean": "image_mean", "pixel_std": "image_std"}  # of 0 to 255, in old files
 _RESNETS = {6: "resnet50", 23: "resnet101", 36: "resnet152"}  # by the blocks of the third stage
+# by its kernel, in the publishers' configurations of DiNAT-L: weights do not show them
+_DILATIONS = {11: [[1, 14, 1], [1, 4, 1, 7], [1, 2, 1, 3] * 4 + [1, 3], [1] * 5]}
 _LEVELS, _POINTS = 3, 4  # of the pixel decoder: the code reads no other number
 _FEEDFORWARD = 1024  # likewise
 _AUTHOR = "segkern"  # without one detectron2 takes a .pkl for one of Caffe2
@@ -57,8 +60,8 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         have no name here keep theirs.
 
     Raises:
-        ValueError: no such checkpoint, one that holds code, or a backbone that is neither Swin nor
-            ResNet.
+        ValueError: no such checkpoint, one that holds code, or a backbone that is neither Swin,
+            DiNAT nor ResNet.
     """
     path = Path(path).expanduser()
     state, own = read_state(path)
@@ -76,8 +79,13 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{other} ({error})") from error
     settings |= shown | own
     if (path.parent / CONFIG).is_file():
-        swin = "backbone.patch_embed.proj.weight" in weights
-        settings |= detectron2_config.read(path.parent / CONFIG, shown, swin)
+        settings |= detectron2_config.read(path.parent / CONFIG, shown, family_of(weights))
+    if family_of(weights) == "dinat" and "dilations" not in settings["backbone_options"]:
+        warnings.warn(
+            f"{path}: a DiNAT of other sizes than the published, whose dilations are in no"
+            f" {CONFIG}: it gets those of classifiers (backbone_options)",
+            stacklevel=3,
+        )
     if not own:
         edges = [name for name in ("shortest_edge", "longest_edge") if name in settings]
         settings = dataset_of(settings["num_labels"], str(path), bool(edges)) | settings
@@ -185,7 +193,7 @@ def read_sizes(weights: dict[str, Tensor], name: str) -> dict:
         name: of the checkpoint, for messages.
 
     Raises:
-        ValueError: a backbone that is neither Swin nor ResNet.
+        ValueError: a backbone that is neither Swin, DiNAT nor ResNet.
     """
 
     def rows(path: str) -> int:
@@ -207,7 +215,7 @@ def read_sizes(weights: dict[str, Tensor], name: str) -> dict:
         "encoder_feedforward_dim": rows("pixel_decoder.layers.0.linear1"),
         "dim_feedforward": rows("query_decoder.layers.0.linear1"),
         "num_attention_heads": heads,
-        **read_backbone(weights, count, name),
+        **read_backbone(weights, count, name, _DILATIONS),
     }
 
 
@@ -238,18 +246,33 @@ def dataset_of(labels: int, name: str, sized: bool = False) -> dict:
     return {"shortest_edge": facts.edges[0], "longest_edge": facts.edges[1], "stuff": stuff}
 
 
-def read_backbone(weights: dict[str, Tensor], count: Callable[[str], int], name: str) -> dict:
+def family_of(weights: dict[str, Tensor]) -> str:
+    """Of the backbone of weights under our names: "swin", "dinat" or "resnet"."""
+    if "backbone.layers.0.blocks.0.attn.rpb" in weights:
+        return "dinat"
+    return "swin" if "backbone.patch_embed.proj.weight" in weights else "resnet"
+
+
+def read_backbone(
+    weights: dict[str, Tensor],
+    count: Callable[[str], int],
+    name: str,
+    dilations: dict[int, list[list[int]]],
+) -> dict:
     """backbone, backbone_options and drop_path_rate that weights under our names show.
 
     Args:
         weights: of `from_original`.
         count: of the different beginnings of names that a pattern finds.
         name: of the checkpoint, for messages.
+        dilations: of published DiNATs, by the kernel; others are left open.
 
     Raises:
-        ValueError: neither Swin nor ResNet.
+        ValueError: neither Swin, DiNAT nor ResNet.
     """
-    if "backbone.patch_embed.proj.weight" in weights:
+    if family_of(weights) == "dinat":
+        return dinat.settings(_dinat(weights, count, dilations)) | {"drop_path_rate": 0.3}
+    if family_of(weights) == "swin":
         tables = [
             weights[f"backbone.layers.{i}.blocks.0.attn.relative_position_bias_table"].shape
             for i in range(4)
@@ -269,10 +292,32 @@ def read_backbone(weights: dict[str, Tensor], count: Callable[[str], int], name:
     blocks = count(r"backbone\.body\.layer3\.\d+\.")
     if blocks not in _RESNETS:
         raise ValueError(
-            f"from_pretrained: {name}: the backbone must be a Swin, ResNet-50, -101 or -152"
+            f"from_pretrained: {name}: the backbone must be a Swin, DiNAT, ResNet-50, -101 or -152"
         )
     frozen = "backbone.body.bn1.num_batches_tracked" not in weights
     return {
         "backbone": _RESNETS[blocks],
         "backbone_options": {"freeze_norm": True} if frozen else {},
+    }
+
+
+def _dinat(
+    weights: dict[str, Tensor], count: Callable[[str], int], dilations: dict[int, list[list[int]]]
+) -> dict:
+    """Arguments of a `Dinat`."""
+    blocks = [f"backbone.layers.{i}.blocks" for i in range(4)]
+    tables = [weights[f"{block}.0.attn.rpb"].shape for block in blocks]
+    depths = [count(rf"{re.escape(block)}\.\d+\.") for block in blocks]
+    hidden, width = weights[f"{blocks[0]}.0.mlp.fc1.weight"].shape
+    kernel = (tables[0][1] + 1) // 2
+    known = dilations.get(kernel, [])
+    fits = [len(stage) for stage in known] == depths
+    return {
+        "embed_dim": width,
+        "depths": depths,
+        "num_heads": [table[0] for table in tables],
+        "kernel_size": kernel,
+        "mlp_ratio": hidden / width,
+        "layer_scale": 1e-5 if f"{blocks[0]}.0.gamma1" in weights else 0.0,
+        **({"dilations": known} if fits else {}),
     }

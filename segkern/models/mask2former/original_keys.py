@@ -37,7 +37,8 @@ _RESNET = [  # stages count from 2 there, and norms lie inside of their convolut
         )
     ),
 ]
-_SWIN = [("backbone.norm#", "backbone.norms.#")]  # its other names are the same
+_SWIN = [("backbone.norm#", "backbone.norms.#")]  # its other names are the same, and a DiNAT's
+_DINAT = re.compile(r"^backbone\.levels\."), "backbone.layers."  # but for this
 _DECODERS = [
     (f"{_HEAD}.transformer.level_embed", "pixel_decoder.level_embed"),
     (f"{_HEAD}.input_proj.#.#", "pixel_decoder.input_proj.#.#"),
@@ -91,7 +92,7 @@ def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         if _COMPUTED.search(name):
             continue
-        for pattern, replacement in _OLD:
+        for pattern, replacement in (*_OLD, _DINAT):
             name = pattern.sub(replacement, name)
         name = renamed(name, rules) or name
         if found := re.fullmatch(rf"({_ATTENTION})in_proj_(weight|bias)", name):

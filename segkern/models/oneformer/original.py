@@ -48,6 +48,12 @@ _NAMES = [  # the first that fits
     )
 ]
 _TELLS = "task_mlp.layers.0.weight"  # which no other model has
+# by its kernel, in the publishers' configurations of DiNAT-L; those of ADE20K at 896 and 1280
+# pixels have others, which weights do not show
+_DILATIONS = {
+    11: [[1, 20, 1], [1, 5, 1, 10], [1, 2, 1, 3, 1, 4, 1, 5] * 2 + [1, 5], [1, 2, 1, 2, 1]],
+    7: [[1, 18, 1], [1, 5, 1, 9], [1, 2, 1, 3, 1, 4] * 3, [1, 2, 1, 2, 1]],
+}
 _LEVELS = 3  # of the pixel decoder: the code reads no other number
 
 
@@ -145,8 +151,15 @@ def read_sizes(weights: dict[str, Tensor], name: str) -> dict:
         "task_seq_len": weights["task_queries.task_mlp.0.weight"].shape[1],
         "is_training": any(key.startswith(TEXT_ENCODER) for key in weights),
         **_dataset(labels, queries, name),
-        **shared.read_backbone(weights, count, name),
+        **shared.read_backbone(weights, count, name, _DILATIONS),
     }
+    told = "dilations" in settings["backbone_options"]
+    if shared.family_of(weights) == "dinat" and (labels == 150 or not told):
+        warnings.warn(
+            f"{name}: its dilations (backbone_options) are in no weights: they are taken to be "
+            + ("those for ADE20K at 640 pixels" if told else "a classifier's"),
+            stacklevel=2,
+        )
     if settings["is_training"]:
         vocabulary, text_width = weights["text_encoder.token_embed.weight"].shape
         learned = weights.get("text_encoder.learned.weight", ())

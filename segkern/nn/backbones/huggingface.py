@@ -3,7 +3,7 @@
 Settings are the fields `backbone`, `backbone_options` and `drop_path_rate` of a model's config. Of
 a Swin there are four spellings: hub and transformers 4, files written by transformers 5,
 transformers 5 in memory, and that of a Swin of transformers' own for its first model of masks; all
-are brought to the first.
+are brought to the first. Of a DiNAT there is one.
 """
 
 import re
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...weights.hf_folders import check_fixed
 from ...weights.state_dicts import name_rules, renamed
+from . import dinat
 from .swin import VARIANTS
 
 ENCODER = "model.pixel_level_module.encoder"
@@ -80,7 +81,33 @@ _RESNET = [
         )
     ),
 ]
-_TABLES = {"swin": _SWIN, "resnet": _RESNET}
+_LEVEL = (f"{ENCODER}.encoder.levels.#", "backbone.layers.#")
+_DINAT = [
+    *(
+        (f"{ENCODER}.embeddings.patch_embeddings.projection.{i}", f"backbone.patch_embed.proj.{i}")
+        for i in range(2)
+    ),
+    (f"{ENCODER}.embeddings.norm", "backbone.patch_embed.norm"),
+    *(
+        (f"{_LEVEL[0]}.layers.#.{theirs}", f"{_LEVEL[1]}.blocks.#.{ours}")
+        for theirs, ours in (
+            ("layernorm_before", "norm1"),
+            ("attention.self.query", "attn.query"),
+            ("attention.self.key", "attn.key"),
+            ("attention.self.value", "attn.value"),
+            ("attention.self.rpb", "attn.rpb"),
+            ("attention.output.dense", "attn.proj"),
+            ("layernorm_after", "norm2"),
+            ("intermediate.dense", "mlp.fc1"),
+            ("output.dense", "mlp.fc2"),
+            ("layer_scale_parameters", "gammas"),  # both
+        )
+    ),
+    (f"{_LEVEL[0]}.downsample.norm", f"{_LEVEL[1]}.downsample.norm"),
+    (f"{_LEVEL[0]}.downsample.reduction", f"{_LEVEL[1]}.downsample.reduction"),
+    *((f"{ENCODER}.hidden_states_norms.stage{i + 1}", f"backbone.norms.{i}") for i in range(4)),
+]
+_TABLES = {"swin": _SWIN, "resnet": _RESNET, "dinat": _DINAT}
 _PREFIXES = {
     "timm_backbone": (f"{ENCODER}._backbone.", "backbone.body."),
     "resnet_digits": (f"{ENCODER}.", "backbone."),
@@ -95,6 +122,14 @@ _FIXED_SWIN = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+_FIXED_DINAT = {
+    "patch_size": 4,
+    "qkv_bias": True,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 _FIXED_RESNET = {
     "embedding_size": 64,
     "hidden_act": "relu",
@@ -105,6 +140,15 @@ _SWIN_FIELDS = ("embed_dim", "depths", "num_heads", "window_size")
 _SWIN = {  # as JSON has them
     name: tuple(list(v) if isinstance(v, tuple) else v for v in map(variant.get, _SWIN_FIELDS))
     for name, variant in VARIANTS.items()
+}
+_DINAT_FIELDS = {  # there, and what a file without it has: here
+    ("embed_dim", 64): "embed_dim",
+    ("depths", (3, 4, 6, 5)): "depths",
+    ("num_heads", (2, 4, 8, 16)): "num_heads",
+    ("kernel_size", 7): "kernel_size",
+    ("dilations", None): "dilations",
+    ("mlp_ratio", 3.0): "mlp_ratio",
+    ("layer_scale_init_value", 0.0): "layer_scale",
 }
 _RESNET = {  # layer_type, depths
     "resnet18": ("basic", (2, 2, 2, 2)),
@@ -136,7 +180,7 @@ def read_backbone(config: dict, name: str) -> dict:
         backbone = {"model_type": "timm_backbone", "backbone": config.get("backbone")}
     family = (backbone or {}).get("model_type")
     stages = (backbone or {}).get("out_features", _STAGES)
-    if family in ("swin", "resnet") and list(stages) != _STAGES:
+    if family in ("swin", "resnet", "dinat") and list(stages) != _STAGES:
         raise ValueError(
             f"from_pretrained: {name}: out_features must be {', '.join(_STAGES)}, got {stages}"
         )
@@ -144,6 +188,10 @@ def read_backbone(config: dict, name: str) -> dict:
         check_fixed(backbone, _FIXED_SWIN, name)
         rate = backbone.get("drop_path_rate", 0.1)
         return _read_swin(backbone) | {"drop_path_rate": rate}
+    if family == "dinat":
+        check_fixed(backbone, _FIXED_DINAT, name)
+        rate = backbone.get("drop_path_rate", 0.1)
+        return _read_dinat(backbone) | {"drop_path_rate": rate}
     if family == "resnet":
         check_fixed(backbone, _FIXED_RESNET, name)
         return _read_resnet(backbone) | {"drop_path_rate": 0.0}
@@ -155,7 +203,7 @@ def read_backbone(config: dict, name: str) -> dict:
             "drop_path_rate": 0.0,
         }
     raise ValueError(
-        f"from_pretrained: {name}: the backbone must be swin, resnet or timm_backbone, "
+        f"from_pretrained: {name}: the backbone must be swin, dinat, resnet or timm_backbone, "
         f"got {family}"
     )
 
@@ -166,6 +214,11 @@ def _read_swin(backbone: dict) -> dict:
         if tuple(values.values()) == variant:
             return {"backbone": name, "backbone_options": {}}
     return {"backbone": "swin_tiny", "backbone_options": values}
+
+
+def _read_dinat(backbone: dict) -> dict:
+    values = {ours: backbone.get(*theirs) for theirs, ours in _DINAT_FIELDS.items()}
+    return dinat.settings(values)
 
 
 def _read_resnet(backbone: dict) -> dict:
@@ -194,6 +247,15 @@ def write_backbone(settings: dict) -> dict:
             "drop_path_rate": settings["drop_path_rate"],
             **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
             **_FIXED_SWIN,
+        }
+    if name in dinat.VARIANTS:
+        sizes = dinat.arguments(name, options)
+        return {
+            "model_type": "dinat",
+            "out_features": _STAGES,
+            "drop_path_rate": settings["drop_path_rate"],
+            **{theirs: sizes[ours] for (theirs, _), ours in _DINAT_FIELDS.items()},
+            **_FIXED_DINAT,
         }
     if name in _RESNET and not set(options) - {"layers", "channels", "freeze_norm"}:
         kind, depths = _RESNET[name]
@@ -227,7 +289,7 @@ def from_huggingface(
     Args:
         state: weights in any of the spellings.
         decoders: the names of all but the backbone, there and here.
-        family: of the backbone: "swin", "resnet", "timm_backbone" or "resnet_digits".
+        family: of the backbone: "swin", "dinat", "resnet", "timm_backbone" or "resnet_digits".
     """
     kept = {}
     for name, value in state.items():
@@ -244,6 +306,9 @@ def from_huggingface(
             parts = [f"{match[1]}{part}{match[2]}" for part in ("query", "key", "value")]
             if all(part in out for part in parts):
                 out[f"{match[1]}qkv{match[2]}"] = torch.cat([out.pop(part) for part in parts])
+        elif family == "dinat" and name.endswith(".gammas") and len(out[name]) == 2:
+            for i, value in enumerate(out.pop(name), 1):
+                out[f"{name.removesuffix('gammas')}gamma{i}"] = value
     return out
 
 
@@ -253,11 +318,14 @@ def to_huggingface(
     """The way back, to the spelling of the hub; arguments as `from_huggingface`."""
     split = {}
     for name, value in state.items():
-        swin = family == "swin"
-        if swin and (match := re.fullmatch(r"(backbone\..*\.attn\.)qkv(\.weight|\.bias)", name)):
+        one = family in ("swin", "dinat")
+        if one and (match := re.fullmatch(r"(backbone\..*\.attn\.)qkv(\.weight|\.bias)", name)):
             for part, piece in zip(("query", "key", "value"), value.chunk(3)):
                 split[f"{match[1]}{part}{match[2]}"] = piece
-        else:
+        elif family == "dinat" and name.endswith(".gamma1"):
+            both = value, state[f"{name.removesuffix('1')}2"]
+            split[f"{name.removesuffix('gamma1')}gammas"] = torch.stack(both)
+        elif family != "dinat" or not name.endswith(".gamma2"):
             split[name] = value
     rules = name_rules((ours, theirs) for theirs, ours in decoders + _TABLES.get(family, []))
     prefix = _PREFIXES.get(family)

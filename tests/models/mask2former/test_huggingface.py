@@ -306,7 +306,7 @@ OPTIONS = [
     ({"model_type": "detr"}, "model_type must be mask2former, got detr"),
     ({"pre_norm": True}, "pre_norm must be False, got True"),
     ({"enforce_input_projection": True}, "enforce_input_projection must be False, got True"),
-    ({"backbone_config": {"model_type": "focalnet"}}, "swin, resnet or timm_backbone, got focal"),
+    ({"backbone_config": {"model_type": "focalnet"}}, "resnet or timm_backbone, got focalnet"),
     ({"backbone_config": None}, "resnet or timm_backbone, got None"),
     (SWIN_PATCH, "patch_size must be 4, got 2"),
     (SWIN_MAPS, r"out_features must be stage1, .*, got"),

@@ -158,7 +158,7 @@ OPTIONS = [
     (edited(activation_function="gelu"), "activation_function must be relu, got gelu"),
     (
         {"backbone_config": {"model_type": "focalnet"}, "segkern": {}},
-        "the backbone must be swin, resnet or timm_backbone, got focalnet",
+        "the backbone must be swin, dinat, resnet or timm_backbone, got focalnet",
     ),
     ({"id2label": {str(i): "x" for i in range(4)}}, "names 4 classes, the weights have 7"),
     ({"id2label": {"1": "a", "2": "b"}}, "id2label must name labels 0, 1, 2"),
