@@ -17,6 +17,7 @@ Differs: a patch where the mask logit is exactly 0 is open; queries stand after 
 attention does not notice.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +35,11 @@ from ...ops import linear, mask_bits
 from ...ops._checks import expect, got
 from ...ops.upscale import masks_of
 from ...structures.logits import QueryLogits
-from ...structures.outputs import output
+from ...structures.outputs import Product, output, returned
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ..build import build
-from ..query_output import given_targets, mask_logits
+from ..query_output import given_targets
 from . import huggingface, original, pretrained
 from .config import EoMTConfig
 
@@ -46,15 +47,17 @@ _POWER = 0.9  # of the fading masks
 
 
 @output
-class EoMTOutput:
+class EoMTOutput(dict):
     """What `EoMT.forward` returns.
 
     Attributes:
         loss: [], weighted sum of `losses`; None without targets.
         class_queries_logits: [B, Q, K + 1]; the last class is "no object".
-        masks_queries_logits: [B, Q, h, w]; None in training with targets, unless
-            `auxiliary_logits` was asked for.
+        masks_queries_logits: [B, Q, h, w]; where there are targets, computed when they are first
+            read.
         last_hidden_state: [B, T, D], queries first.
+        hidden_states: tokens [B, *, D] before each block, and the last, normed; queries first
+            where there are any; if asked for.
         patch_offsets: as they were given, for Hugging Face's image processor.
         auxiliary_logits: class_queries_logits and masks_queries_logits of every prediction but the
             last, if asked for.
@@ -66,6 +69,7 @@ class EoMTOutput:
     class_queries_logits: Tensor | None = None
     masks_queries_logits: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
     patch_offsets: list[Tensor] | None = None
     auxiliary_logits: list[dict[str, Tensor]] | None = None
     losses: dict[str, Tensor] | None = None
@@ -84,9 +88,9 @@ class Prediction(NamedTuple):
     embeddings: Tensor
     features: Tensor
 
-    def masks(self) -> Tensor:
-        """[B, Q, h, w]."""
-        return mask_logits(self.embeddings, self.features.to(self.embeddings.dtype))
+    def product(self) -> Product:
+        """Of which the mask logits [B, Q, h, w] are."""
+        return Product(self.embeddings, self.features.to(self.embeddings.dtype))
 
 
 class EoMT(nn.Module):
@@ -239,8 +243,11 @@ class EoMT(nn.Module):
         found, x = self._tokens(pixel_values, last)
         return [*found, self._prediction(x)], x
 
-    def _tokens(self, pixel_values: Tensor, last: bool) -> tuple[list[Prediction], Tensor]:
-        """All predictions but the last, and the normed tokens [B, T, D] that it comes from."""
+    def _tokens(
+        self, pixel_values: Tensor, last: bool, states: list[Tensor] | None = None
+    ) -> tuple[list[Prediction], Tensor]:
+        """All predictions but the last, and the normed tokens [B, T, D] that it comes from.
+        `states` takes the tokens before each block, and the normed ones."""
         S, encoder = self.config.image_size, self.encoder
         shape = f"B {self.config.input.channels} H W"
         expect("EoMT", "pixel_values", pixel_values, shape, "float", {})
@@ -254,6 +261,8 @@ class EoMT(nn.Module):
         found, first = [], len(encoder.blocks) - self.config.num_blocks
         for i, block in enumerate(encoder.blocks):
             mask = None
+            if states is not None:
+                states.append(x)
             if i == first:
                 queries = self.query.weight.to(x.dtype).expand(len(x), -1, -1)
                 x = torch.cat((x, queries), 1)
@@ -261,7 +270,10 @@ class EoMT(nn.Module):
                 found.append(self._prediction(encoder.norm(x)))
                 mask = self._mask(found[-1], self.attn_mask_probs[i - first])
             x = encoder.run(block, x, turn, mask)
-        return found, encoder.norm(x)
+        x = encoder.norm(x)
+        if states is not None:
+            states.append(x)
+        return found, x
 
     def _prediction(self, x: Tensor) -> Prediction:
         """Of normed tokens [B, T, D]."""
@@ -327,12 +339,14 @@ class EoMT(nn.Module):
     def forward(
         self,
         pixel_values: Tensor,  # [B, C, S, S]
-        mask_labels: list[Tensor] | None = None,  # B of [T_b, S, S]
-        class_labels: list[Tensor] | None = None,  # B of [T_b]
+        mask_labels: Sequence[Tensor] | None = None,  # B of [T_b, *, *]
+        class_labels: Sequence[Tensor] | None = None,  # B of [T_b]
         patch_offsets: list[Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
+        return_dict: bool | None = None,
         targets: Targets | None = None,
-        auxiliary_logits: bool = False,
-    ) -> EoMTOutput:
+    ) -> EoMTOutput | tuple:
         """Predictions, and the loss if there are targets.
 
         Where the loss or the auxiliary logits are asked for, attention has the masks that
@@ -341,12 +355,15 @@ class EoMT(nn.Module):
         Args:
             pixel_values: [B, C, S, S] floating, normalised, padded to the right and below with
                 black.
-            mask_labels: for each image [T_b, S, S] float, bool or uint8; together with
-                `class_labels`.
-            class_labels: for each image [T_b] int64 in [0, K).
+            mask_labels: for each image [T_b, *, *] of any dtype, 1 inside, 0 outside, 255 where a
+                pixel has no weight; all of one size, that of the images or another, as both are
+                seen at the same points. Together with `class_labels`.
+            class_labels: for each image [T_b] integers in [0, K).
             patch_offsets: handed on, as in Hugging Face's model.
-            targets: the same as the labels, packed; not together with the lists.
-            auxiliary_logits: also return the logits of the earlier predictions.
+            output_hidden_states: also give the tokens before each block, and the last, normed.
+            output_auxiliary_logits: also give the logits of the earlier predictions.
+            return_dict: False gives a tuple of what is not None.
+            targets: the same as the labels, packed; not together with them.
 
         Returns:
             An `EoMTOutput`.
@@ -355,26 +372,33 @@ class EoMT(nn.Module):
             TypeError, ValueError: wrong dtype, shape or combination of arguments.
         """
         targets = given_targets(self, pixel_values, mask_labels, class_labels, targets)
-        out = EoMTOutput(patch_offsets=patch_offsets)
-        if targets is None and not auxiliary_logits:
-            _, x = self._tokens(pixel_values, last=True)
+        out, Q = EoMTOutput(patch_offsets=patch_offsets), self.config.num_queries
+        states = [] if output_hidden_states else None
+        if targets is None and not output_auxiliary_logits:
+            _, x = self._tokens(pixel_values, last=True, states=states)
             out.class_queries_logits, embeddings, patches = self._factors(x)
             out.masks_queries_logits = self._masks(embeddings, patches)
-            out.last_hidden_state = x.roll(self.config.num_queries, 1)
-            return out
-        (*earlier, last), x = self.all_predictions(pixel_values)
-        out.class_queries_logits = last.classes
-        out.last_hidden_state = x.roll(self.config.num_queries, 1)
-        if targets is not None:
-            out.loss, out.losses = self._loss([*earlier, last], targets)
-        if not self.training or auxiliary_logits:
-            out.masks_queries_logits = last.masks()
-        if auxiliary_logits:
-            out.auxiliary_logits = [
-                {"class_queries_logits": p.classes, "masks_queries_logits": p.masks()}
-                for p in earlier
-            ]
-        return out
+        else:
+            earlier, x = self._tokens(pixel_values, last=False, states=states)
+            last = self._prediction(x)
+            out.class_queries_logits = last.classes
+            if targets is not None:
+                out.loss, out.losses = self._loss([*earlier, last], targets)
+            unread = targets is not None and not output_auxiliary_logits
+            out.masks_queries_logits = last.product() if unread else last.product().tensor()
+            if output_auxiliary_logits:
+                out.auxiliary_logits = [
+                    {
+                        "class_queries_logits": p.classes,
+                        "masks_queries_logits": p.product().tensor(),
+                    }
+                    for p in earlier
+                ]
+        out.last_hidden_state = x.roll(Q, 1)
+        if states is not None:
+            with_queries = tuple(state.roll(Q, 1) for state in states[-self.config.num_blocks :])
+            out.hidden_states = (*states[: -self.config.num_blocks], *with_queries)
+        return returned(out, return_dict)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, num_labels: int | None = None) -> "EoMT":

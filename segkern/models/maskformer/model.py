@@ -16,6 +16,7 @@ trained: they come from normalised states, as the paper's do, and there is none 
 layer.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,10 +28,20 @@ from ...nn.detr_decoder import DetrDecoder
 from ...nn.fpn_pixel_decoder import FPNPixelDecoder
 from ...nn.mask_criterion import FullMaskCriterion
 from ...structures.logits import QueryLogits
+from ...structures.outputs import returned
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ..build import build
-from ..query_output import QueryOutput, expect_pixels, query_output
+from ..query_output import (
+    HiddenStates,
+    Predictions,
+    QueryOutput,
+    add_hidden_states,
+    expect_pixels,
+    given_targets,
+    only_last,
+    query_output,
+)
 from . import huggingface
 from .config import MaskFormerConfig
 
@@ -137,10 +148,16 @@ class MaskFormer(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
+        return self._predictions(pixel_values, last)[:3]
+
+    def _predictions(self, pixel_values: Tensor, last: bool, hidden: bool = False) -> Predictions:
+        """As `all_predictions`; with `hidden` no map is dropped that was computed on the way."""
         expect_pixels(self, pixel_values)
         maps = self.backbone(pixel_values)
-        class_logits, embeddings = self.query_decoder(maps[-1], last)
-        return class_logits, embeddings, self.pixel_decoder(maps)
+        encoder = tuple(maps if hidden else maps[-1:])
+        classes, embeddings, queries = self.query_decoder.run(maps[-1], last)
+        states = HiddenStates(encoder, (), queries)
+        return Predictions(classes, embeddings, self.pixel_decoder(maps), states)
 
     def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss.
@@ -159,23 +176,28 @@ class MaskFormer(nn.Module):
     def forward(
         self,
         pixel_values: Tensor,  # [B, C, H, W]
+        mask_labels: Sequence[Tensor] | None = None,  # B of [T_b, *, *]
+        class_labels: Sequence[Tensor] | None = None,  # B of [T_b]
         pixel_mask: Tensor | None = None,  # [B, H, W]
-        mask_labels: list[Tensor] | None = None,  # B of [T_b, H, W]
-        class_labels: list[Tensor] | None = None,  # B of [T_b]
+        output_hidden_states: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
+        return_dict: bool | None = None,
         targets: Targets | None = None,
-        auxiliary_logits: bool = False,
-    ) -> QueryOutput:
+    ) -> QueryOutput | tuple:
         """Predictions, and the loss if there are targets.
 
         Args:
             pixel_values: [B, C, H, W] floating, normalised, zero-padded to the right and below.
+            mask_labels: for each image [T_b, *, *] of any dtype, 1 inside, 0 outside, 255 where a
+                pixel has no weight; all of one size, that of the images or another, as both are
+                seen at the same points. Together with `class_labels`.
+            class_labels: for each image [T_b] integers in [0, K).
             pixel_mask: taken for Hugging Face's sake and not used: padding is not masked in
                 MaskFormer.
-            mask_labels: for each image [T_b, H, W] float, bool or uint8; together with
-                `class_labels`.
-            class_labels: for each image [T_b] int64 in [0, K).
-            targets: the same, packed; not together with the lists.
-            auxiliary_logits: also return the logits of the earlier predictions.
+            output_hidden_states: also give what is computed on the way.
+            output_auxiliary_logits: also give the logits of the earlier predictions.
+            return_dict: False gives a tuple of what is not None.
+            targets: the same as the labels, packed; not together with them.
 
         Returns:
             A `MaskFormerOutput`.
@@ -183,15 +205,21 @@ class MaskFormer(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype, shape or combination of arguments.
         """
-        wanted = mask_labels, class_labels, targets
-        if auxiliary_logits or any(w is not None for w in wanted) or not self._composes():
-            return query_output(self, pixel_values, *wanted, auxiliary_logits)
+        targets = given_targets(self, pixel_values, mask_labels, class_labels, targets)
+        asked = output_hidden_states or output_auxiliary_logits
+        if asked or targets is not None or not self._composes():
+            last = only_last(self, targets, output_auxiliary_logits)
+            found = self._predictions(pixel_values, last, bool(output_hidden_states))
+            return query_output(
+                self, found, targets, output_auxiliary_logits, output_hidden_states, return_dict
+            )
         expect_pixels(self, pixel_values)
         maps = self.backbone(pixel_values)
-        class_logits, embeddings = self.query_decoder(maps[-1], last=True)
-        out = QueryOutput(class_queries_logits=class_logits[:, -1])
+        classes, embeddings, queries = self.query_decoder.run(maps[-1], last=True)
+        out = QueryOutput(class_queries_logits=classes[:, -1])
         out.masks_queries_logits = self.pixel_decoder.mask_logits(maps, embeddings[:, -1])
-        return out
+        add_hidden_states(out, HiddenStates((maps[-1],), (), queries), False)
+        return returned(out, return_dict)
 
     def _composes(self) -> bool:
         """Whether mask logits come from composed filters: fewer than the mask features have, and

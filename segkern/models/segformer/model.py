@@ -22,7 +22,7 @@ from ...nn.resized_cross_entropy import resized_cross_entropy
 from ...ops._checks import expect, expect_labels, got
 from ...structures.labels import void_of
 from ...structures.logits import PixelLogits
-from ...structures.outputs import output
+from ...structures.outputs import output, returned
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ...weights.state_dicts import misfits
@@ -33,16 +33,18 @@ from .config import SegFormerConfig
 
 
 @output
-class SegFormerOutput:
+class SegFormerOutput(dict):
     """What `SegFormer.forward` returns.
 
     Attributes:
         loss: [], mean cross entropy of the labelled pixels; None without labels.
         logits: [B, K, h, w], at a quarter of the image's size.
+        hidden_states: the encoder's four maps, finest first, if asked for.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class SegFormer(nn.Module):
@@ -134,6 +136,10 @@ class SegFormer(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
+        return self.head(self._maps(pixel_values))
+
+    def _maps(self, pixel_values: Tensor) -> list[Tensor]:
+        """The encoder's, finest first."""
         shape, config = f"B {self.config.input.channels} H W", self.config
         expect("SegFormer", "pixel_values", pixel_values, shape, "float", {})
         least = max((r - 1) * s + 1 for r, s in zip(config.sr_ratios, self.backbone.strides))
@@ -142,14 +148,16 @@ class SegFormer(nn.Module):
                 f"SegFormer: pixel_values must not be empty, with sides >= {least}, "
                 f"got {got(pixel_values)}"
             )
-        return self.head(self.backbone(pixel_values))
+        return self.backbone(pixel_values)
 
     def forward(
         self,
         pixel_values: Tensor,  # [B, C, H, W]
         labels: Tensor | None = None,  # [B, any, any]
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         normalizer: Tensor | None = None,  # []
-    ) -> SegFormerOutput:
+    ) -> SegFormerOutput | tuple:
         """Class logits, and the loss if there are labels.
 
         Args:
@@ -158,6 +166,8 @@ class SegFormer(nn.Module):
                 than 255 classes); logits are resized to their size. Out of range is an error on
                 the CPU in eager mode; elsewhere, where reading them would synchronise, loss and
                 gradients are NaN.
+            output_hidden_states: also give the encoder's maps.
+            return_dict: False gives a tuple of what is not None.
             normalizer: [], number of labelled pixels that the loss is divided by; None takes those
                 of this batch, at least 1.
 
@@ -168,7 +178,10 @@ class SegFormer(nn.Module):
             TypeError, ValueError: wrong dtype or shape, a label out of range, or labels for a
                 model of one class.
         """
-        out = SegFormerOutput(logits=self.class_logits(pixel_values))
+        maps = self._maps(pixel_values)
+        out = SegFormerOutput(logits=self.head(maps))
+        if output_hidden_states:
+            out.hidden_states = tuple(maps)
         if labels is not None:
             sizes = {"B": len(pixel_values), "device": pixel_values.device}
             expect("SegFormer", "labels", labels, "B H W", "int64", sizes)
@@ -180,7 +193,7 @@ class SegFormer(nn.Module):
                 )
             expect_labels("SegFormer", labels, K, void_of(K))
             out.loss = resized_cross_entropy(out.logits, labels, labels.shape[1:], normalizer)
-        return out
+        return returned(out, return_dict)
 
     def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
         """Nothing besides pixels."""

@@ -21,7 +21,7 @@ from ...nn.vit import LinearDecoder, MaskTransformer, ViT, start_apart, start_lo
 from ...ops._checks import expect, expect_labels, got
 from ...structures.labels import void_of
 from ...structures.logits import PixelLogits
-from ...structures.outputs import output
+from ...structures.outputs import Resized, output, returned
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ...weights.folders import find_folder
@@ -32,12 +32,12 @@ from .config import SegmenterConfig
 
 
 @output
-class SegmenterOutput:
+class SegmenterOutput(dict):
     """What `Segmenter.forward` returns.
 
     Attributes:
         loss: [], mean cross entropy of the labelled pixels; None without labels.
-        logits: [B, K, H, W]; None where a loss was asked for.
+        logits: [B, K, H, W]; where there are labels, computed when they are first read.
     """
 
     loss: Tensor | None = None
@@ -150,15 +150,17 @@ class Segmenter(nn.Module):
         self,
         pixel_values: Tensor,  # [B, C, H, W]
         labels: Tensor | None = None,  # [B, H, W]
+        return_dict: bool | None = None,
         normalizer: Tensor | None = None,  # []
-    ) -> SegmenterOutput:
-        """Class logits of every pixel, or the loss if there are labels.
+    ) -> SegmenterOutput | tuple:
+        """Class logits of every pixel, and the loss if there are labels.
 
         Args:
             pixel_values: [B, C, H, W] floating, normalised.
             labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count (65535 of more
                 than 255 classes). Out of range is an error on the CPU in eager mode; elsewhere,
                 where reading them would synchronise, loss and gradients are NaN.
+            return_dict: False gives a tuple of what is not None.
             normalizer: [], number of labelled pixels that the loss is divided by; None takes those
                 of this batch, at least 1.
 
@@ -172,12 +174,16 @@ class Segmenter(nn.Module):
         patches = self.patch_logits(pixel_values)
         B, _, h, w = patches.shape
         H, W = pixel_values.shape[2:]
+        padded, K = (p * h, p * w), self.config.num_labels
+        logits, out = Resized(patches, padded, (H, W)), SegmenterOutput()
         if labels is None:
-            logits = F.interpolate(patches, size=(p * h, p * w), mode="bilinear")
-            return SegmenterOutput(logits=logits[:, :, :H, :W])
-        expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
-        expect_labels("Segmenter", labels, self.config.num_labels, void_of(self.config.num_labels))
-        return SegmenterOutput(resized_cross_entropy(patches, labels, (p * h, p * w), normalizer))
+            out.logits = logits.tensor()
+        else:
+            expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
+            expect_labels("Segmenter", labels, K, void_of(K))
+            out.logits = logits
+            out.loss = resized_cross_entropy(patches, labels, padded, normalizer)
+        return returned(out, return_dict)
 
     def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
         """Nothing besides pixels."""

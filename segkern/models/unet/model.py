@@ -16,7 +16,7 @@ channels' own convolution has no bias there, so that masks are a product of two 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -219,19 +219,22 @@ class UNet(nn.Module):
         self,
         pixel_values: Tensor,  # [B, C, H, W]
         labels: Tensor | None = None,  # [B, H, W]
-        mask_labels: list[Tensor] | None = None,  # B of [T_b, H, W]
-        class_labels: list[Tensor] | None = None,  # B of [T_b]
+        mask_labels: Sequence[Tensor] | None = None,  # B of [T_b, *, *]
+        class_labels: Sequence[Tensor] | None = None,  # B of [T_b]
+        return_dict: bool | None = None,
         targets: Targets | None = None,
-    ) -> TwoHeadOutput:
+    ) -> TwoHeadOutput | tuple:
         """Predictions, and the loss if there is a truth.
 
         Args:
             pixel_values: [B, C, H, W] floating, normalised.
             labels: of the semantic head: [B, H, W] int64 in [0, K), 255 where a pixel does not
                 count (65535 of more than 255 classes).
-            mask_labels: of the instance head: for each image [T_b, H, W] float, bool or uint8;
-                together with `class_labels`.
-            class_labels: for each image [T_b] int64 in [0, K).
+            mask_labels: of the instance head: for each image [T_b, *, *] of any dtype, 1 inside, 0
+                outside, 255 where a pixel has no weight; all of one size, that of the images or
+                another. Together with `class_labels`.
+            class_labels: for each image [T_b] integers in [0, K).
+            return_dict: False gives a tuple of what is not None.
             targets: the same, packed; alone.
 
         Returns:
@@ -241,7 +244,8 @@ class UNet(nn.Module):
             TypeError, ValueError: wrong dtype, shape or combination of arguments, or a label out
                 of range.
         """
-        return two_heads.forward(self, pixel_values, labels, mask_labels, class_labels, targets)
+        lists = mask_labels, class_labels
+        return two_heads.forward(self, pixel_values, labels, *lists, return_dict, targets)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, num_labels: int | None = None) -> "UNet":

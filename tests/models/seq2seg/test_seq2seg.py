@@ -113,7 +113,7 @@ def test_the_instance_head_is_the_plain_one(mask, size):
     assert_same_gradients(gradients(loss, model), gradients(want, model))
     again = model(image, mask_labels=masks, class_labels=labels)
     assert torch.equal(again.loss, loss)
-    assert again.masks_queries_logits is None
+    torch.testing.assert_close(again.masks_queries_logits, logits, rtol=0, atol=1e-8)
 
 
 def test_recomputation_changes_nothing():
