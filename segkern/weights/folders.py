@@ -1,11 +1,12 @@
 """Folders of models, here or on the Hugging Face hub, and the JSON in them."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from .hub import downloads
+from .hub import Place, downloads
 
 FILES = (  # each of which stands for the folder that it is in
     *("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
@@ -13,18 +14,28 @@ FILES = (  # each of which stands for the folder that it is in
 )
 
 
-def find_folder(name_or_folder: str | Path) -> Path:
+SINGLE = (".pkl", ".pth", ".bin", ".ckpt")  # suffixes of checkpoints that are one file
+
+
+def is_single_file(path: str | Path) -> bool:
+    """Whether a path names a checkpoint that is one file, and not a part of a folder."""
+    path = Path(path)
+    return path.suffix in SINGLE and not (path.name in FILES and is_model(path.parent))
+
+
+def find_folder(name_or_folder: str | Path, place: Place | None = None) -> Path:
     """The folder of a model.
 
     Args:
         name_or_folder: a model's folder, or one of its files; the folder of a training run, which
             has best/, the weights that measured best, or else model/, the newest; or a name on the
             hub, whose files are downloaded.
+        place: of a name on the hub; of a folder here its `subfolder` alone.
 
     Raises:
         ValueError: no such folder, another file, or the hub does not give it.
     """
-    folder = Path(name_or_folder).expanduser()
+    folder, place = Path(name_or_folder).expanduser(), place or Place()
     name = str(name_or_folder)
     if folder.is_file():
         if folder.name not in FILES:
@@ -34,6 +45,9 @@ def find_folder(name_or_folder: str | Path) -> Path:
             )
         folder = folder.parent
     if folder.is_dir():
+        folder = folder / place.subfolder
+        if not folder.is_dir():
+            raise ValueError(f"from_pretrained: no such folder: {folder}")
         if is_model(folder):
             return folder
         inside = [folder / part for part in ("best", "model")]
@@ -42,15 +56,29 @@ def find_folder(name_or_folder: str | Path) -> Path:
         raise ValueError(f"from_pretrained: no such folder: {name}")
     try:
         files = ["config.json", "preprocessor_config.json", "model*.safetensors*"]
-        with downloads():
-            folder = Path(snapshot_download(name, allow_patterns=files))
+        with nullcontext() if place.local_files_only else downloads():
+            folder = _snapshot(name, place, files)
             if not list(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(name, allow_patterns=[*files, "pytorch_model*"]))
+                folder = _snapshot(name, place, [*files, "pytorch_model*"])
     except (OSError, ValueError) as error:
         raise ValueError(
             f"from_pretrained: {name} is no folder here, and the hub does not give it: {error}"
         ) from error
     return folder
+
+
+def _snapshot(name: str, place: Place, files: list[str]) -> Path:
+    """Where files of a repository on the hub are, once they are downloaded."""
+    inside = f"{place.subfolder.strip('/')}/" if place.subfolder else ""
+    folder = snapshot_download(
+        name,
+        revision=place.revision,
+        cache_dir=place.cache_dir,
+        token=place.token,
+        local_files_only=place.local_files_only,
+        allow_patterns=[inside + file for file in files],
+    )
+    return Path(folder) / inside
 
 
 def is_model(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from ...ops._checks import expect_integer
 from ...structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import QueryLogits
 from ...structures.settings import InputConfig
+from .. import manners
 
 _TASKS = ("panoptic", "instance", "semantic")
 _SIZES = {  # hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, num_blocks
@@ -76,6 +77,8 @@ class EoMTConfig:
         image_std: likewise.
     """
 
+    to_dict, to_json_string = manners.to_dict, manners.to_json_string
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses"]  # read by transformers' Trainer
     kind: ClassVar[str] = "eomt"
     logits: ClassVar[type] = QueryLogits
 

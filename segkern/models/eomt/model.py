@@ -38,7 +38,7 @@ from ...structures.logits import QueryLogits
 from ...structures.outputs import Product, output, returned
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ..build import build
+from .. import manners
 from ..query_output import given_targets
 from . import huggingface, original, pretrained
 from .config import EoMTConfig
@@ -103,6 +103,10 @@ class EoMT(nn.Module):
         ValueError: timm has no such backbone or no weights of it, or they do not fit.
     """
 
+    config_class = EoMTConfig
+    main_input_name = "pixel_values"
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = (
         "class_predictor.weight",
         "class_predictor.bias",
@@ -401,27 +405,23 @@ class EoMT(nn.Module):
         return returned(out, return_dict)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, num_labels: int | None = None) -> "EoMT":
-        """Opens a checkpoint in Hugging Face's format, or a file of the original code.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: name on the hub or a folder, written by transformers ("eomt" or
-                "eomt_dinov3") or `save_pretrained`, or the folder of a training run; or a .bin,
-                .pth or .ckpt file of the original code, of a model of DINOv2.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of Hugging Face's format, or a .bin, .pth or .ckpt file of the
+                original code, of a model of DINOv2.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: the weights are not those of the configured model (names the keys); nothing
-                is loaded then.
+            ValueError: a file is missing or is not what it should be.
         """
-        if original.is_file(name_or_folder):
-            settings, weights = original.read_file(name_or_folder)
+        if original.is_file(source):
+            settings, weights = original.read_file(source)
         else:
-            settings, weights = huggingface.read_folder(name_or_folder, num_labels)
+            settings, weights = huggingface.read_folder(source, num_labels)
         # what some files leave out: a model that is handed on is trained to its end
         absent = {
             "attn_mask_probs": torch.zeros(settings["num_blocks"]),
@@ -429,8 +429,7 @@ class EoMT(nn.Module):
                 settings["num_labels"], settings.get("no_object_weight", 0.1)
             ),
         }
-        settings = settings | {"local_start": False}
-        return build(name_or_folder, cls, EoMTConfig, settings, absent | weights, num_labels)
+        return settings | {"local_start": False}, absent | weights
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, preprocessor_config.json and model.safetensors as transformers reads

@@ -7,6 +7,7 @@ from typing import ClassVar
 from ...structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import QueryLogits
 from ...structures.settings import InputConfig
+from .. import manners
 
 _DATASETS = ("coco", "ade20k", "cityscapes")
 _HOME = {"panoptic": "coco", "instance": "coco", "semantic": "ade20k"}
@@ -64,6 +65,8 @@ class Mask2FormerConfig:
         size_divisor: sides of a batch are padded to a multiple of it.
     """
 
+    to_dict, to_json_string = manners.to_dict, manners.to_json_string
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses"]  # read by transformers' Trainer
     kind: ClassVar[str] = "mask2former"
     tasks: ClassVar[tuple[str, ...]] = ("panoptic", "instance", "semantic")
     logits: ClassVar[type] = QueryLogits

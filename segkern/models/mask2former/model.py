@@ -27,7 +27,7 @@ from ...nn.query_decoder import QueryDecoder
 from ...structures.logits import QueryLogits
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ..build import build
+from .. import manners
 from ..query_output import (
     HiddenStates,
     Predictions,
@@ -50,6 +50,10 @@ class Mask2Former(nn.Module):
             call `model.to(memory_format=torch.contiguous_format)`.
     """
 
+    config_class = Mask2FormerConfig
+    main_input_name = "pixel_values"
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = (
         "query_decoder.class_embed.weight",
         "query_decoder.class_embed.bias",
@@ -217,29 +221,21 @@ class Mask2Former(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_folder: str | Path, num_labels: int | None = None
-    ) -> "Mask2Former":
-        """Opens a checkpoint in Hugging Face's format, or a .pkl file of the original code.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
-                `save_pretrained`, or the folder of a training run; or a .pkl file.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of Hugging Face's format, or a .pkl file of the original code.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: the weights are not those of the configured model (names the keys); nothing
-                is loaded then.
+            ValueError: a file is missing or is not what it should be.
         """
-        if Path(name_or_folder).suffix == original.SUFFIX:
-            settings, weights = original.read_file(name_or_folder)
-        else:
-            settings, weights = huggingface.read_folder(name_or_folder, num_labels)
-        return build(name_or_folder, cls, Mask2FormerConfig, settings, weights, num_labels)
+        if Path(source).suffix == original.SUFFIX:
+            return original.read_file(source)
+        return huggingface.read_folder(source, num_labels)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors as transformers reads them.

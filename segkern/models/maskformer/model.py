@@ -31,7 +31,7 @@ from ...structures.logits import QueryLogits
 from ...structures.outputs import returned
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ..build import build
+from .. import manners
 from ..query_output import (
     HiddenStates,
     Predictions,
@@ -55,6 +55,10 @@ class MaskFormer(nn.Module):
             `model.to(memory_format=torch.contiguous_format)`.
     """
 
+    config_class = MaskFormerConfig
+    main_input_name = "pixel_values"
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = (
         "query_decoder.class_embed.weight",
         "query_decoder.class_embed.bias",
@@ -229,26 +233,19 @@ class MaskFormer(nn.Module):
         return exact and self.config.num_queries < len(weight)
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_folder: str | Path, num_labels: int | None = None
-    ) -> "MaskFormer":
-        """Opens a checkpoint in Hugging Face's format.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
-                `save_pretrained`, or the folder of a training run.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of Hugging Face's format.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: the weights are not those of the configured model (names the keys); nothing
-                is loaded then.
+            ValueError: a file is missing or is not what it should be.
         """
-        settings, weights = huggingface.read_folder(name_or_folder, num_labels)
-        return build(name_or_folder, cls, MaskFormerConfig, settings, weights, num_labels)
+        return huggingface.read_folder(source, num_labels)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors as transformers reads them.

@@ -7,6 +7,7 @@ from ...ops._checks import expect_integer
 from ...structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import PixelLogits
 from ...structures.settings import InputConfig
+from .. import manners
 
 # channels and depths of the encoders, and width of the head
 SIZES = {
@@ -61,6 +62,8 @@ class SegFormerConfig:
             Face's processor alone, as data formats here know it themselves.
     """
 
+    to_dict, to_json_string = manners.to_dict, manners.to_json_string
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses"]  # read by transformers' Trainer
     kind: ClassVar[str] = "segformer"
     tasks: ClassVar[tuple[str, ...]] = ("semantic",)
     logits: ClassVar[type] = PixelLogits

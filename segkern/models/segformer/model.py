@@ -26,8 +26,7 @@ from ...structures.outputs import output, returned
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ...weights.state_dicts import misfits
-from .. import pixel_output
-from ..build import build
+from .. import manners, pixel_output
 from . import huggingface, original
 from .config import SegFormerConfig
 
@@ -59,6 +58,10 @@ class SegFormer(nn.Module):
         ValueError: the pretrained backbone cannot be had, or does not fit.
     """
 
+    config_class = SegFormerConfig
+    main_input_name = "pixel_values"
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = ("head.classifier.weight", "head.classifier.bias")
 
     def __init__(self, config: SegFormerConfig):
@@ -252,44 +255,38 @@ class SegFormer(nn.Module):
         return pixel_output.labelled_loss(self, pixel_values, targets)
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_folder: str | Path, num_labels: int | None = None
-    ) -> "SegFormer":
-        """Opens a checkpoint in Hugging Face's format, or a .pth file of the original code.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
-                `save_pretrained`, or the folder of a training run; or a .pth file.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of Hugging Face's format, or a .pth file of the original code.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: a file is missing or is not what it should be, or the weights are not those
-                of the configured model (names the keys); nothing is loaded then.
+            ValueError: a file is missing or is not what it should be.
         """
-        if Path(name_or_folder).suffix == original.SUFFIX:
-            settings, weights = original.read_file(name_or_folder)
+        if Path(source).suffix == original.SUFFIX:
+            settings, weights = original.read_file(source)
         else:
-            settings, weights = huggingface.read_folder(name_or_folder)
+            settings, weights = huggingface.read_folder(source)
         if not any(name.startswith("head.") for name in weights):
             raise ValueError(
-                f"SegFormer: {name_or_folder} holds an encoder alone: start from it by backbone="
-                f"'{name_or_folder}', backbone_pretrained=True in a SegFormerConfig, or by "
+                f"SegFormer: {source} holds an encoder alone: start from it by backbone="
+                f"'{source}', backbone_pretrained=True in a SegFormerConfig, or by "
                 "model.load_encoder"
             )
         found = weights.get("head.classifier.bias")
         if found is not None and len(found) != settings["num_labels"]:
             if num_labels is None:
                 raise ValueError(
-                    f"SegFormer: {name_or_folder}: config.json names {settings['num_labels']} "
+                    f"SegFormer: {source}: config.json names {settings['num_labels']} "
                     f"classes, the weights have {len(found)}; num_labels=... starts the class "
                     "head anew"
                 )
             settings |= {"num_labels": len(found), "id2label": None}
-        return build(name_or_folder, cls, SegFormerConfig, settings, weights, num_labels)
+        return settings, weights
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, preprocessor_config.json and model.safetensors as transformers reads

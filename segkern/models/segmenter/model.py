@@ -25,8 +25,7 @@ from ...structures.outputs import Resized, output, returned
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ...weights.folders import find_folder
-from .. import pixel_output
-from ..build import build
+from .. import manners, pixel_output
 from . import original
 from .config import SegmenterConfig
 
@@ -55,6 +54,10 @@ class Segmenter(nn.Module):
         ValueError: timm has no such backbone or no weights of it, or they do not fit.
     """
 
+    config_class = SegmenterConfig
+    main_input_name = "pixel_values"
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = (
         *("decoder.head.weight", "decoder.head.bias"),  # of the linear decoder
         *("decoder.cls_emb", "decoder.mask_norm.weight", "decoder.mask_norm.bias"),
@@ -240,26 +243,20 @@ class Segmenter(nn.Module):
         return pixel_output.labelled_loss(self, pixel_values, targets)
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_folder: str | Path, num_labels: int | None = None
-    ) -> "Segmenter":
-        """Opens a checkpoint: `checkpoint.pth` and `variant.yml` of the original code, or
-        `config.json` and `model.safetensors` of `save_pretrained`.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: a folder, one of those files, the folder of a training run, or a name
-                on the hub.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of `save_pretrained`, or of checkpoint.pth and variant.yml of the
+                original code.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: a file is missing or is not what it should be, or the weights are not those
-                of the model that is described (names the keys).
+            ValueError: a file is missing or is not what it should be.
         """
-        folder = find_folder(name_or_folder)
+        folder = find_folder(source)
         settings, weights = original.read_folder(folder)
         unknown = sorted(settings.keys() - {f.name for f in fields(SegmenterConfig)})
         if unknown:
@@ -270,7 +267,7 @@ class Segmenter(nn.Module):
             raise ValueError(
                 f"Segmenter: {folder} has weights for {found} labels, its settings say {labels}"
             )
-        return build(folder, cls, SegmenterConfig, settings, weights, num_labels)
+        return settings, weights
 
     def save_pretrained(self, folder: str | Path, format: str = "segkern") -> None:
         """Writes the model.

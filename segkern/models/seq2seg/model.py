@@ -29,7 +29,7 @@ from ...nn.vit import start_locally
 from ...structures.logits import PixelLogits, QueryLogits
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from .. import own_format, two_heads
+from .. import manners, own_format, two_heads
 from ..two_heads import TwoHeadOutput
 from .config import Seq2SegConfig
 
@@ -43,6 +43,10 @@ class Seq2Seg(nn.Module):
         config: what to build; weights are random.
     """
 
+    config_class = Seq2SegConfig
+    main_input_name = "pixel_values"
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = (
         *("decoder.weight", "decoder.bias"),  # of the semantic head
         *("class_embed.weight", "class_embed.bias", "criterion.empty_weight"),
@@ -179,25 +183,19 @@ class Seq2Seg(nn.Module):
         return two_heads.forward(self, pixel_values, labels, *lists, return_dict, targets)
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_folder: str | Path, num_labels: int | None = None
-    ) -> "Seq2Seg":
-        """Opens what `save_pretrained` wrote.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: a folder, one of its files, the folder of a training run, or a name on
-                the hub.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of `save_pretrained`.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: a file is missing or is not what it should be, or the weights are not those
-                of the model that is described (names the keys).
+            ValueError: a file is missing or is not what it should be.
         """
-        return own_format.opened(cls, Seq2SegConfig, name_or_folder, num_labels)
+        return own_format.read_known(cls, source)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors.
