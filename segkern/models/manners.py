@@ -103,9 +103,13 @@ def dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def num_parameters(model: nn.Module, only_trainable: bool = False) -> int:
-    """How many numbers the weights are, or those of them that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not only_trainable)
+def num_parameters(
+    model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """How many numbers the weights are: all, those that are trained, those of no embedding."""
+    parts = (m for m in model.modules() if not (exclude_embeddings and type(m) is nn.Embedding))
+    found = {p for m in parts for p in m.parameters(recurse=False)}
+    return sum(p.numel() for p in found if p.requires_grad or not only_trainable)
 
 
 def to_dict(config) -> dict:

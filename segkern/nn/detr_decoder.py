@@ -142,7 +142,7 @@ class DetrDecoder(nn.Module):
         """As `forward`; and what goes into each layer and, normalised, comes out of the last,
         [B, Q, C] each."""
         position = self.query_embed.weight
-        x = torch.zeros_like(position).expand(len(feature), -1, -1)
+        x = torch.zeros_like(position).expand(feature.shape[0], -1, -1)
         states = [x]
         for layer, key, value in zip(self.layers, *self._keys_values(feature)):
             x = layer(x, position, key, value)

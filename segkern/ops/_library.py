@@ -181,6 +181,12 @@ def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:
     return True
 
 
+def is_exported() -> bool:
+    """Whether what runs is recorded by torch.export or torch.jit.trace, as a graph for batches of
+    other sizes, too: a loop over images would be one of the recorded number."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def simd_level() -> str:
     """The instruction set that the cloned CPU loops run with on this machine."""
     if platform.machine() != "x86_64":

@@ -255,7 +255,7 @@ class EoMT(nn.Module):
         S, encoder = self.config.image_size, self.encoder
         shape = f"B {self.config.input.channels} H W"
         expect("EoMT", "pixel_values", pixel_values, shape, "float", {})
-        if pixel_values.shape[2:] != (S, S) or len(pixel_values) == 0:
+        if pixel_values.shape[2:] != (S, S) or pixel_values.shape[0] == 0:
             raise ValueError(
                 f"EoMT: pixel_values must be [B >= 1, C, {S}, {S}], the size of the config "
                 f"(image_size), got {got(pixel_values)}"
@@ -268,7 +268,7 @@ class EoMT(nn.Module):
             if states is not None:
                 states.append(x)
             if i == first:
-                queries = self.query.weight.to(x.dtype).expand(len(x), -1, -1)
+                queries = self.query.weight.to(x.dtype).expand(x.shape[0], -1, -1)
                 x = torch.cat((x, queries), 1)
             if i >= first and not last:
                 found.append(self._prediction(encoder.norm(x)))

@@ -27,6 +27,7 @@ from ...nn.backbones import build_backbone
 from ...nn.detr_decoder import DetrDecoder
 from ...nn.fpn_pixel_decoder import FPNPixelDecoder
 from ...nn.mask_criterion import FullMaskCriterion
+from ...ops._library import is_exported
 from ...structures.logits import QueryLogits
 from ...structures.outputs import returned
 from ...structures.roles import Role, parameter_roles
@@ -226,11 +227,13 @@ class MaskFormer(nn.Module):
         return returned(out, return_dict)
 
     def _composes(self) -> bool:
-        """Whether mask logits come from composed filters: fewer than the mask features have, and
-        not in half precision, which would round them."""
+        """Whether mask logits come from composed filters: fewer than the mask features have, not
+        in half precision, which would round them, and not in a graph for any number of images, as
+        each has filters of its own."""
         weight = self.pixel_decoder.mask_features.weight
         exact = weight.dtype.itemsize >= 4 and not torch.is_autocast_enabled(weight.device.type)
-        return exact and self.config.num_queries < len(weight)
+        fewer = self.config.num_queries < len(weight)
+        return exact and fewer and not is_exported()
 
     @classmethod
     def read_pretrained(

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...nn.bert import Bert
 from ...nn.linear import Linear
+from ...nn.maps import keep_channels_last
 from ...nn.mask_criterion import FullMaskCriterion
 from ...ops._norm_relu import norm_relu
 from ...structures.logits import PixelLogits, QueryLogits
@@ -132,7 +133,7 @@ class UNet(nn.Module):
                 config.dice_weight,
                 config.no_object_weight,
             )
-        self.to(memory_format=torch.channels_last)
+        keep_channels_last(self)
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """Keep only the inputs of the blocks for backward, and compute the rest again.

@@ -180,7 +180,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # [B, h, w, C]
         for block in self.blocks:
-            drawn = drop_path.draw(block.drop_path, len(x), x.device, block.training)
+            drawn = drop_path.draw(block.drop_path, x.shape[0], x.device, block.training)
             inputs = (x, offsets, *drawn)
             if self.checkpointing and self.training:
                 # nothing random is inside: a generator's state cannot be read in a CUDA graph
