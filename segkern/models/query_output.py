@@ -28,7 +28,8 @@ class QueryOutput(dict):
         auxiliary_logits: class_queries_logits and masks_queries_logits of every prediction but the
             last, if asked for.
         encoder_last_hidden_state: [B, *, *, *], the backbone's coarsest map.
-        pixel_decoder_last_hidden_state: [B, M, h, w], the mask features, where they are formed.
+        pixel_decoder_last_hidden_state: [B, M, h, w], the mask features; of MaskFormer, which may
+            not form them, if asked for.
         transformer_decoder_last_hidden_state: [B, Q, C], queries after the last layer.
         encoder_hidden_states: the backbone's four maps, finest first, if asked for, as the next.
         pixel_decoder_hidden_states: [B, C, *, *] each, coarsest first; of Mask2Former.
@@ -58,11 +59,13 @@ class HiddenStates(NamedTuple):
         encoder: the backbone's maps, finest first.
         pixel_decoder: [B, C, *, *] each, coarsest first; () of a model that has no such maps.
         decoder: [B, Q, C] each, queries before each layer and after the last.
+        features: [B, M, h, w], the mask features; None of a model that need not form them.
     """
 
     encoder: tuple[Tensor, ...]
     pixel_decoder: tuple[Tensor, ...]
     decoder: tuple[Tensor, ...]
+    features: Tensor | None = None
 
 
 class Predictions(NamedTuple):
@@ -124,7 +127,6 @@ def query_output(
             }
             for r in range(classes.shape[1] - 1)
         ]
-    out.pixel_decoder_last_hidden_state = features
     add_hidden_states(out, hidden, output_hidden_states)
     return returned(out, return_dict)
 
@@ -134,6 +136,7 @@ def add_hidden_states(
 ) -> None:
     """Gives an output what was computed on the way: the last of each, and all if asked for."""
     out.encoder_last_hidden_state = hidden.encoder[-1]
+    out.pixel_decoder_last_hidden_state = hidden.features
     out.transformer_decoder_last_hidden_state = hidden.decoder[-1]
     if output_hidden_states:
         out.encoder_hidden_states = hidden.encoder

@@ -172,5 +172,5 @@ def group_norm(
     rows, coarse = (t if t is None else t.permute(0, 2, 3, 1) for t in (x, up))
     # else PyTorch's relu: on a CPU, because it frees its gradient
     cut = relu and (not torch.is_grad_enabled() or (x.is_cuda and up is None))
-    out = _GroupNorm.apply(rows, weight, bias, groups, eps, cut, coarse)
+    out = _library.applied(_GroupNorm, rows, weight, bias, groups, eps, cut, coarse)
     return (out if cut or not relu else out.relu_()).permute(0, 3, 1, 2)

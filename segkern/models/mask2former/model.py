@@ -165,7 +165,7 @@ class Mask2Former(nn.Module):
         if hidden:
             split = pixels.split([h * w for h, w in shapes], 1)
             levels = tuple(x.mT.unflatten(2, size) for x, size in zip(split, shapes))
-        states = HiddenStates(encoder, levels, queries)
+        states = HiddenStates(encoder, levels, queries, mask_features)
         return Predictions(classes, embeddings, mask_features, states)
 
     def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:

@@ -161,8 +161,9 @@ class MaskFormer(nn.Module):
         maps = self.backbone(pixel_values)
         encoder = tuple(maps if hidden else maps[-1:])
         classes, embeddings, queries = self.query_decoder.run(maps[-1], last)
-        states = HiddenStates(encoder, (), queries)
-        return Predictions(classes, embeddings, self.pixel_decoder(maps), states)
+        features = self.pixel_decoder(maps)
+        states = HiddenStates(encoder, (), queries, features if hidden else None)
+        return Predictions(classes, embeddings, features, states)
 
     def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss.
