@@ -193,11 +193,15 @@ WRONG = {
     "labels of another size": ("semantic", {"labels": MAP[:, :9]}, "labels must be"),
     "masks for pixels": ("semantic", LISTS, "are for task_head 'instance': give labels"),
     "labels for objects": ("instance", {"labels": MAP}, "labels are for task_head 'semantic'"),
-    "masks alone": ("instance", {"mask_labels": LISTS["mask_labels"]}, "must be given together"),
+    "masks alone": (
+        "instance",
+        {"mask_labels": LISTS["mask_labels"]},
+        "together, or targets alone",
+    ),
     "both": (
         "instance",
         LISTS | {"targets": targets_of((32, 40))[2]},
-        "targets must be given alone",
+        "together, or targets alone",
     ),
     "no map": (
         "semantic",
