@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Union
 
-from ..weights.folders import FILES, find_folder, is_model, model_type
+import torch
+
+from ..weights.folders import find_folder, is_single_file, model_type
+from ..weights.hub import Place
 from ..weights.state_dicts import misfits, with_new_head
 from ..weights.unpickling import names
 from .eomt import EoMT as EoMT
@@ -130,7 +133,19 @@ def build_model(config: ModelConfig, pretrained: bool = True) -> SegmentationMod
     return model
 
 
-def open_model(name: str | Path) -> SegmentationModel:
+def open_model(
+    name: str | Path,
+    num_labels: int | None = None,
+    id2label: dict[int, str] | None = None,
+    label2id: dict[str, int] | None = None,
+    ignore_mismatched_sizes: bool = False,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+) -> SegmentationModel:
     """Opens a checkpoint of any model, in eval mode.
 
     Args:
@@ -138,15 +153,28 @@ def open_model(name: str | Path) -> SegmentationModel:
             wrote, or a file in it, or a file of an original code: .pkl or .pth of Mask2Former's
             or OneFormer's, .pth of SegFormer's, .bin, .ckpt or .pth of EoMT's; the folder of a
             training run; or a name on the hub.
+        num_labels, id2label, label2id: of a new task; as of `manners.from_pretrained`, which the
+            others are of, too.
+        ignore_mismatched_sizes: weights of another shape start anew.
+        dtype: of the model's floating weights; "auto" takes the checkpoint's. None is float32.
+        revision, cache_dir, token, local_files_only: of a name on the hub.
+        subfolder: of the folder, or of the repository on the hub.
 
     Raises:
-        ValueError: of no kind that segkern has; or see each model's `from_pretrained`.
+        ValueError: of no kind that segkern has; or see `manners.from_pretrained`.
     """
-    path = Path(name)
-    described = path.name in FILES and is_model(path.parent)
-    if not described and (kind := _kind_of_file(path)):
-        return MODELS[kind].model.from_pretrained(name)
-    folder = find_folder(name)
+    options = {
+        "num_labels": num_labels,
+        "id2label": id2label,
+        "label2id": label2id,
+        "ignore_mismatched_sizes": ignore_mismatched_sizes or None,
+        "dtype": dtype,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    if is_single_file(name) and (kind := _kind_of_file(Path(name))):
+        return MODELS[kind].model.from_pretrained(name, **options)
+    place = Place(revision, cache_dir, token, local_files_only, subfolder)
+    folder = find_folder(name, place)
     kinds = [
         kind
         for kind, row in MODELS.items()
@@ -160,7 +188,7 @@ def open_model(name: str | Path) -> SegmentationModel:
                 f"open_model: {name}: model_type must be one of {', '.join(MODELS)}, got {found}"
             )
     kind = kinds[0]
-    return MODELS[kind].model.from_pretrained(folder)
+    return MODELS[kind].model.from_pretrained(folder, **options)
 
 
 def _kind_of_file(path: Path) -> str | None:

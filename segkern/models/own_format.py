@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..io.atomic_files import atomic, write_json
 from ..weights.folders import find_folder
-from ..weights.state_dicts import on_disk
-from .build import Model, build
+from ..weights.state_dicts import on_disk, unwrapped
 
 
 def write(folder: str | Path, kind: str, settings: dict, weights: dict[str, Tensor]) -> None:
@@ -52,7 +51,8 @@ def read(folder: Path, kind: str, name: str) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{name}: {folder / 'config.json'} is not of a {name}")
     if names := settings.get("id2label"):
         settings["id2label"] = {int(k): v for k, v in names.items()}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}, weights
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return settings, unwrapped(weights)
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -60,25 +60,18 @@ def save(model: nn.Module, folder: str | Path) -> None:
     write(folder, model.config.kind, asdict(model.config), model.state_dict())
 
 
-def opened(cls: type[Model], config: type, source: str | Path, num_labels: int | None) -> Model:
-    """Opens what `save` wrote.
+def read_known(cls: type[nn.Module], source: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Settings and weights of what `save` wrote.
 
     Args:
-        cls: class of the model, which takes a config.
-        config: class of its settings.
+        cls: class of the model, whose `config_class` must know all settings.
         source: as `find_folder` takes it.
-        num_labels: K of the new task; where it differs from the checkpoint's, the class head
-            starts anew. None keeps the checkpoint's.
-
-    Returns:
-        The model in eval mode.
 
     Raises:
-        ValueError: a file is missing or is not what it should be, settings that are not known, or
-            weights that are not those of the model that is described (names the keys).
+        ValueError: a file is missing or is not what it should be, or settings that are not known.
     """
-    name, folder = cls.__name__, find_folder(source)
+    name, config, folder = cls.__name__, cls.config_class, find_folder(source)
     settings, weights = read(folder, config.kind, name)
     if unknown := sorted(settings.keys() - {f.name for f in fields(config)}):
         raise ValueError(f"{name}: {folder} has unknown settings: {', '.join(unknown)}")
-    return build(folder, cls, config, settings, weights, num_labels)
+    return settings, weights

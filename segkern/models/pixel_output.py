@@ -36,7 +36,8 @@ def labelled_loss(
     """The training loss.
 
     Args:
-        model: called with pixels, labels [B, H, W] and what their loss is divided by.
+        model: called with pixels, labels [B, H, W] and `normalizer`, what their loss is divided
+            by.
         pixel_values: [B, C, H, W] floating, normalised.
         targets: of the same B images, on the same device, with `semantic`.
 
@@ -49,5 +50,6 @@ def labelled_loss(
     if targets.semantic is None:
         name = type(model).__name__
         raise ValueError(f"{name}: targets must have a semantic map, got None")
-    loss = model(pixel_values, targets.semantic.long(), targets.pixel_normalizer).loss
+    labels, normalizer = targets.semantic.long(), targets.pixel_normalizer
+    loss = model(pixel_values, labels, normalizer=normalizer).loss
     return loss, {"loss_cross_entropy": loss[None]}

@@ -4,6 +4,8 @@ says: their output, the loss of either head, and settings that follow from other
 Letters: B image, H W image size, Q query, K class, h w size of the mask logits.
 """
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,23 +13,24 @@ from ..nn.pixel_bce import pixel_bce
 from ..ops._checks import expect, expect_integer, expect_labels, got
 from ..structures.labels import Labels, void_of
 from ..structures.logits import PixelLogits, QueryLogits
-from ..structures.outputs import output
+from ..structures.outputs import Product, output, returned
 from ..structures.settings import InputConfig
 from ..structures.targets import Targets
+from .query_output import given_targets
 
 HEADS = ("semantic", "instance")
 
 
 @output
-class TwoHeadOutput:
+class TwoHeadOutput(dict):
     """What `forward` returns; None is what the head or the arguments do not give.
 
     Attributes:
         loss: [], of the labels or targets.
-        logits: [B, K, H, W], of the semantic head; None where a loss was asked for.
+        logits: [B, K, H, W], of the semantic head.
         class_queries_logits: [B, Q, K + 1], of the instance head; the last class is "no object".
         masks_queries_logits: [B, Q, h, w], of the instance head, of the image padded to its
-            divisor; None in training with targets.
+            divisor; where there are targets, computed when they are first read.
         losses: unweighted parts of the loss by name, [1] each.
     """
 
@@ -122,13 +125,6 @@ def padded(model: nn.Module, pixel_values: Tensor) -> Tensor:
     return F.pad(pixel_values, (0, -W % divisor, 0, -H % divisor))
 
 
-def mask_logits(found: QueryLogits) -> Tensor:
-    """[B, Q, h, w]."""
-    if found.features is None:
-        return found.masks
-    return (found.masks @ found.features.flatten(2)).unflatten(2, found.features.shape[2:])
-
-
 def loss_of_pixels(
     model: nn.Module,
     found: PixelLogits,
@@ -188,31 +184,26 @@ def forward(
     model: nn.Module,
     pixel_values: Tensor,
     labels: Tensor | None,
-    mask_labels: list[Tensor] | None,
-    class_labels: list[Tensor] | None,
+    mask_labels: Sequence[Tensor] | None,
+    class_labels: Sequence[Tensor] | None,
+    return_dict: bool | None,
     targets: Targets | None,
-) -> TwoHeadOutput:
+) -> TwoHeadOutput | tuple:
     """Predictions, and the loss if there is a truth; what `Seq2Seg.forward` has is not said again.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or combination of arguments.
     """
-    name, config = type(model).__name__, model.config
-    lists, truths = (mask_labels, class_labels), "mask_labels and class_labels"
-    semantic = config.task_head == "semantic"
-    if semantic and lists != (None, None):
+    name, truths = type(model).__name__, "mask_labels and class_labels"
+    lists = mask_labels is not None or class_labels is not None
+    semantic = model.config.task_head == "semantic"
+    if semantic and lists:
         raise ValueError(f"{name}: {truths} are for task_head 'instance': give labels")
     if not semantic and labels is not None:
         raise ValueError(f"{name}: labels are for task_head 'semantic': give {truths}")
-    if None in lists and lists != (None, None):
-        raise ValueError(f"{name}: {truths} must be given together, got one of them")
-    if targets is not None and (labels is not None or lists != (None, None)):
-        raise ValueError(f"{name}: targets must be given alone, got others beside them")
-    if mask_labels is not None:
-        size, queries = pixel_values.shape[2:], config.num_queries
-        targets = Targets.from_lists(
-            mask_labels, class_labels, size, config.num_labels, num_queries=queries
-        ).to(pixel_values.device)
+    if targets is not None and labels is not None:
+        raise ValueError(f"{name}: targets must be given alone, got labels beside them")
+    targets = given_targets(model, pixel_values, mask_labels, class_labels, targets)
     found, out = model.predict(pixel_values), TwoHeadOutput()
     if targets is not None:
         out.loss, out.losses = loss(model, found, pixel_values, targets)
@@ -220,10 +211,11 @@ def forward(
         out.loss = loss_of_pixels(model, found, labels, pixel_values.shape[2:])
         out.losses = {"loss_bce": out.loss[None]}
     if semantic:
-        if out.loss is None:
-            out.logits = found.maps[:, :, : pixel_values.shape[2], : pixel_values.shape[3]]
-        return out
-    out.class_queries_logits = found.classes
-    if out.loss is None or not model.training:
-        out.masks_queries_logits = mask_logits(found)
-    return out
+        out.logits = found.maps[:, :, : pixel_values.shape[2], : pixel_values.shape[3]]
+    else:
+        masks = found.masks
+        if found.features is not None:
+            product = Product(found.masks, found.features)
+            masks = product.tensor() if out.loss is None else product
+        out.class_queries_logits, out.masks_queries_logits = found.classes, masks
+    return returned(out, return_dict)

@@ -155,7 +155,7 @@ class Bert(nn.Module):
         h, w = x.shape[2:]
         x = x.flatten(2).mT + self.positions(h, w)
         if tokens is not None:
-            x = torch.cat((tokens.expand(len(x), -1, -1), x), 1)
+            x = torch.cat((tokens.expand(x.shape[0], -1, -1), x), 1)
         states = [self.dropout(self.norm(x))]
         for block in self.blocks:
             x, keeping = states[-1], not (self.checkpointing and self.training)

@@ -150,18 +150,24 @@ class DetrDecoder(nn.Module):
             class logits [B, R, Q, K + 1] (the last class is "no object") and mask embeddings [B,
             R, Q, M], R = layers, or 1 of the last prediction.
         """
+        return self.run(feature, last)[:2]
+
+    def run(self, feature: Tensor, last: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """As `forward`; and what goes into each layer and, normalised, comes out of the last,
+        [B, Q, C] each."""
         position = self.query_embed.weight
-        x = torch.zeros_like(position).expand(len(feature), -1, -1)
-        states = []
+        x = torch.zeros_like(position).expand(feature.shape[0], -1, -1)
+        states = [x]
         for layer, key, value in zip(self.layers, *self._keys_values(feature)):
             x = layer(x, position, key, value)
             states.append(x)
-        states = self.norm(torch.stack(states[-1:] if last else states, 1))
+        rows = self.norm(torch.stack(states[-1:] if last else states[1:], 1))
+        states[-1] = rows[:, -1]
         *hidden, end = self.mask_embed
-        embeddings = states
+        embeddings = rows
         for part in hidden:
             embeddings = linear(embeddings, part.weight, part.bias, "relu")
-        return self.class_embed(states), end(embeddings)
+        return self.class_embed(rows), end(embeddings), tuple(states)
 
     def _keys_values(self, feature: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values [B, S, H, D] of every layer, in one product each."""

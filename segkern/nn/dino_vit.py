@@ -240,7 +240,9 @@ class DinoViT(nn.Module):
         patches = self.patch_embed["proj"](image).flatten(2).mT
         if self.rotary is None:
             patches = patches + self.pos_embed
-        others = [token.expand(len(image), -1, -1) for token in (self.cls_token, self.reg_token)]
+        others = [
+            token.expand(image.shape[0], -1, -1) for token in (self.cls_token, self.reg_token)
+        ]
         return torch.cat((*others, patches), 1)
 
     def turn(self, image: Tensor, queries: int = 0) -> tuple[Tensor, Tensor] | None:

@@ -176,6 +176,17 @@ class QueryDecoder(nn.Module):
             class logits [B, R, Q, K + 1] (the last class is "no object") and mask embeddings [B,
             R, Q, M], R = layers + 1, or 1 of the last prediction.
         """
+        return self.run(pixels, shapes, mask_features, last, start)[:2]
+
+    def run(
+        self,
+        pixels: Tensor,
+        shapes: tuple,
+        mask_features: Tensor,
+        last: bool,
+        start: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """As `forward`; and what goes into each layer and comes out of the last, [B, Q, C]."""
         sizes, channels = [h * w for h, w in shapes], pixels.shape[2]
         positions = sine_position(shapes, channels, pixels.device, pixels.dtype).split(sizes)
         sources = list(zip(pixels.split(sizes, 1), positions, self.level_embed.weight))
@@ -184,16 +195,17 @@ class QueryDecoder(nn.Module):
         position, eps = self.query_embed.weight, self.norm.eps
         first, *others = self._predictions()
         normed, embedding, query = query_prediction(x, position, first, eps)
-        outputs = [(normed, embedding)]
+        outputs, states = [(normed, embedding)], [x]
         for i, (layer, prediction) in enumerate(zip(self.layers, others)):
             mask = mask_bits(embedding, features[i % LEVELS])
             given = query, *layer.keys_values(*sources[i % LEVELS]), *mask, prediction
             x, normed, embedding, query = layer(x, position, *given)
             outputs.append((normed, embedding))
-        if last:
-            return self.class_embed(normed).unsqueeze(1), embedding.unsqueeze(1)
-        rows, embeddings = (torch.stack(tensors, 1) for tensors in zip(*outputs))
-        return self.class_embed(rows), embeddings
+            states.append(x)
+        rows, embeddings = (
+            torch.stack(tensors, 1) for tensors in zip(*(outputs[-1:] if last else outputs))
+        )
+        return self.class_embed(rows), embeddings, tuple(states)
 
     def _predictions(self) -> list[Prediction]:
         """The weights of each prediction, and of the queries of the layer after it."""

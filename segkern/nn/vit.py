@@ -69,6 +69,7 @@ class ResizedPositions:
         keeps = not (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
             or is_recording()
             or stored.is_inference()  # it counts no versions
         )
@@ -157,7 +158,7 @@ class ViT(nn.Module):
         x = self.patch_embed["proj"](image)
         h, w = x.shape[2:]
         tokens = [self.cls_token] + ([self.dist_token] if self.tokens == 2 else [])
-        tokens = [token.expand(len(x), -1, -1) for token in tokens]
+        tokens = [token.expand(x.shape[0], -1, -1) for token in tokens]
         x = self.dropout(torch.cat((*tokens, x.flatten(2).mT), 1) + self.positions(h, w))
         for block in self.blocks:
             keeping = not (self.checkpointing and self.training)
@@ -287,7 +288,7 @@ class MaskTransformer(nn.Module):
 
     def embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Unit embeddings of patches [B, N, D] and classes [B, K, D] from [B, N, encoder_dim]."""
-        x = torch.cat((self.proj_dec(x), self.cls_emb.expand(len(x), -1, -1)), 1)
+        x = torch.cat((self.proj_dec(x), self.cls_emb.expand(x.shape[0], -1, -1)), 1)
         for block in self.blocks:
             x = block(x)
         patches, classes = self.decoder_norm(x).split([x.shape[1] - self.labels, self.labels], 1)

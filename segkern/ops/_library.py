@@ -181,6 +181,27 @@ def use_kernel(op: str, impl: str, tensor: torch.Tensor) -> bool:
     return True
 
 
+def is_exported() -> bool:
+    """Whether what runs is recorded by torch.export or torch.jit.trace, as a graph for batches of
+    other sizes, too: a loop over images would be one of the recorded number."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def applied(function: type[torch.autograd.Function], *args):
+    """`function.apply(*args)`; under torch.jit.trace its forward alone, as a graph with a function
+    of Python cannot be saved."""
+    if torch.jit.is_tracing():
+        return function.forward(_Forgotten(), *args)
+    return function.apply(*args)
+
+
+class _Forgotten:
+    """Stands for the context of a function that has no backward."""
+
+    def save_for_backward(self, *tensors):
+        pass
+
+
 def simd_level() -> str:
     """The instruction set that the cloned CPU loops run with on this machine."""
     if platform.machine() != "x86_64":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _library
 from .linear import linear
 
 
@@ -82,5 +83,7 @@ def linear_exact(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     half = torch.is_autocast_enabled(x.device.type) or 2 in (x.itemsize, weight.itemsize)
     with torch.autocast(x.device.type, enabled=False):
         if x.is_cuda and half and exact == torch.float32:
-            return _Split.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+            return _library.applied(_Split, x.flatten(0, -2), weight, bias).unflatten(
+                0, x.shape[:-1]
+            )
         return linear(x.to(exact), weight.to(exact), bias.to(exact))

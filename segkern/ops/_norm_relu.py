@@ -150,4 +150,4 @@ def norm_relu(
     flows = any(trained) or any(t is not None and t.requires_grad for t in (x, other))
     if not (flows and torch.is_grad_enabled()):
         return _forward(x, tensors, eps, other, others, other_eps)
-    return _NormRelu.apply(x, other, eps, other_eps, trained, *tensors, *others)
+    return _library.applied(_NormRelu, x, other, eps, other_eps, trained, *tensors, *others)

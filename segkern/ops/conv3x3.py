@@ -104,4 +104,4 @@ def conv3x3(x: Tensor, weight: Tensor, impl: str = "kernel") -> Tensor:
         impl = "reference"
     if not _library.use_kernel("conv3x3", impl, x):
         return conv3x3_reference(x, weight)
-    return _Conv3x3.apply(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
+    return _library.applied(_Conv3x3, x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)

@@ -103,4 +103,4 @@ def dwconv3x3_gelu(x: Tensor, weight: Tensor, bias: Tensor, impl: str = "kernel"
     x, weight, bias = alike("dwconv3x3_gelu", x=x, weight=weight, bias=bias)
     if not _library.use_kernel("dwconv3x3_gelu", impl, x):
         return dwconv3x3_gelu_reference(x, weight, bias)
-    return _DepthwiseGelu.apply(x, weight, bias)
+    return _library.applied(_DepthwiseGelu, x, weight, bias)

@@ -286,7 +286,9 @@ def feed_forward(
             # a residual of another dtype, as under autocast, is added to the result
             like = residual is not None and residual.dtype == tensors[0].dtype
             inside = residual.contiguous() if like else None
-            out = _FeedForward.apply(flat, *tensors, activation == "gelu", *options, inside)
+            out = _library.applied(
+                _FeedForward, flat, *tensors, activation == "gelu", *options, inside
+            )
             if residual is not None and not like:
                 out = out + residual
         else:

@@ -46,12 +46,12 @@ def group_norm_reference(
 
 
 def _fake(x, weight, bias, groups, eps, relu, up) -> tuple[Tensor, Tensor, Tensor]:
-    moments = (x.new_empty((len(x), groups), dtype=exact_dtype(x)) for _ in range(2))
+    moments = (x.new_empty((x.shape[0], groups), dtype=exact_dtype(x)) for _ in range(2))
     return x.new_empty(x.shape), *moments
 
 
 def _fake_backward(grad, x, weight, bias, mean, inverse, groups, relu, up, up_dtype):
-    coarse = (0,) if up is None else (len(x), *up, x.shape[3])
+    coarse = (0,) if up is None else (x.shape[0], *up, x.shape[3])
     others = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     return x.new_empty(x.shape), *others, x.new_empty(coarse, dtype=up_dtype or x.dtype)
 
@@ -172,5 +172,5 @@ def group_norm(
     rows, coarse = (t if t is None else t.permute(0, 2, 3, 1) for t in (x, up))
     # else PyTorch's relu: on a CPU, because it frees its gradient
     cut = relu and (not torch.is_grad_enabled() or (x.is_cuda and up is None))
-    out = _GroupNorm.apply(rows, weight, bias, groups, eps, cut, coarse)
+    out = _library.applied(_GroupNorm, rows, weight, bias, groups, eps, cut, coarse)
     return (out if cut or not relu else out.relu_()).permute(0, 3, 1, 2)

@@ -182,7 +182,7 @@ def linear(
     arguments = flat, weight, bias, NUMBERS[activation], beside
     given = (flat, weight, bias, beside)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        out = _Linear.apply(*arguments)
+        out = _library.applied(_Linear, *arguments)
     else:
         out = _linear_op(*arguments, False)[0]
     out = out if x.ndim == 2 else out.view(shape)

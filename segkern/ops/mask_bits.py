@@ -83,6 +83,8 @@ def as_features(maps: Tensor) -> Tensor:
     """
     if maps.device.type != "cpu" or maps.is_contiguous():
         return maps.flatten(2)
+    if _library.is_exported():
+        return maps.flatten(2).contiguous()
     # a CPU transposes a matrix by blocks, a stack of them value by value
     return torch.stack([image.flatten(1).contiguous() for image in maps])
 

@@ -150,5 +150,5 @@ def masked_attn(
         _check_open(open, bits)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if _library.use_kernel("masked_attn", impl, q):
-        return _MaskedAttn.apply(q, k, v, bits, open, scale)
+        return _library.applied(_MaskedAttn, q, k, v, bits, open, scale)
     return masked_attn_reference(q, k, v, bits, open, scale)

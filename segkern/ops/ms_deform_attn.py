@@ -81,12 +81,12 @@ def _fake_backward(grad, value, shapes, reference, offsets, logits, normalized, 
 
 
 _forward = _library.define(
-    "ms_deform_attn(Tensor value, int[] shapes, Tensor reference, Tensor offsets, Tensor logits, "
-    "bool normalized) -> Tensor",
+    "ms_deform_attn(Tensor value, SymInt[] shapes, Tensor reference, Tensor offsets, "
+    "Tensor logits, bool normalized) -> Tensor",
     _fake,
 )
 _backward = _library.define(
-    "ms_deform_attn_backward(Tensor grad, Tensor value, int[] shapes, Tensor reference, "
+    "ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor reference, "
     "Tensor offsets, Tensor logits, bool normalized, bool deterministic) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_backward,
@@ -134,7 +134,10 @@ def _int_pairs(op: str, shapes, L: int, S: int) -> list[tuple[int, int]]:
         rows = shapes.tolist()
     try:
         # a size that is being traced is an int already
-        pairs = [tuple(n if isinstance(n, int) else index(n) for n in row) for row in rows]
+        pairs = [
+            tuple(n if isinstance(n, (int, torch.SymInt)) else index(n) for n in row)
+            for row in rows
+        ]
     except TypeError:
         pairs = [()]
     if not all(len(pair) == 2 and min(pair) > 0 for pair in pairs):
@@ -188,7 +191,7 @@ def ms_deform_attn(
     shapes = _int_pairs("ms_deform_attn", shapes, sizes["L"], sizes["S"])
     if _library.use_kernel("ms_deform_attn", impl, value):
         flat = [n for size in shapes for n in size]
-        return _MsDeformAttn.apply(value, flat, reference, offsets, logits, normalized)
+        return _library.applied(_MsDeformAttn, value, flat, reference, offsets, logits, normalized)
     return ms_deform_attn_reference(value, shapes, reference, offsets, logits, normalized)
 
 

@@ -178,5 +178,5 @@ def point_mask_loss(
     settings = (num_points, oversample_ratio, importance_sample_ratio)
     if _library.use_kernel(op, impl, mask_logits):
         cells = None if void is None else void_cells(void, masks.shape[3])
-        return _PointMaskLoss.apply(*arguments, _counts(*settings), cells)
+        return _library.applied(_PointMaskLoss, *arguments, _counts(*settings), cells)
     return point_mask_loss_reference(*arguments, *settings, void)

@@ -155,5 +155,5 @@ def point_sample(features: Tensor, points: Tensor, impl: str = "kernel") -> Tens
     expect("point_sample", "points", points, "B P 2", "float", sizes)
     points = points.detach().to(exact_dtype(features))
     if _library.use_kernel("point_sample", impl, features):
-        return _PointSample.apply(features, points)
+        return _library.applied(_PointSample, features, points)
     return point_sample_reference(features, points)

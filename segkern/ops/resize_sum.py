@@ -132,4 +132,4 @@ def resize_sum(
     if not _library.use_kernel("resize_sum", impl, maps[0]):
         return resize_sum_reference(maps, bias, relu)
     rows = (x.permute(0, 2, 3, 1) for x in maps)
-    return _ResizeSum.apply(relu, bias, *rows).permute(0, 3, 1, 2)
+    return _library.applied(_ResizeSum, relu, bias, *rows).permute(0, 3, 1, 2)

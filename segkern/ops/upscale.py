@@ -58,6 +58,8 @@ def refined(y: Tensor, filters: Tensor, scale: Tensor, shift: Tensor, eps: float
 
 def masks_of(embeddings: Tensor, maps: Tensor) -> Tensor:
     """[B, Q, C] times [B, h, w, C] as [B, Q, h, w]."""
+    if _library.is_exported():
+        return (embeddings @ maps.flatten(1, 2).mT).unflatten(2, maps.shape[1:3])
     # image by image: a CPU copies a stack of transposed maps in half precision before its product
     masks = [linear(e, rows.flatten(0, 1)) for e, rows in zip(embeddings, maps)]
     return torch.stack(masks).unflatten(2, maps.shape[1:3])

@@ -170,4 +170,4 @@ def window_attn(
         return window_attn_reference(qkv, qkv_bias, bias, window, shift, scale)
     exact = exact_dtype(qkv)
     qkv_bias, bias = qkv_bias.to(exact), bias.to(exact)
-    return _WindowAttn.apply(qkv, qkv_bias, bias, window, shift, scale)
+    return _library.applied(_WindowAttn, qkv, qkv_bias, bias, window, shift, scale)

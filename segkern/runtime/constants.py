@@ -1,9 +1,9 @@
 """Tensors that depend on sizes alone, computed once and kept; and what CUDA graphs need of them.
 
 A `constant` is kept per arguments (sizes, device, dtype), the last few of them; under
-`torch.compile` and `torch.export` it is part of the graph instead, because a traced graph must
-not depend on what an earlier call left behind. What is recorded to be replayed (`recording`) reads
-constants where they lie and keeps them itself.
+`torch.compile`, `torch.export` and `torch.jit.trace` it is part of the graph instead, because a
+traced graph must not depend on what an earlier call left behind. What is recorded to be replayed
+(`recording`) reads constants where they lie and keeps them itself.
 """
 
 import functools
@@ -53,7 +53,7 @@ def constant(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(build)
     def call(*args):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return build(*args)
         # an inference tensor could not be used in a later training step
         with _LOCK, torch.inference_mode(False), torch.no_grad():

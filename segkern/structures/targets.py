@@ -101,7 +101,7 @@ class Targets(NamedTuple):
         Values are read, so pack on the CPU (a CUDA tensor is waited for) and move the result.
 
         Args:
-            mask_labels: for each image [n, H, W] float, bool or uint8, 1 inside and 0 outside; or
+            mask_labels: for each image [n, H, W] of any real dtype, 1 inside and 0 outside; or
                 `SparseMasks` of at most that size.
             class_labels: for each image [n] integers.
             size: (H, W) of the batch; None takes the first image's.
@@ -235,13 +235,9 @@ def _last_two(masks) -> tuple[int, int]:
 
 
 def _check(b: int, masks, labels, size: tuple[int, int], num_labels: int | None) -> None:
-    kinds, sparse = (torch.bool, torch.uint8), isinstance(masks, SparseMasks)
-    if not sparse and not (
-        isinstance(masks, Tensor) and (masks.is_floating_point() or masks.dtype in kinds)
-    ):
-        raise TypeError(
-            f"targets: masks of image {b} must be float, bool or uint8, got {got(masks)}"
-        )
+    sparse = isinstance(masks, SparseMasks)
+    if not sparse and (not isinstance(masks, Tensor) or masks.is_complex()):
+        raise TypeError(f"targets: masks of image {b} must be numbers or bool, got {got(masks)}")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"targets: labels of image {b} must be integers, got {got(labels)}")
     if sparse:

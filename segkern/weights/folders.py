@@ -1,35 +1,44 @@
 """Folders of models, here or on the Hugging Face hub, and the JSON in them."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from .hub import downloads
+from .hub import Place, downloads
 
 FILES = (  # each of which stands for the folder that it is in
     *("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
     *("variant.yml", "checkpoint.pth", "last.pt"),
 )
-
-
 # of files: what ends in one is no name on the hub
 _SUFFIXES = (".pkl", ".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".json", ".yml", ".yaml")
+SINGLE = (".pkl", ".pth", ".bin", ".ckpt")  # suffixes of checkpoints that are one file
 
 
-def find_folder(name_or_folder: str | Path, weights: bool = True) -> Path:
+def is_single_file(path: str | Path) -> bool:
+    """Whether a path names a checkpoint that is one file, and not a part of a folder."""
+    path = Path(path)
+    return path.suffix in SINGLE and not (path.name in FILES and is_model(path.parent))
+
+
+def find_folder(
+    name_or_folder: str | Path, place: Place | None = None, weights: bool = True
+) -> Path:
     """The folder of a model.
 
     Args:
         name_or_folder: a model's folder, or one of its files; the folder of a training run, which
             has best/, the weights that measured best, or else model/, the newest; or a name on the
             hub, whose files are downloaded.
+        place: of a name on the hub; of a folder here its `subfolder` alone.
         weights: False downloads the settings alone.
 
     Raises:
         ValueError: no such folder, another file, or the hub does not give it.
     """
-    folder = Path(name_or_folder).expanduser()
+    folder, place = Path(name_or_folder).expanduser(), place or Place()
     name = str(name_or_folder)
     if folder.is_file():
         if folder.name not in FILES:
@@ -39,6 +48,9 @@ def find_folder(name_or_folder: str | Path, weights: bool = True) -> Path:
             )
         folder = folder.parent
     if folder.is_dir():
+        folder = folder / place.subfolder
+        if not folder.is_dir():
+            raise ValueError(f"from_pretrained: no such folder: {folder}")
         if is_model(folder):
             return folder
         inside = [folder / part for part in ("best", "model")]
@@ -50,15 +62,29 @@ def find_folder(name_or_folder: str | Path, weights: bool = True) -> Path:
     try:
         files = ["config.json", "*processor_config.json"]
         files += ["model*.safetensors*"] if weights else []
-        with downloads():
-            folder = Path(snapshot_download(name, allow_patterns=files))
+        with nullcontext() if place.local_files_only else downloads():
+            folder = _snapshot(name, place, files)
             if weights and not list(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(name, allow_patterns=[*files, "pytorch_model*"]))
+                folder = _snapshot(name, place, [*files, "pytorch_model*"])
     except (OSError, ValueError) as error:
         raise ValueError(
             f"from_pretrained: {name} is no folder here, and the hub does not give it: {error}"
         ) from error
     return folder
+
+
+def _snapshot(name: str, place: Place, files: list[str]) -> Path:
+    """Where files of a repository on the hub are, once they are downloaded."""
+    inside = f"{place.subfolder.strip('/')}/" if place.subfolder else ""
+    folder = snapshot_download(
+        name,
+        revision=place.revision,
+        cache_dir=place.cache_dir,
+        token=place.token,
+        local_files_only=place.local_files_only,
+        allow_patterns=[inside + file for file in files],
+    )
+    return Path(folder) / inside
 
 
 def is_model(folder: Path) -> bool:

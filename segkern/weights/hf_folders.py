@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import unpickling
 from .folders import read_json, write_json
-from .state_dicts import on_disk
+from .state_dicts import on_disk, unwrapped
 
 SIZES_TOLD = "sizes_in_preprocessor"  # under "segkern" in config.json: the other file says them
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
@@ -122,4 +122,4 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"from_pretrained: {path} cannot be read: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"from_pretrained: {path} must hold a dict of tensors")
-    return state
+    return unwrapped(state)

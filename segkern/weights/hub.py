@@ -3,10 +3,31 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from huggingface_hub import constants, get_session
 
 _LOCK = threading.Lock()  # the library has one setting for all threads
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where on the hub files are, and how they are had.
+
+    Attributes:
+        revision: branch, tag or commit; None is the main branch.
+        cache_dir: where downloads are kept; None is the hub's own place.
+        token: True takes the one that is stored.
+        local_files_only: nothing is downloaded.
+        subfolder: of the repository, or of a folder here.
+    """
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+    subfolder: str = ""
 
 
 @contextmanager

@@ -25,6 +25,20 @@ def on_disk(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return written
 
 
+def unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names that they have without what wrapped their model: `module.` of
+    DistributedDataParallel before all names, and `_orig_mod.` of torch.compile in any place."""
+    out = {re.sub(r"(^|\.)_orig_mod\.", r"\1", str(name)): w for name, w in weights.items()}
+    while out and all(name.startswith("module.") for name in out):
+        out = {name.removeprefix("module."): value for name, value in out.items()}
+    return out
+
+
+def misshapen(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """Names of `weights` that have another shape than `own`."""
+    return [k for k in own if k in weights and weights[k].shape != own[k].shape]
+
+
 def misfits(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
     """Why `weights` cannot be loaded over `own`: missing, unexpected and misshapen keys."""
 
@@ -36,8 +50,7 @@ def misfits(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
         "unexpected": [k for k in weights if k not in own],
         "of another shape": [
             f"{k} {list(weights[k].shape)} instead of {list(own[k].shape)}"
-            for k in own
-            if k in weights and weights[k].shape != own[k].shape
+            for k in misshapen(weights, own)
         ],
     }
     return [f"{what}: {short(keys)}" for what, keys in found.items() if keys]

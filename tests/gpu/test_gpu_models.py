@@ -94,7 +94,10 @@ def test_agrees_with_the_cpu(backbone, dtype, close):
     cpu, x = model(backbone).to(dtype), x.to(dtype)
     gpu, x_gpu, targets_gpu = on_gpu(cpu, x, targets)
     with torch.no_grad():
-        want, got = cpu.eval()(x, auxiliary_logits=True), gpu.eval()(x_gpu, auxiliary_logits=True)
+        want, got = (
+            cpu.eval()(x, output_auxiliary_logits=True),
+            gpu.eval()(x_gpu, output_auxiliary_logits=True),
+        )
     for name in ("class_queries_logits", "masks_queries_logits"):
         assert distance([getattr(got, name)], [getattr(want, name)]) < close
         pairs = zip(got.auxiliary_logits, want.auxiliary_logits)

@@ -73,10 +73,10 @@ BAD = {
         TypeError,
         "labels of image 0 must be integers, got .* float32",
     ),
-    "masks int64": (
-        lambda: ([x.long() for x in lists()[0]], lists()[1]),
+    "masks complex": (
+        lambda: ([x.cfloat() for x in lists()[0]], lists()[1]),
         TypeError,
-        "masks of image 0 must be float, bool or uint8, got .* int64",
+        "masks of image 0 must be numbers or bool, got .* complex64",
     ),
     "uint8 masks of 255": (
         lambda: ([255 * x.byte() for x in lists()[0]], lists()[1]),

@@ -2,4 +2,4 @@
 
 from .config import EoMTConfig as EoMTConfig
 from .model import EoMT as EoMT
-from .model import EoMTOutput as EoMTOutput
+from .output import EoMTOutput as EoMTOutput

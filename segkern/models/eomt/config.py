@@ -8,6 +8,7 @@ from ...structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import QueryLogits
 from ...structures.processing import Processing
 from ...structures.settings import InputConfig
+from .. import manners
 
 _TASKS = ("panoptic", "instance", "semantic")
 _SIZES = {  # hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, num_blocks
@@ -78,6 +79,8 @@ class EoMTConfig:
         processing: what else a checkpoint's preprocessor_config.json says (`Processing`).
     """
 
+    to_dict, to_json_string = manners.to_dict, manners.to_json_string
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses"]  # read by transformers' Trainer
     kind: ClassVar[str] = "eomt"
     logits: ClassVar[type] = QueryLogits
 

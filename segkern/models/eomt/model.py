@@ -17,9 +17,9 @@ Differs: a patch where the mask logit is exactly 0 is open; queries stand after 
 attention does not notice.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,59 +34,16 @@ from ...ops import linear, mask_bits
 from ...ops._checks import expect, got
 from ...ops.upscale import masks_of
 from ...structures.logits import QueryLogits
-from ...structures.outputs import output
+from ...structures.outputs import returned
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ..build import build
-from ..query_output import given_targets, mask_logits
+from .. import manners
+from ..query_output import given_targets
 from . import huggingface, original, pretrained
 from .config import EoMTConfig
+from .output import EoMTOutput, Prediction
 
 _POWER = 0.9  # of the fading masks
-
-
-@output
-class EoMTOutput:
-    """What `EoMT.forward` returns.
-
-    Attributes:
-        loss: [], weighted sum of `losses`; None without targets.
-        class_queries_logits: [B, Q, K + 1]; the last class is "no object".
-        masks_queries_logits: [B, Q, h, w]; None in training with targets, unless
-            `auxiliary_logits` was asked for.
-        last_hidden_state: [B, T, D], queries first.
-        patch_offsets: as they were given, for Hugging Face's image processor.
-        auxiliary_logits: class_queries_logits and masks_queries_logits of every prediction but the
-            last, if asked for.
-        losses: "loss_cross_entropy", "loss_mask" and "loss_dice" of each prediction, [R] each,
-            unweighted; None without targets.
-    """
-
-    loss: Tensor | None = None
-    class_queries_logits: Tensor | None = None
-    masks_queries_logits: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    patch_offsets: list[Tensor] | None = None
-    auxiliary_logits: list[dict[str, Tensor]] | None = None
-    losses: dict[str, Tensor] | None = None
-
-
-class Prediction(NamedTuple):
-    """Of all queries.
-
-    Attributes:
-        classes: [B, Q, K + 1].
-        embeddings: [B, Q, D].
-        features: [B, D, h, w]; mask logits are the product of the last two over D.
-    """
-
-    classes: Tensor
-    embeddings: Tensor
-    features: Tensor
-
-    def masks(self) -> Tensor:
-        """[B, Q, h, w]."""
-        return mask_logits(self.embeddings, self.features.to(self.embeddings.dtype))
 
 
 class EoMT(nn.Module):
@@ -99,6 +56,10 @@ class EoMT(nn.Module):
         ValueError: timm has no such backbone or no weights of it, or they do not fit.
     """
 
+    config_class = EoMTConfig
+    main_input_name = "pixel_values"
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = (
         "class_predictor.weight",
         "class_predictor.bias",
@@ -239,12 +200,15 @@ class EoMT(nn.Module):
         found, x = self._tokens(pixel_values, last)
         return [*found, self._prediction(x)], x
 
-    def _tokens(self, pixel_values: Tensor, last: bool) -> tuple[list[Prediction], Tensor]:
-        """All predictions but the last, and the normed tokens [B, T, D] that it comes from."""
+    def _tokens(
+        self, pixel_values: Tensor, last: bool, states: list[Tensor] | None = None
+    ) -> tuple[list[Prediction], Tensor]:
+        """All predictions but the last, and the normed tokens [B, T, D] that it comes from.
+        `states` takes the tokens before each block, and the normed ones."""
         S, encoder = self.config.image_size, self.encoder
         shape = f"B {self.config.input.channels} H W"
         expect("EoMT", "pixel_values", pixel_values, shape, "float", {})
-        if pixel_values.shape[2:] != (S, S) or len(pixel_values) == 0:
+        if pixel_values.shape[2:] != (S, S) or pixel_values.shape[0] == 0:
             raise ValueError(
                 f"EoMT: pixel_values must be [B >= 1, C, {S}, {S}], the size of the config "
                 f"(image_size), got {got(pixel_values)}"
@@ -254,14 +218,19 @@ class EoMT(nn.Module):
         found, first = [], len(encoder.blocks) - self.config.num_blocks
         for i, block in enumerate(encoder.blocks):
             mask = None
+            if states is not None:
+                states.append(x)
             if i == first:
-                queries = self.query.weight.to(x.dtype).expand(len(x), -1, -1)
+                queries = self.query.weight.to(x.dtype).expand(x.shape[0], -1, -1)
                 x = torch.cat((x, queries), 1)
             if i >= first and not last:
                 found.append(self._prediction(encoder.norm(x)))
                 mask = self._mask(found[-1], self.attn_mask_probs[i - first])
             x = encoder.run(block, x, turn, mask)
-        return found, encoder.norm(x)
+        x = encoder.norm(x)
+        if states is not None:
+            states.append(x)
+        return found, x
 
     def _prediction(self, x: Tensor) -> Prediction:
         """Of normed tokens [B, T, D]."""
@@ -327,12 +296,14 @@ class EoMT(nn.Module):
     def forward(
         self,
         pixel_values: Tensor,  # [B, C, S, S]
-        mask_labels: list[Tensor] | None = None,  # B of [T_b, S, S]
-        class_labels: list[Tensor] | None = None,  # B of [T_b]
+        mask_labels: Sequence[Tensor] | None = None,  # B of [T_b, *, *]
+        class_labels: Sequence[Tensor] | None = None,  # B of [T_b]
         patch_offsets: list[Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
+        return_dict: bool | None = None,
         targets: Targets | None = None,
-        auxiliary_logits: bool = False,
-    ) -> EoMTOutput:
+    ) -> EoMTOutput | tuple:
         """Predictions, and the loss if there are targets.
 
         Where the loss or the auxiliary logits are asked for, attention has the masks that
@@ -341,12 +312,15 @@ class EoMT(nn.Module):
         Args:
             pixel_values: [B, C, S, S] floating, normalised, padded to the right and below with
                 black.
-            mask_labels: for each image [T_b, S, S] float, bool or uint8; together with
-                `class_labels`.
-            class_labels: for each image [T_b] int64 in [0, K).
+            mask_labels: for each image [T_b, *, *] of any dtype, 1 inside, 0 outside, 255 where a
+                pixel has no weight; all of one size, that of the images or another, as both are
+                seen at the same points. Together with `class_labels`.
+            class_labels: for each image [T_b] integers in [0, K).
             patch_offsets: handed on, as in Hugging Face's model.
-            targets: the same as the labels, packed; not together with the lists.
-            auxiliary_logits: also return the logits of the earlier predictions.
+            output_hidden_states: also give the tokens before each block, and the last, normed.
+            output_auxiliary_logits: also give the logits of the earlier predictions.
+            return_dict: False gives a tuple of what is not None.
+            targets: the same as the labels, packed; not together with them.
 
         Returns:
             An `EoMTOutput`.
@@ -355,49 +329,52 @@ class EoMT(nn.Module):
             TypeError, ValueError: wrong dtype, shape or combination of arguments.
         """
         targets = given_targets(self, pixel_values, mask_labels, class_labels, targets)
-        out = EoMTOutput(patch_offsets=patch_offsets)
-        if targets is None and not auxiliary_logits:
-            _, x = self._tokens(pixel_values, last=True)
+        out, Q = EoMTOutput(patch_offsets=patch_offsets), self.config.num_queries
+        states = [] if output_hidden_states else None
+        if targets is None and not output_auxiliary_logits:
+            _, x = self._tokens(pixel_values, last=True, states=states)
             out.class_queries_logits, embeddings, patches = self._factors(x)
             out.masks_queries_logits = self._masks(embeddings, patches)
-            out.last_hidden_state = x.roll(self.config.num_queries, 1)
-            return out
-        (*earlier, last), x = self.all_predictions(pixel_values)
-        out.class_queries_logits = last.classes
-        out.last_hidden_state = x.roll(self.config.num_queries, 1)
-        if targets is not None:
-            out.loss, out.losses = self._loss([*earlier, last], targets)
-        if not self.training or auxiliary_logits:
-            out.masks_queries_logits = last.masks()
-        if auxiliary_logits:
-            out.auxiliary_logits = [
-                {"class_queries_logits": p.classes, "masks_queries_logits": p.masks()}
-                for p in earlier
-            ]
-        return out
+        else:
+            earlier, x = self._tokens(pixel_values, last=False, states=states)
+            last = self._prediction(x)
+            out.class_queries_logits = last.classes
+            if targets is not None:
+                out.loss, out.losses = self._loss([*earlier, last], targets)
+            unread = targets is not None and not output_auxiliary_logits
+            out.masks_queries_logits = last.product() if unread else last.product().tensor()
+            if output_auxiliary_logits:
+                out.auxiliary_logits = [
+                    {
+                        "class_queries_logits": p.classes,
+                        "masks_queries_logits": p.product().tensor(),
+                    }
+                    for p in earlier
+                ]
+        out.last_hidden_state = x.roll(Q, 1)
+        if states is not None:
+            with_queries = tuple(state.roll(Q, 1) for state in states[-self.config.num_blocks :])
+            out.hidden_states = (*states[: -self.config.num_blocks], *with_queries)
+        return returned(out, return_dict)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, num_labels: int | None = None) -> "EoMT":
-        """Opens a checkpoint in Hugging Face's format, or a file of the original code.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: name on the hub or a folder, written by transformers ("eomt" or
-                "eomt_dinov3") or `save_pretrained`, or the folder of a training run; or a .bin,
-                .pth or .ckpt file of the original code, of a model of DINOv2.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of Hugging Face's format, or a .bin, .pth or .ckpt file of the
+                original code, of a model of DINOv2.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: the weights are not those of the configured model (names the keys); nothing
-                is loaded then.
+            ValueError: a file is missing or is not what it should be.
         """
-        if original.is_file(name_or_folder):
-            settings, weights = original.read_file(name_or_folder)
+        if original.is_file(source):
+            settings, weights = original.read_file(source)
         else:
-            settings, weights = huggingface.read_folder(name_or_folder, num_labels)
+            settings, weights = huggingface.read_folder(source, num_labels)
         # what some files leave out: a model that is handed on is trained to its end
         absent = {
             "attn_mask_probs": torch.zeros(settings["num_blocks"]),
@@ -405,8 +382,7 @@ class EoMT(nn.Module):
                 settings["num_labels"], settings.get("no_object_weight", 0.1)
             ),
         }
-        settings = settings | {"local_start": False}
-        return build(name_or_folder, cls, EoMTConfig, settings, absent | weights, num_labels)
+        return settings | {"local_start": False}, absent | weights
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, preprocessor_config.json and model.safetensors as transformers reads

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...io.atomic_files import atomic
 from ...structures.labels import DATASETS
 from ...weights import unpickling
-from ...weights.state_dicts import on_disk
+from ...weights.state_dicts import on_disk, unwrapped
 from .pretrained import from_timm
 
 SUFFIXES = (".bin", ".pth", ".ckpt")
@@ -59,7 +59,8 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"from_pretrained: {path}: {error}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]  # of Lightning
-    if not isinstance(state, dict) or "network.q.weight" not in state:
+    state = unwrapped(state) if isinstance(state, dict) else {}
+    if "network.q.weight" not in state:
         raise ValueError(f"from_pretrained: {path} is no checkpoint of EoMT's original code")
     try:
         weights = from_original(state)

@@ -8,6 +8,7 @@ from ...structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import QueryLogits
 from ...structures.processing import Processing
 from ...structures.settings import InputConfig
+from .. import manners
 
 _DATASETS = ("coco", "ade20k", "cityscapes")
 _HOME = {"panoptic": "coco", "instance": "coco", "semantic": "ade20k"}
@@ -68,6 +69,8 @@ class Mask2FormerConfig:
         processing: what else a checkpoint's preprocessor_config.json says (`Processing`).
     """
 
+    to_dict, to_json_string = manners.to_dict, manners.to_json_string
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses"]  # read by transformers' Trainer
     kind: ClassVar[str] = "mask2former"
     tasks: ClassVar[tuple[str, ...]] = ("panoptic", "instance", "semantic")
     logits: ClassVar[type] = QueryLogits

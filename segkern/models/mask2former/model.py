@@ -14,6 +14,7 @@ Source: Mask2Former (Cheng et al., CVPR 2022). Names of arguments, results and m
 those of Hugging Face transformers.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -26,8 +27,16 @@ from ...nn.query_decoder import QueryDecoder
 from ...structures.logits import QueryLogits
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ..build import build
-from ..query_output import QueryOutput, expect_pixels, query_output
+from .. import manners
+from ..query_output import (
+    HiddenStates,
+    Predictions,
+    QueryOutput,
+    expect_pixels,
+    given_targets,
+    only_last,
+    query_output,
+)
 from . import huggingface, original
 from .config import Mask2FormerConfig
 
@@ -41,6 +50,10 @@ class Mask2Former(nn.Module):
             call `model.to(memory_format=torch.contiguous_format)`.
     """
 
+    config_class = Mask2FormerConfig
+    main_input_name = "pixel_values"
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = (
         "query_decoder.class_embed.weight",
         "query_decoder.class_embed.bias",
@@ -138,10 +151,22 @@ class Mask2Former(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
+        return self._predictions(pixel_values, last)[:3]
+
+    def _predictions(self, pixel_values: Tensor, last: bool, hidden: bool = False) -> Predictions:
+        """As `all_predictions`; with `hidden` no map is dropped that was computed on the way."""
         expect_pixels(self, pixel_values)
-        mask_features, pixels, shapes = self.pixel_decoder(self.backbone(pixel_values))
-        class_logits, embeddings = self.query_decoder(pixels, shapes, mask_features, last)
-        return class_logits, embeddings, mask_features
+        maps = self.backbone(pixel_values)
+        encoder = tuple(maps if hidden else maps[-1:])
+        mask_features, pixels, shapes = self.pixel_decoder(maps)
+        del maps  # the large ones are not held while queries are decoded
+        classes, embeddings, queries = self.query_decoder.run(pixels, shapes, mask_features, last)
+        levels = ()
+        if hidden:
+            split = pixels.split([h * w for h, w in shapes], 1)
+            levels = tuple(x.mT.unflatten(2, size) for x, size in zip(split, shapes))
+        states = HiddenStates(encoder, levels, queries, mask_features)
+        return Predictions(classes, embeddings, mask_features, states)
 
     def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss.
@@ -159,23 +184,28 @@ class Mask2Former(nn.Module):
     def forward(
         self,
         pixel_values: Tensor,  # [B, C, H, W]
+        mask_labels: Sequence[Tensor] | None = None,  # B of [T_b, *, *]
+        class_labels: Sequence[Tensor] | None = None,  # B of [T_b]
         pixel_mask: Tensor | None = None,  # [B, H, W]
-        mask_labels: list[Tensor] | None = None,  # B of [T_b, H, W]
-        class_labels: list[Tensor] | None = None,  # B of [T_b]
+        output_hidden_states: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
+        return_dict: bool | None = None,
         targets: Targets | None = None,
-        auxiliary_logits: bool = False,
-    ) -> QueryOutput:
+    ) -> QueryOutput | tuple:
         """Predictions, and the loss if there are targets.
 
         Args:
             pixel_values: [B, C, H, W] floating, normalised, zero-padded to the right and below.
+            mask_labels: for each image [T_b, *, *] of any dtype, 1 inside, 0 outside, 255 where a
+                pixel has no weight; all of one size, that of the images or another, as both are
+                seen at the same points. Together with `class_labels`.
+            class_labels: for each image [T_b] integers in [0, K).
             pixel_mask: taken for Hugging Face's sake and not used: padding is not masked in
                 Mask2Former.
-            mask_labels: for each image [T_b, H, W] float, bool or uint8; together with
-                `class_labels`.
-            class_labels: for each image [T_b] int64 in [0, K).
-            targets: the same, packed; not together with the lists.
-            auxiliary_logits: also return the logits of the earlier predictions.
+            output_hidden_states: also give what is computed on the way.
+            output_auxiliary_logits: also give the logits of the earlier predictions.
+            return_dict: False gives a tuple of what is not None.
+            targets: the same as the labels, packed; not together with them.
 
         Returns:
             A `QueryOutput`.
@@ -183,35 +213,30 @@ class Mask2Former(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype, shape or combination of arguments.
         """
+        targets = given_targets(self, pixel_values, mask_labels, class_labels, targets)
+        last = only_last(self, targets, output_auxiliary_logits)
+        found = self._predictions(pixel_values, last, bool(output_hidden_states))
         return query_output(
-            self, pixel_values, mask_labels, class_labels, targets, auxiliary_logits
+            self, found, targets, output_auxiliary_logits, output_hidden_states, return_dict
         )
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_folder: str | Path, num_labels: int | None = None
-    ) -> "Mask2Former":
-        """Opens a checkpoint in Hugging Face's format, or a file of the original code.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
-                `save_pretrained`, or the folder of a training run; or a .pkl or .pth file, whose
-                config.yaml is read if it lies beside it.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of Hugging Face's format, or a .pkl or .pth file of the original code,
+                whose config.yaml is read if it lies beside it.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: the weights are not those of the configured model (names the keys); nothing
-                is loaded then.
+            ValueError: a file is missing or is not what it should be.
         """
-        if original.is_file(name_or_folder):
-            settings, weights = original.read_file(name_or_folder)
-        else:
-            settings, weights = huggingface.read_folder(name_or_folder, num_labels)
-        return build(name_or_folder, cls, Mask2FormerConfig, settings, weights, num_labels)
+        if original.is_file(source):
+            return original.read_file(source)
+        return huggingface.read_folder(source, num_labels)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors as transformers reads them.

@@ -24,7 +24,7 @@ from ...structures.labels import DATASETS
 from ...structures.processing import Processing
 from ...weights import unpickling
 from ...weights.pickling import dump_arrays
-from ...weights.state_dicts import on_disk
+from ...weights.state_dicts import on_disk, unwrapped
 from ...weights.yaml_files import yaml_text
 from . import detectron2_config
 from .original_keys import from_original, to_original
@@ -32,7 +32,6 @@ from .original_keys import from_original, to_original
 SUFFIXES = (".pkl", ".pth")  # of the file
 CONFIG = "config.yaml"  # beside it
 
-_WRAPPED = ("module.", "_orig_mod.")  # by torch, when a wrapped model was written
 _MARK = "sem_seg_head.predictor.class_embed.weight"
 _STATISTICS = {"pixel_mean": "image_mean", "pixel_std": "image_std"}  # of 0 to 255, in old files
 _RESNETS = {6: "resnet50", 23: "resnet101", 36: "resnet152"}  # by the blocks of the third stage
@@ -107,13 +106,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"from_pretrained: {path}: {error}") from error
     content = content if isinstance(content, dict) else {}
     state, _ = unpickling.weights_of(content)
-    out = {}
-    for name, value in state.items():
-        while name.startswith(_WRAPPED):
-            name = name.partition(".")[2]
-        out[name] = value
     own = content.get("segkern")
-    return out, own if isinstance(own, dict) and _known(own) else {}
+    return unwrapped(state), own if isinstance(own, dict) and _known(own) else {}
 
 
 def _known(own: dict) -> bool:

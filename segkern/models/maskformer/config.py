@@ -8,6 +8,7 @@ from ...structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import QueryLogits
 from ...structures.processing import Processing
 from ...structures.settings import InputConfig
+from .. import manners
 from ..mask2former.config import BACKBONES as _BACKBONES
 
 _DATASETS = ("coco", "ade20k", "cityscapes")
@@ -51,6 +52,8 @@ class MaskFormerConfig:
         processing: what else a checkpoint's preprocessor_config.json says (`Processing`).
     """
 
+    to_dict, to_json_string = manners.to_dict, manners.to_json_string
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses"]  # read by transformers' Trainer
     kind: ClassVar[str] = "maskformer"
     tasks: ClassVar[tuple[str, ...]] = ("panoptic", "instance", "semantic")
     logits: ClassVar[type] = QueryLogits

@@ -16,6 +16,7 @@ trained: they come from normalised states, as the paper's do, and there is none 
 layer.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,11 +27,22 @@ from ...nn.backbones import build_backbone
 from ...nn.detr_decoder import DetrDecoder
 from ...nn.fpn_pixel_decoder import FPNPixelDecoder
 from ...nn.mask_criterion import FullMaskCriterion
+from ...ops._library import is_exported
 from ...structures.logits import QueryLogits
+from ...structures.outputs import returned
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from ..build import build
-from ..query_output import QueryOutput, expect_pixels, query_output
+from .. import manners
+from ..query_output import (
+    HiddenStates,
+    Predictions,
+    QueryOutput,
+    add_hidden_states,
+    expect_pixels,
+    given_targets,
+    only_last,
+    query_output,
+)
 from . import huggingface
 from .config import MaskFormerConfig
 
@@ -44,6 +56,10 @@ class MaskFormer(nn.Module):
             `model.to(memory_format=torch.contiguous_format)`.
     """
 
+    config_class = MaskFormerConfig
+    main_input_name = "pixel_values"
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = (
         "query_decoder.class_embed.weight",
         "query_decoder.class_embed.bias",
@@ -137,10 +153,17 @@ class MaskFormer(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
+        return self._predictions(pixel_values, last)[:3]
+
+    def _predictions(self, pixel_values: Tensor, last: bool, hidden: bool = False) -> Predictions:
+        """As `all_predictions`; with `hidden` no map is dropped that was computed on the way."""
         expect_pixels(self, pixel_values)
         maps = self.backbone(pixel_values)
-        class_logits, embeddings = self.query_decoder(maps[-1], last)
-        return class_logits, embeddings, self.pixel_decoder(maps)
+        encoder = tuple(maps if hidden else maps[-1:])
+        classes, embeddings, queries = self.query_decoder.run(maps[-1], last)
+        features = self.pixel_decoder(maps)
+        states = HiddenStates(encoder, (), queries, features if hidden else None)
+        return Predictions(classes, embeddings, features, states)
 
     def loss(self, pixel_values: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss.
@@ -159,23 +182,28 @@ class MaskFormer(nn.Module):
     def forward(
         self,
         pixel_values: Tensor,  # [B, C, H, W]
+        mask_labels: Sequence[Tensor] | None = None,  # B of [T_b, *, *]
+        class_labels: Sequence[Tensor] | None = None,  # B of [T_b]
         pixel_mask: Tensor | None = None,  # [B, H, W]
-        mask_labels: list[Tensor] | None = None,  # B of [T_b, H, W]
-        class_labels: list[Tensor] | None = None,  # B of [T_b]
+        output_hidden_states: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
+        return_dict: bool | None = None,
         targets: Targets | None = None,
-        auxiliary_logits: bool = False,
-    ) -> QueryOutput:
+    ) -> QueryOutput | tuple:
         """Predictions, and the loss if there are targets.
 
         Args:
             pixel_values: [B, C, H, W] floating, normalised, zero-padded to the right and below.
+            mask_labels: for each image [T_b, *, *] of any dtype, 1 inside, 0 outside, 255 where a
+                pixel has no weight; all of one size, that of the images or another, as both are
+                seen at the same points. Together with `class_labels`.
+            class_labels: for each image [T_b] integers in [0, K).
             pixel_mask: taken for Hugging Face's sake and not used: padding is not masked in
                 MaskFormer.
-            mask_labels: for each image [T_b, H, W] float, bool or uint8; together with
-                `class_labels`.
-            class_labels: for each image [T_b] int64 in [0, K).
-            targets: the same, packed; not together with the lists.
-            auxiliary_logits: also return the logits of the earlier predictions.
+            output_hidden_states: also give what is computed on the way.
+            output_auxiliary_logits: also give the logits of the earlier predictions.
+            return_dict: False gives a tuple of what is not None.
+            targets: the same as the labels, packed; not together with them.
 
         Returns:
             A `MaskFormerOutput`.
@@ -183,44 +211,45 @@ class MaskFormer(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype, shape or combination of arguments.
         """
-        wanted = mask_labels, class_labels, targets
-        if auxiliary_logits or any(w is not None for w in wanted) or not self._composes():
-            return query_output(self, pixel_values, *wanted, auxiliary_logits)
+        targets = given_targets(self, pixel_values, mask_labels, class_labels, targets)
+        asked = output_hidden_states or output_auxiliary_logits
+        if asked or targets is not None or not self._composes():
+            last = only_last(self, targets, output_auxiliary_logits)
+            found = self._predictions(pixel_values, last, bool(output_hidden_states))
+            return query_output(
+                self, found, targets, output_auxiliary_logits, output_hidden_states, return_dict
+            )
         expect_pixels(self, pixel_values)
         maps = self.backbone(pixel_values)
-        class_logits, embeddings = self.query_decoder(maps[-1], last=True)
-        out = QueryOutput(class_queries_logits=class_logits[:, -1])
+        classes, embeddings, queries = self.query_decoder.run(maps[-1], last=True)
+        out = QueryOutput(class_queries_logits=classes[:, -1])
         out.masks_queries_logits = self.pixel_decoder.mask_logits(maps, embeddings[:, -1])
-        return out
+        add_hidden_states(out, HiddenStates((maps[-1],), (), queries), False)
+        return returned(out, return_dict)
 
     def _composes(self) -> bool:
-        """Whether mask logits come from composed filters: fewer than the mask features have, and
-        not in half precision, which would round them."""
+        """Whether mask logits come from composed filters: fewer than the mask features have, not
+        in half precision, which would round them, and not in a graph for any number of images, as
+        each has filters of its own."""
         weight = self.pixel_decoder.mask_features.weight
         exact = weight.dtype.itemsize >= 4 and not torch.is_autocast_enabled(weight.device.type)
-        return exact and self.config.num_queries < len(weight)
+        fewer = self.config.num_queries < len(weight)
+        return exact and fewer and not is_exported()
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_folder: str | Path, num_labels: int | None = None
-    ) -> "MaskFormer":
-        """Opens a checkpoint in Hugging Face's format.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
-                `save_pretrained`, or the folder of a training run.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of Hugging Face's format.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: the weights are not those of the configured model (names the keys); nothing
-                is loaded then.
+            ValueError: a file is missing or is not what it should be.
         """
-        settings, weights = huggingface.read_folder(name_or_folder, num_labels)
-        return build(name_or_folder, cls, MaskFormerConfig, settings, weights, num_labels)
+        return huggingface.read_folder(source, num_labels)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors as transformers reads them.

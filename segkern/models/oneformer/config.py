@@ -11,6 +11,7 @@ from ...structures.logits import QueryLogits
 from ...structures.processing import Processing
 from ...structures.settings import InputConfig, Options
 from ...structures.targets import TASKS
+from .. import manners
 from ..mask2former.config import BACKBONES as _BACKBONES
 from .prompts import TASK_TOKENS, Tokenizer, hashed_words, known_words, open_tokenizer, token_rows
 
@@ -81,6 +82,8 @@ class OneFormerConfig:
         processing: what else a checkpoint's preprocessor_config.json says (`Processing`).
     """
 
+    to_dict, to_json_string = manners.to_dict, manners.to_json_string
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses"]  # read by transformers' Trainer
     kind: ClassVar[str] = "oneformer"
     tasks: ClassVar[tuple[str, ...]] = TASKS
     logits: ClassVar[type] = QueryLogits

@@ -39,8 +39,16 @@ from ...ops._checks import expect, got
 from ...structures.logits import QueryLogits
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import TASKS, Targets
-from ..build import build
-from ..query_output import QueryOutput, expect_pixels, given_targets, mask_logits
+from .. import manners
+from ..query_output import (
+    HiddenStates,
+    Predictions,
+    QueryOutput,
+    expect_pixels,
+    given_targets,
+    only_last,
+    query_output,
+)
 from . import huggingface, original
 from .config import OneFormerConfig
 from .prompts import TASK_TOKENS
@@ -59,6 +67,10 @@ class OneFormer(nn.Module):
         ValueError: the config's prompts are not those of its classes.
     """
 
+    main_input_name = "pixel_values"
+    config_class = OneFormerConfig
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = (
         "query_decoder.class_embed.weight",
         "query_decoder.class_embed.bias",
@@ -160,8 +172,9 @@ class OneFormer(nn.Module):
         Raises:
             ValueError: no such task, or not as many as images.
         """
-        named = [tasks] * batch if isinstance(tasks, str) else list(tasks)
-        if len(named) != batch or not set(named) <= set(TASKS):
+        one = isinstance(tasks, str)  # whatever the batch: a graph may be of any
+        named = [tasks] if one else list(tasks)
+        if (not one and len(named) != batch) or not set(named) <= set(TASKS):
             raise ValueError(
                 f"OneFormer: task_inputs must be of {', '.join(TASKS)}, one or {batch}, one for "
                 f"each image, got {tasks!r}"
@@ -218,18 +231,33 @@ class OneFormer(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
+        found = self._predictions(pixel_values, task_inputs, last)
+        return *found[:3], found.hidden.decoder[0]
+
+    def _predictions(
+        self, pixel_values: Tensor, task_inputs: Tensor, last: bool, hidden: bool = False
+    ) -> Predictions:
+        """As `all_predictions`; with `hidden` no map is dropped that was computed on the way."""
         expect_pixels(self, pixel_values)
-        shape = (len(pixel_values), self.config.task_seq_len)
+        shape = (pixel_values.shape[0], self.config.task_seq_len)
         if not isinstance(task_inputs, Tensor) or task_inputs.shape != shape:
             raise ValueError(
                 f"OneFormer: task_inputs must be tokens {list(shape)}, got {got(task_inputs)}"
             )
         decoder = self.query_decoder
         token = self.task_queries.token(task_inputs, decoder.norm)
-        features, pixels, shapes = self.pixel_decoder(self.backbone(pixel_values))
-        queries = self.task_queries(token, decoder.query_embed.weight[:-1], features)
-        class_logits, embeddings = decoder(pixels, shapes, features, last, queries)
-        return class_logits, embeddings, features, queries
+        maps = self.backbone(pixel_values)
+        encoder = tuple(maps if hidden else maps[-1:])
+        features, pixels, shapes = self.pixel_decoder(maps)
+        del maps  # the large ones are not held while queries are decoded
+        start = self.task_queries(token, decoder.query_embed.weight[:-1], features)
+        classes, embeddings, states = decoder.run(pixels, shapes, features, last, start)
+        levels = ()
+        if hidden:
+            split = pixels.split([h * w for h, w in shapes], 1)
+            levels = tuple(x.mT.unflatten(2, size) for x, size in zip(split, shapes))
+        states = HiddenStates(encoder, levels, states, features)
+        return Predictions(classes, embeddings, features, states)
 
     def text_queries(self, targets: Targets) -> Tensor:
         """What the sentences about images say [B, Q, C]: one of each target, in the order of their
@@ -264,14 +292,14 @@ class OneFormer(nn.Module):
             raise ValueError(
                 "OneFormer: targets.task must say what is to be found in each image, got None"
             )
-        found = self.all_predictions(pixel_values, self.task_rows[targets.task])
+        found = self._predictions(pixel_values, self.task_rows[targets.task], last=False)
         return self._losses(found, targets, None)
 
     def _losses(
-        self, found: tuple[Tensor, ...], targets: Targets, text_inputs: Tensor | None
+        self, found: Predictions, targets: Targets, text_inputs: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        *predictions, queries = found
-        total, losses = self.criterion(*predictions, targets)
+        total, losses = self.criterion(*found[:3], targets)
+        queries = found.hidden.decoder[0]
         if self.text_encoder is None:
             return total, losses
         if text_inputs is not None:
@@ -305,10 +333,11 @@ class OneFormer(nn.Module):
         pixel_values: Tensor,  # [B, C, H, W]
         task_inputs: Tensor | str | Sequence[str] | None = None,  # [B, L]
         text_inputs: Tensor | None = None,  # [B, N, L]
-        mask_labels: list[Tensor] | None = None,  # B of [T_b, H, W]
-        class_labels: list[Tensor] | None = None,  # B of [T_b]
+        mask_labels: Sequence[Tensor] | None = None,  # B of [T_b, *, *]
+        class_labels: Sequence[Tensor] | None = None,  # B of [T_b]
         pixel_mask: Tensor | None = None,  # [B, H, W]
-        output_auxiliary_logits: bool = False,
+        output_hidden_states: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
         return_dict: bool | None = None,
         targets: Targets | None = None,
     ) -> QueryOutput | tuple:
@@ -320,11 +349,13 @@ class OneFormer(nn.Module):
                 tokens [B, L]; None takes those of the targets, or "panoptic" where there are none.
             text_inputs: tokens of an image's sentences, Q less the learned text queries; None
                 takes those of its targets' classes. Without targets or text encoder not read.
-            mask_labels: for each image [T_b, H, W] float, bool or uint8, of its task; together
-                with `class_labels`.
-            class_labels: for each image [T_b] int64 in [0, K).
+            mask_labels: for each image [T_b, *, *] of any dtype, those of its task: 1 inside, 0
+                outside, 255 where a pixel has no weight; all of one size, that of the images or
+                another. Together with `class_labels`.
+            class_labels: for each image [T_b] integers in [0, K).
             pixel_mask: taken for Hugging Face's sake and not used: padding is not masked in
                 OneFormer.
+            output_hidden_states: also give what is computed on the way.
             output_auxiliary_logits: also return the logits of the earlier predictions.
             return_dict: False gives a tuple of what is not None.
             targets: the same as the labels, packed; not together with them.
@@ -340,53 +371,34 @@ class OneFormer(nn.Module):
             named = targets is not None and targets.task is not None
             task_inputs = self.task_rows[targets.task] if named else "panoptic"
         if not isinstance(task_inputs, Tensor):
-            task_inputs = self.task_inputs(task_inputs, len(pixel_values))
-        last = targets is None and not output_auxiliary_logits
-        found = self.all_predictions(pixel_values, task_inputs, last)
-        class_logits, embeddings, features, _ = found
-        out = QueryOutput(class_queries_logits=class_logits[:, -1])
+            task_inputs = self.task_inputs(task_inputs, pixel_values.shape[0])
+        last = only_last(self, targets, output_auxiliary_logits)
+        found = self._predictions(pixel_values, task_inputs, last, bool(output_hidden_states))
+        losses = None
         if targets is not None:
             if targets.task is None:  # of other words than the three the first
                 same = (task_inputs[:, None] == self.task_rows).all(2)
                 targets = targets._replace(task=same.int().argmax(1))
-            out.loss, out.losses = self._losses(found, targets, text_inputs)
-        if targets is None or not self.training or output_auxiliary_logits:
-            out.masks_queries_logits = mask_logits(embeddings[:, -1], features)
-        if output_auxiliary_logits:
-            out.auxiliary_logits = [
-                {
-                    "class_queries_logits": class_logits[:, r],
-                    "masks_queries_logits": mask_logits(embeddings[:, r], features),
-                }
-                for r in range(class_logits.shape[1] - 1)
-            ]
-        return out.to_tuple() if return_dict is False else out
+            losses = self._losses(found, targets, text_inputs)
+        options = output_auxiliary_logits, output_hidden_states, return_dict
+        return query_output(self, found, targets, *options, losses)
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_folder: str | Path, num_labels: int | None = None
-    ) -> "OneFormer":
-        """Opens a checkpoint in Hugging Face's format, or a .pth or .pkl file of the original
-        code.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
-                `save_pretrained`, or the folder of a training run; or a file.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of Hugging Face's format, or a .pth or .pkl file of the original code.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: the weights are not those of the configured model (names the keys); nothing
-                is loaded then.
+            ValueError: a file is missing or is not what it should be.
         """
-        if Path(name_or_folder).suffix in original.SUFFIXES:
-            settings, weights = original.read_file(name_or_folder)
-        else:
-            settings, weights = huggingface.read_folder(name_or_folder, num_labels)
-        return build(name_or_folder, cls, OneFormerConfig, settings, weights, num_labels)
+        if Path(source).suffix in original.SUFFIXES:
+            return original.read_file(source)
+        return huggingface.read_folder(source, num_labels)
 
     def save_pretrained(self, folder: str | Path, text_encoder: bool = True) -> None:
         """Writes config.json and model.safetensors as transformers reads them.

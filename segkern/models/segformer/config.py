@@ -8,6 +8,7 @@ from ...structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import PixelLogits
 from ...structures.processing import Processing
 from ...structures.settings import InputConfig
+from .. import manners
 
 # channels and depths of the encoders, and width of the head
 SIZES = {
@@ -64,6 +65,8 @@ class SegFormerConfig:
             size of its own the edges must be None.
     """
 
+    to_dict, to_json_string = manners.to_dict, manners.to_json_string
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses"]  # read by transformers' Trainer
     kind: ClassVar[str] = "segformer"
     tasks: ClassVar[tuple[str, ...]] = ("semantic",)
     logits: ClassVar[type] = PixelLogits

@@ -22,27 +22,28 @@ from ...nn.resized_cross_entropy import resized_cross_entropy
 from ...ops._checks import expect, expect_labels, got
 from ...structures.labels import void_of
 from ...structures.logits import PixelLogits
-from ...structures.outputs import output
+from ...structures.outputs import output, returned
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ...weights.state_dicts import misfits
-from .. import pixel_output
-from ..build import build
+from .. import manners, pixel_output
 from . import huggingface, original
 from .config import SegFormerConfig
 
 
 @output
-class SegFormerOutput:
+class SegFormerOutput(dict):
     """What `SegFormer.forward` returns.
 
     Attributes:
         loss: [], mean cross entropy of the labelled pixels; None without labels.
         logits: [B, K, h, w], at a quarter of the image's size.
+        hidden_states: the encoder's four maps, finest first, if asked for.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class SegFormer(nn.Module):
@@ -57,6 +58,10 @@ class SegFormer(nn.Module):
         ValueError: the pretrained backbone cannot be had, or does not fit.
     """
 
+    config_class = SegFormerConfig
+    main_input_name = "pixel_values"
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = ("head.classifier.weight", "head.classifier.bias")
 
     def __init__(self, config: SegFormerConfig):
@@ -134,6 +139,10 @@ class SegFormer(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
+        return self.head(self._maps(pixel_values))
+
+    def _maps(self, pixel_values: Tensor) -> list[Tensor]:
+        """The encoder's, finest first."""
         shape, config = f"B {self.config.input.channels} H W", self.config
         expect("SegFormer", "pixel_values", pixel_values, shape, "float", {})
         least = max((r - 1) * s + 1 for r, s in zip(config.sr_ratios, self.backbone.strides))
@@ -142,14 +151,16 @@ class SegFormer(nn.Module):
                 f"SegFormer: pixel_values must not be empty, with sides >= {least}, "
                 f"got {got(pixel_values)}"
             )
-        return self.head(self.backbone(pixel_values))
+        return self.backbone(pixel_values)
 
     def forward(
         self,
         pixel_values: Tensor,  # [B, C, H, W]
         labels: Tensor | None = None,  # [B, any, any]
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         normalizer: Tensor | None = None,  # []
-    ) -> SegFormerOutput:
+    ) -> SegFormerOutput | tuple:
         """Class logits, and the loss if there are labels.
 
         Args:
@@ -158,6 +169,8 @@ class SegFormer(nn.Module):
                 than 255 classes); logits are resized to their size. Out of range is an error on
                 the CPU in eager mode; elsewhere, where reading them would synchronise, loss and
                 gradients are NaN.
+            output_hidden_states: also give the encoder's maps.
+            return_dict: False gives a tuple of what is not None.
             normalizer: [], number of labelled pixels that the loss is divided by; None takes those
                 of this batch, at least 1.
 
@@ -168,7 +181,10 @@ class SegFormer(nn.Module):
             TypeError, ValueError: wrong dtype or shape, a label out of range, or labels for a
                 model of one class.
         """
-        out = SegFormerOutput(logits=self.class_logits(pixel_values))
+        maps = self._maps(pixel_values)
+        out = SegFormerOutput(logits=self.head(maps))
+        if output_hidden_states:
+            out.hidden_states = tuple(maps)
         if labels is not None:
             sizes = {"B": len(pixel_values), "device": pixel_values.device}
             expect("SegFormer", "labels", labels, "B H W", "int64", sizes)
@@ -180,7 +196,7 @@ class SegFormer(nn.Module):
                 )
             expect_labels("SegFormer", labels, K, void_of(K))
             out.loss = resized_cross_entropy(out.logits, labels, labels.shape[1:], normalizer)
-        return out
+        return returned(out, return_dict)
 
     def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
         """Nothing besides pixels."""
@@ -239,44 +255,38 @@ class SegFormer(nn.Module):
         return pixel_output.labelled_loss(self, pixel_values, targets)
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_folder: str | Path, num_labels: int | None = None
-    ) -> "SegFormer":
-        """Opens a checkpoint in Hugging Face's format, or a .pth file of the original code.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: name on the hub or a folder, written by transformers (4 or 5) or
-                `save_pretrained`, or the folder of a training run; or a .pth file.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of Hugging Face's format, or a .pth file of the original code.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: a file is missing or is not what it should be, or the weights are not those
-                of the configured model (names the keys); nothing is loaded then.
+            ValueError: a file is missing or is not what it should be.
         """
-        if Path(name_or_folder).suffix == original.SUFFIX:
-            settings, weights = original.read_file(name_or_folder)
+        if Path(source).suffix == original.SUFFIX:
+            settings, weights = original.read_file(source)
         else:
-            settings, weights = huggingface.read_folder(name_or_folder)
+            settings, weights = huggingface.read_folder(source)
         if not any(name.startswith("head.") for name in weights):
             raise ValueError(
-                f"SegFormer: {name_or_folder} holds an encoder alone: start from it by backbone="
-                f"'{name_or_folder}', backbone_pretrained=True in a SegFormerConfig, or by "
+                f"SegFormer: {source} holds an encoder alone: start from it by backbone="
+                f"'{source}', backbone_pretrained=True in a SegFormerConfig, or by "
                 "model.load_encoder"
             )
         found = weights.get("head.classifier.bias")
         if found is not None and len(found) != settings["num_labels"]:
             if num_labels is None:
                 raise ValueError(
-                    f"SegFormer: {name_or_folder}: config.json names {settings['num_labels']} "
+                    f"SegFormer: {source}: config.json names {settings['num_labels']} "
                     f"classes, the weights have {len(found)}; num_labels=... starts the class "
                     "head anew"
                 )
             settings |= {"num_labels": len(found), "id2label": None}
-        return build(name_or_folder, cls, SegFormerConfig, settings, weights, num_labels)
+        return settings, weights
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, preprocessor_config.json and model.safetensors as transformers reads

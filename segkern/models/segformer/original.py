@@ -18,7 +18,7 @@ from torch import Tensor
 from ...io.atomic_files import atomic
 from ...structures.labels import DATASETS
 from ...weights import unpickling
-from ...weights.state_dicts import on_disk
+from ...weights.state_dicts import on_disk, unwrapped
 from .config import SIZES, SegFormerConfig
 
 SUFFIX = ".pth"  # of the file
@@ -63,6 +63,7 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         state = {}
+    state = unwrapped(state)
     if "patch_embed1.proj.weight" in state:  # an encoder by itself
         state = {f"backbone.{name}": value for name, value in state.items()}
     weights = from_original(state)

@@ -7,6 +7,7 @@ from ...ops._checks import expect_integer
 from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD, Labels
 from ...structures.logits import PixelLogits
 from ...structures.settings import InputConfig
+from .. import manners
 
 # embed_dim, depth, heads of the encoders that the paper names
 _ENCODERS = {"T": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
@@ -64,6 +65,8 @@ class SegmenterConfig:
         image_std: likewise.
     """
 
+    to_dict, to_json_string = manners.to_dict, manners.to_json_string
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses"]  # read by transformers' Trainer
     kind: ClassVar[str] = "segmenter"
     tasks: ClassVar[tuple[str, ...]] = ("semantic",)
     logits: ClassVar[type] = PixelLogits

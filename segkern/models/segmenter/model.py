@@ -21,23 +21,22 @@ from ...nn.vit import LinearDecoder, MaskTransformer, ViT, start_apart, start_lo
 from ...ops._checks import expect, expect_labels, got
 from ...structures.labels import void_of
 from ...structures.logits import PixelLogits
-from ...structures.outputs import output
+from ...structures.outputs import Resized, output, returned
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
 from ...weights.folders import find_folder
-from .. import own_format, pixel_output
-from ..build import build
+from .. import manners, own_format, pixel_output
 from . import original
 from .config import SegmenterConfig
 
 
 @output
-class SegmenterOutput:
+class SegmenterOutput(dict):
     """What `Segmenter.forward` returns.
 
     Attributes:
         loss: [], mean cross entropy of the labelled pixels; None without labels.
-        logits: [B, K, H, W]; None where a loss was asked for.
+        logits: [B, K, H, W]; where there are labels, computed when they are first read.
     """
 
     loss: Tensor | None = None
@@ -55,6 +54,10 @@ class Segmenter(nn.Module):
         ValueError: timm has no such backbone or no weights of it, or they do not fit.
     """
 
+    config_class = SegmenterConfig
+    main_input_name = "pixel_values"
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = (
         *("decoder.head.weight", "decoder.head.bias"),  # of the linear decoder
         *("decoder.cls_emb", "decoder.mask_norm.weight", "decoder.mask_norm.bias"),
@@ -150,15 +153,17 @@ class Segmenter(nn.Module):
         self,
         pixel_values: Tensor,  # [B, C, H, W]
         labels: Tensor | None = None,  # [B, H, W]
+        return_dict: bool | None = None,
         normalizer: Tensor | None = None,  # []
-    ) -> SegmenterOutput:
-        """Class logits of every pixel, or the loss if there are labels.
+    ) -> SegmenterOutput | tuple:
+        """Class logits of every pixel, and the loss if there are labels.
 
         Args:
             pixel_values: [B, C, H, W] floating, normalised.
             labels: [B, H, W] int64 in [0, K), 255 where a pixel does not count (65535 of more
                 than 255 classes). Out of range is an error on the CPU in eager mode; elsewhere,
                 where reading them would synchronise, loss and gradients are NaN.
+            return_dict: False gives a tuple of what is not None.
             normalizer: [], number of labelled pixels that the loss is divided by; None takes those
                 of this batch, at least 1.
 
@@ -172,12 +177,16 @@ class Segmenter(nn.Module):
         patches = self.patch_logits(pixel_values)
         B, _, h, w = patches.shape
         H, W = pixel_values.shape[2:]
+        padded, K = (p * h, p * w), self.config.num_labels
+        logits, out = Resized(patches, padded, (H, W)), SegmenterOutput()
         if labels is None:
-            logits = F.interpolate(patches, size=(p * h, p * w), mode="bilinear")
-            return SegmenterOutput(logits=logits[:, :, :H, :W])
-        expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
-        expect_labels("Segmenter", labels, self.config.num_labels, void_of(self.config.num_labels))
-        return SegmenterOutput(resized_cross_entropy(patches, labels, (p * h, p * w), normalizer))
+            out.logits = logits.tensor()
+        else:
+            expect("Segmenter", "labels", labels, "B H W", "int64", {"B": B, "H": H, "W": W})
+            expect_labels("Segmenter", labels, K, void_of(K))
+            out.logits = logits
+            out.loss = resized_cross_entropy(patches, labels, padded, normalizer)
+        return returned(out, return_dict)
 
     def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
         """Nothing besides pixels."""
@@ -234,26 +243,20 @@ class Segmenter(nn.Module):
         return pixel_output.labelled_loss(self, pixel_values, targets)
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_folder: str | Path, num_labels: int | None = None
-    ) -> "Segmenter":
-        """Opens a checkpoint: `checkpoint.pth` and `variant.yml` of the original code, or
-        `config.json` and `model.safetensors` of `save_pretrained`.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: a folder, one of those files, the folder of a training run, or a name
-                on the hub.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of `save_pretrained`, or of checkpoint.pth and variant.yml of the
+                original code.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: a file is missing or is not what it should be, or the weights are not those
-                of the model that is described (names the keys).
+            ValueError: a file is missing or is not what it should be.
         """
-        folder = find_folder(name_or_folder)
+        folder = find_folder(source)
         settings, weights = original.read_folder(folder)
         unknown = sorted(settings.keys() - {f.name for f in fields(SegmenterConfig)})
         if unknown:
@@ -264,7 +267,7 @@ class Segmenter(nn.Module):
             raise ValueError(
                 f"Segmenter: {folder} has weights for {found} labels, its settings say {labels}"
             )
-        return build(folder, cls, SegmenterConfig, settings, weights, num_labels)
+        return settings, weights
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...io.atomic_files import atomic
 from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD
 from ...weights import unpickling
-from ...weights.state_dicts import misfits, on_disk
+from ...weights.state_dicts import misfits, on_disk, unwrapped
 from ...weights.timm_names import check_timm_name, pretrained_model
 from ...weights.yaml_files import read_yaml, yaml_text
 from .. import own_format
@@ -81,6 +81,7 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(
             f"Segmenter: {path} is not a checkpoint of Segmenter (no weights 'model')"
         )
+    weights = unwrapped(weights)
     return settings, {k: v for k, v in weights.items() if not k.startswith("encoder.head")}
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD
-from .. import two_heads
+from .. import manners, two_heads
 
 MASKS = ("linear", "attention", "fine")
 
@@ -49,6 +49,8 @@ class Seq2SegConfig:
         backbone_pretrained: False: there are no weights to download.
     """
 
+    to_dict, to_json_string = manners.to_dict, manners.to_json_string
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses"]  # read by transformers' Trainer
     kind: ClassVar[str] = "seq2seg"
     default_queries: ClassVar[int] = 6
     match_stride: ClassVar[int] = 1  # over that of the masks, which is large already

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD
-from .. import two_heads
+from .. import manners, two_heads
 
 
 @dataclass
@@ -38,6 +38,8 @@ class UNetConfig:
         backbone_pretrained: False: there are no weights to download.
     """
 
+    to_dict, to_json_string = manners.to_dict, manners.to_json_string
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses"]  # read by transformers' Trainer
     kind: ClassVar[str] = "unet"
     default_queries: ClassVar[int] = 100
 

@@ -16,7 +16,7 @@ channels' own convolution has no bias there, so that masks are a product of two 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,12 +26,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ...nn.bert import Bert
 from ...nn.linear import Linear
+from ...nn.maps import keep_channels_last
 from ...nn.mask_criterion import FullMaskCriterion
 from ...ops._norm_relu import norm_relu
 from ...structures.logits import PixelLogits, QueryLogits
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
-from .. import own_format, two_heads
+from .. import manners, own_format, two_heads
 from ..two_heads import TwoHeadOutput
 from .config import UNetConfig
 
@@ -95,6 +96,10 @@ class UNet(nn.Module):
             for FSDP's `fully_shard` first call `model.to(memory_format=torch.contiguous_format)`.
     """
 
+    config_class = UNetConfig
+    main_input_name = "pixel_values"
+    from_pretrained = classmethod(manners.from_pretrained)
+    device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = (
         *("classify.weight", "classify.bias"),  # of the semantic head
         *("class_embed.weight", "class_embed.bias", "criterion.empty_weight"),
@@ -128,7 +133,7 @@ class UNet(nn.Module):
                 config.dice_weight,
                 config.no_object_weight,
             )
-        self.to(memory_format=torch.channels_last)
+        keep_channels_last(self)
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """Keep only the inputs of the blocks for backward, and compute the rest again.
@@ -219,19 +224,22 @@ class UNet(nn.Module):
         self,
         pixel_values: Tensor,  # [B, C, H, W]
         labels: Tensor | None = None,  # [B, H, W]
-        mask_labels: list[Tensor] | None = None,  # B of [T_b, H, W]
-        class_labels: list[Tensor] | None = None,  # B of [T_b]
+        mask_labels: Sequence[Tensor] | None = None,  # B of [T_b, *, *]
+        class_labels: Sequence[Tensor] | None = None,  # B of [T_b]
+        return_dict: bool | None = None,
         targets: Targets | None = None,
-    ) -> TwoHeadOutput:
+    ) -> TwoHeadOutput | tuple:
         """Predictions, and the loss if there is a truth.
 
         Args:
             pixel_values: [B, C, H, W] floating, normalised.
             labels: of the semantic head: [B, H, W] int64 in [0, K), 255 where a pixel does not
                 count (65535 of more than 255 classes).
-            mask_labels: of the instance head: for each image [T_b, H, W] float, bool or uint8;
-                together with `class_labels`.
-            class_labels: for each image [T_b] int64 in [0, K).
+            mask_labels: of the instance head: for each image [T_b, *, *] of any dtype, 1 inside, 0
+                outside, 255 where a pixel has no weight; all of one size, that of the images or
+                another. Together with `class_labels`.
+            class_labels: for each image [T_b] integers in [0, K).
+            return_dict: False gives a tuple of what is not None.
             targets: the same, packed; alone.
 
         Returns:
@@ -241,26 +249,23 @@ class UNet(nn.Module):
             TypeError, ValueError: wrong dtype, shape or combination of arguments, or a label out
                 of range.
         """
-        return two_heads.forward(self, pixel_values, labels, mask_labels, class_labels, targets)
+        lists = mask_labels, class_labels
+        return two_heads.forward(self, pixel_values, labels, *lists, return_dict, targets)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, num_labels: int | None = None) -> "UNet":
-        """Opens what `save_pretrained` wrote.
+    def read_pretrained(
+        cls, source: str | Path, num_labels: int | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """Settings and weights of a checkpoint, by the names of the config and of the model.
 
         Args:
-            name_or_folder: a folder, one of its files, the folder of a training run, or a name on
-                the hub.
-            num_labels: K of the new task; where it differs from the checkpoint's, the class head
-                starts anew. None keeps the checkpoint's.
-
-        Returns:
-            The model in eval mode.
+            source: a folder of `save_pretrained`.
+            num_labels: K of the new task, which then need not be that of the checkpoint.
 
         Raises:
-            ValueError: a file is missing or is not what it should be, or the weights are not those
-                of the model that is described (names the keys).
+            ValueError: a file is missing or is not what it should be.
         """
-        return own_format.opened(cls, UNetConfig, name_or_folder, num_labels)
+        return own_format.read_known(cls, source)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors.

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ...ops import attention, dwconv3x3_gelu, linear
 from .. import drop_path
 from ..linear import Linear
+from ..maps import keep_channels_last
 
 
 class Attention(nn.Module):
@@ -153,7 +154,7 @@ class Stage(nn.Module):
         x = self.patch_embed["proj"](x).permute(0, 2, 3, 1)
         x = self.patch_embed["norm"](x)
         for block in self.blocks:
-            inputs = (x, *drop_path.draw(block.drop_path, len(x), x.device, block.training))
+            inputs = (x, *drop_path.draw(block.drop_path, x.shape[0], x.device, block.training))
             if self.checkpointing and self.training:
                 # nothing random is inside: a generator's state cannot be read in a CUDA graph
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -205,7 +206,7 @@ class MiT(nn.Module):
         )
         for module in self.modules():
             _initialise(module)
-        self.to(memory_format=torch.channels_last)  # as the maps are
+        keep_channels_last(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Runs the network.

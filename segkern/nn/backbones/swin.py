@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...ops import feed_forward, linear, window_attn
+from ...ops._library import is_exported
 from .. import drop_path
 from ..linear import Linear
 from ..recompute import recomputed
@@ -180,7 +181,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # [B, h, w, C]
         for block in self.blocks:
-            drawn = drop_path.draw(block.drop_path, len(x), x.device, block.training)
+            drawn = drop_path.draw(block.drop_path, x.shape[0], x.device, block.training)
             inputs = (x, offsets, *drawn)
             if self.checkpointing and self.training:
                 # nothing random is inside: a generator's state cannot be read in a CUDA graph
@@ -257,8 +258,10 @@ class Swin(nn.Module):
         Returns:
             maps [B, C_i, ceil(H / s_i), ceil(W / s_i)], finest first, channels last in memory.
         """
-        # the size is a constant of a compiled graph: symbols halved four times take minutes
-        h, w = operator.index(x.shape[2]), operator.index(x.shape[3])
+        h, w = x.shape[2:]
+        if not is_exported():
+            # the size is a constant of a compiled graph: symbols halved four times take minutes
+            h, w = operator.index(h), operator.index(w)
         if h % PATCH or w % PATCH:
             x = F.pad(x, (0, -w % PATCH, 0, -h % PATCH))
         x = self.patch_embed["proj"](x).permute(0, 2, 3, 1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...ops._norm_relu import trains
 from ...runtime.modes import evaluated
 from ...weights.timm_names import check_timm_name, pretrained_model
+from ..maps import keep_channels_last
 from . import resnet
 from .swin import VARIANTS
 
@@ -66,7 +67,7 @@ class TimmBackbone(nn.Module):
         if freeze_norm:
             for norm in self._norms():
                 norm.requires_grad_(False)
-        self.to(memory_format=torch.channels_last)
+        keep_channels_last(self)
         self._check_sizes(name, divisor, longest)
 
     def _check_sizes(self, name: str, divisor: int, longest: int) -> None:

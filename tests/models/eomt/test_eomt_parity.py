@@ -135,7 +135,7 @@ def test_logits_of_all_predictions_equal_the_reference(pair, shares, monkeypatch
     torch.manual_seed(3)
     want = reference(images())
     torch.manual_seed(3)
-    have = ours(images(), auxiliary_logits=True)
+    have = ours(images(), output_auxiliary_logits=True)
     assert error(have.last_hidden_state, want.last_hidden_state) < 1e-8
     assert len(found) == (3 if any(shares) else 1)
     given = [*(list(x.values()) for x in have.auxiliary_logits), [*have[:2]]]
@@ -158,7 +158,7 @@ def test_a_prediction_has_no_mask(pair):
     assert error(out.masks_queries_logits, want) < 1e-8
     assert torch.equal(out.class_queries_logits, classes)
     assert torch.equal(out.patch_offsets[0], torch.ones(2, 3))
-    assert error(ours(images(), auxiliary_logits=True).masks_queries_logits, want) > 1e-3
+    assert error(ours(images(), output_auxiliary_logits=True).masks_queries_logits, want) > 1e-3
 
 
 # --- losses and gradients -------------------------------------------------------------------

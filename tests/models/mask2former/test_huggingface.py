@@ -334,7 +334,7 @@ def test_no_such_folder(name):
 def test_the_hub_is_asked_for_safetensors_first(folder, monkeypatch):
     asked = []
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, **place):
         asked.append((name, "pytorch_model*" in allow_patterns))
         return str(folder)
 

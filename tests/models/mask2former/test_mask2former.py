@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from segkern.models import Mask2Former, Mask2FormerConfig
 from segkern.nn.position import pixel_centres, sine_position
+from segkern.structures.outputs import Product
 from segkern.structures.targets import Targets
 from support.inputs import random_targets
 
@@ -78,10 +79,10 @@ def test_training_builds_no_mask_logits_of_all_queries(tiny):
         random_targets((2, 1), LABELS, 64, 96),
     )
     out = tiny.train()(x, mask_labels=masks, class_labels=labels)
-    assert out.masks_queries_logits is None
+    assert isinstance(vars(out)["masks_queries_logits"], Product)
     assert out.auxiliary_logits is None
     assert out.class_queries_logits.shape == (2, 8, LABELS + 1)
-    asked = tiny(x, mask_labels=masks, class_labels=labels, auxiliary_logits=True)
+    asked = tiny(x, mask_labels=masks, class_labels=labels, output_auxiliary_logits=True)
     assert asked.masks_queries_logits.shape == (2, 8, 32, 48)
     assert [o["masks_queries_logits"].shape for o in asked.auxiliary_logits] == [
         (2, 8, 32, 48)

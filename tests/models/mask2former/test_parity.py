@@ -107,7 +107,7 @@ def test_logits_of_all_predictions_equal_the_reference(pair, batch):
     reference, ours = pair
     x = batch()
     want = reference(x, output_auxiliary_logits=True)
-    have = ours(x, auxiliary_logits=True)
+    have = ours(x, output_auxiliary_logits=True)
     predictions = [*want.auxiliary_logits, want], [*have.auxiliary_logits, have]
     assert len(predictions[0]) == len(predictions[1]) == 10
     for r, (a, b) in enumerate(zip(*predictions)):
@@ -116,6 +116,21 @@ def test_logits_of_all_predictions_equal_the_reference(pair, batch):
             assert u.shape == v.shape
             assert error(u, v) < 1e-8, f"prediction {r}, {name}"
     assert want.masks_queries_logits.std() > 0.1  # the masks are not all open or all closed
+
+
+@torch.no_grad()
+def test_hidden_states_have_the_references_names_order_and_values(pair):
+    reference, ours = pair
+    x, asked = images(2, 97, 130), {"output_hidden_states": True, "output_auxiliary_logits": True}
+    want, have = reference(x, **asked), ours(x, **asked)
+    assert list(have) == [name for name in want if name != "attentions"]
+    assert list(ours(x)) == list(reference(x))
+    for name in list(have)[3:]:  # behind the logits
+        a, b = ([o[name]] if isinstance(o[name], torch.Tensor) else o[name] for o in (want, have))
+        for u, v in zip(a, b, strict=True):
+            u = u.transpose(0, 1) if name == "transformer_decoder_hidden_states" else u
+            assert error(u, v) < 1e-8, name
+            assert u.shape == v.shape
 
 
 # --- losses and gradients -------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 import segkern
 from segkern.models import MaskFormer, MaskFormerConfig
+from segkern.structures.outputs import Product
 from segkern.structures.targets import Targets
 from segkern.training.step import TrainingLoss
 from support.inputs import random_targets
@@ -64,10 +65,10 @@ def test_presets(preset):
 def test_training_builds_no_mask_logits_of_all_queries(tiny):
     x, (masks, labels) = images(2, 64, 96), random_targets((2, 1), LABELS, 64, 96)
     out = tiny.train()(x, mask_labels=masks, class_labels=labels)
-    assert out.masks_queries_logits is None
+    assert isinstance(vars(out)["masks_queries_logits"], Product)
     assert out.auxiliary_logits is None
     assert out.class_queries_logits.shape == (2, 8, LABELS + 1)
-    asked = tiny(x, mask_labels=masks, class_labels=labels, auxiliary_logits=True)
+    asked = tiny(x, mask_labels=masks, class_labels=labels, output_auxiliary_logits=True)
     assert asked.masks_queries_logits.shape == (2, 8, 32, 48)
     shapes = [o["masks_queries_logits"].shape for o in asked.auxiliary_logits]
     assert shapes == [(2, 8, 32, 48)] * 2

@@ -118,7 +118,7 @@ def reference_predictions(reference, x):
 def test_logits_of_all_predictions_equal_the_reference(pair, batch):
     reference, ours = pair
     x = batch()
-    have = ours(x, auxiliary_logits=True)
+    have = ours(x, output_auxiliary_logits=True)
     predictions = [*have.auxiliary_logits, vars(have)]
     last = vars(reference(x))
     for r, want in enumerate(reference_predictions(reference, x)):
@@ -229,7 +229,7 @@ def test_the_earlier_predictions_of_transformers_are_not_the_papers(pair):
     try:
         with torch.no_grad():
             theirs = reference(x, output_auxiliary_logits=True, output_hidden_states=True)
-            have = ours(x, auxiliary_logits=True).auxiliary_logits
+            have = ours(x, output_auxiliary_logits=True).auxiliary_logits
     finally:
         reference.config.use_auxiliary_loss = False
     theirs = theirs.auxiliary_logits
