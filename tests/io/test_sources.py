@@ -196,7 +196,7 @@ def test_data_uris(way):
 
 
 def test_data_uris_of_other_letters():
-    with pytest.raises(ValueError, match="image 3: a data URI must hold base64: .*ASCII"):
+    with pytest.raises(ValueError, match=r"image 3: a data URI must hold base64: .*ASCII"):
         open_source(f"{URI}é", "image 3")
 
 

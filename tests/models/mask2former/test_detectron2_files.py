@@ -193,6 +193,12 @@ def test_the_config_yaml_that_is_written(tmp_path):
     assert open_model(tmp_path / "out/model.pth").config == config
 
 
+def test_a_width_that_the_original_does_not_read_is_told_of(tmp_path):
+    model = open_model(saved(tmp_path / "a.pth", reference("swin").state_dict()))
+    with pytest.warns(UserWarning, match=r"encoder_feedforward_dim 1024 alone, this one has 96"):
+        model.save_original(tmp_path / "b.pth")
+
+
 def test_what_detectron2_asks_of_a_file(tmp_path):
     """It takes a .pkl without an author for one of Caffe2, and names without versions for old."""
     model = open_model(saved(tmp_path / "a.pth", reference("swin").state_dict()))
@@ -251,7 +257,7 @@ def test_a_pth_is_told_by_what_it_holds(tmp_path):
         Mask2Former.from_pretrained(tmp_path / "a.pth")
     for way in (open_model, Mask2Former.from_pretrained):  # and never a name on the hub
         for name in ("models/nothing.pth", "nothing.pkl"):
-            with pytest.raises(ValueError, match="No such file"):
+            with pytest.raises(ValueError, match="no such file"):
                 way(name)
 
 
