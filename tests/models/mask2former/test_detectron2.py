@@ -111,7 +111,9 @@ def unused(name):
     return ".swin.layernorm." in name  # that transformers writes and never uses
 
 
-@pytest.mark.parametrize(("family", "suffix"), FILES)
+@pytest.mark.parametrize(
+    ("family", "suffix"), [*FILES[:2], pytest.param(*FILES[2], marks=pytest.mark.slow)]
+)
 @torch.no_grad()
 def test_from_transformers_to_detectron2_and_back(family, suffix, tmp_path):
     theirs = transformers_model(family)
@@ -208,3 +210,26 @@ def test_sizes_of_published_models(name):
         own = Mask2Former(config).state_dict()
         back = {k: v.shape for k, v in original.to_original(own, frozen).items()}
     assert back == {k: v.shape for k, v in state.items()}
+
+
+def test_the_deepest_resnet_is_told_by_its_blocks():
+    with torch.device("meta"):
+        state = detectron2.Mask2Former(detectron2.ResNet((3, 8, 36, 3)), 133).state_dict()
+    assert original.read_sizes(original.from_original(state), "deep")["backbone"] == "resnet152"
+
+
+def test_norms_that_count_batches_train(tmp_path):
+    """As SyncBN's do; published models have frozen ones, which count none."""
+    state = dict(reference("resnet").state_dict())
+    frozen = open_model(saved(tmp_path / "frozen.pth", state))
+    assert frozen.config.backbone_options == {"freeze_norm": True}
+    norms = [name.removesuffix(".running_var") for name in state if "running_var" in name]
+    state |= {f"{name}.num_batches_tracked": torch.tensor(3) for name in norms}
+    trained = open_model(saved(tmp_path / "trained.pth", state))
+    assert trained.config.backbone_options == {}
+    for model, norm in ((frozen, "FrozenBN"), (trained, "SyncBN")):
+        model.save_original(tmp_path / norm / "a.pth")
+        text = (tmp_path / norm / "config.yaml").read_text()
+        assert f"NORM: {norm}\n" in text
+        assert model.train().backbone.body.bn1.training == (norm == "SyncBN")
+    assert_equal(written(tmp_path / "SyncBN/a.pth"), state)
