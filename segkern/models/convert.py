@@ -134,7 +134,9 @@ def convert(
             _check_free(target.parent / path.name, path.is_dir())
         kind = model.config.kind
         del model  # the next takes as much memory
-        keys = _traced(source, Path(temporary) / "marked", inside, format)
+        with warnings.catch_warnings():  # which came when the real one was opened and written
+            warnings.simplefilter("ignore")
+            keys = _traced(source, Path(temporary) / "marked", inside, format)
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in written:
             os.replace(path, target.parent / path.name)  # an empty folder gives way
@@ -248,12 +250,10 @@ def _traced(source: Path, marked: Path, written: Path, format: str) -> list[Key]
     """
     names = _write_marked(source, marked)
     at = marked / source.name if source.is_file() else marked
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = open_model(at)
-        out = marked / "out" / written.name
-        out.parent.mkdir()
-        _save(model, out, format)
+    model = open_model(at)
+    out = marked / "out" / written.name
+    out.parent.mkdir()
+    _save(model, out, format)
     used = {i for value in model.state_dict().values() for i in _numbers(value)}
     comes_from = {name: _numbers(value) for name, value in _weights(out).items()}
     keys, left = [], []

@@ -294,6 +294,16 @@ def test_messages_name_the_target(tmp_path, monkeypatch):
     assert not target.parent.exists()
 
 
+def test_a_warning_comes_once(tmp_path):
+    mask2former(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "a/model.pth")
+    state = torch.load(tmp_path / "a/model.pth", weights_only=True)["model"]
+    torch.save({"model": state, "ema_state": state}, tmp_path / "both.pth")
+    with pytest.warns(UserWarning, match="weights are those of 'model'") as told:
+        convert(tmp_path / "both.pth", tmp_path / "out")
+    assert sum("weights are those of" in str(warning.message) for warning in told) == 1
+
+
 def test_a_run_and_a_file_beside_others(tmp_path):
     """Of a run the best model is taken; a config.yaml that is there already stays."""
     unet(tmp_path / "run/model")

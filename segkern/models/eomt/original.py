@@ -69,6 +69,8 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
             f"from_pretrained: {path} is no checkpoint of EoMT's original code with a DINOv2 "
             f"({error})"
         ) from error
+    if isinstance(classes := state.get("criterion.empty_weight"), Tensor) and classes.numel():
+        settings["no_object_weight"] = round(classes.flatten()[-1].item(), 7)
     return settings, weights
 
 

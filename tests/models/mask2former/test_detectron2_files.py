@@ -163,6 +163,30 @@ def test_options_of_config_yaml_that_are_not_here(name, tmp_path):
         open_model(path)
 
 
+NO_NUMBERS = {
+    "MODEL__PIXEL_MEAN": (128, "PIXEL_MEAN must be a list of numbers, got 128"),
+    "MODEL__PIXEL_STD": (["a"], r"PIXEL_STD must be a list of numbers, got \['a'\]"),
+    "MODEL__MASK_FORMER__DEC_LAYERS": ("ten", "DEC_LAYERS must be a number, got 'ten'"),
+    "MODEL__MASK_FORMER__NO_OBJECT_WEIGHT": (None, "NO_OBJECT_WEIGHT must be a number, got None"),
+    "INPUT__MIN_SIZE_TEST": ([512], r"MIN_SIZE_TEST must be a number, got \[512\]"),
+}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_words_of_config_yaml_where_numbers_belong(name, tmp_path):
+    path = saved(tmp_path / "model_final.pth", reference("swin").state_dict())
+    config_yaml(tmp_path, **{name: NO_NUMBERS[name][0]})
+    with pytest.raises(ValueError, match=rf"config\.yaml: .*{NO_NUMBERS[name][1]}"):
+        open_model(path)
+
+
+def test_a_least_edge_of_0_leaves_pictures_as_they_are(tmp_path):
+    path = saved(tmp_path / "model_final.pth", reference("swin").state_dict())
+    config_yaml(tmp_path, INPUT__MIN_SIZE_TEST=0)
+    config = open_model(path).config
+    assert (config.shortest_edge, config.longest_edge) == (None, None)
+
+
 def test_config_yaml_of_other_weights_and_with_a_base(tmp_path):
     path = saved(tmp_path / "model_final.pth", reference("swin").state_dict())
     config_yaml(tmp_path, MODEL__SEM_SEG_HEAD__NUM_CLASSES=133)
