@@ -111,9 +111,7 @@ def unused(name):
     return ".swin.layernorm." in name  # that transformers writes and never uses
 
 
-@pytest.mark.parametrize(
-    ("family", "suffix"), [*FILES[:2], pytest.param(*FILES[2], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("family", "suffix"), FILES)
 @torch.no_grad()
 def test_from_transformers_to_detectron2_and_back(family, suffix, tmp_path):
     theirs = transformers_model(family)
@@ -154,6 +152,8 @@ def test_from_detectron2_and_back(backbone, suffix, tmp_path):
     state = reference(backbone).state_dict()
     ours = open_model(saved(tmp_path / f"a{suffix}", state))
     ours.save_original(tmp_path / f"b{suffix}")
+    norm = "FrozenBN" if backbone == "resnet" else "GN"
+    assert f"NORM: {norm}\n" in (tmp_path / "config.yaml").read_text()
     assert_equal(written(tmp_path / f"b{suffix}"), state)
     ours.save_pretrained(tmp_path / "folder")  # through a folder of Hugging Face's format
     open_model(tmp_path / "folder").save_original(tmp_path / f"c{suffix}")
@@ -221,15 +221,11 @@ def test_the_deepest_resnet_is_told_by_its_blocks():
 def test_norms_that_count_batches_train(tmp_path):
     """As SyncBN's do; published models have frozen ones, which count none."""
     state = dict(reference("resnet").state_dict())
-    frozen = open_model(saved(tmp_path / "frozen.pth", state))
-    assert frozen.config.backbone_options == {"freeze_norm": True}
     norms = [name.removesuffix(".running_var") for name in state if "running_var" in name]
     state |= {f"{name}.num_batches_tracked": torch.tensor(3) for name in norms}
-    trained = open_model(saved(tmp_path / "trained.pth", state))
-    assert trained.config.backbone_options == {}
-    for model, norm in ((frozen, "FrozenBN"), (trained, "SyncBN")):
-        model.save_original(tmp_path / norm / "a.pth")
-        text = (tmp_path / norm / "config.yaml").read_text()
-        assert f"NORM: {norm}\n" in text
-        assert model.train().backbone.body.bn1.training == (norm == "SyncBN")
-    assert_equal(written(tmp_path / "SyncBN/a.pth"), state)
+    model = open_model(saved(tmp_path / "a.pth", state)).train()
+    assert model.config.backbone_options == {}
+    assert model.backbone.body.bn1.training
+    model.save_original(tmp_path / "out/a.pth")
+    assert "NORM: SyncBN\n" in (tmp_path / "out/config.yaml").read_text()
+    assert_equal(written(tmp_path / "out/a.pth"), state)
