@@ -107,13 +107,13 @@ def read(path: Path, shown: dict, swin: bool) -> dict:
         if found.get(name, value) != value:
             raise ValueError(f"from_pretrained: {path}: {name} must be {value}, got {found[name]}")
     settings = {ours: found[name] for name, ours in _TOLD.items() if name in found}
+    if settings.get("shortest_edge") == 0:  # there pictures then keep their size
+        settings |= {"shortest_edge": None, "longest_edge": None}
     for name, ours in _PIXELS.items():
         if name in found:
             settings[ours] = tuple(round(value / 255, 9) for value in found[name])
     if swin and _RATE in found:
         settings["drop_path_rate"] = found[_RATE]
-    if settings.get("shortest_edge") == 0:  # there pictures then keep their size
-        settings |= {"shortest_edge": None, "longest_edge": None}
     return settings
 
 
