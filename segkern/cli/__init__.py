@@ -255,8 +255,8 @@ def explain(
 
 
 def convert(
-    source: tyro.conf.Positional[str],
-    target: tyro.conf.Positional[Path],
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
     format: Literal[FORMATS] | None = None,
 ) -> None:
     """Write a checkpoint in another format of its model, and prove that it computes the same.

@@ -159,6 +159,8 @@ class Pipeline:
 
         if isinstance(inputs, (list, tuple)):
             return list(batches(iter(inputs)))
+        if isinstance(inputs, Dataset) and hasattr(inputs, "__len__"):  # whose end may be no error
+            return batches(inputs[i] for i in range(len(inputs)))
         if isinstance(inputs, (Iterator, Dataset)) and not hasattr(inputs, "read"):
             return batches(iter(inputs))
         result = segment(self.model, read(inputs, "image"), task, options=options)

@@ -1,7 +1,6 @@
 """Pictures that are not files: addresses on the network, data URIs, bytes, open files."""
 
 import base64
-import binascii
 import http.client
 import string
 import time
@@ -31,9 +30,9 @@ def open_source(
     """What `io.images.read_image` takes, from any source of a picture.
 
     Args:
-        source: an address (http://, https://), a data URI (data:image/png;base64,...), the bytes
-            of a picture's file, or a file open for reading in binary mode, which is read to its
-            end; anything else comes back as it is.
+        source: an address (http://, https://), a data URI (data:image/png;base64,..., in lines
+            or one), the bytes of a picture's file, or a file open for reading in binary mode,
+            which is read to its end; anything else comes back as it is.
         name: begins the message of an error.
         timeout: seconds to wait for a server, and that what it sends may then take.
         max_bytes: that a server may send.
@@ -45,18 +44,22 @@ def open_source(
     Raises:
         TypeError: a file open as text.
         OSError: the address cannot be fetched.
-        ValueError: more than `max_bytes`, no base64, or not an image that PIL can read.
+        ValueError: more than `max_bytes`, no base64, a file that is closed or open for writing, or
+            not an image that PIL can read.
     """
     if is_url(source):
         data = fetch(source, name, timeout, max_bytes)
         name = f"{name}: {source}"
-    elif isinstance(source, str) and source.startswith("data:"):
+    elif isinstance(source, str) and source[:5].lower() == "data:":
         data = _decoded(source, name)
     elif isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
     elif hasattr(source, "read"):
-        data = source.read()
-        if not isinstance(data, bytes):
+        try:
+            data = source.read()
+        except ValueError as error:
+            raise ValueError(f"{name}: a file must be open for reading: {error}") from error
+        if not isinstance(data, (bytes, bytearray)):
             raise TypeError(
                 f"{name}: a file must be open in binary mode, reading it gave "
                 f"{type(data).__name__}"
@@ -76,12 +79,20 @@ def fetch(
         name, timeout, max_bytes: as in `open_source`.
 
     Raises:
+        TypeError: timeout or max_bytes is no number.
         OSError: it cannot be fetched.
         ValueError: the server sends more than `max_bytes`, or timeout is not positive.
     """
+    for limit, value in (("timeout", timeout), ("max_bytes", max_bytes)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: {limit} must be a number, got {value!r}")
     if not timeout > 0:
         raise ValueError(f"{name}: timeout must be above 0 seconds, got {timeout}")
-    asked = request.Request(quote(url, safe=string.punctuation), headers={"User-Agent": "segkern"})
+    try:
+        quoted = quote(url, safe=string.punctuation)
+        asked = request.Request(quoted, headers={"User-Agent": "segkern"})
+    except ValueError as error:
+        raise ValueError(f"{name}: {url} is no address: {error}") from error
     try:
         with _opener().open(asked, timeout=timeout) as answer:
             length = answer.headers.get("Content-Length", "")
@@ -139,6 +150,6 @@ def _decoded(uri: str, name: str) -> bytes:
             f"{name}: a data URI must be data:image/KIND;base64,DATA, got {uri[:40]!r}"
         )
     try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except ValueError as error:
         raise ValueError(f"{name}: a data URI must hold base64: {error}") from error

@@ -171,8 +171,9 @@ def open_model(
         "dtype": dtype,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    if is_single_file(name) and (kind := _kind_of_file(Path(name))):
-        return MODELS[kind].model.from_pretrained(name, **options)
+    path = Path(name).expanduser()
+    if is_single_file(path) and (kind := _kind_of_file(path)):
+        return MODELS[kind].model.from_pretrained(path, **options)
     place = Place(revision, cache_dir, token, local_files_only, subfolder)
     folder = find_folder(name, place)
     kinds = [
@@ -201,14 +202,18 @@ def _kind_of_file(path: Path) -> str | None:
     if len(kinds) < 2 or path.is_dir():
         return kinds[0] if kinds and not path.is_dir() else None
     try:
-        found = names(path.expanduser())
+        found = names(path)
     except ValueError as error:
         raise ValueError(f"open_model: {path}: {error}") from error
     for kind in kinds:
         if any(name.endswith(MODELS[kind].marks) for name in found):
             return kind
     marks = "; ".join(f"{' or '.join(MODELS[kind].marks)} ({kind})" for kind in kinds)
-    raise ValueError(f"open_model: {path} must hold weights of a model of these: {marks}")
+    beside = " or ".join(f"{row.files[0]} ({kind})" for kind, row in MODELS.items() if row.files)
+    raise ValueError(
+        f"open_model: {path} must hold weights of a model of these: {marks}; or lie beside "
+        f"{beside}"
+    )
 
 
 # settings that change what the weights compute and show in no shape

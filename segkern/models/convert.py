@@ -12,6 +12,8 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..weights import unpickling
-from ..weights.folders import FILES, find_folder, is_model
+from ..weights.folders import FILES, SUFFIXES, find_folder, is_model
 from ..weights.hf_folders import read_weights
 from ..weights.pickling import dump_arrays
 from . import MODELS, open_model
@@ -97,8 +99,8 @@ def convert(
 
     Args:
         source: as `open_model` takes it.
-        target: a folder, or a file of the original code; there is nothing yet. What is written
-            gets this name when all of it is there and proved.
+        target: a folder, or a file of the original code; there is nothing yet, or an empty folder
+            where one is to be. What is written gets this name when all of it is there and proved.
         format: "pretrained" is what `save_pretrained` writes, "original" what `save_original`
             does; None takes "original" where the target has the suffix of such a file.
 
@@ -106,8 +108,9 @@ def convert(
         what became of every tensor.
 
     Raises:
-        ValueError: no such checkpoint or format, a target that is there, tensors that have no
-            place in the format (names them), or outputs that differ.
+        ValueError: no such checkpoint or format, a target that is there or has the suffix of
+            another format's files, tensors that have no place in the format (names them), or
+            outputs that differ.
         OSError: the target cannot be written.
     """
     source, target = _resolved(source), Path(target).expanduser()
@@ -117,27 +120,59 @@ def convert(
         raise ValueError(f"convert: format must be one of {', '.join(FORMATS)}, got {format!r}")
     if format == "original" and not hasattr(model, "save_original"):
         raise ValueError(f"convert: a {model.config.kind} has no original format that is known")
-    _check_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as temporary:
+    _check_name(target, model.config.kind, format)
+    _check_free(target, folder=target.suffix not in SUFFIXES)
+    near = next(path for path in target.absolute().parents if path.exists())
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=near) as temporary:
         inside = Path(temporary) / "out" / target.name
         inside.parent.mkdir()
-        _save(model, inside, format)
+        with _named(inside, target):
+            _save(model, inside, format)
+            settings, difference = _proved(model, inside)
         written = list(inside.parent.iterdir())
         for path in written:
-            _check_free(target.parent / path.name)
-        settings, difference = _proved(model, inside)
+            _check_free(target.parent / path.name, path.is_dir())
         kind = model.config.kind
         del model  # the next takes as much memory
-        keys = _traced(source, Path(temporary) / "marked", inside, format)
+        with warnings.catch_warnings():  # which came when the real one was opened and written
+            warnings.simplefilter("ignore")
+            keys = _traced(source, Path(temporary) / "marked", inside, format)
+        target.parent.mkdir(parents=True, exist_ok=True)
         for path in written:
             os.replace(path, target.parent / path.name)  # an empty folder gives way
     return Conversion(kind, keys, settings, difference)
 
 
-def _check_free(path: Path) -> None:
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+def _check_name(target: Path, kind: str, format: str) -> None:
+    """Nobody shall find a folder that is called as a file, or the other way round."""
+    files = MODELS[kind].suffixes if format == "original" else ()
+    right = target.suffix in files if files else target.suffix.lower() not in SUFFIXES
+    if not right or not target.name:
+        rule = f"end in {' or '.join(files)}" if files else "be called as a folder"
+        raise ValueError(
+            f"convert: target must {rule} for the {format} format of a {kind}, got {target}"
+        )
+
+
+def _check_free(path: Path, folder: bool) -> None:
+    """An empty folder gives way to another, and to nothing else."""
+    gives_way = folder and path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if os.path.lexists(path) and not gives_way:
         raise ValueError(f"convert: target must not be there yet, got {path}")
+
+
+@contextmanager
+def _named(inside: Path, target: Path) -> Iterator[None]:
+    """Messages call what is written by the target's name, and not by where it lies till then."""
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")  # those who read them have filters of their own
+            yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(inside), str(target))) from error
+    for warning in told:
+        text = str(warning.message).replace(str(inside), str(target))
+        warnings.warn(text, warning.category, stacklevel=4)
 
 
 def _resolved(source: str | Path) -> Path:
@@ -215,12 +250,10 @@ def _traced(source: Path, marked: Path, written: Path, format: str) -> list[Key]
     """
     names = _write_marked(source, marked)
     at = marked / source.name if source.is_file() else marked
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = open_model(at)
-        out = marked / "out" / written.name
-        out.parent.mkdir()
-        _save(model, out, format)
+    model = open_model(at)
+    out = marked / "out" / written.name
+    out.parent.mkdir()
+    _save(model, out, format)
     used = {i for value in model.state_dict().values() for i in _numbers(value)}
     comes_from = {name: _numbers(value) for name, value in _weights(out).items()}
     keys, left = [], []

@@ -5,6 +5,7 @@ They are methods of `Segmentation`, which says what each returns.
 """
 
 from collections.abc import Mapping, Sequence
+from operator import index
 
 import numpy as np
 from PIL import Image
@@ -45,8 +46,8 @@ def coco_annotations(
     rows = [s for s in result.to_json()["segments"] if s["area"]]
     return [
         {
-            "id": first_id + i,
-            "image_id": image_id,
+            "id": _integer("to_coco: first_id", first_id) + i,
+            "image_id": _integer("to_coco: image_id", image_id),
             "category_id": _category("to_coco", result, s["label_id"], category_ids),
             "segmentation": s["segmentation"],
             "area": s["area"],
@@ -69,7 +70,7 @@ def coco_results(
     rows = zip(result.segments, result.to_json()["segments"])
     return [
         {
-            "image_id": image_id,
+            "image_id": _integer("to_coco: image_id", image_id),
             "category_id": _category("to_coco", result, s.label_id, category_ids),
             "segmentation": row["segmentation"],
             "score": float(s.score),
@@ -114,12 +115,30 @@ def panoptic_png(
 def _category(
     caller: str, result, label: int, ids: Mapping[int, int] | Sequence[int] | None
 ) -> int:
+    """The category of a label.
+
+    Raises:
+        TypeError: `ids` is neither mapping nor sequence, or has no integer for the label.
+        ValueError: it has nothing for the label.
+    """
     if ids is None:
         return label
+    name = f"{caller}: category_ids"
     try:
-        return int(ids[label])
+        found = ids[label]
     except (KeyError, IndexError) as error:
         raise ValueError(
-            f"{caller}: category_ids must have every label of the result, got none for {label} "
+            f"{name} must have every label of the result, got none for {label} "
             f"({result.name(label)})"
         ) from error
+    except TypeError as error:
+        raise TypeError(f"{name} must be a mapping or a sequence, got {ids!r}") from error
+    return _integer(f"{name}[{label}]", found)
+
+
+def _integer(name: str, value) -> int:
+    """Python's own, which JSON can hold, also of NumPy's."""
+    try:
+        return index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from error

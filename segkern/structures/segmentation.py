@@ -251,6 +251,7 @@ class Segmentation:
             a dict for each segment; annotations leave out segments without a pixel.
 
         Raises:
+            TypeError: an id that is no integer.
             ValueError: another kind, results of a semantic result, which has no scores, or a label
                 that `category_ids` lacks.
         """
@@ -275,6 +276,7 @@ class Segmentation:
             overlap, the best-scored has the pixel, and areas and boxes are of what is seen.
 
         Raises:
+            TypeError: a category that is no integer.
             ValueError: a label that `category_ids` lacks.
         """
         return conversions.panoptic_png(self, category_ids)

@@ -12,8 +12,8 @@ FILES = (  # each of which stands for the folder that it is in
     *("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
     *("variant.yml", "checkpoint.pth", "last.pt"),
 )
-# of files: what ends in one is no name on the hub
-_SUFFIXES = (".pkl", ".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".json", ".yml", ".yaml")
+# of files: what ends in one is no folder and no name on the hub
+SUFFIXES = (".pkl", ".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".json", ".yml", ".yaml")
 SINGLE = (".pkl", ".pth", ".bin", ".ckpt")  # suffixes of checkpoints that are one file
 
 
@@ -55,7 +55,7 @@ def find_folder(
             return folder
         inside = [folder / part for part in ("best", "model")]
         return next((part for part in inside if (part / "config.json").is_file()), folder)
-    if folder.suffix in _SUFFIXES:
+    if folder.suffix in SUFFIXES:
         raise ValueError(f"from_pretrained: no such file: {name}")
     if isinstance(name_or_folder, Path) or name.count("/") > 1 or name[:1] in "./~":
         raise ValueError(f"from_pretrained: no such folder: {name}")

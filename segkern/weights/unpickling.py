@@ -103,18 +103,20 @@ def load(path: str | Path, mapped: bool = False):
         mapped: tensors are read when they are used, from the file, which must be a zip archive.
 
     Raises:
-        ValueError: damaged, cut short, or holds other things; says why in one line.
+        ValueError: not there, damaged, cut short, or holds other things; says why in one line.
     """
     try:
         with _LOCK, safe_globals([x for x in _HARMLESS if x not in get_safe_globals()]):
             return _plain(torch.load(path, "cpu", weights_only=True, mmap=mapped))
+    except FileNotFoundError as error:
+        raise ValueError("no such file") from error
     except Exception as error:  # a foreign or cut file makes the unpickler raise anything
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes for a terminal
         if found := re.search(r"(?:GLOBAL|class) (\S+) (?:was not an allowed|whose module)", text):
             raise ValueError(
                 f"holds a {found[1]}, which is code and not run here: save it anew without"
             ) from error
-        reason = text.splitlines()[0][:120] if text else ""
+        reason = text.partition("\n")[0].partition(". ")[0][:120]  # its first sentence
         reason = f"{type(error).__name__}: {reason}".rstrip(": ")
         raise ValueError(f"not a whole checkpoint ({reason})") from error
 
@@ -138,11 +140,13 @@ def load_arrays(path: str | Path):
     """What a pickle holds of NumPy arrays and plain types, as Detectron2 writes checkpoints.
 
     Raises:
-        ValueError: damaged, cut short, or holds other things; says why in one line.
+        ValueError: not there, damaged, cut short, or holds other things; says why in one line.
     """
     try:
         with Path(path).open("rb") as file:
             return _plain(_Arrays(file).load())
+    except FileNotFoundError as error:
+        raise ValueError("no such file") from error
     except Exception as error:  # a foreign or cut file makes the unpickler raise anything
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(f"not a whole pickle of arrays ({reason})") from error

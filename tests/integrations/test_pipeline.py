@@ -298,6 +298,21 @@ def test_lists_and_iterators(batch_size):
     assert rows(run(dataset)) == rows(found)
 
 
+class Endless(torch.utils.data.Dataset):
+    """Two pictures by its length, and an answer for any place."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, place):
+        return half_bright()
+
+
+def test_a_data_set_ends_where_its_length_says():
+    drawn = segkern.pipeline(Squares())(Endless())
+    assert len([found for found, _ in zip(drawn, range(3))]) == 2
+
+
 @pytest.mark.parametrize("task", ["instance", "semantic"])
 def test_what_a_task_does_not_read_changes_nothing(task):
     run = segkern.pipeline(Squares(), task)

@@ -1,5 +1,6 @@
 """Pictures from a server on this machine: what is fetched, what is refused and how."""
 
+import base64
 import contextlib
 import io
 import threading
@@ -155,9 +156,17 @@ def test_a_size_that_is_too_large_is_refused_before_it_comes(server):
     assert fetch(f"{server}/picture", max_bytes=len(PICTURE)) == PICTURE
 
 
-def test_a_timeout_is_positive(server):
-    with pytest.raises(ValueError, match="image: timeout must be above 0 seconds, got 0"):
-        fetch(f"{server}/picture", timeout=0)
+LIMITS = {
+    "no time": ({"timeout": 0}, ValueError, "image: timeout must be above 0 seconds, got 0"),
+    "a timeout of None": ({"timeout": None}, TypeError, "timeout must be a number, got None"),
+    "bytes in words": ({"max_bytes": "1M"}, TypeError, "max_bytes must be a number, got '1M'"),
+}
+
+
+@pytest.mark.parametrize(("limits", "kind", "message"), LIMITS.values(), ids=LIMITS)
+def test_limits_are_positive_numbers(limits, kind, message, server):
+    with pytest.raises(kind, match=message):
+        fetch(f"{server}/picture", **limits)
 
 
 @pytest.mark.parametrize(
@@ -166,3 +175,43 @@ def test_a_timeout_is_positive(server):
 def test_addresses_without_a_server(server, url):
     with pytest.raises(OSError, match=r"image: http.* cannot be fetched: "):
         open_source(url)
+
+
+def test_an_address_that_is_none():
+    with pytest.raises(ValueError, match=r"image 3: http://\[ is no address: "):
+        open_source("http://[", "image 3")
+
+
+URI = "data:image/png;base64,"
+WAYS = {
+    "in a line": lambda: URI + base64.b64encode(PICTURE).decode(),
+    "in lines": lambda: URI + base64.encodebytes(PICTURE).decode(),
+    "DATA": lambda: URI.replace("data", "DATA") + base64.b64encode(PICTURE).decode(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_data_uris(way):
+    assert np.array_equal(open_source(WAYS[way]()), half_bright())
+
+
+def test_data_uris_of_other_letters():
+    with pytest.raises(ValueError, match=r"image 3: a data URI must hold base64: .*ASCII"):
+        open_source(f"{URI}é", "image 3")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    message = "image 3: a file must be open for reading: "
+    with (tmp_path / "a.png").open("wb") as file, pytest.raises(ValueError, match=message):
+        open_source(file, "image 3")
+    (closed := io.BytesIO(PICTURE)).close()
+    with pytest.raises(ValueError, match=message):
+        open_source(closed, "image 3")
+
+
+def test_what_reads_as_a_bytearray():
+    class File:
+        def read(self):
+            return bytearray(PICTURE)
+
+    assert np.array_equal(open_source(File()), half_bright())

@@ -22,6 +22,7 @@ import segkern
 from segkern.cli import main
 from segkern.models.convert import convert
 from segkern.models.mask2former import original
+from segkern.models.segformer import original as segformer_original
 from segkern.models.segmenter import Segmenter, SegmenterConfig
 from segkern.models.unet import UNet, UNetConfig
 
@@ -224,6 +225,13 @@ REFUSED = {
     "no such format": ("source", "out", "onnx", "format must be one of pretrained, original"),
     "no original": ("source", "out", "original", "a unet has no original format that is known"),
     "a target that is there": ("source", "source", None, "target must not be there yet"),
+    "a folder called as a file": (
+        "source",
+        "deep/model.PTH",
+        None,
+        r"target must be called as a folder for the pretrained format of a unet, got deep/model",
+    ),
+    "a target without a name": ("source", ".", None, "target must be called as a folder"),
 }
 
 
@@ -235,6 +243,65 @@ def test_refused(case, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message):
         convert(source, target, format)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_targets_are_called_by_their_format(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    segformer("source")
+    file, folder = "target must end in .pth for", "target must be called as a folder for"
+    for target, format, message in (
+        ("out", "original", f"{file} the original format of a segformer, got out$"),
+        ("model.pkl", "original", file),
+        ("model.pkl", None, folder),
+        ("model.pth", "pretrained", folder),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert("source", target, format)
+    segmenter("windows")
+    with pytest.raises(ValueError, match=f"{folder} the original format of a segmenter"):
+        convert("windows", "checkpoint.pth", "original")
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "windows"}
+
+
+def test_empty_folders_give_way_to_folders_alone(tmp_path):
+    segformer(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "model.pth").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    convert(tmp_path / "source", tmp_path / "out")
+    assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "source").keys()
+    for name in ("model.pth", "link"):
+        with pytest.raises(ValueError, match=f"must not be there yet, got .*{name}"):
+            convert(tmp_path / "source", tmp_path / name)
+
+
+def test_messages_name_the_target(tmp_path, monkeypatch):
+    """And not the hidden folder that holds it until it is proved, in which nobody can look."""
+    segformer(tmp_path / "source")
+    target = tmp_path / "deep/er/model.pth"
+    with pytest.warns(UserWarning, match="layer_norm_eps is 1e-05 here") as told:
+        convert(tmp_path / "source", target)
+    assert str(told[0].message).startswith(f"{target}: ")
+    target = tmp_path / "other/model.pth"
+    right, gone = segformer_original.to_original, "backbone.patch_embed4.proj.weight"
+
+    def without(weights):
+        return {k: v for k, v in right(weights).items() if k != gone}
+
+    monkeypatch.setattr(segformer_original, "to_original", without)
+    with pytest.raises(ValueError, match=f"from_pretrained: {target} is no checkpoint"):
+        convert(tmp_path / "source", target)
+    assert not target.parent.exists()
+
+
+def test_a_warning_comes_once(tmp_path):
+    mask2former(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "a/model.pth")
+    state = torch.load(tmp_path / "a/model.pth", weights_only=True)["model"]
+    torch.save({"model": state, "ema_state": state}, tmp_path / "both.pth")
+    with pytest.warns(UserWarning, match="weights are those of 'model'") as told:
+        convert(tmp_path / "both.pth", tmp_path / "out")
+    assert sum("weights are those of" in str(warning.message) for warning in told) == 1
 
 
 def test_a_run_and_a_file_beside_others(tmp_path):

@@ -2,13 +2,14 @@
 
 import itertools
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 import segkern
-from segkern.models import initialize
+from segkern.models import initialize, open_model
 from segkern.models.eomt import EoMT, EoMTConfig
 from segkern.models.mask2former import Mask2Former, Mask2FormerConfig
 from segkern.models.maskformer import MaskFormer, MaskFormerConfig
@@ -220,3 +221,35 @@ def test_the_losss_own_numbers_stay_the_configs(tmp_path):
     model = queries()
     initialize(model, tmp_path)
     assert model.criterion.empty_weight[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".bin", ".ckpt"])
+def test_files_that_are_not_there_are_called_so(suffix, tmp_path):
+    name = f"model{suffix}"
+    with pytest.raises(ValueError, match=f"no such file: .*{name}|{name}: no such file"):
+        open_model(tmp_path / f"model{suffix}")
+
+
+HOMES = {
+    "SegFormer, pth": (levels, "model.pth", ""),
+    "EoMT, bin": (lambda: EoMT(replace(EoMTConfig.tiny(3), num_attention_heads=2)), "a.bin", ""),
+    "Segmenter, a file of its folder": (pixels, "model", "/checkpoint.pth"),
+}
+
+
+@pytest.mark.parametrize("case", HOMES)
+@pytest.mark.filterwarnings("ignore:.*(no published checkpoint|weights alone|layer_norm_eps)")
+def test_a_tilde_is_the_home(case, tmp_path, monkeypatch):
+    build, name, inside = HOMES[case]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = build()
+    model.save_original(tmp_path / name)
+    for way in (open_model, type(model).from_pretrained):
+        assert isinstance(way(f"~/{name}{inside}"), type(model))
+
+
+def test_weights_of_a_segmenter_alone_are_told_what_they_lack(tmp_path):
+    pixels().save_original(tmp_path)
+    (tmp_path / "variant.yml").unlink()
+    with pytest.raises(ValueError, match=r"lie beside variant\.yml \(segmenter\)"):
+        open_model(tmp_path / "checkpoint.pth")

@@ -203,12 +203,47 @@ BAD = {
         "to_panoptic_png: category_ids must have every label",
     ),
 }
+NO_INTEGERS = {
+    "a category in words": (
+        lambda: result("panoptic").to_coco(category_ids={0: 7, 1: "car"}),
+        r"to_coco: category_ids\[1\] must be an integer, got 'car'",
+    ),
+    "a category between two": (
+        lambda: result("panoptic").to_panoptic_png({0: 7, 1: 2.5}),
+        r"to_panoptic_png: category_ids\[1\] must be an integer, got 2.5",
+    ),
+    "one category for all": (
+        lambda: result("panoptic").to_panoptic_png(7),
+        "to_panoptic_png: category_ids must be a mapping or a sequence, got 7",
+    ),
+    "a picture's name": (
+        lambda: result("panoptic").to_coco("a.png"),
+        "to_coco: image_id must be an integer, got 'a.png'",
+    ),
+    "no first id": (
+        lambda: result("panoptic").to_coco(first_id=None),
+        "to_coco: first_id must be an integer, got None",
+    ),
+}
 
 
 @pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("call", "message"), NO_INTEGERS.values(), ids=NO_INTEGERS)
+def test_ids_are_integers(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("kind", ["annotations", "results"])
+def test_ids_of_numpy_go_into_json(kind):
+    ids = np.array([7, 3, 90])
+    found = result("panoptic").to_coco(np.int64(12), ids, kind, first_id=np.int64(5))
+    assert {row["image_id"] for row in json.loads(json.dumps(found))} == {12}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -38,7 +38,7 @@ _HEAD_SIZE = 64  # of all published encoders
 
 def is_file(path: str | Path) -> bool:
     """Whether a path is such a checkpoint, and not the weights of a folder with settings."""
-    path = Path(path)
+    path = Path(path).expanduser()
     described = (path.parent / "config.json").is_file()
     return path.suffix in SUFFIXES and path.is_file() and not described
 
@@ -53,13 +53,13 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     Raises:
         ValueError: no such checkpoint.
     """
+    path = Path(path).expanduser()
     try:
-        state = unpickling.load(path)
+        content = unpickling.load(path)
     except ValueError as error:
         raise ValueError(f"from_pretrained: {path}: {error}") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]  # of Lightning
-    state = unwrapped(state) if isinstance(state, dict) else {}
+    state, _ = unpickling.weights_of(content if isinstance(content, dict) else {})
+    state = unwrapped(state)
     if "network.q.weight" not in state:
         raise ValueError(f"from_pretrained: {path} is no checkpoint of EoMT's original code")
     try:
@@ -70,6 +70,8 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
             f"from_pretrained: {path} is no checkpoint of EoMT's original code with a DINOv2 "
             f"({error})"
         ) from error
+    if isinstance(classes := state.get("criterion.empty_weight"), Tensor) and classes.numel():
+        settings["no_object_weight"] = round(classes.flatten()[-1].item(), 7)
     return settings, weights
 
 

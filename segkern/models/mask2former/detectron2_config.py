@@ -36,6 +36,7 @@ _TOLD = {  # by nothing else
     "INPUT.MIN_SIZE_TEST": "shortest_edge",
     "INPUT.MAX_SIZE_TEST": "longest_edge",
 }
+_EDGES = ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST")
 _PIXELS = {"MODEL.PIXEL_MEAN": "image_mean", "MODEL.PIXEL_STD": "image_std"}  # of 0 to 255 there
 _LAYERS = "MODEL.MASK_FORMER.DEC_LAYERS"  # one more than here
 _RATE, _DINAT_RATE = "MODEL.SWIN.DROP_PATH_RATE", "MODEL.DINAT.DROP_PATH_RATE"
@@ -92,7 +93,8 @@ def read(path: Path, shown: dict, family: str) -> dict:
         family: of the backbone: "swin", "dinat" or "resnet".
 
     Raises:
-        ValueError: it is no YAML, or has an option that Mask2Former has not here.
+        ValueError: it is no YAML, has words where numbers belong, or an option that Mask2Former
+            has not here.
     """
     content = read_yaml(path)
     found = dict(_flat(content)) if isinstance(content, dict) else {}
@@ -102,6 +104,7 @@ def read(path: Path, shown: dict, family: str) -> dict:
             "taken to be as in the published configurations",
             stacklevel=2,
         )
+    _check_numbers(found, path)
     there = {ours: found[name] for name, ours in _SHOWN.items() if name in found}
     if _LAYERS in found:
         there["decoder_layers"] = found[_LAYERS] - 1
@@ -114,6 +117,8 @@ def read(path: Path, shown: dict, family: str) -> dict:
         if found.get(name, value) != value:
             raise ValueError(f"from_pretrained: {path}: {name} must be {value}, got {found[name]}")
     settings = {ours: found[name] for name, ours in _TOLD.items() if name in found}
+    if settings.get("shortest_edge") == 0:  # there pictures then keep their size
+        settings |= {"shortest_edge": None, "longest_edge": None}
     for name, ours in _PIXELS.items():
         if name in found:
             settings[ours] = tuple(round(value / 255, 9) for value in found[name])
@@ -125,6 +130,17 @@ def read(path: Path, shown: dict, family: str) -> dict:
         dilations = {"dilations": found[_DILATIONS]}
         settings["backbone_options"] = shown["backbone_options"] | dilations
     return settings
+
+
+def _check_numbers(found: dict, path: Path) -> None:
+    """Raises ValueError where what is read is no number; an edge that is None is no limit."""
+    for name in {*_TOLD, *_PIXELS, _LAYERS, _RATE} & found.keys():
+        value, several = found[name], name in _PIXELS
+        values = value if several and isinstance(value, list) else [value]
+        good = several == isinstance(value, list) and all(type(v) in (int, float) for v in values)
+        if not good and not (value is None and name in _EDGES):
+            rule = "a list of numbers" if several else "a number"
+            raise ValueError(f"from_pretrained: {path}: {name} must be {rule}, got {value!r}")
 
 
 def _flat(tree: dict, prefix: str = ""):

@@ -56,13 +56,13 @@ def read_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     Raises:
         ValueError: no such checkpoint.
     """
+    path = Path(path).expanduser()
     try:
         content = unpickling.load(path)
     except ValueError as error:
         raise ValueError(f"from_pretrained: {path}: {error}") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        state = {}
+    content = content if isinstance(content, dict) else {}
+    state, _ = unpickling.weights_of(content)
     state = unwrapped(state)
     if "patch_embed1.proj.weight" in state:  # an encoder by itself
         state = {f"backbone.{name}": value for name, value in state.items()}

@@ -124,7 +124,7 @@ def original(model):
             name = name.replace("query.", "q.").replace("class_predictor", "class_head")
             out[f"network.{name}"] = value
     out["network.encoder.pixel_mean"] = torch.zeros(1, 3, 1, 1)
-    out["criterion.empty_weight"] = torch.ones(4)
+    out["criterion.empty_weight"] = torch.tensor([1.0, 1.0, 1.0, 0.1])
     return out
 
 
@@ -200,6 +200,12 @@ def test_files_go_out_as_they_came(registers, suffix, tmp_path):
     a, b = (x.get("state_dict", x) for x in (a, b))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.filterwarnings("ignore:.*taken for a model")
+def test_the_weight_of_no_object_is_in_the_file(tmp_path):
+    EoMT(config(no_object_weight=0.3)).save_original(tmp_path / "a.bin")
+    assert segkern.open_model(tmp_path / "a.bin").config.no_object_weight == 0.3
 
 
 def test_the_names_that_go_out_are_those_of_the_original_code(tmp_path):

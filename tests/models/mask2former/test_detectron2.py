@@ -152,6 +152,8 @@ def test_from_detectron2_and_back(backbone, suffix, tmp_path):
     state = reference(backbone).state_dict()
     ours = open_model(saved(tmp_path / f"a{suffix}", state))
     ours.save_original(tmp_path / f"b{suffix}")
+    norm = "FrozenBN" if backbone == "resnet" else "GN"
+    assert f"NORM: {norm}\n" in (tmp_path / "config.yaml").read_text()
     assert_equal(written(tmp_path / f"b{suffix}"), state)
     ours.save_pretrained(tmp_path / "folder")  # through a folder of Hugging Face's format
     open_model(tmp_path / "folder").save_original(tmp_path / f"c{suffix}")
@@ -208,3 +210,22 @@ def test_sizes_of_published_models(name):
         own = Mask2Former(config).state_dict()
         back = {k: v.shape for k, v in original.to_original(own, frozen).items()}
     assert back == {k: v.shape for k, v in state.items()}
+
+
+def test_the_deepest_resnet_is_told_by_its_blocks():
+    with torch.device("meta"):
+        state = detectron2.Mask2Former(detectron2.ResNet((3, 8, 36, 3)), 133).state_dict()
+    assert original.read_sizes(original.from_original(state), "deep")["backbone"] == "resnet152"
+
+
+def test_norms_that_count_batches_train(tmp_path):
+    """As SyncBN's do; published models have frozen ones, which count none."""
+    state = dict(reference("resnet").state_dict())
+    norms = [name.removesuffix(".running_var") for name in state if "running_var" in name]
+    state |= {f"{name}.num_batches_tracked": torch.tensor(3) for name in norms}
+    model = open_model(saved(tmp_path / "a.pth", state)).train()
+    assert model.config.backbone_options == {}
+    assert model.backbone.body.bn1.training
+    model.save_original(tmp_path / "out/a.pth")
+    assert "NORM: SyncBN\n" in (tmp_path / "out/config.yaml").read_text()
+    assert_equal(written(tmp_path / "out/a.pth"), state)

@@ -163,6 +163,30 @@ def test_options_of_config_yaml_that_are_not_here(name, tmp_path):
         open_model(path)
 
 
+NO_NUMBERS = {
+    "MODEL__PIXEL_MEAN": (128, "PIXEL_MEAN must be a list of numbers, got 128"),
+    "MODEL__PIXEL_STD": (["a"], r"PIXEL_STD must be a list of numbers, got \['a'\]"),
+    "MODEL__MASK_FORMER__DEC_LAYERS": ("ten", "DEC_LAYERS must be a number, got 'ten'"),
+    "MODEL__MASK_FORMER__NO_OBJECT_WEIGHT": (None, "NO_OBJECT_WEIGHT must be a number, got None"),
+    "INPUT__MIN_SIZE_TEST": ([512], r"MIN_SIZE_TEST must be a number, got \[512\]"),
+}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_words_of_config_yaml_where_numbers_belong(name, tmp_path):
+    path = saved(tmp_path / "model_final.pth", reference("swin").state_dict())
+    config_yaml(tmp_path, **{name: NO_NUMBERS[name][0]})
+    with pytest.raises(ValueError, match=rf"config\.yaml: .*{NO_NUMBERS[name][1]}"):
+        open_model(path)
+
+
+def test_a_least_edge_of_0_leaves_pictures_as_they_are(tmp_path):
+    path = saved(tmp_path / "model_final.pth", reference("swin").state_dict())
+    config_yaml(tmp_path, INPUT__MIN_SIZE_TEST=0)
+    config = open_model(path).config
+    assert (config.shortest_edge, config.longest_edge) == (None, None)
+
+
 def test_config_yaml_of_other_weights_and_with_a_base(tmp_path):
     path = saved(tmp_path / "model_final.pth", reference("swin").state_dict())
     config_yaml(tmp_path, MODEL__SEM_SEG_HEAD__NUM_CLASSES=133)
@@ -191,6 +215,12 @@ def test_the_config_yaml_that_is_written(tmp_path):
     del content["segkern"]
     torch.save(content, tmp_path / "out/model.pth")
     assert open_model(tmp_path / "out/model.pth").config == config
+
+
+def test_a_width_that_the_original_does_not_read_is_told_of(tmp_path):
+    model = open_model(saved(tmp_path / "a.pth", reference("swin").state_dict()))
+    with pytest.warns(UserWarning, match=r"encoder_feedforward_dim 1024 alone, this one has 96"):
+        model.save_original(tmp_path / "b.pth")
 
 
 def test_what_detectron2_asks_of_a_file(tmp_path):
@@ -251,7 +281,7 @@ def test_a_pth_is_told_by_what_it_holds(tmp_path):
         Mask2Former.from_pretrained(tmp_path / "a.pth")
     for way in (open_model, Mask2Former.from_pretrained):  # and never a name on the hub
         for name in ("models/nothing.pth", "nothing.pkl"):
-            with pytest.raises(ValueError, match="No such file"):
+            with pytest.raises(ValueError, match="no such file"):
                 way(name)
 
 

@@ -199,6 +199,6 @@ def test_other_pickles_are_refused(content, message, tmp_path, capsys):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         Mask2Former.from_pretrained(path)
-    with pytest.raises(ValueError, match=r"not a whole pickle of arrays .*No such file"):
+    with pytest.raises(ValueError, match=r"nothing.pkl: no such file"):
         Mask2Former.from_pretrained(tmp_path / "nothing.pkl")
     assert "run" not in capsys.readouterr().out
