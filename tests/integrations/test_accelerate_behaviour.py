@@ -95,6 +95,26 @@ def test_switches(switch):
     assert not swapped(segkern.accelerate(model, **others))
 
 
+def test_what_changed_since_is_undone_first():
+    model = segkern.accelerate(built("segformer"))
+    want, kinds = result(model, "segformer"), classes(model)
+    layer = model.decode_head.linear_projections[0].proj
+    nn.utils.parametrizations.weight_norm(layer)
+    message = (
+        r"restore: decode_head\.linear_projections\.0\.proj must be the Linear that accelerate "
+        "made it, got ParametrizedLinear: undo first"
+    )
+    for undo in (segkern.restore, segkern.accelerate):
+        changed = classes(model)
+        with pytest.raises(ValueError, match=message):
+            undo(model)
+        assert classes(model) == changed
+    assert error(result(model, "segformer"), want) < 1e-8
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert classes(model) == kinds
+    assert classes(segkern.restore(model)) == classes(built("segformer"))
+
+
 def test_twice_is_once():
     model = segkern.accelerate(built())
     kinds = classes(model)
