@@ -130,10 +130,10 @@ class Processor:
 
         Args:
             images: one or a list of paths, PIL images, arrays or tensors [H, W], [H, W, C] or
-                [C, H, W]. Values are taken as they are, so that floats in [0, 1] want
-                do_rescale=False.
+                [C, H, W], or one array or tensor of 4 dimensions for all. Values are taken as they
+                are, so that floats in [0, 1] want do_rescale=False.
             segmentation_maps: of each image a PIL image, array or tensor [H, W] of labels, or of
-                ids of instances.
+                ids of instances; or one array or tensor [B, H, W].
             instance_id_to_semantic_id: label of each id, for all images or a list of one for each;
                 None where maps hold labels.
             task_inputs: OneFormer: "panoptic", "instance" or "semantic", one for all or one an
@@ -160,7 +160,9 @@ class Processor:
             raise TypeError(f"Processor: a {self.kind} has no {unknown[0]}")
         settings = self._settings(fields)
         takes, more = self._input(settings), settings["processing"]
-        images = images if isinstance(images, (list, tuple)) else [images]
+        images = inputs.each(images, 3)
+        if not images:
+            raise ValueError("Processor: images must not be empty, got none")
         raw = not more.do_rescale and not more.do_normalize
         pixels, sizes = [], []
         for i, image in enumerate(images):
@@ -220,6 +222,7 @@ class Processor:
         """
         scores, takes = return_segmentation_scores, self._input()
         if getattr(outputs, "class_queries_logits", None) is None:
+            outputs_.expect_logits(outputs, "logits")
             logits = outputs.logits
             sizes = outputs_.sizes_of(target_sizes, len(logits))
             return outputs_.semantic(outputs_.pixel_maps(logits, sizes, scores), scores)
@@ -299,11 +302,18 @@ class Processor:
             none), and segments_info: id, label_id, was_fused (not of EoMT) and score.
 
         Raises:
-            ValueError: other outputs or sizes, or another mask_threshold.
+            ValueError: other outputs, sizes or labels, or another mask_threshold.
         """
         if mask_threshold != 0.5:
             raise ValueError(f"Processor: mask_threshold must be 0.5, got {mask_threshold}")
+        outputs_.expect_logits(outputs, "class_queries_logits")
         fused = set(label_ids_to_fuse or ()) | set(stuff_classes or ())
+        labels = outputs.class_queries_logits.shape[2] - 1
+        if not fused <= set(range(labels)):
+            name = "label_ids_to_fuse" if label_ids_to_fuse else "stuff_classes"
+            raise ValueError(
+                f"Processor: {name} must be labels in [0, {labels}), got {sorted(fused)}"
+            )
         rest = overlap_mask_area_threshold, sorted(fused)
         results = self._found(outputs, "panoptic", target_sizes, threshold, *rest)
         first = int(self.kind != EOMT)
@@ -322,6 +332,7 @@ class Processor:
         return outputs_.found_segments(outputs, task, sizes, self._input(), stuff, options)
 
     def _sizes(self, outputs, target_sizes) -> list[tuple[int, int]] | None:
+        outputs_.expect_logits(outputs, "class_queries_logits", "masks_queries_logits")
         if target_sizes is None and self.kind == EOMT:
             raise ValueError("Processor: target_sizes must be given for an EoMT, got None")
         return outputs_.sizes_of(target_sizes, len(outputs.class_queries_logits))
@@ -376,12 +387,13 @@ class Processor:
         Raises:
             TypeError, ValueError: not as many as images, or not of their sizes or dtypes.
         """
-        given = given if isinstance(given, (list, tuple)) else [given]
+        given = inputs.each(given, 2 if len(sizes) > 1 else 3)
         if len(given) != len(sizes):
             raise ValueError(
                 f"Processor: segmentation_maps must be {len(sizes)}, as images, got {len(given)}"
             )
-        if more.do_reduce_labels and more.ignore_index is None and self.kind != SEGFORMER:
+        needs = self.kind not in (SEGFORMER, EOMT)  # an EoMT's has no do_reduce_labels
+        if more.do_reduce_labels and more.ignore_index is None and needs:
             raise ValueError("Processor: ignore_index must be given with do_reduce_labels")
         maps = []
         for i, one in enumerate(given):

@@ -125,6 +125,37 @@ def test_a_file_and_grey(tmp_path):
     assert torch.equal(processor(grey).pixel_values, want)
 
 
+@pytest.mark.parametrize("kind", ["mask2former", "segformer", "eomt"])
+@pytest.mark.parametrize("of", [np.asarray, torch.as_tensor], ids=["arrays", "tensors"])
+def test_a_batch_in_one_piece(kind, of):
+    images, maps = np.stack([IMAGES[0], IMAGES[0][::-1]]), np.stack([MAPS[0], MAPS[0][::-1]])
+    processor, reference = Processor(KINDS[kind].__name__), KINDS[kind]()
+    given = {"size": {"shortest_edge": 40, "longest_edge": 64}, "segmentation_maps": of(maps)}
+    want = reference(of(images), return_tensors="pt", **given)
+    have = processor(of(images), **given)
+    equal_pixels(have.pixel_values, want.pixel_values)
+    assert len(have.pixel_values) == 2
+    for name in have.keys() & {"labels", "class_labels"}:
+        assert all(torch.equal(x, y) for x, y in zip(have[name], want[name], strict=True))
+
+
+def test_arrays_that_run_backwards():
+    """Such as the colours of OpenCV turned by `image[..., ::-1]`."""
+    processor = Processor(size={"height": 32, "width": 32})
+    have = processor(IMAGES[0][::-1, :, ::-1], MAPS[0][::-1])
+    want = processor(IMAGES[0][::-1, :, ::-1].copy(), MAPS[0][::-1].copy())
+    assert torch.equal(have.pixel_values, want.pixel_values)
+    assert torch.equal(have.mask_labels[0], want.mask_labels[0])
+
+
+def test_a_field_that_eomt_has_not_is_passed_over(tmp_path):
+    found = theirs("eomt", "as it is").to_dict() | {"do_reduce_labels": True}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(found))
+    have = Processor.from_pretrained(tmp_path)(IMAGES[0], MAPS[0])
+    want = AutoImageProcessor.from_pretrained(tmp_path)(IMAGES[0], MAPS[0], return_tensors="pt")
+    assert torch.equal(have.class_labels[0], want["class_labels"][0])
+
+
 def test_floats_up_to_1_are_named():
     processor, image = Processor(size={"height": 32, "width": 32}), IMAGES[0] / 255
     with pytest.warns(UserWarning, match="do_rescale=False"):
@@ -219,6 +250,11 @@ FAULTS = {
     ),
     "maps": (lambda: Processor()(IMAGES, MAPS[:1]), "segmentation_maps must be 2, as images, got"),
     "map": (lambda: Processor()(IMAGES[0], IMAGES[0]), r"maps\[0\]: must be \[H, W\]"),
+    "file of a map": (
+        lambda: Processor()(IMAGES[0], "map.png"),
+        r"segmentation_maps\[0\]: must be a PIL image, array or tensor, got str",
+    ),
+    "nothing": (lambda: Processor()([]), "images must not be empty"),
     "map of floats": (lambda: Processor()(IMAGES[0], MAPS[0] + 0.5), "must hold whole numbers"),
     "another map": (lambda: Processor()(IMAGES[0], MAPS[1]), r"segmentation_maps\[0\] must be 61"),
     "reduce": (
