@@ -32,6 +32,7 @@ _KINDS = {  # of the model types in config.json
     "eomt": "EomtImageProcessor",
     "eomt_dinov3": "EomtImageProcessor",
 }
+_TYPES = ("image_processor_type", "feature_extractor_type")
 
 
 class Processor:
@@ -98,7 +99,8 @@ class Processor:
         processor = cls.__new__(cls)
         default = _KINDS.get(config.get("model_type"), "Mask2FormerImageProcessor")
         processor.kind = known_kind(found, default, name)
-        processor._set(found, name, is_old(config))
+        fields = {field: value for field, value in found.items() if field not in _TYPES}
+        processor._set(fields, name, is_old(config))
         return processor
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -175,10 +177,15 @@ class Processor:
                 )
             sizes.append(tuple(picture.shape[1:]))
             pixels.append(inputs.pixels_of(picture, takes, raw))
-        maps = None
+        maps, names = None, instance_id_to_semantic_id
+        if isinstance(names, list) and len(names) != len(images):
+            raise ValueError(
+                f"Processor: instance_id_to_semantic_id must be {len(images)}, as images, "
+                f"got {len(names)}"
+            )
         if segmentation_maps is not None:
             maps = self._maps(segmentation_maps, sizes, takes, more)
-        out = arranged(self.kind, pixels, maps, settings, takes, instance_id_to_semantic_id)
+        out = arranged(self.kind, pixels, maps, settings, takes, names)
         if self.kind == ONEFORMER:
             tasks = (
                 [task_inputs or "panoptic"] if not isinstance(task_inputs, list) else task_inputs
@@ -338,18 +345,23 @@ class Processor:
         return outputs_.sizes_of(target_sizes, len(outputs.class_queries_logits))
 
     def _set(self, fields: dict, name: str, old: bool) -> None:
-        """Takes the fields of a file, with defaults for what is missing.
+        """Takes the fields of a file, with defaults for what is missing and without those that
+        have a name of this class.
 
         Raises:
             ValueError: a value that is not known here.
         """
         settings = read_preprocessor(fields, self.kind, name, old)
+        try:
+            self._input(settings)
+        except ValueError as error:
+            raise ValueError(f"{name}: preprocessor_config.json: {error}") from error
         known = write_preprocessor(settings, self.kind)
         rest = {"pad_size": None, "ignore_index": None}
         if self.kind == EOMT:
             rest |= {"do_pad": False, "do_split_image": False}
         for field, value in ({**rest, **fields} | known).items():
-            if field not in ("image_processor_type", "feature_extractor_type"):
+            if field not in (*_TYPES, "kind") and not hasattr(type(self), field):
                 setattr(self, field, value)
 
     def _fields(self) -> dict:

@@ -26,6 +26,7 @@ SWITCHES = {  # and a class that each brings into a model
     "linear": ("mask2former", "Linear"),
     "loss": ("mask2former", "Mask2FormerLoss"),
 }
+RECOMPUTE = "window_attention", "deformable_attention", "masked_attention"
 BEFORE = module._BEFORE
 
 
@@ -311,6 +312,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         model(**given).loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(*found, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("off", [(), RECOMPUTE], ids=["all on", "recomputation off"])
+def test_a_second_backward_needs_the_switches_that_recompute_off(off):
+    model = segkern.accelerate(built("mask2former"), **dict.fromkeys(off, False))
+    loss = logits(model(**inputs("mask2former"))).square().sum()
+    loss.backward(retain_graph=True)
+    if off:
+        loss.backward()
+        return
+    with pytest.raises(RuntimeError, match="backward an extra time"):
+        loss.backward()
 
 
 @pytest.mark.slow

@@ -235,6 +235,25 @@ def test_other_fields_stay(tmp_path):
     assert {k: written[k] for k in found} == json.loads(json.dumps(found))
 
 
+def test_a_field_named_as_a_method_does_not_take_its_place(tmp_path):
+    found = theirs("mask2former", "edges").to_dict()
+    found |= {"kind": "x", "post_process_panoptic_segmentation": 1}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(found))
+    processor = Processor.from_pretrained(tmp_path)
+    assert processor.kind == "Mask2FormerImageProcessor"
+    assert callable(processor.post_process_panoptic_segmentation)
+
+
+@pytest.mark.parametrize("named", ["ConvNextImageProcessor", 3])
+def test_a_kind_that_is_not_known_is_one_warning(named, tmp_path):
+    found = {"image_processor_type": named, "size": {"height": 32, "width": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(found))
+    with pytest.warns(UserWarning, match=f"image_processor_type {named} is not known") as told:
+        processor = Processor.from_pretrained(tmp_path)
+    assert len(told) == 1
+    assert processor(IMAGES[0]).pixel_values.shape == (1, 3, 32, 32)
+
+
 FAULTS = {
     "kind": (lambda: Processor("BeitImageProcessor"), "kind must be one of"),
     "field": (lambda: Processor(resample=5), "resample must be one of"),
@@ -287,6 +306,18 @@ FAULTS = {
     ),
     "picture": (lambda: Processor()(np.zeros((5, 6, 7))), r"images\[0\]: must be \[H, W\]"),
     "nan": (lambda: Processor()(np.full((8, 8, 3), np.nan)), "must be finite"),
+    "labels of ids": (
+        lambda: Processor()(IMAGES, MAPS, [dict.fromkeys(range(4), 0)]),
+        "instance_id_to_semantic_id must be 2, as images, got 1",
+    ),
+    "deviation": (
+        lambda: Processor(image_std=[0, 1, 1]),
+        r"Processor: preprocessor_config.json: image_std must be numbers above 0",
+    ),
+    "divisor": (
+        lambda: Processor(size_divisor="32"),
+        "size_divisor of preprocessor_config.json must be an integer, got '32'",
+    ),
     "no file": (lambda: Processor.from_pretrained("/"), "has no preprocessor_config.json"),
 }
 
