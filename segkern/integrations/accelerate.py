@@ -25,7 +25,7 @@ _OWN += ("d_fine", "deimv2", "rt_detr_v2")
 _HOMES = {f"transformers.models.{name}.modeling_{name}": name for name in _OWN}
 _HOMES |= {f"transformers.models.{name}.modeling_{name}": "deformable" for name in _DEFORMABLE}
 _HOMES["transformers.models.maskformer.modeling_maskformer_swin"] = "swin"
-_BEFORE = "_class_before_acceleration"
+_BEFORE = "_class_before_acceleration"  # and the class since then
 
 
 def accelerate(
@@ -66,6 +66,7 @@ def accelerate(
 
     Raises:
         TypeError: not a model of a known family.
+        ValueError: as `restore`, of a model that is accelerated already.
 
     Warns:
         UserWarning: a version of transformers that is not in `VERSIONS`.
@@ -115,16 +116,26 @@ def restore(model: nn.Module) -> nn.Module:
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: something else has changed a module's class since then, as parametrizations
+            and `fully_shard` do; nothing is restored.
     """
-    for module in model.modules():
-        before = vars(module).pop(_BEFORE, None)
-        if before is not None:
-            module.__class__ = before
+    accelerated = [(n, m) for n, m in model.named_modules() if _BEFORE in vars(m)]
+    for name, module in accelerated:
+        part = vars(module)[_BEFORE][1]
+        if type(module) is not part:
+            raise ValueError(
+                f"restore: {name or 'model'} must be the {part.__name__} that accelerate made it, "
+                f"got {type(module).__name__}: undo first what was done to it since"
+            )
+    for _, module in accelerated:
+        module.__class__ = vars(module).pop(_BEFORE)[0]
     return model
 
 
 def _swap(module: nn.Module, part: type[nn.Module]) -> None:
-    vars(module)[_BEFORE] = type(module)
+    vars(module)[_BEFORE] = type(module), part
     module.__class__ = part
 
 

@@ -32,6 +32,7 @@ _KINDS = {  # of the model types in config.json
     "eomt": "EomtImageProcessor",
     "eomt_dinov3": "EomtImageProcessor",
 }
+_TYPES = ("image_processor_type", "feature_extractor_type")
 
 
 class Processor:
@@ -98,7 +99,8 @@ class Processor:
         processor = cls.__new__(cls)
         default = _KINDS.get(config.get("model_type"), "Mask2FormerImageProcessor")
         processor.kind = known_kind(found, default, name)
-        processor._set(found, name, is_old(config))
+        fields = {field: value for field, value in found.items() if field not in _TYPES}
+        processor._set(fields, name, is_old(config))
         return processor
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -130,10 +132,10 @@ class Processor:
 
         Args:
             images: one or a list of paths, PIL images, arrays or tensors [H, W], [H, W, C] or
-                [C, H, W]. Values are taken as they are, so that floats in [0, 1] want
-                do_rescale=False.
+                [C, H, W], or one array or tensor of 4 dimensions for all. Values are taken as they
+                are, so that floats in [0, 1] want do_rescale=False.
             segmentation_maps: of each image a PIL image, array or tensor [H, W] of labels, or of
-                ids of instances.
+                ids of instances; or one array or tensor [B, H, W].
             instance_id_to_semantic_id: label of each id, for all images or a list of one for each;
                 None where maps hold labels.
             task_inputs: OneFormer: "panoptic", "instance" or "semantic", one for all or one an
@@ -160,7 +162,9 @@ class Processor:
             raise TypeError(f"Processor: a {self.kind} has no {unknown[0]}")
         settings = self._settings(fields)
         takes, more = self._input(settings), settings["processing"]
-        images = images if isinstance(images, (list, tuple)) else [images]
+        images = inputs.each(images, 3)
+        if not images:
+            raise ValueError("Processor: images must not be empty, got none")
         raw = not more.do_rescale and not more.do_normalize
         pixels, sizes = [], []
         for i, image in enumerate(images):
@@ -173,10 +177,15 @@ class Processor:
                 )
             sizes.append(tuple(picture.shape[1:]))
             pixels.append(inputs.pixels_of(picture, takes, raw))
-        maps = None
+        maps, names = None, instance_id_to_semantic_id
+        if isinstance(names, list) and len(names) != len(images):
+            raise ValueError(
+                f"Processor: instance_id_to_semantic_id must be {len(images)}, as images, "
+                f"got {len(names)}"
+            )
         if segmentation_maps is not None:
             maps = self._maps(segmentation_maps, sizes, takes, more)
-        out = arranged(self.kind, pixels, maps, settings, takes, instance_id_to_semantic_id)
+        out = arranged(self.kind, pixels, maps, settings, takes, names)
         if self.kind == ONEFORMER:
             tasks = (
                 [task_inputs or "panoptic"] if not isinstance(task_inputs, list) else task_inputs
@@ -220,6 +229,7 @@ class Processor:
         """
         scores, takes = return_segmentation_scores, self._input()
         if getattr(outputs, "class_queries_logits", None) is None:
+            outputs_.expect_logits(outputs, "logits")
             logits = outputs.logits
             sizes = outputs_.sizes_of(target_sizes, len(logits))
             return outputs_.semantic(outputs_.pixel_maps(logits, sizes, scores), scores)
@@ -299,11 +309,18 @@ class Processor:
             none), and segments_info: id, label_id, was_fused (not of EoMT) and score.
 
         Raises:
-            ValueError: other outputs or sizes, or another mask_threshold.
+            ValueError: other outputs, sizes or labels, or another mask_threshold.
         """
         if mask_threshold != 0.5:
             raise ValueError(f"Processor: mask_threshold must be 0.5, got {mask_threshold}")
+        outputs_.expect_logits(outputs, "class_queries_logits")
         fused = set(label_ids_to_fuse or ()) | set(stuff_classes or ())
+        labels = outputs.class_queries_logits.shape[2] - 1
+        if not fused <= set(range(labels)):
+            name = "label_ids_to_fuse" if label_ids_to_fuse else "stuff_classes"
+            raise ValueError(
+                f"Processor: {name} must be labels in [0, {labels}), got {sorted(fused)}"
+            )
         rest = overlap_mask_area_threshold, sorted(fused)
         results = self._found(outputs, "panoptic", target_sizes, threshold, *rest)
         first = int(self.kind != EOMT)
@@ -322,23 +339,29 @@ class Processor:
         return outputs_.found_segments(outputs, task, sizes, self._input(), stuff, options)
 
     def _sizes(self, outputs, target_sizes) -> list[tuple[int, int]] | None:
+        outputs_.expect_logits(outputs, "class_queries_logits", "masks_queries_logits")
         if target_sizes is None and self.kind == EOMT:
             raise ValueError("Processor: target_sizes must be given for an EoMT, got None")
         return outputs_.sizes_of(target_sizes, len(outputs.class_queries_logits))
 
     def _set(self, fields: dict, name: str, old: bool) -> None:
-        """Takes the fields of a file, with defaults for what is missing.
+        """Takes the fields of a file, with defaults for what is missing and without those that
+        have a name of this class.
 
         Raises:
             ValueError: a value that is not known here.
         """
         settings = read_preprocessor(fields, self.kind, name, old)
+        try:
+            self._input(settings)
+        except ValueError as error:
+            raise ValueError(f"{name}: preprocessor_config.json: {error}") from error
         known = write_preprocessor(settings, self.kind)
         rest = {"pad_size": None, "ignore_index": None}
         if self.kind == EOMT:
             rest |= {"do_pad": False, "do_split_image": False}
         for field, value in ({**rest, **fields} | known).items():
-            if field not in ("image_processor_type", "feature_extractor_type"):
+            if field not in (*_TYPES, "kind") and not hasattr(type(self), field):
                 setattr(self, field, value)
 
     def _fields(self) -> dict:
@@ -376,12 +399,13 @@ class Processor:
         Raises:
             TypeError, ValueError: not as many as images, or not of their sizes or dtypes.
         """
-        given = given if isinstance(given, (list, tuple)) else [given]
+        given = inputs.each(given, 2 if len(sizes) > 1 else 3)
         if len(given) != len(sizes):
             raise ValueError(
                 f"Processor: segmentation_maps must be {len(sizes)}, as images, got {len(given)}"
             )
-        if more.do_reduce_labels and more.ignore_index is None and self.kind != SEGFORMER:
+        needs = self.kind not in (SEGFORMER, EOMT)  # an EoMT's has no do_reduce_labels
+        if more.do_reduce_labels and more.ignore_index is None and needs:
             raise ValueError("Processor: ignore_index must be given with do_reduce_labels")
         maps = []
         for i, one in enumerate(given):

@@ -5,10 +5,18 @@ Letters: C channels, H W size of a picture, h w where it is resized, n segment.
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..io.images import read_image, resize
 from ..structures.settings import InputConfig
+
+
+def each(given, dims: int) -> list:
+    """One or several as a list; an array or tensor of more than `dims` dimensions is several."""
+    if isinstance(given, (np.ndarray, Tensor)) and given.ndim > dims:
+        return list(given)
+    return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
 def read_picture(image, name: str, channels: int = 3) -> Tensor:
@@ -29,7 +37,7 @@ def read_picture(image, name: str, channels: int = 3) -> Tensor:
     if not isinstance(image, (np.ndarray, Tensor)):
         x = read_image(image, name, channels=channels)
         return 255 * x if x.is_floating_point() else x
-    x = torch.as_tensor(image).detach()
+    x = _tensor(image)
     known = (1, 3, 4) if channels == 3 else (channels,)
     if x.ndim == 3 and x.shape[0] not in known:
         x = x.movedim(2, 0)
@@ -45,6 +53,13 @@ def read_picture(image, name: str, channels: int = 3) -> Tensor:
     if not x.isfinite().all():
         raise ValueError(f"{name}: pixels must be finite, got NaN or infinity")
     return x.expand(channels, -1, -1)
+
+
+def _tensor(values: np.ndarray | Tensor) -> Tensor:
+    """Also of an array that runs backwards, such as an image of OpenCV with its colours turned."""
+    if isinstance(values, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(values))
+    return values.detach()
 
 
 def pixels_of(picture: Tensor, settings: InputConfig, raw: bool) -> Tensor:
@@ -79,10 +94,14 @@ def read_labels(found, name: str) -> Tensor:
     Raises:
         TypeError, ValueError: of another dtype or shape.
     """
-    values = found if isinstance(found, (np.ndarray, Tensor)) else np.array(found)
+    if not isinstance(found, (Image.Image, np.ndarray, Tensor)):
+        raise TypeError(
+            f"{name}: must be a PIL image, array or tensor, got {type(found).__name__}"
+        )
+    values = np.array(found) if isinstance(found, Image.Image) else found
     if isinstance(values, np.ndarray) and values.dtype == np.uint16:
         values = values.astype(np.int64)
-    x = torch.as_tensor(values).detach()
+    x = _tensor(values)
     x = x[0] if x.ndim == 3 and len(x) == 1 else x
     if x.ndim != 2 or x.numel() == 0:
         raise ValueError(f"{name}: must be [H, W] and not empty, got {list(x.shape)}")

@@ -4,6 +4,7 @@ Letters: B image, Q query, K class, H W size of a result, h w size of the logits
 """
 
 from collections.abc import Sequence
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -30,19 +31,34 @@ class SemanticOutput(NamedTuple):
     segmentation_scores: Tensor
 
 
+def expect_logits(outputs, *names: str) -> None:
+    """
+    Raises:
+        ValueError: a model's outputs have no such attribute.
+    """
+    for name in names:
+        if getattr(outputs, name, None) is None:
+            raise ValueError(
+                f"Processor: outputs must have {name}, got a {type(outputs).__name__} without"
+            )
+
+
 def sizes_of(target_sizes, images: int) -> list[tuple[int, int]] | None:
     """(H, W) of each result.
 
     Raises:
-        ValueError: not as many as images.
+        ValueError: not as many as images, or no positive integers.
     """
     if target_sizes is None:
         return None
-    sizes = [tuple(int(side) for side in size) for size in target_sizes]
-    if len(sizes) != images or not all(len(size) == 2 for size in sizes):
+    try:
+        sizes = [tuple(map(index, size)) for size in target_sizes]
+    except TypeError:
+        sizes = []
+    if len(sizes) != images or not all(len(size) == 2 and min(size) > 0 for size in sizes):
         raise ValueError(
-            f"target_sizes must be {images} pairs of height and width, one an image of the "
-            f"outputs, got {target_sizes}"
+            f"Processor: target_sizes must be {images} pairs of positive height and width, one "
+            f"an image of the outputs, got {target_sizes}"
         )
     return sizes
 

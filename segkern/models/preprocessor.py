@@ -77,7 +77,7 @@ def known_kind(found: dict, kind: str, name: str) -> str:
     named = found.get("image_processor_type", found.get("feature_extractor_type"))
     if named is None:
         return kind
-    base = named.removesuffix("Fast").removesuffix("Pil")
+    base = str(named).removesuffix("Fast").removesuffix("Pil")
     base = base.replace("FeatureExtractor", "ImageProcessor")
     if base in DEFAULTS:
         return base
@@ -124,7 +124,13 @@ def read_preprocessor(found: dict, kind: str, name: str, old: bool = False) -> d
     rest["max_size"] = (size["max_height"], size["max_width"]) if "max_height" in size else None
     multiple = 1
     if "size_divisor" in default:
-        multiple = max(1, given.get("size_divisor", default["size_divisor"]))
+        multiple = given.get("size_divisor", default["size_divisor"])
+        if type(multiple) is not int:
+            raise ValueError(
+                f"{name}: size_divisor of preprocessor_config.json must be an integer, "
+                f"got {multiple!r}"
+            )
+        multiple = max(1, multiple)
         settings["size_divisor"] = multiple
     ours = found.get("segkern") or {"sizes": "rounded" if old else "cut"}
     rest["multiple"] = None if ours.get("sizes") == "rounded" else multiple

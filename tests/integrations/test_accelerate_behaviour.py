@@ -26,6 +26,7 @@ SWITCHES = {  # and a class that each brings into a model
     "linear": ("mask2former", "Linear"),
     "loss": ("mask2former", "Mask2FormerLoss"),
 }
+RECOMPUTE = "window_attention", "deformable_attention", "masked_attention"
 BEFORE = module._BEFORE
 
 
@@ -93,6 +94,26 @@ def test_switches(switch):
     assert brought in swapped(segkern.accelerate(model, **(others | {switch: True})))
     assert error(result(model, name), want) < 1e-8
     assert not swapped(segkern.accelerate(model, **others))
+
+
+def test_what_changed_since_is_undone_first():
+    model = segkern.accelerate(built("segformer"))
+    want, kinds = result(model, "segformer"), classes(model)
+    layer = model.decode_head.linear_projections[0].proj
+    nn.utils.parametrizations.weight_norm(layer)
+    message = (
+        r"restore: decode_head\.linear_projections\.0\.proj must be the Linear that accelerate "
+        "made it, got ParametrizedLinear: undo first"
+    )
+    for undo in (segkern.restore, segkern.accelerate):
+        changed = classes(model)
+        with pytest.raises(ValueError, match=message):
+            undo(model)
+        assert classes(model) == changed
+    assert error(result(model, "segformer"), want) < 1e-8
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert classes(model) == kinds
+    assert classes(segkern.restore(model)) == classes(built("segformer"))
 
 
 def test_twice_is_once():
@@ -291,6 +312,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         model(**given).loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(*found, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("off", [(), RECOMPUTE], ids=["all on", "recomputation off"])
+def test_a_second_backward_needs_the_switches_that_recompute_off(off):
+    model = segkern.accelerate(built("mask2former"), **dict.fromkeys(off, False))
+    loss = logits(model(**inputs("mask2former"))).square().sum()
+    loss.backward(retain_graph=True)
+    if off:
+        loss.backward()
+        return
+    with pytest.raises(RuntimeError, match="backward an extra time"):
+        loss.backward()
 
 
 @pytest.mark.slow

@@ -103,11 +103,17 @@ def test_outputs_under_other_settings_are_the_same(case):
     assert_equal_outputs(want, segkern.accelerate(model)(**given), 1e-8)
 
 
+@pytest.mark.parametrize(
+    ("name", "labelled"), [("mask2former", False), ("segformer", False), ("segformer", True)]
+)
 @torch.no_grad()
-def test_tuples_are_the_same():
-    model, given = built("mask2former"), inputs("mask2former")
+def test_tuples_are_the_same(name, labelled):
+    model, given = built(name), inputs(name) | (labels(name) if labelled else {})
     want = model(**given, return_dict=False)
-    have = segkern.accelerate(model)(**given, return_dict=False)
+    segkern.accelerate(model)
+    assert type(model(**given, return_dict=None)) is type(model(**given))  # as the config says
+    have = model(**given, return_dict=False)
+    assert type(have) is type(want)
     assert [torch.is_tensor(x) for x in want] == [torch.is_tensor(x) for x in have]
     assert all((a - b).abs().max() < 1e-8 for a, b in zip(want, have) if torch.is_tensor(a))
 
@@ -298,6 +304,18 @@ def test_masks_that_kernels_cannot_read_are_scored_as_before(
     have, own = loss_and_gradients(segkern.accelerate(model), given)
     assert_equal_losses(want, have)
     assert_equal_gradients(gradients, own)
+
+
+@pytest.mark.parametrize("name", ["mask2former", "maskformer", "eomt"])
+@pytest.mark.parametrize("without", ["mask", "label"])
+def test_a_mask_without_a_label_is_refused_as_before(name, without):
+    model, given = built(name).float(), inputs(name, torch.float32)
+    given |= labels(name, dtype=torch.float32)
+    part = "mask_labels" if without == "mask" else "class_labels"
+    given[part] = [given[part][0][:-1], given[part][1]]
+    for m in (model, segkern.accelerate(copy.deepcopy(model))):
+        with pytest.raises((RuntimeError, IndexError, ValueError)):
+            m(**given)
 
 
 def test_oneformer_with_texts_is_the_same(monkeypatch):

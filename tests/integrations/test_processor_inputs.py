@@ -125,6 +125,37 @@ def test_a_file_and_grey(tmp_path):
     assert torch.equal(processor(grey).pixel_values, want)
 
 
+@pytest.mark.parametrize("kind", ["mask2former", "segformer", "eomt"])
+@pytest.mark.parametrize("of", [np.asarray, torch.as_tensor], ids=["arrays", "tensors"])
+def test_a_batch_in_one_piece(kind, of):
+    images, maps = np.stack([IMAGES[0], IMAGES[0][::-1]]), np.stack([MAPS[0], MAPS[0][::-1]])
+    processor, reference = Processor(KINDS[kind].__name__), KINDS[kind]()
+    given = {"size": {"shortest_edge": 40, "longest_edge": 64}, "segmentation_maps": of(maps)}
+    want = reference(of(images), return_tensors="pt", **given)
+    have = processor(of(images), **given)
+    equal_pixels(have.pixel_values, want.pixel_values)
+    assert len(have.pixel_values) == 2
+    for name in have.keys() & {"labels", "class_labels"}:
+        assert all(torch.equal(x, y) for x, y in zip(have[name], want[name], strict=True))
+
+
+def test_arrays_that_run_backwards():
+    """Such as the colours of OpenCV turned by `image[..., ::-1]`."""
+    processor = Processor(size={"height": 32, "width": 32})
+    have = processor(IMAGES[0][::-1, :, ::-1], MAPS[0][::-1])
+    want = processor(IMAGES[0][::-1, :, ::-1].copy(), MAPS[0][::-1].copy())
+    assert torch.equal(have.pixel_values, want.pixel_values)
+    assert torch.equal(have.mask_labels[0], want.mask_labels[0])
+
+
+def test_a_field_that_eomt_has_not_is_passed_over(tmp_path):
+    found = theirs("eomt", "as it is").to_dict() | {"do_reduce_labels": True}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(found))
+    have = Processor.from_pretrained(tmp_path)(IMAGES[0], MAPS[0])
+    want = AutoImageProcessor.from_pretrained(tmp_path)(IMAGES[0], MAPS[0], return_tensors="pt")
+    assert torch.equal(have.class_labels[0], want["class_labels"][0])
+
+
 def test_floats_up_to_1_are_named():
     processor, image = Processor(size={"height": 32, "width": 32}), IMAGES[0] / 255
     with pytest.warns(UserWarning, match="do_rescale=False"):
@@ -204,6 +235,25 @@ def test_other_fields_stay(tmp_path):
     assert {k: written[k] for k in found} == json.loads(json.dumps(found))
 
 
+def test_a_field_named_as_a_method_does_not_take_its_place(tmp_path):
+    found = theirs("mask2former", "edges").to_dict()
+    found |= {"kind": "x", "post_process_panoptic_segmentation": 1}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(found))
+    processor = Processor.from_pretrained(tmp_path)
+    assert processor.kind == "Mask2FormerImageProcessor"
+    assert callable(processor.post_process_panoptic_segmentation)
+
+
+@pytest.mark.parametrize("named", ["ConvNextImageProcessor", 3])
+def test_a_kind_that_is_not_known_is_one_warning(named, tmp_path):
+    found = {"image_processor_type": named, "size": {"height": 32, "width": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(found))
+    with pytest.warns(UserWarning, match=f"image_processor_type {named} is not known") as told:
+        processor = Processor.from_pretrained(tmp_path)
+    assert len(told) == 1
+    assert processor(IMAGES[0]).pixel_values.shape == (1, 3, 32, 32)
+
+
 FAULTS = {
     "kind": (lambda: Processor("BeitImageProcessor"), "kind must be one of"),
     "field": (lambda: Processor(resample=5), "resample must be one of"),
@@ -219,6 +269,11 @@ FAULTS = {
     ),
     "maps": (lambda: Processor()(IMAGES, MAPS[:1]), "segmentation_maps must be 2, as images, got"),
     "map": (lambda: Processor()(IMAGES[0], IMAGES[0]), r"maps\[0\]: must be \[H, W\]"),
+    "file of a map": (
+        lambda: Processor()(IMAGES[0], "map.png"),
+        r"segmentation_maps\[0\]: must be a PIL image, array or tensor, got str",
+    ),
+    "nothing": (lambda: Processor()([]), "images must not be empty"),
     "map of floats": (lambda: Processor()(IMAGES[0], MAPS[0] + 0.5), "must hold whole numbers"),
     "another map": (lambda: Processor()(IMAGES[0], MAPS[1]), r"segmentation_maps\[0\] must be 61"),
     "reduce": (
@@ -251,6 +306,18 @@ FAULTS = {
     ),
     "picture": (lambda: Processor()(np.zeros((5, 6, 7))), r"images\[0\]: must be \[H, W\]"),
     "nan": (lambda: Processor()(np.full((8, 8, 3), np.nan)), "must be finite"),
+    "labels of ids": (
+        lambda: Processor()(IMAGES, MAPS, [dict.fromkeys(range(4), 0)]),
+        "instance_id_to_semantic_id must be 2, as images, got 1",
+    ),
+    "deviation": (
+        lambda: Processor(image_std=[0, 1, 1]),
+        r"Processor: preprocessor_config.json: image_std must be numbers above 0",
+    ),
+    "divisor": (
+        lambda: Processor(size_divisor="32"),
+        "size_divisor of preprocessor_config.json must be an integer, got '32'",
+    ),
     "no file": (lambda: Processor.from_pretrained("/"), "has no preprocessor_config.json"),
 }
 

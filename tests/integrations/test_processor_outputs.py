@@ -312,7 +312,41 @@ FAULTS = {
     ),
     "labels": (
         lambda p, out: p.post_process_panoptic_segmentation(out, label_ids_to_fuse={9}),
-        "stuff must be labels",
+        r"Processor: label_ids_to_fuse must be labels in \[0, 4\), got \[9\]",
+    ),
+    "labels of EoMT": (
+        lambda p, out: p.post_process_panoptic_segmentation(out, stuff_classes=[4]),
+        "Processor: stuff_classes must be labels",
+    ),
+    "a single size": (
+        lambda p, out: p.post_process_instance_segmentation(out, target_sizes=(5, 6)),
+        r"Processor: target_sizes must be 2 pairs .* got \(5, 6\)",
+    ),
+    "a side of 0": (
+        lambda p, out: p.post_process_semantic_segmentation(out, target_sizes=[(0, 4), (5, 6)]),
+        "target_sizes must be 2 pairs of positive height and width",
+    ),
+    "half a pixel": (
+        lambda p, out: p.post_process_semantic_segmentation(out, target_sizes=[(5.5, 4)] * 2),
+        "target_sizes must be 2 pairs",
+    ),
+    "words": (
+        lambda p, out: p.post_process_semantic_segmentation(out, target_sizes=["5x", "4x"]),
+        "target_sizes must be 2 pairs",
+    ),
+    "outputs of SegFormer": (
+        lambda p, out: p.post_process_instance_segmentation(
+            SimpleNamespace(logits=torch.zeros(1, 3, 8, 8))
+        ),
+        "outputs must have class_queries_logits, got a SimpleNamespace without",
+    ),
+    "a tuple": (
+        lambda p, out: p.post_process_panoptic_segmentation((torch.zeros(1, 3, 8, 8),)),
+        "outputs must have class_queries_logits, got a tuple without",
+    ),
+    "no logits": (
+        lambda p, out: p.post_process_semantic_segmentation({}),
+        "outputs must have logits, got a dict without",
     ),
 }
 

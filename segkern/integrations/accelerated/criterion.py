@@ -41,10 +41,12 @@ def packed(
     """The targets as our kernels take them; None where those do not say all that there is.
 
     That is so for masks of several sizes, which transformers samples each in its own frame for
-    matching and padded for the loss, and for values that are no integers from 0 to `most`.
-    Empty masks stay, as in transformers.
+    matching and padded for the loss, for values that are no integers from 0 to `most`, and for
+    masks without a label, which transformers refuses. Empty masks stay, as in transformers.
     """
     if len({m.shape[1:] for m in mask_labels}) != 1:
+        return None
+    if [len(m) for m in mask_labels] != [len(c) for c in class_labels]:
         return None
     B, T = len(mask_labels), bucket(max(len(m) for m in mask_labels))
     device = mask_labels[0].device

@@ -113,7 +113,8 @@ class SegformerForSemanticSegmentation(theirs.SegformerForSemanticSegmentation):
             or config.semantic_loss_ignore_index != void_of(config.num_labels)
         ):
             return super().forward(pixel_values, labels, **kwargs)
-        as_dict = kwargs.pop("return_dict", config.return_dict)
+        as_dict = kwargs.pop("return_dict", None)
+        as_dict = config.return_dict if as_dict is None else as_dict
         out = super().forward(pixel_values, return_dict=True, **kwargs)
         loss = resized_cross_entropy(out.logits, labels, labels.shape[-2:])
         out = type(out)(loss=loss, **out)
