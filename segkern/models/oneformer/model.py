@@ -43,7 +43,9 @@ from ..build import build
 from ..query_output import QueryOutput, expect_pixels, given_targets, mask_logits
 from . import huggingface, original
 from .config import OneFormerConfig
-from .prompts import TASK_TOKENS
+from .prompts import END, TASK_TOKENS
+
+_TOKENS = (torch.int64, torch.int32, torch.float32, torch.float64)  # that hold every token
 
 
 class OneFormer(nn.Module):
@@ -121,6 +123,8 @@ class OneFormer(nn.Module):
             importance_sample_ratio=config.importance_sample_ratio,
         )
         self.contrastive = ContrastiveLoss(config.contrastive_temperature)
+        # without texts nothing learns it, and DDP waits for the gradient of all that may learn
+        self.contrastive.requires_grad_(config.is_training)
         rows = _padded([TASK_TOKENS[task] for task in TASKS], config.task_seq_len)
         self.register_buffer("task_rows", rows, persistent=False)  # [3, L]
         sentences = config.sentences if config.is_training else ()
@@ -151,7 +155,8 @@ class OneFormer(nn.Module):
         """The tokens that name tasks.
 
         Args:
-            tasks: "panoptic", "instance" or "semantic", of all images or one for each.
+            tasks: "panoptic", "instance" or "semantic", of all images or one for each; or their
+                sentences, such as "the task is panoptic", which processors of pictures give.
             batch: B.
 
         Returns:
@@ -160,11 +165,13 @@ class OneFormer(nn.Module):
         Raises:
             ValueError: no such task, or not as many as images.
         """
-        named = [tasks] * batch if isinstance(tasks, str) else list(tasks)
-        if len(named) != batch or not set(named) <= set(TASKS):
+        named = [tasks] * batch if isinstance(tasks, str) else tasks
+        if isinstance(named, (list, tuple)):
+            named = [str(task).removeprefix("the task is ") for task in named]
+        if not isinstance(named, list) or len(named) != batch or not set(named) <= set(TASKS):
             raise ValueError(
                 f"OneFormer: task_inputs must be of {', '.join(TASKS)}, one or {batch}, one for "
-                f"each image, got {tasks!r}"
+                f"each image, or a tensor of their tokens, got {tasks!r:.80}"
             )
         if len(set(named)) == 1:  # no copy from the host: a CUDA graph may hold it
             return self.task_rows[TASKS.index(named[0])].expand(batch, -1)
@@ -223,6 +230,11 @@ class OneFormer(nn.Module):
         if not isinstance(task_inputs, Tensor) or task_inputs.shape != shape:
             raise ValueError(
                 f"OneFormer: task_inputs must be tokens {list(shape)}, got {got(task_inputs)}"
+            )
+        if task_inputs.dtype not in _TOKENS:
+            raise TypeError(
+                "OneFormer: task_inputs must be int64, int32, float32 or float64, others cannot "
+                f"hold tokens up to {END}, got {got(task_inputs)}"
             )
         decoder = self.query_decoder
         token = self.task_queries.token(task_inputs, decoder.norm)
@@ -316,8 +328,9 @@ class OneFormer(nn.Module):
 
         Args:
             pixel_values: [B, C, H, W] floating, normalised, zero-padded to the right and below.
-            task_inputs: "panoptic", "instance" or "semantic", or one for each image, or their
-                tokens [B, L]; None takes those of the targets, or "panoptic" where there are none.
+            task_inputs: "panoptic", "instance" or "semantic", or one for each image, their
+                sentences, as of `task_inputs`, or tokens [B, L]; None takes those of the
+                targets, or "panoptic" where there are none.
             text_inputs: tokens of an image's sentences, Q less the learned text queries; None
                 takes those of its targets' classes. Without targets or text encoder not read.
             mask_labels: for each image [T_b, H, W] float, bool or uint8, of its task; together
@@ -327,7 +340,8 @@ class OneFormer(nn.Module):
                 OneFormer.
             output_auxiliary_logits: also return the logits of the earlier predictions.
             return_dict: False gives a tuple of what is not None.
-            targets: the same as the labels, packed; not together with them.
+            targets: the same as the labels, packed; not together with them. Their `task`, if any,
+                chooses the sentences of the texts, and `task_inputs` must name the same.
 
         Returns:
             A `OneFormerOutput`; `losses` has "loss_contrastive" [1] where there is a text encoder.

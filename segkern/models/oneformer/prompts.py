@@ -141,7 +141,7 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
         raise ImportError(
             f"prompts: the vocabulary in {folder} needs {error.name}: pip install {error.name}"
         ) from error
-    except (OSError, TypeError, ValueError) as error:
+    except Exception as error:  # tokenizers has no kind of its own for a file that it cannot read
         raise ValueError(
             f"prompts: {folder} must hold tokenizer.json, or vocab.json and merges.txt, here or "
             "in Hugging Face's cache, and does not"
