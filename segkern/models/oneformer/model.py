@@ -276,8 +276,14 @@ class OneFormer(nn.Module):
             raise ValueError(
                 "OneFormer: targets.task must say what is to be found in each image, got None"
             )
-        found = self.all_predictions(pixel_values, self.task_rows[targets.task])
+        found = self.all_predictions(pixel_values, self._named(targets))
         return self._losses(found, targets, None)
+
+    def _named(self, targets: Targets) -> Tensor:
+        """The tokens [B, L] of the tasks that targets name."""
+        sizes = {"B": len(targets.labels)}
+        expect("OneFormer", "targets.task", targets.task, "B", "int64", sizes)
+        return self.task_rows[targets.task]
 
     def _losses(
         self, found: tuple[Tensor, ...], targets: Targets, text_inputs: Tensor | None
@@ -350,9 +356,11 @@ class OneFormer(nn.Module):
             TypeError, ValueError: wrong dtype, shape or combination of arguments.
         """
         targets = given_targets(self, pixel_values, mask_labels, class_labels, targets)
+        named = None
+        if targets is not None and targets.task is not None:
+            named = self._named(targets)
         if task_inputs is None:
-            named = targets is not None and targets.task is not None
-            task_inputs = self.task_rows[targets.task] if named else "panoptic"
+            task_inputs = "panoptic" if named is None else named
         if not isinstance(task_inputs, Tensor):
             task_inputs = self.task_inputs(task_inputs, len(pixel_values))
         last = targets is None and not output_auxiliary_logits

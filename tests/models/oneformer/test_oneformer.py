@@ -119,6 +119,11 @@ def test_wrong_texts_are_refused(tiny):
         tiny(images(), "panoptic", torch.zeros(2, 8, 77, dtype=torch.int64), targets=targets())
     with pytest.raises(ValueError, match=r"targets\.task must say what is to be found"):
         tiny.loss(images(), targets()._replace(task=None))
+    for task_inputs in (None, "panoptic"):
+        with pytest.raises(
+            ValueError, match=r"targets\.task must be \[B\] int64 with B = 2, got \[1\]"
+        ):
+            tiny(images(), task_inputs, targets=targets((0,)))
 
 
 @pytest.mark.parametrize(
