@@ -125,16 +125,34 @@ class OneFormer(nn.Module):
         self.contrastive = ContrastiveLoss(config.contrastive_temperature)
         # without texts nothing learns it, and DDP waits for the gradient of all that may learn
         self.contrastive.requires_grad_(config.is_training)
-        rows = _padded([TASK_TOKENS[task] for task in TASKS], config.task_seq_len)
-        self.register_buffer("task_rows", rows, persistent=False)  # [3, L]
         sentences = config.sentences if config.is_training else ()
         if sentences and len(sentences) != config.num_labels + len(TASKS):
             raise ValueError(
                 f"OneFormer: prompts must be {config.num_labels + len(TASKS)} rows of tokens, one "
                 f"a class and a task, got {len(sentences)}; config.with_prompts makes them anew"
             )
-        rows = _padded(sentences, max(map(len, sentences))) if sentences else None
-        self.register_buffer("sentences", rows, persistent=False)  # [K + 3, L]
+        for name, rows in self._tables().items():
+            self.register_buffer(name, rows, persistent=False)
+
+    def _tables(self) -> dict[str, Tensor | None]:
+        """Tokens of the tasks [3, L], and of the sentences [K + 3, L], which no file holds."""
+        sentences = self.config.sentences if self.config.is_training else ()
+        return {
+            "task_rows": _padded([TASK_TOKENS[t] for t in TASKS], self.config.task_seq_len),
+            "sentences": _padded(sentences, max(map(len, sentences))) if sentences else None,
+        }
+
+    def _apply(self, fn, recurse=True):
+        """What `to` and `to_empty` do; the latter leaves in new memory what was there before."""
+        before = self.task_rows
+        super()._apply(fn, recurse)
+        if self.task_rows is not before:
+            with torch.device("cpu"):
+                tables = self._tables()
+            for name, rows in tables.items():
+                if rows is not None:
+                    getattr(self, name).copy_(rows)
+        return self
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """For backward keep only the inputs of the backbone's blocks and of the pixel decoder's

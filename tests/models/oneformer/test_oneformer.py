@@ -48,6 +48,19 @@ def test_tasks_are_constants_of_the_model(tiny):
     assert "task_rows" not in tiny.state_dict()
 
 
+def test_tokens_outlive_to_empty(tiny):
+    """As FSDP makes a model: without memory first, and then with that of its weights."""
+    with torch.device("meta"):
+        model = OneFormer(tiny.config)
+    assert model.task_rows.is_meta
+    pair = torch.nn.ModuleList([model]).to_empty(device="cpu")
+    pair[0].load_state_dict(tiny.state_dict())
+    for name, table in tiny.named_buffers():
+        assert torch.equal(pair[0].get_buffer(name), table), name
+    at = model.task_rows.data_ptr()
+    assert model.to("cpu").task_rows.data_ptr() == at  # which a CUDA graph may read
+
+
 @torch.no_grad()
 def test_segment_asks_as_of_every_model(tiny):
     picture = (torch.rand(3, 70, 90) * 255).byte()
