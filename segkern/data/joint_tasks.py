@@ -70,7 +70,7 @@ def of_task(sample: Sample, task: str, stuff: Sequence[int]) -> Sample:
         task: one of `TASKS`.
         stuff: labels without instances.
     """
-    labels = np.asarray(sample["labels"])
+    labels = np.asarray(sample["labels"], np.int64)  # twice a label must fit, too
     crowd = np.asarray(sample.get("crowd", np.zeros(len(labels))), bool)
     changed = {"task": TASKS.index(task)}
     if task == "instance":

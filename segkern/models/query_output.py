@@ -84,6 +84,12 @@ class Predictions(NamedTuple):
     hidden: HiddenStates
 
 
+def maps_of(pixels: Tensor, shapes: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
+    """The pixels of all levels [B, S, C] as the maps [B, C, h, w] of each."""
+    split = pixels.split([h * w for h, w in shapes], 1)
+    return tuple(x.mT.unflatten(2, size) for x, size in zip(split, shapes))
+
+
 def only_last(
     model: nn.Module, targets: Targets | None, output_auxiliary_logits: bool | None
 ) -> bool:

@@ -9,7 +9,6 @@ from operator import index
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 _ROOM = 2**24  # ids that a panoptic PNG can hold
 
@@ -83,6 +82,8 @@ def panoptic_png(
     result, category_ids: Mapping[int, int] | Sequence[int] | None
 ) -> tuple[Image.Image, list[dict]]:
     """`Segmentation.to_panoptic_png`."""
+    from scipy import ndimage  # here, because it takes long to import
+
     ids, shift = result.segmentation.cpu().numpy(), int(result.task == "semantic")
     ids = ids + shift  # a semantic map has no void, and its first label is 0
     if ids.max(initial=0) >= _ROOM:

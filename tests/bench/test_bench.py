@@ -3,6 +3,7 @@ goals are compared with what was measured."""
 
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -175,7 +176,12 @@ def test_segmenters_peer_is_the_same_model(case):
 def test_the_formula_counts_every_product(case):
     config = replace(_segmenter.TINY, **CONFIGS[case])
     model = segmenter.Segmenter(config).eval()
-    own = {torch.ops.segkern.linear: flops}
+    segkern = torch.ops.segkern
+    own = {
+        segkern.linear: flops,
+        segkern.feed_forward: lambda x, first, *_, out_shape=None: 4 * math.prod(x) * first[0],
+        segkern.attention: lambda q, k, *_, out_shape=None: 4 * math.prod(q) * k[1],
+    }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=own) as counted:
         model(torch.randn(3, 3, 32, 32))
     assert sum(_segmenter.flops(config)) == counted.get_total_flops() / 3

@@ -56,6 +56,12 @@ def test_segments_are_those_of_the_task(form, task, labels, parts):
     assert np.array_equal(np.asarray(found["masks"]), want)
 
 
+def test_labels_that_doubled_do_not_fit_their_dtype_stay_what_they_are():
+    labels = np.array([0, 0, 1, 200, 200, 1], np.uint8)
+    found = of_task(sample("arrays") | {"labels": labels}, "semantic", ())
+    assert found["labels"].tolist() == [0, 1, 1, 200]
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_picture_without_segments_stays_one(task):
     empty = {"masks": IdMaps.of_map(np.zeros((2, 3), int), []), "labels": np.zeros(0, np.int64)}

@@ -106,3 +106,13 @@ def test_dropout_is_that_of_a_transformer_decoder_layer():
         one, other = moment(have, 0), moment(want, 0)
         # each is off by its spread over the root of the draws; six of these for 192 numbers
         assert (one - other).abs().max() < 6 * 2**0.5 * want.std(0).max() / n**0.5
+
+
+def test_no_weight_of_attention_is_stored():
+    part = made(2, 32, 32).train()
+    inputs = [torch.randn(*shape).double() for shape in ((1, 32), (199, 32), (1, 32, 24, 24))]
+    stored = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: stored.append(x.numel()), lambda x: x):
+        part(*inputs)
+    assert len(stored) > 20
+    assert max(stored) < 199 * 24 * 24  # those of one head

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from segkern import cli
-from segkern.cli import main
+from segkern.cli import main, train
 from segkern.models import (
     Mask2Former,
     Mask2FormerConfig,
@@ -71,7 +70,7 @@ def steps(monkeypatch):
     class Done:
         steps, seconds = 0, 0.0
 
-    monkeypatch.setattr(cli, "run_train", lambda config, resume: asked.append(config) or Done())
+    monkeypatch.setattr(train, "run_train", lambda config, resume: asked.append(config) or Done())
     return asked
 
 

@@ -34,6 +34,7 @@ from ..query_output import (
     QueryOutput,
     expect_pixels,
     given_targets,
+    maps_of,
     only_last,
     query_output,
 )
@@ -161,10 +162,7 @@ class Mask2Former(nn.Module):
         mask_features, pixels, shapes = self.pixel_decoder(maps)
         del maps  # the large ones are not held while queries are decoded
         classes, embeddings, queries = self.query_decoder.run(pixels, shapes, mask_features, last)
-        levels = ()
-        if hidden:
-            split = pixels.split([h * w for h, w in shapes], 1)
-            levels = tuple(x.mT.unflatten(2, size) for x, size in zip(split, shapes))
+        levels = maps_of(pixels, shapes) if hidden else ()
         states = HiddenStates(encoder, levels, queries, mask_features)
         return Predictions(classes, embeddings, mask_features, states)
 

@@ -188,6 +188,13 @@ class OneFormerConfig:
                 )
         if self.tokens not in ("clip", "words"):
             raise ValueError(f"OneFormerConfig: tokens must be clip or words, got {self.tokens!r}")
+        longest, largest = self.text_encoder_context_length, self.text_encoder_vocab_size - 1
+        for row in self.prompts if self.is_training else ():
+            if not 0 < len(row) <= longest or not 0 <= min(row) <= max(row) <= largest:
+                raise ValueError(
+                    f"OneFormerConfig: prompts must be rows of 1 to {longest} tokens in [0, "
+                    f"{largest}], got {row}; with_prompts makes them anew"
+                )
         _ = self.input  # checks its own
 
     @property

@@ -3,8 +3,8 @@
 Plain functions on dicts: settings have the names of `OneFormerConfig`, weights those of
 `OneFormer`. What Hugging Face has no field for stands under "segkern" in config.json, which
 transformers carries along: the tokens of the sentences, so that a model trains again without a
-tokenizer. transformers opens what is written here if the backbone is a Swin, a plain ResNet or
-another timm model; "resnet_digits" only opens here.
+tokenizer. transformers opens what is written here if the backbone is a Swin, a DiNAT, a plain
+ResNet or another timm model; "resnet_digits" only opens here.
 """
 
 from pathlib import Path

@@ -86,7 +86,7 @@ def from_huggingface(state: dict[str, Tensor], family: str) -> dict[str, Tensor]
 
     Args:
         state: weights of transformers' OneFormerForUniversalSegmentation, of version 4 or 5.
-        family: of the backbone: "swin", "resnet", "timm_backbone" or "resnet_digits".
+        family: of the backbone: "swin", "dinat", "resnet", "timm_backbone" or "resnet_digits".
 
     Returns:
         The weights under our names; those that have none keep theirs.
@@ -102,7 +102,7 @@ def to_huggingface(state: dict[str, Tensor], family: str) -> dict[str, Tensor]:
 
     Args:
         state: our weights.
-        family: of the backbone: "swin", "resnet", "timm_backbone" or "resnet_digits".
+        family: of the backbone: "swin", "dinat", "resnet", "timm_backbone" or "resnet_digits".
 
     Returns:
         The weights under Hugging Face's names, without `criterion.seed`, which it does not have.

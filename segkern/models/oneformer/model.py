@@ -46,12 +46,15 @@ from ..query_output import (
     QueryOutput,
     expect_pixels,
     given_targets,
+    maps_of,
     only_last,
     query_output,
 )
 from . import huggingface, original
 from .config import OneFormerConfig
-from .prompts import TASK_TOKENS
+from .prompts import END, TASK_TOKENS, task_names
+
+_TOKENS = (torch.int64, torch.int32, torch.float32, torch.float64)  # that hold every token
 
 
 class OneFormer(nn.Module):
@@ -133,16 +136,36 @@ class OneFormer(nn.Module):
             importance_sample_ratio=config.importance_sample_ratio,
         )
         self.contrastive = ContrastiveLoss(config.contrastive_temperature)
-        rows = _padded([TASK_TOKENS[task] for task in TASKS], config.task_seq_len)
-        self.register_buffer("task_rows", rows, persistent=False)  # [3, L]
+        # without texts nothing learns it, and DDP waits for the gradient of all that may learn
+        self.contrastive.requires_grad_(config.is_training)
         sentences = config.sentences if config.is_training else ()
         if sentences and len(sentences) != config.num_labels + len(TASKS):
             raise ValueError(
                 f"OneFormer: prompts must be {config.num_labels + len(TASKS)} rows of tokens, one "
                 f"a class and a task, got {len(sentences)}; config.with_prompts makes them anew"
             )
-        rows = _padded(sentences, max(map(len, sentences))) if sentences else None
-        self.register_buffer("sentences", rows, persistent=False)  # [K + 3, L]
+        for name, rows in self._tables().items():
+            self.register_buffer(name, rows, persistent=False)
+
+    def _tables(self) -> dict[str, Tensor | None]:
+        """Tokens of the tasks [3, L], and of the sentences [K + 3, L], which no file holds."""
+        sentences = self.config.sentences if self.config.is_training else ()
+        return {
+            "task_rows": _padded([TASK_TOKENS[t] for t in TASKS], self.config.task_seq_len),
+            "sentences": _padded(sentences, max(map(len, sentences))) if sentences else None,
+        }
+
+    def _apply(self, fn, recurse=True):
+        """What `to` and `to_empty` do; the latter leaves in new memory what was there before."""
+        before = self.task_rows
+        super()._apply(fn, recurse)
+        if self.task_rows is not before:
+            with torch.device("cpu"):
+                tables = self._tables()
+            for name, rows in tables.items():
+                if rows is not None:
+                    getattr(self, name).copy_(rows)
+        return self
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """For backward keep only the inputs of the backbone's blocks and of the pixel decoder's
@@ -163,7 +186,8 @@ class OneFormer(nn.Module):
         """The tokens that name tasks.
 
         Args:
-            tasks: "panoptic", "instance" or "semantic", of all images or one for each.
+            tasks: "panoptic", "instance" or "semantic", of all images or one for each; or their
+                sentences, such as "the task is panoptic", which processors of pictures give.
             batch: B.
 
         Returns:
@@ -172,13 +196,7 @@ class OneFormer(nn.Module):
         Raises:
             ValueError: no such task, or not as many as images.
         """
-        one = isinstance(tasks, str)  # whatever the batch: a graph may be of any
-        named = [tasks] if one else list(tasks)
-        if (not one and len(named) != batch) or not set(named) <= set(TASKS):
-            raise ValueError(
-                f"OneFormer: task_inputs must be of {', '.join(TASKS)}, one or {batch}, one for "
-                f"each image, got {tasks!r}"
-            )
+        named = task_names(tasks, batch)
         if len(set(named)) == 1:  # no copy from the host: a CUDA graph may hold it
             return self.task_rows[TASKS.index(named[0])].expand(batch, -1)
         return self.task_rows[[TASKS.index(task) for task in named]]
@@ -244,6 +262,11 @@ class OneFormer(nn.Module):
             raise ValueError(
                 f"OneFormer: task_inputs must be tokens {list(shape)}, got {got(task_inputs)}"
             )
+        if task_inputs.dtype not in _TOKENS:
+            raise TypeError(
+                "OneFormer: task_inputs must be int64, int32, float32 or float64, others cannot "
+                f"hold tokens up to {END}, got {got(task_inputs)}"
+            )
         decoder = self.query_decoder
         token = self.task_queries.token(task_inputs, decoder.norm)
         maps = self.backbone(pixel_values)
@@ -252,10 +275,7 @@ class OneFormer(nn.Module):
         del maps  # the large ones are not held while queries are decoded
         start = self.task_queries(token, decoder.query_embed.weight[:-1], features)
         classes, embeddings, states = decoder.run(pixels, shapes, features, last, start)
-        levels = ()
-        if hidden:
-            split = pixels.split([h * w for h, w in shapes], 1)
-            levels = tuple(x.mT.unflatten(2, size) for x, size in zip(split, shapes))
+        levels = maps_of(pixels, shapes) if hidden else ()
         states = HiddenStates(encoder, levels, states, features)
         return Predictions(classes, embeddings, features, states)
 
@@ -292,8 +312,14 @@ class OneFormer(nn.Module):
             raise ValueError(
                 "OneFormer: targets.task must say what is to be found in each image, got None"
             )
-        found = self._predictions(pixel_values, self.task_rows[targets.task], last=False)
+        found = self._predictions(pixel_values, self._named(targets), last=False)
         return self._losses(found, targets, None)
+
+    def _named(self, targets: Targets) -> Tensor:
+        """The tokens [B, L] of the tasks that targets name."""
+        sizes = {"B": len(targets.labels)}
+        expect("OneFormer", "targets.task", targets.task, "B", "int64", sizes)
+        return self.task_rows[targets.task]
 
     def _losses(
         self, found: Predictions, targets: Targets, text_inputs: Tensor | None
@@ -345,8 +371,9 @@ class OneFormer(nn.Module):
 
         Args:
             pixel_values: [B, C, H, W] floating, normalised, zero-padded to the right and below.
-            task_inputs: "panoptic", "instance" or "semantic", or one for each image, or their
-                tokens [B, L]; None takes those of the targets, or "panoptic" where there are none.
+            task_inputs: "panoptic", "instance" or "semantic", or one for each image, their
+                sentences, as of `task_inputs`, or tokens [B, L]; None takes those of the
+                targets, or "panoptic" where there are none.
             text_inputs: tokens of an image's sentences, Q less the learned text queries; None
                 takes those of its targets' classes. Without targets or text encoder not read.
             mask_labels: for each image [T_b, *, *] of any dtype, those of its task: 1 inside, 0
@@ -358,7 +385,8 @@ class OneFormer(nn.Module):
             output_hidden_states: also give what is computed on the way.
             output_auxiliary_logits: also return the logits of the earlier predictions.
             return_dict: False gives a tuple of what is not None.
-            targets: the same as the labels, packed; not together with them.
+            targets: the same as the labels, packed; not together with them. Their `task`, if any,
+                chooses the sentences of the texts, and `task_inputs` must name the same.
 
         Returns:
             A `OneFormerOutput`; `losses` has "loss_contrastive" [1] where there is a text encoder.
@@ -367,9 +395,10 @@ class OneFormer(nn.Module):
             TypeError, ValueError: wrong dtype, shape or combination of arguments.
         """
         targets = given_targets(self, pixel_values, mask_labels, class_labels, targets)
+        told = targets is not None and targets.task is not None
+        named = self._named(targets) if told else None
         if task_inputs is None:
-            named = targets is not None and targets.task is not None
-            task_inputs = self.task_rows[targets.task] if named else "panoptic"
+            task_inputs = "panoptic" if named is None else named
         if not isinstance(task_inputs, Tensor):
             task_inputs = self.task_inputs(task_inputs, pixel_values.shape[0])
         last = only_last(self, targets, output_auxiliary_logits)

@@ -33,6 +33,25 @@ _PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+")  # 
 Tokenizer = Callable[[str], Sequence[int]]
 
 
+def task_names(tasks: str | Sequence[str], batch: int) -> list[str]:
+    """The task of all images, [1], or of each, [batch]: of names or of their sentences.
+
+    Raises:
+        ValueError: no such task, or not as many as images.
+    """
+    one = isinstance(tasks, str)  # whatever the batch: a graph may be of any
+    named = [tasks] if one else tasks
+    if isinstance(named, (list, tuple)):
+        named = [str(task).removeprefix("the task is ") for task in named]
+    fits = isinstance(named, list) and (one or len(named) == batch)
+    if not fits or not set(named) <= set(TASKS):
+        raise ValueError(
+            f"OneFormer: task_inputs must be of {', '.join(TASKS)}, one or {batch}, one for each "
+            f"image, or a tensor of their tokens, got {tasks!r:.80}"
+        )
+    return named
+
+
 def sentences(names: Sequence[str]) -> list[str]:
     """Those of K classes, then those of the tasks: K + 3."""
     return [f"a photo with a {name}" for name in names] + list(_OTHERS[: len(TASKS)])
@@ -141,7 +160,7 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
         raise ImportError(
             f"prompts: the vocabulary in {folder} needs {error.name}: pip install {error.name}"
         ) from error
-    except (OSError, TypeError, ValueError) as error:
+    except Exception as error:  # tokenizers has no kind of its own for a file that it cannot read
         raise ValueError(
             f"prompts: {folder} must hold tokenizer.json, or vocab.json and merges.txt, here or "
             "in Hugging Face's cache, and does not"

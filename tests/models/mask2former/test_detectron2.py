@@ -57,7 +57,7 @@ def test_imported_models_compute_what_the_original_does(case, tmp_path):
     ours = open_model(saved(tmp_path / "model_final.pth", theirs.state_dict()))
     for dtype, classes, masks in ((torch.float64, 1e-8, 1e-8), (torch.float32, 2e-5, 2e-4)):
         x = batch(sizes, dtype)
-        have, want = ours.to(dtype)(x, auxiliary_logits=True), theirs.to(dtype)(x)
+        have, want = ours.to(dtype)(x, output_auxiliary_logits=True), theirs.to(dtype)(x)
         have = [tuple(p.values()) for p in have.auxiliary_logits] + [
             (have.class_queries_logits, have.masks_queries_logits)
         ]

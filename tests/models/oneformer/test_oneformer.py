@@ -48,6 +48,19 @@ def test_tasks_are_constants_of_the_model(tiny):
     assert "task_rows" not in tiny.state_dict()
 
 
+def test_tokens_outlive_to_empty(tiny):
+    """As FSDP makes a model: without memory first, and then with that of its weights."""
+    with torch.device("meta"):
+        model = OneFormer(tiny.config)
+    assert model.task_rows.is_meta
+    pair = torch.nn.ModuleList([model]).to_empty(device="cpu")
+    pair[0].load_state_dict(tiny.state_dict())
+    for name, table in tiny.named_buffers():
+        assert torch.equal(pair[0].get_buffer(name), table), name
+    at = model.task_rows.data_ptr()
+    assert model.to("cpu").task_rows.data_ptr() == at  # which a CUDA graph may read
+
+
 @torch.no_grad()
 def test_segment_asks_as_of_every_model(tiny):
     picture = (torch.rand(3, 70, 90) * 255).byte()
@@ -80,12 +93,36 @@ def test_a_result_has_the_papers_thresholds_unless_told(tiny, monkeypatch):
         ("things", "task_inputs must be of panoptic, instance, semantic.*got 'things'"),
         (["panoptic"], "one or 2, one for each image"),
         (torch.zeros(2, 5), r"task_inputs must be tokens \[2, 77\], got \[2, 5\] float32"),
+        ([[49406] * 77] * 2, r"or a tensor of their tokens, got \[\[49406, 49406.{,80}$"),
+        (7, "or a tensor of their tokens, got 7"),
     ],
-    ids=["name", "count", "shape"],
+    ids=["name", "count", "shape", "a list of tokens", "a number"],
 )
 def test_a_wrong_task_is_refused(tiny, given, message):
     with pytest.raises(ValueError, match=message):
         tiny(images(), given)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "uint8", "bool"])
+def test_tokens_that_a_dtype_rounds_are_refused(tiny, dtype):
+    rows = tiny.task_rows[:2]
+    for whole in (torch.int32, torch.float32, torch.float64):
+        assert torch.equal(
+            tiny.predict(images(), rows.to(whole))[0], tiny.predict(images(), rows)[0]
+        )
+    with pytest.raises(TypeError, match=rf"task_inputs must be int64, .*got \[2, 77\] {dtype}"):
+        tiny(images(), rows.to(getattr(torch, dtype)))
+
+
+@torch.no_grad()
+def test_what_a_processor_gives_is_taken(tiny):
+    processor = segkern.Processor("OneFormerImageProcessor", size={"height": 64, "width": 96})
+    pictures = [(torch.rand(3, 64, 96) * 255).byte() for _ in range(2)]
+    tasks = ["semantic", "instance"]
+    batch = processor(pictures, task_inputs=tasks)
+    assert batch["task_inputs"] == ["the task is semantic", "the task is instance"]
+    have, want = tiny(**batch), tiny(batch["pixel_values"], tasks)
+    assert torch.equal(have.class_queries_logits, want.class_queries_logits)
 
 
 def test_wrong_texts_are_refused(tiny):
@@ -95,6 +132,11 @@ def test_wrong_texts_are_refused(tiny):
         tiny(images(), "panoptic", torch.zeros(2, 8, 77, dtype=torch.int64), targets=targets())
     with pytest.raises(ValueError, match=r"targets\.task must say what is to be found"):
         tiny.loss(images(), targets()._replace(task=None))
+    for task_inputs in (None, "panoptic"):
+        with pytest.raises(
+            ValueError, match=r"targets\.task must be \[B\] int64 with B = 2, got \[1\]"
+        ):
+            tiny(images(), task_inputs, targets=targets((0,)))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +150,8 @@ def test_wrong_texts_are_refused(tiny):
         ({"tokens": "bert"}, "tokens must be clip or words, got 'bert'"),
         ({"feature_size": 32}, r"feature_size must equal hidden_dim \(64\), got 32"),
         ({"dropout": 2.0}, r"dropout must be in \[0, 1\], got 2.0"),
+        ({"prompts": [[1024]] * 6}, r"prompts must be rows .* in \[0, 1023\], got \(1024,\)"),
+        ({"prompts": [[1] * 17] * 6}, "prompts must be rows of 1 to 16 tokens"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -145,9 +189,6 @@ def test_the_tokens_numbers_are_not_rounded_in_half_precision(tiny):
     assert have.dtype == torch.bfloat16
     assert error(have, want) <= 2.0**-8 * want.abs().max().item()  # the result's own rounding
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(
-            tiny.task_queries.token(rows, norm), tiny.task_queries.token(rows, norm)
-        )
         have = tiny.task_queries.token(rows, norm)
     assert torch.equal(have, tiny.task_queries.token(rows, norm))
 
@@ -193,13 +234,30 @@ def test_padded_targets_change_no_text(tiny):
     assert torch.equal(tiny.text_queries(given), tiny.text_queries(wide))
 
 
-def test_every_weight_learns(tiny):
-    model = OneFormer(tiny.config).train()
+@pytest.mark.parametrize("texts", [True, False], ids=["texts", "no texts"])
+def test_every_weight_learns(tiny, texts):
+    """Of those that say so: DDP waits for each."""
+    model = OneFormer(replace(tiny.config, is_training=texts)).train()
     loss, _ = model.loss(images(), targets())
     loss.backward()
-    still = [name for name, p in model.named_parameters() if p.grad is None]
+    still = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert still == []
+    assert model.contrastive.logit_scale.requires_grad == texts
     assert model.parameter_roles().keys() == dict(model.named_parameters()).keys()
+
+
+def test_an_opened_model_learns_classes_of_ones_own(tmp_path):
+    config = replace(OneFormerConfig.tiny(3), tokens="clip", text_encoder_vocab_size=49408)
+    start = OneFormer(config.with_prompts(["dog", "cat", "sky"]))
+    for texts in (True, False):
+        start.save_pretrained(tmp_path / "start", text_encoder=texts)
+        opened = OneFormer.from_pretrained(tmp_path / "start", num_labels=12)
+        model = OneFormer(opened.config.with_prompts(["horse"] * 12))
+        model.load_state_dict(opened.state_dict(), strict=False)
+        assert torch.equal(
+            model.query_decoder.level_embed.weight, start.query_decoder.level_embed.weight
+        )
+        assert "loss_contrastive" in model.loss(images(), targets())[1]
 
 
 def test_one_training_gives_a_model_of_three_tasks(tmp_path, capsys):

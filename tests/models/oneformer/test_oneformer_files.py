@@ -189,7 +189,9 @@ def test_a_folders_vocabulary_tells_other_words(tmp_path):
     assert found.prompts[0] == (49406, 320, 1125, 593, 320, 7, 49407)
     assert (found.is_training, found.id2label) == (True, {0: "narwhal"})
     clip_like(tmp_path, dict.fromkeys(words, 5))
-    for other in (tmp_path, tmp_path / "nothing"):
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/tokenizer.json").write_text('{"version": ')
+    for other in (tmp_path, tmp_path / "nothing", tmp_path / "torn"):
         with pytest.raises(ValueError, match="must hold"):
             config.with_prompts(["narwhal"], other)
 
