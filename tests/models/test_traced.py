@@ -12,7 +12,7 @@ SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4)}
 MODELS = dict(KINDS) | {
     "Mask2Former, Swin": lambda: queries(backbone="swin_tiny", backbone_options=SWIN)
 }
-LONG = ("Mask2Former", "Mask2Former, Swin", "MaskFormer", "SegFormer", "Segmenter")
+LONG = ("Mask2Former", "Mask2Former, Swin", "MaskFormer", "OneFormer", "SegFormer", "Segmenter")
 models = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in LONG)) for k in MODELS]
 )
