@@ -1,4 +1,5 @@
-"""Folders in Hugging Face's format, as models of masks share them: how they are read.
+"""Folders in Hugging Face's format, as models of masks share them: how they are read, and what
+those of Mask2Former's decoders have in config.json.
 
 Plain functions on dicts: settings have the names of a model's config.
 """
@@ -8,7 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..structures.labels import IMAGENET_MEAN
+from ..nn.backbones.huggingface import read_backbone, write_backbone
+from ..structures.labels import IMAGENET_MEAN, known_stuff
+from ..weights import hf_folders as files
 from ..weights.folders import find_folder, read_json
 from ..weights.hf_folders import read_weights
 from .preprocessor import find_preprocessor, is_old, read_preprocessor
@@ -68,3 +71,51 @@ def read_folder(
             )
         settings |= {"num_labels": has, "id2label": None, "stuff": (), "prompts": ()}
     return settings, weights
+
+
+def read_decoders(config: dict, kind: str, same: dict, fixed: dict, name: str) -> dict:
+    """Settings of a model that has Mask2Former's pixel and query decoder, from its config.json.
+
+    Args:
+        config: what the file holds; a field that is missing has Hugging Face's default.
+        kind: what it must be of.
+        same: fields that have one name and meaning there and here, and their defaults.
+        fixed: fields that the architecture here does not leave open.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: another model, or an option that the model has not here.
+    """
+    files.check_type(config, kind, name)
+    files.check_fixed(config, fixed, name)
+    own = config.get("segkern") or {}
+    labels = files.read_labels(config, name)
+    settings = {field: config.get(field, default) for field, default in same.items()}
+    settings |= {
+        "decoder_layers": config.get("decoder_layers", 10) - 1,
+        "num_labels": len(labels),
+        "id2label": labels,
+        "num_points_encoder": own.get("num_points_encoder", 4),
+        "stuff": tuple(own["stuff"]) if "stuff" in own else known_stuff(labels),
+    }
+    return settings | read_backbone(config, name)
+
+
+def write_decoders(settings: dict, kind: str, same: dict, fixed: dict) -> dict:
+    """config.json of such a model; what Hugging Face has no field for is under "segkern"."""
+    own = ("num_points_encoder", "backbone", "backbone_options", "drop_path_rate")
+    return {
+        "model_type": kind,
+        "backbone_config": write_backbone(settings)
+        | {"num_channels": len(settings.get("image_mean", IMAGENET_MEAN))},
+        "decoder_layers": settings["decoder_layers"] + 1,
+        **{field: settings[field] for field in same},
+        **fixed,
+        **files.write_labels(settings.get("id2label"), settings["num_labels"]),
+        "segkern": {"stuff": list(settings.get("stuff", ()))} | {k: settings[k] for k in own},
+    }
+
+
+def family(settings: dict) -> str:
+    """Which table of names the weights of a backbone follow."""
+    return write_backbone(settings)["model_type"]

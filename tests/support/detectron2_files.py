@@ -16,6 +16,43 @@ BACKBONES = {
     "resnet": lambda: detectron2.ResNet(),
 }
 
+BACK = [  # from our names to the original's, the first that fits
+    (r"backbone\.norms\.", "backbone.norm"),
+    (r"backbone\.body\.conv1\.", "backbone.stem.conv1."),
+    (r"backbone\.body\.bn1\.", "backbone.stem.conv1.norm."),
+    (r"backbone\.body\.layer(\d)\.(\d+)\.downsample\.0\.", r"backbone.res\1.\2.shortcut."),
+    (r"backbone\.body\.layer(\d)\.(\d+)\.downsample\.1\.", r"backbone.res\1.\2.shortcut.norm."),
+    (r"backbone\.body\.layer(\d)\.(\d+)\.conv(\d)\.", r"backbone.res\1.\2.conv\3."),
+    (r"backbone\.body\.layer(\d)\.(\d+)\.bn(\d)\.", r"backbone.res\1.\2.conv\3.norm."),
+    (r"pixel_decoder\.level_embed", "sem_seg_head.pixel_decoder.transformer.level_embed"),
+    (
+        r"pixel_decoder\.(layers\.\d+)\.attn\.",
+        r"sem_seg_head.pixel_decoder.transformer.encoder.\1.self_attn.",
+    ),
+    (r"pixel_decoder\.layers\.", "sem_seg_head.pixel_decoder.transformer.encoder.layers."),
+    (r"pixel_decoder\.adapter\.0\.", "sem_seg_head.pixel_decoder.adapter_1."),
+    (r"pixel_decoder\.adapter\.1\.", "sem_seg_head.pixel_decoder.adapter_1.norm."),
+    (r"pixel_decoder\.output_conv\.0\.", "sem_seg_head.pixel_decoder.layer_1."),
+    (r"pixel_decoder\.output_conv\.1\.", "sem_seg_head.pixel_decoder.layer_1.norm."),
+    (r"pixel_decoder\.", "sem_seg_head.pixel_decoder."),
+    (
+        r"query_decoder\.layers\.(\d+)\.(self|cross)_norm\.",
+        r"sem_seg_head.predictor.transformer_\2_attention_layers.\1.norm.",
+    ),
+    (
+        r"query_decoder\.layers\.(\d+)\.self_attn\.",
+        r"sem_seg_head.predictor.transformer_self_attention_layers.\1.self_attn.",
+    ),
+    (
+        r"query_decoder\.layers\.(\d+)\.cross_attn\.",
+        r"sem_seg_head.predictor.transformer_cross_attention_layers.\1.multihead_attn.",
+    ),
+    (r"query_decoder\.layers\.", "sem_seg_head.predictor.transformer_ffn_layers."),
+    (r"query_decoder\.norm\.", "sem_seg_head.predictor.decoder_norm."),
+    (r"query_decoder\.mask_embed\.", "sem_seg_head.predictor.mask_embed.layers."),
+    (r"query_decoder\.", "sem_seg_head.predictor."),
+]
+
 
 @cache
 def reference(backbone):

@@ -10,13 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...nn.backbones.huggingface import read_backbone, write_backbone
-from ...structures.labels import IMAGENET_MEAN, known_stuff
 from ...weights import hf_folders as files
 from .. import huggingface as folders
 from ..preprocessor import write_preprocessor
 from .huggingface_keys import from_huggingface, to_huggingface
 
+KIND = "mask2former"
 _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
     "num_queries": 100,
     "hidden_dim": 256,
@@ -66,7 +65,7 @@ def read_folder(
         name_or_folder,
         num_labels,
         read_config,
-        lambda state, settings: from_huggingface(state, _family(settings)),
+        lambda state, settings: from_huggingface(state, folders.family(settings)),
         "query_decoder.class_embed.bias",
     )
 
@@ -83,7 +82,7 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
         OSError: the folder cannot be written to.
     """
     preprocessor = write_preprocessor(settings, "Mask2FormerImageProcessor")
-    state = to_huggingface(weights, _family(settings))
+    state = to_huggingface(weights, folders.family(settings))
     files.write_folder(folder, state, write_config(settings), preprocessor)
 
 
@@ -97,42 +96,10 @@ def read_config(config: dict, name: str = "config.json") -> dict:
     Raises:
         ValueError: another model, or an option that Mask2Former has not here.
     """
-    files.check_type(config, "mask2former", name)
-    files.check_fixed(config, _FIXED, name)
-    own = config.get("segkern") or {}
-    labels = files.read_labels(config, name)
-    settings = {field: config.get(field, default) for field, default in _SAME.items()}
-    settings |= {
-        "decoder_layers": config.get("decoder_layers", 10) - 1,
-        "num_labels": len(labels),
-        "id2label": labels,
-        "num_points_encoder": own.get("num_points_encoder", 4),
-        "stuff": tuple(own["stuff"]) if "stuff" in own else known_stuff(labels),
-    }
-    return settings | read_backbone(config, name)
+    return folders.read_decoders(config, KIND, _SAME, _FIXED, name)
 
 
 def write_config(settings: dict) -> dict:
     """config.json of Hugging Face from settings under the names of `Mask2FormerConfig`."""
-    return {
-        "architectures": ["Mask2FormerForUniversalSegmentation"],
-        "model_type": "mask2former",
-        "backbone_config": write_backbone(settings)
-        | {"num_channels": len(settings.get("image_mean", IMAGENET_MEAN))},
-        "decoder_layers": settings["decoder_layers"] + 1,
-        **{field: settings[field] for field in _SAME},
-        **_FIXED,
-        **files.write_labels(settings.get("id2label"), settings["num_labels"]),
-        "segkern": {
-            "stuff": list(settings.get("stuff", ())),
-            "num_points_encoder": settings["num_points_encoder"],
-            "backbone": settings["backbone"],
-            "backbone_options": settings["backbone_options"],
-            "drop_path_rate": settings["drop_path_rate"],
-        },
-    }
-
-
-def _family(settings: dict) -> str:
-    """Which table of names the backbone's weights follow."""
-    return write_backbone(settings)["model_type"]
+    config = folders.write_decoders(settings, KIND, _SAME, _FIXED)
+    return {"architectures": ["Mask2FormerForUniversalSegmentation"], **config}

@@ -102,7 +102,7 @@ def read_folder(
         name_or_folder,
         num_labels,
         read_config,
-        lambda state, settings: from_huggingface(state, _family(settings)),
+        lambda state, settings: from_huggingface(state, folders.family(settings)),
         "query_decoder.class_embed.bias",
     )
 
@@ -121,7 +121,7 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     preprocessor = write_preprocessor(settings, "MaskFormerImageProcessor")
     config = write_config(settings)
     state = to_huggingface(
-        weights, _family(settings), config["backbone_config"].get("window_size")
+        weights, folders.family(settings), config["backbone_config"].get("window_size")
     )
     files.write_folder(folder, state, config, preprocessor)
 
@@ -217,8 +217,3 @@ def _spelled(name: str, spellings: list[tuple[re.Pattern, str]]) -> str:
     for pattern, replacement in spellings:
         name = pattern.sub(replacement, name)
     return name
-
-
-def _family(settings: dict) -> str:
-    """Which table of names the backbone's weights follow."""
-    return write_backbone(settings)["model_type"]

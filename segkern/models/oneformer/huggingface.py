@@ -11,13 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...nn.backbones.huggingface import read_backbone, write_backbone
-from ...structures.labels import IMAGENET_MEAN, known_stuff
 from ...weights import hf_folders as files
 from .. import huggingface as folders
 from ..preprocessor import read_preprocessor, write_preprocessor
 from .huggingface_keys import TEXT_ENCODER, from_huggingface, to_huggingface
 
+KIND, PROCESSOR = "oneformer", "OneFormerImageProcessor"
 _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
     "num_queries": 150,
     "hidden_dim": 256,
@@ -46,7 +45,7 @@ _SAME = {  # fields with one name and meaning, and Hugging Face's defaults
     "no_object_weight": 0.1,
 }
 _OTHER = {"conv_dim": "feature_size", "mask_dim": "mask_feature_size"}  # 256 each
-KIND = "OneFormerImageProcessor"
+_TOKENS = {"tokens": "clip", "prompts": ()}  # ours alone
 _FIXED = {  # what the architecture does not leave open here
     "norm": "GN",
     "use_task_norm": True,
@@ -68,9 +67,9 @@ def read_folder(
         name_or_folder,
         num_labels,
         read_config,
-        lambda state, settings: from_huggingface(state, _family(settings)),
+        lambda state, settings: from_huggingface(state, folders.family(settings)),
         "query_decoder.class_embed.bias",
-        lambda found, _, *given: read_preprocessor(found, KIND, *given),
+        lambda found, _, *given: read_preprocessor(found, PROCESSOR, *given),
     )
     settings["is_training"] = any(name.startswith(TEXT_ENCODER) for name in weights)
     return settings, weights
@@ -87,9 +86,9 @@ def write_folder(folder: str | Path, settings: dict, weights: dict[str, Tensor])
     Raises:
         OSError: the folder cannot be written to.
     """
-    preprocessor = write_preprocessor(settings, KIND)
+    preprocessor = write_preprocessor(settings, PROCESSOR)
     preprocessor["num_text"] = settings["num_queries"] - settings["text_encoder_n_ctx"]
-    state = to_huggingface(weights, _family(settings))
+    state = to_huggingface(weights, folders.family(settings))
     files.write_folder(folder, state, write_config(settings), preprocessor)
 
 
@@ -103,48 +102,16 @@ def read_config(config: dict, name: str = "config.json") -> dict:
     Raises:
         ValueError: another model, or an option that OneFormer has not here.
     """
-    files.check_type(config, "oneformer", name)
-    files.check_fixed(config, _FIXED, name)
-    own = config.get("segkern") or {}
-    labels = files.read_labels(config, name)
-    settings = {field: config.get(field, default) for field, default in _SAME.items()}
+    settings, own = folders.read_decoders(config, KIND, _SAME, _FIXED, name), config.get("segkern")
     settings |= {ours: config.get(theirs, 256) for theirs, ours in _OTHER.items()}
-    settings |= {
-        "decoder_layers": config.get("decoder_layers", 10) - 1,
-        "num_labels": len(labels),
-        "id2label": labels,
-        "num_points_encoder": own.get("num_points_encoder", 4),
-        "stuff": tuple(own["stuff"]) if "stuff" in own else known_stuff(labels),
-        "tokens": own.get("tokens", "clip"),
-        "prompts": own.get("prompts", ()),
-    }
-    return settings | read_backbone(config, name)
+    settings |= {field: (own or {}).get(field, default) for field, default in _TOKENS.items()}
+    return settings
 
 
 def write_config(settings: dict) -> dict:
     """config.json of Hugging Face from settings under the names of `OneFormerConfig`."""
-    return {
-        "architectures": ["OneFormerForUniversalSegmentation"],
-        "model_type": "oneformer",
-        "backbone_config": write_backbone(settings)
-        | {"num_channels": len(settings.get("image_mean", IMAGENET_MEAN))},
-        "decoder_layers": settings["decoder_layers"] + 1,
-        **{field: settings[field] for field in _SAME},
-        **{theirs: settings[ours] for theirs, ours in _OTHER.items()},
-        **_FIXED,
-        **files.write_labels(settings.get("id2label"), settings["num_labels"]),
-        "segkern": {
-            "stuff": list(settings.get("stuff", ())),
-            "num_points_encoder": settings["num_points_encoder"],
-            "backbone": settings["backbone"],
-            "backbone_options": settings["backbone_options"],
-            "drop_path_rate": settings["drop_path_rate"],
-            "tokens": settings["tokens"],
-            "prompts": [list(row) for row in settings["prompts"]],
-        },
-    }
-
-
-def _family(settings: dict) -> str:
-    """Which table of names the backbone's weights follow."""
-    return write_backbone(settings)["model_type"]
+    config = folders.write_decoders(settings, KIND, _SAME, _FIXED)
+    config |= {theirs: settings[ours] for theirs, ours in _OTHER.items()}
+    prompts = [list(row) for row in settings["prompts"]]
+    config["segkern"] |= {"tokens": settings["tokens"], "prompts": prompts}
+    return {"architectures": ["OneFormerForUniversalSegmentation"], **config}

@@ -27,6 +27,7 @@ from segkern.models.oneformer.prompts import hashed_words, known_words, token_ro
 from segkern.structures.labels import CLASS_NAMES, known_stuff
 from segkern.structures.targets import Targets
 from segkern.weights.state_dicts import misfits
+from support.detectron2_files import BACK
 
 EXPECTED = Path(__file__).parents[2] / "expected"
 SWIN = {"embed_dim": 24, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 3, 6], "window_size": 4}
@@ -253,35 +254,7 @@ def test_tables_of_classes_are_those_that_checkpoints_name():
 
 # --- the original's -------------------------------------------------------------------------
 
-BACK = [  # from our names to the original's, the first that fits
-    (r"backbone\.norms\.", "backbone.norm"),
-    (r"pixel_decoder\.level_embed", "sem_seg_head.pixel_decoder.transformer.level_embed"),
-    (
-        r"pixel_decoder\.(layers\.\d+)\.attn\.",
-        r"sem_seg_head.pixel_decoder.transformer.encoder.\1.self_attn.",
-    ),
-    (r"pixel_decoder\.layers\.", "sem_seg_head.pixel_decoder.transformer.encoder.layers."),
-    (r"pixel_decoder\.adapter\.0\.", "sem_seg_head.pixel_decoder.adapter_1."),
-    (r"pixel_decoder\.adapter\.1\.", "sem_seg_head.pixel_decoder.adapter_1.norm."),
-    (r"pixel_decoder\.output_conv\.0\.", "sem_seg_head.pixel_decoder.layer_1."),
-    (r"pixel_decoder\.output_conv\.1\.", "sem_seg_head.pixel_decoder.layer_1.norm."),
-    (r"pixel_decoder\.", "sem_seg_head.pixel_decoder."),
-    (
-        r"query_decoder\.layers\.(\d+)\.(self|cross)_norm\.",
-        r"sem_seg_head.predictor.transformer_\2_attention_layers.\1.norm.",
-    ),
-    (
-        r"query_decoder\.layers\.(\d+)\.self_attn\.",
-        r"sem_seg_head.predictor.transformer_self_attention_layers.\1.self_attn.",
-    ),
-    (
-        r"query_decoder\.layers\.(\d+)\.cross_attn\.",
-        r"sem_seg_head.predictor.transformer_cross_attention_layers.\1.multihead_attn.",
-    ),
-    (r"query_decoder\.layers\.", "sem_seg_head.predictor.transformer_ffn_layers."),
-    (r"query_decoder\.norm\.", "sem_seg_head.predictor.decoder_norm."),
-    (r"query_decoder\.mask_embed\.", "sem_seg_head.predictor.mask_embed.layers."),
-    (r"query_decoder\.", "sem_seg_head.predictor."),
+OWN = [  # from our names to the original's, beside those of Mask2Former's parts
     (r"task_queries\.task_mlp\.", "task_mlp.layers."),
     (r"task_queries\.input_proj\.", "sem_seg_head.predictor.class_input_proj."),
     (r"task_queries\.layers\.(\d+)\.self_norm\.", r"START.layers.\1.norm1."),
@@ -313,7 +286,7 @@ def as_the_original(model):
     for name, value in model.state_dict().items():
         if name == "criterion.seed":
             continue
-        for pattern, replacement in BACK:
+        for pattern, replacement in (*OWN, *BACK):
             name, count = re.subn(f"^{pattern}", replacement, name)
             if count:
                 break
