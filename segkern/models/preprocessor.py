@@ -162,6 +162,8 @@ def write_preprocessor(settings: dict, kind: str) -> dict:
         size = dict(zip(("max_height", "max_width"), more.max_size))
     written = {"image_processor_type": kind, "size": size}
     written |= {field: getattr(more, field) for field in _SAME}
+    if not size:  # pictures stay as they are, and this is how these files say it
+        written |= {"size": None, "do_resize": False}
     written |= {field: list(settings[field]) for field in ("image_mean", "image_std")}
     if more.pad_size is not None:
         written["pad_size"] = dict(zip(("height", "width"), more.pad_size))

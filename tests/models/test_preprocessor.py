@@ -14,7 +14,14 @@ from transformers.image_utils import get_image_size_for_max_height_width
 import segkern
 from segkern.inference.predict_files import predict_files
 from segkern.io.images import cut_size, fitted_size
-from segkern.models import EoMTConfig, Mask2FormerConfig, MaskFormerConfig, SegFormerConfig
+from segkern.models import (
+    EoMTConfig,
+    Mask2Former,
+    Mask2FormerConfig,
+    MaskFormerConfig,
+    SegFormerConfig,
+    open_model,
+)
 from segkern.models.eomt import huggingface as eomt
 from segkern.models.preprocessor import find_preprocessor, read_preprocessor, write_preprocessor
 from segkern.models.segformer import huggingface as segformer
@@ -187,6 +194,14 @@ def test_a_file_beside_a_model_of_ours(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert segkern.open_model(tmp_path).config.input.multiple is None
     assert segkern.Processor.from_pretrained(tmp_path)._input().multiple is None
+
+
+def test_a_model_that_takes_pictures_as_they_are_is_saved_so(tmp_path):
+    config = Mask2FormerConfig.tiny(3)
+    config.shortest_edge = config.longest_edge = None
+    Mask2Former(config).save_pretrained(tmp_path)
+    assert open_model(tmp_path).config.input == config.input
+    assert not AutoImageProcessor.from_pretrained(tmp_path).do_resize
 
 
 def test_a_fixed_size_and_edges_are_no_size():
