@@ -12,9 +12,9 @@ H head, D channels a head, C channels, M channels of the mask features.
     pixels:  keys = Wk (PE + P f + p),  values = Wv PE      f: mask features, PE: their positions
 
 What a pixel gives is its position, and its features say how much: so it stands in the paper's
-code. Of the keys, Wk P is one matrix for all layers, made anew from the weights each time. The
-sine embedding of a pixel is one of its row beside one of its column, and so is its product with a
-matrix the sum of a row's and a column's: h + w products in place of h w, for values as for keys.
+code. Of the keys, Wk P is one matrix, made anew from the weights each time. The sine embedding of
+a pixel is one of its row beside one of its column, and so is its product with a matrix the sum of
+a row's and a column's: h + w products in place of h w, for values as for keys.
 No weight of attention is stored.
 Source: OneFormer (Jain et al., CVPR 2023), section 3.2.
 """
@@ -92,30 +92,27 @@ class TaskQueries(nn.Module):
     ) -> Tensor:  # [B, Q, C]
         """The queries, the token last."""
         x = token[:, None].expand(-1, len(position), -1)
-        for layer, key, value in zip(self.layers, *self._keys_values(mask_features)):
-            x = layer(x, position, key, value)
+        for layer in self.layers:  # the keys and values of one layer at a time
+            x = layer(x, position, *self._keys_values(layer.cross_attn, mask_features))
         return torch.cat((self.norm(x), token[:, None]), 1)
 
-    def _keys_values(self, features: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Keys [B, S, H, D] and values, the same for all B, of every layer."""
-        dtype, (B, _, h, w) = self.input_proj.weight.dtype, features.shape
-        exact = exact_dtype(self.input_proj.weight)
-        attn = [layer.cross_attn for layer in self.layers]
-        keys, values = ([a.k_proj for a in attn], [a.v_proj for a in attn])
+    def _keys_values(self, attn: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, S, H, D] and values, the same for all B, of a layer's attention."""
+        weight, (B, _, h, w) = self.input_proj.weight, features.shape
+        exact = exact_dtype(weight)
         with torch.autocast(features.device.type, enabled=False):
-            project = torch.cat([p.weight for p in keys]).to(exact)  # [N C, C]
-            matrix = project @ self.input_proj.weight.flatten(1).to(exact)  # [N C, M]
-            bias = torch.cat([p.bias for p in keys]).to(exact)
-            bias = bias + project @ self.input_proj.bias.to(exact)
-            placed = _placed(project, bias, (h, w)).to(dtype)  # [S, N C]
-            project = torch.cat([p.weight for p in values]).to(exact)
-            bias = torch.cat([p.bias for p in values]).to(exact)
-            value = _placed(project, bias, (h, w)).to(dtype)
+            project = attn.k_proj.weight.to(exact)  # [C, C]
+            matrix = project @ weight.flatten(1).to(exact)  # [C, M]
+            bias = attn.k_proj.bias.to(exact) + project @ self.input_proj.bias.to(exact)
+            placed = _placed(project, bias, (h, w)).to(weight.dtype)  # [S, C]
         rows = features.flatten(2).transpose(1, 2)  # [B, S, M]
-        key = linear(rows, matrix.to(dtype), residual=placed.expand(B, -1, -1))
-        split = (len(attn), self.heads, -1)
-        value = value.to(key.dtype).expand(B, -1, -1).unflatten(2, split).unbind(2)
-        return key.unflatten(2, split).unbind(2), value
+        key = linear(rows, matrix.to(weight.dtype), residual=placed.expand(B, -1, -1))
+        del placed
+        with torch.autocast(features.device.type, enabled=False):
+            project, bias = attn.v_proj.weight.to(exact), attn.v_proj.bias.to(exact)
+            value = _placed(project, bias, (h, w)).to(weight.dtype).to(key.dtype)
+        heads = (self.heads, -1)
+        return key.unflatten(2, heads), value.expand(B, -1, -1).unflatten(2, heads)
 
 
 def _placed(weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
