@@ -22,8 +22,8 @@ class TrainConfig:
     """How to train.
 
     Attributes:
-        output: folder of the run: last.pt and model/, both of the last checkpoint, log.jsonl, and
-            best/ where there are evaluations.
+        output: folder of the run: checkpoints/, model/ of the last of them, log.jsonl, and best/
+            where there are evaluations.
         init: model to start from, of the same kind: a folder of a run or a model, or a name on the
             hub. The class head starts anew where the number of labels differs. None starts from
             the backbone that the model's config asks for.
@@ -70,6 +70,7 @@ class TrainConfig:
         workers: processes that load data; 0 loads in this one.
         log_every: steps between lines of the log.
         checkpoint_every: steps between checkpoints; the last step has one.
+        keep: checkpoints that stay, the newest; an older one is removed when a new one is whole.
         evaluate_every: steps between evaluations on the val split, each after a checkpoint; 0 for
             none.
         best_metric: of the evaluations, by which best/ holds the best model: pq, class_accuracy or
@@ -115,6 +116,7 @@ class TrainConfig:
     workers: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
+    keep: int = 1
     evaluate_every: int = 0
     best_metric: str | None = None
     patience: int = 0
@@ -146,7 +148,7 @@ class TrainConfig:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"TrainConfig: threshold must be in [0, 1], got {self.threshold}")
         for names, least in (
-            ("steps batch_size accumulate log_every checkpoint_every evaluate_scenes", 1),
+            ("steps batch_size accumulate log_every checkpoint_every keep evaluate_scenes", 1),
             ("lr min_lr backbone_lr_factor momentum weight_decay power warmup clip seed", 0),
             ("threads workers evaluate_every patience backbone_warmup", 0),
         ):

@@ -38,11 +38,14 @@ from .config import TrainConfig
 from .distributed import together
 from .log import Log, ProgressBar
 from .optimizer import backbone_share, build_optimizer, freeze, learning_rate
-from .state import Trainee, restore, resumable, save
+from .saver import Saver, restarted
+from .state import Trainee, restore, resumable
 from .state import stored_config as stored_config
 from .step import Step
 from .unmatched import Unmatched
 from .validation import BEST, Validation
+
+_CHECKPOINTS = (checkpoint.FOLDER, checkpoint.FILE)
 
 
 @dataclass
@@ -103,13 +106,14 @@ def train(
             raise ValueError(f"train: init must be None where model is given, got {config.init!r}")
         config = replace(config, model=model.config)
     folder = writable_folder(config.output)
+    resume = restarted(folder) or resume
     state = None if resume is None else resumable(resume, config)
     if state is not None:
         _check_resumed(state, config, resume, dataset, val_dataset)
     own = resume is not None and checkpoint.folder_of(resume).resolve() == folder.resolve()
-    held = [name for name in (checkpoint.FILE, BEST, "model") if (folder / name).exists()]
+    held = [name for name in (*_CHECKPOINTS, BEST, "model") if (folder / name).exists()]
     if held and not own and not config.overwrite:
-        go_on = f"go on with --resume {folder}, " if checkpoint.FILE in held else ""
+        go_on = f"go on with --resume {folder}, " if checkpoint.held(folder) else ""
         raise ValueError(
             f"{folder} holds a run ({', '.join(held)}): {go_on}choose another --output, "
             "or start anew with --overwrite"
@@ -144,6 +148,8 @@ def train(
     unmatched = Unmatched(queries, len(data))
     if not own:
         _remove_run(folder)
+    own_val = val_dataset is not None or bool(state and state.get("own_val"))
+    given = {"own_data": dataset is not None, "own_val": own_val}
     log = Log(folder, start, config.tensorboard, keep=own)
     with (
         _given_back(frozen),
@@ -151,12 +157,11 @@ def train(
         log,
         ProgressBar(config.steps, start, config.batch_size * config.accumulate, progress) as bar,
         Interrupt() as stop,
+        Saver(folder, config, given) as save,
     ):
         if begun is not None:
             bar.show(begun)
         batches = itertools.chain([first], batches)
-        own_val = val_dataset is not None or bool(state and state.get("own_val"))
-        given = {"own_data": dataset is not None, "own_val": own_val}
         for step in range(start, config.steps):
             began = time.perf_counter()
             done = step + 1
@@ -182,7 +187,7 @@ def train(
             seconds += time.perf_counter() - began
             bar.advance(line)
             if due:  # before the evaluation, whose failure shall cost nothing
-                save(folder, run, config, done, seconds, given)
+                save(run, done, seconds)
             if measure:
                 metrics, text = validation(run.shown, done)
                 line |= {"metrics": metrics}
@@ -190,6 +195,7 @@ def train(
             if line is not None:
                 log.write(line | {"seconds": round(seconds, 3)})
             if stopping:
+                save.wait()
                 raise KeyboardInterrupt(
                     f"stopped after step {done} of {config.steps}; "
                     f"go on with: segkern train --resume {folder}"
@@ -348,7 +354,7 @@ def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float, precisi
 
 def _remove_run(folder: Path) -> None:
     """Removes what an earlier run left, or its results would pass for those of the new one."""
-    if any((folder / name).exists() for name in (checkpoint.FILE, BEST)):
-        for part in ("model", BEST, "tensorboard", "evaluation"):
+    if any((folder / name).exists() for name in (*_CHECKPOINTS, BEST)):
+        for part in (checkpoint.FOLDER, "model", BEST, "tensorboard", "evaluation"):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / checkpoint.FILE).unlink(missing_ok=True)
