@@ -124,7 +124,7 @@ def load(path: str | Path) -> dict:
 
     Returns:
         `settings`, and "tensors" by name: model.WEIGHT, average.WEIGHT, optimizer.WEIGHT.MOMENT,
-        random.GENERATOR.PROCESS; of last.pt all that it holds.
+        random.DEVICE; of last.pt all that it holds.
 
     Raises:
         ValueError: as `whole`.

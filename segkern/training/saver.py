@@ -10,19 +10,22 @@ import os
 import shutil
 import uuid
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..models import build_model
+from ..runtime.processes import ALONE, Processes
 from . import checkpoint
 from .config import TrainConfig
-from .state import Trainee, gathered, rank_and_count
+from .state import Trainee, gathered
 
 # bytes of the tensors of a process from which a CPU's training goes on meanwhile; a smaller state
 # is written before its copy would be worth it
 LARGE = 1 << 28
+_PATIENCE = timedelta(hours=1)  # with the slowest disk; a process that ends is noticed at once
 
 
 class Saver:
@@ -32,13 +35,16 @@ class Saver:
         folder: of the run.
         config: of the run.
         given: more to say in `checkpoint.settings`.
+        processes: of the run; all of them make one.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, given: dict):
+    def __init__(
+        self, folder: Path, config: TrainConfig, given: dict, processes: Processes = ALONE
+    ):
         self.folder, self.config, self.given = folder, config, given
-        self.rank, self.count = rank_and_count()
-        # of its own: what a thread says there meets nothing that the training says
-        self.group = torch.distributed.new_group(backend="gloo") if self.count > 1 else None
+        self.processes, self.group = processes, None
+        if processes.count > 1:  # what a thread says there meets nothing that the training says
+            self.group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
         self.writing: tuple[Future, int] | None = None
 
     def __enter__(self):
@@ -116,7 +122,7 @@ class Saver:
         try:
             write()
         except (CheckpointException, Exception) as error:
-            rank, cause = self.rank, error
+            rank, cause = self.processes.rank, error
             if isinstance(error, CheckpointException):
                 rank, (cause, _) = next(iter(error.failures.items()))
             text = str(getattr(cause, "strerror", None) or cause).partition("\n")[0]
@@ -132,7 +138,7 @@ class Saver:
             kind = OSError if isinstance(cause, OSError) else RuntimeError
             message = f"the checkpoint of step {step} could not be written to {self.folder}"
             raise kind(f"{message} ({text}); {remedy}") from error
-        if self.rank == 0:
+        if self.processes.first:
             for path in checkpoint.held(self.folder)[: -self.config.keep]:
                 _remove(path)
             self._remove_leftovers()
@@ -158,7 +164,7 @@ class Saver:
             )
         self._remove_leftovers()
         if self.group is not None:
-            all_found = [None] * self.count
+            all_found = [None] * self.processes.count
             torch.distributed.all_gather_object(all_found, found, group=self.group)
             found = next((x for x in all_found if x is not None), None)
         if found is not None:
@@ -173,7 +179,7 @@ class Saver:
 
     def _remove_leftovers(self) -> None:
         """What a write or a removal that was stopped has left goes, by the first process."""
-        if self.rank == 0:
+        if self.processes.first:
             for path in (self.folder / checkpoint.FOLDER).glob(".*"):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -185,7 +191,7 @@ class Saver:
 
             whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
             weights = state_dict.get_model_state_dict(run.shown, options=whole)
-        if self.rank != 0:
+        if not self.processes.first:
             return
         model = run.shown
         if weights is not None:

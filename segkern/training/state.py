@@ -1,13 +1,12 @@
 """What a training run keeps between sessions, in one form for one process and for many.
 
-    tensors    model.WEIGHT, average.WEIGHT, optimizer.WEIGHT.MOMENT, random.DEVICE.PROCESS
+    tensors    model.WEIGHT, average.WEIGHT, optimizer.WEIGHT.MOMENT, random.DEVICE
     the rest   settings, steps, the scale of the loss, the optimizer's groups by names of weights
 
 A tensor has the name that its weight has in the plain model, wrapped by DDP or not; under
 fully_shard each process has its part of it, and any other number of processes can read it.
 """
 
-import random
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from .step import Step
 _FREE = (
     "output overwrite init fresh_head steps device workers threads log_every checkpoint_every "
     "keep evaluate_every best_metric patience evaluate_scenes threshold tensorboard data.root "
-    "data.max_pixels cuda_graphs gradient_checkpointing"
+    "data.max_pixels cuda_graphs gradient_checkpointing parallel"
 )
 # of a group of the optimizer: what the schedule sets, and what depends on the device
 _NOT_KEPT = ("params", "lr", "foreach", "capturable", "differentiable", "fused")
@@ -54,35 +53,30 @@ class Trainee(NamedTuple):
         return tuple(getattr(self.step.optimizer, "parts", (self.step.optimizer,)))
 
 
-def rank_and_count() -> tuple[int, int]:
-    """Of this process among those of the run, and their number: (0, 1) where it is alone."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
 def gathered(run: Trainee) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a run by name, which are its own and not copies, and what else changes in it.
 
-    Where there are several processes, all call it.
+    Where there are several processes, all call it. The generators are those of the first: others
+    are seeded anew in every step.
     """
     from torch.distributed.checkpoint import state_dict  # slow to import: with the first use
 
-    model, (rank, count) = run.step.model, rank_and_count()
+    model = run.step.model
     tensors = _named("model", state_dict.get_model_state_dict(model))
     if run.average is not None:
         tensors |= _named("average", state_dict.get_model_state_dict(run.average.model))
     optimizer = state_dict.get_optimizer_state_dict(model, run.optimizers)
     for name, moments in optimizer["state"].items():
         tensors |= _named(f"optimizer.{name}", moments)
-    tensors[f"random.cpu.{rank}"] = torch.get_rng_state()
-    if run.step.device == "cuda":
-        tensors[f"random.cuda.{rank}"] = torch.cuda.get_rng_state(run.step.place)
+    if _is_first():
+        tensors["random.cpu"] = torch.get_rng_state()
+        if run.step.device == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(run.step.place)
     groups = [
         {"params": group["params"]} | {k: v for k, v in group.items() if k not in _NOT_KEPT}
         for group in optimizer["param_groups"]
     ]
-    return tensors, {"groups": groups, "scaler": run.step.scaler.state_dict(), "processes": count}
+    return tensors, {"groups": groups, "scaler": run.step.scaler.state_dict()}
 
 
 def resumable(path: str | Path, config: TrainConfig) -> dict:
@@ -124,8 +118,7 @@ def stored_config(path: str | Path, state: dict | None = None) -> TrainConfig:
 def restore(state: dict, run: Trainee, name: str | Path) -> tuple[int, float]:
     """Loads weights, average, optimizer, scale and generators. Returns steps and seconds done.
 
-    The generators of processes that the checkpoint has go on; those of others start anew, from
-    seed, step and rank. Where there are several processes, all call it.
+    Where there are several processes, all call it; as many as wrote the checkpoint, or others.
 
     Args:
         state: of `resumable`.
@@ -153,15 +146,16 @@ def restore(state: dict, run: Trainee, name: str | Path) -> tuple[int, float]:
                 tensor.copy_(_as_distributed(found[key], tensor))
     _put(run, wanted, groups)
     run.step.scaler.load_state_dict(state.get("scaler", {}))
-    rank, _ = rank_and_count()
-    if f"random.cpu.{rank}" in wanted:
-        torch.set_rng_state(wanted[f"random.cpu.{rank}"])
-    else:
-        place = f"{state['config']['seed']} {state['step']} {rank}"
-        torch.manual_seed(random.Random(place).getrandbits(32))
-    if f"random.cuda.{rank}" in wanted:
-        torch.cuda.set_rng_state(wanted[f"random.cuda.{rank}"], run.step.place)
+    if "random.cpu" in wanted:
+        torch.set_rng_state(wanted["random.cpu"])
+    if "random.cuda" in wanted:
+        torch.cuda.set_rng_state(wanted["random.cuda"], run.step.place)
     return state["step"], state["seconds"]
+
+
+def _is_first() -> bool:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not several or torch.distributed.get_rank() == 0
 
 
 def _named(prefix: str, tensors: dict) -> dict[str, Tensor]:
@@ -237,9 +231,9 @@ def _of_one_file(state: dict, run: Trainee, name) -> tuple[dict[str, Tensor], li
         ValueError: it has another number of weights.
     """
     tensors = _named("model", state["model"]) | _named("average", state.get("average", {}))
-    tensors["random.cpu.0"] = state["random"]["cpu"]
+    tensors["random.cpu"] = state["random"]["cpu"]
     if cuda := state["random"]["cuda"]:
-        tensors["random.cuda.0"] = cuda[min(run.step.place.index or 0, len(cuda) - 1)]
+        tensors["random.cuda"] = cuda[min(run.step.place.index or 0, len(cuda) - 1)]
     mine, groups = _groups(run), []
     for part in state["optimizer"].get("parts", [state["optimizer"]]):
         names = {}
