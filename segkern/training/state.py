@@ -7,7 +7,6 @@ A tensor has the name that its weight has in the plain model, wrapped by DDP or 
 fully_shard each process has its part of it, and any other number of processes can read it.
 """
 
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,9 +190,12 @@ def _groups(run: Trainee) -> list[dict]:
     """Groups of the optimizer with the names of their weights."""
     names = {parameter: name for name, parameter in run.step.model.named_parameters()}
     return [
-        group | {"params": [names[p] for p in group["params"]]}
-        for group in chain.from_iterable(part.param_groups for part in run.optimizers)
+        group | {"params": [names[p] for p in group["params"]]} for group in _optimizer_groups(run)
     ]
+
+
+def _optimizer_groups(run: Trainee) -> list[dict]:
+    return [group for part in run.optimizers for group in part.param_groups]
 
 
 def _put(run: Trainee, tensors: dict[str, Tensor], groups: list[dict]) -> None:
@@ -207,19 +209,18 @@ def _put(run: Trainee, tensors: dict[str, Tensor], groups: list[dict]) -> None:
     for key, value in _part("optimizer", tensors).items():
         name, _, moment = key.rpartition(".")
         moments.setdefault(name, {})[moment] = value
+    kept = {frozenset(group["params"]): group for group in groups}
+    for named, group in zip(_groups(run), _optimizer_groups(run)):
+        numbers = kept[frozenset(named["params"])]
+        group |= {key: value for key, value in numbers.items() if key not in _NOT_KEPT}
     if not moments:  # of an optimizer that keeps none, or of steps that were all left out
         for part in run.optimizers:
             part.state.clear()
         return
-    kept = {frozenset(group["params"]): group for group in groups}
-    mine = [
-        group | {k: v for k, v in kept[frozenset(group["params"])].items() if k not in _NOT_KEPT}
-        for group in _groups(run)
-    ]
     state_dict.set_optimizer_state_dict(
         run.step.model,
         run.optimizers,
-        {"state": moments, "param_groups": mine},
+        {"state": moments, "param_groups": _groups(run)},
         options=state_dict.StateDictOptions(strict=False),  # not all weights have moments
     )
 
