@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from segkern.data import DigitsConfig
+from segkern.models import SegmenterConfig
 from segkern.training import checkpoint
 from segkern.training.average import Average
 from segkern.training.config import TrainConfig
@@ -38,6 +40,25 @@ def part(state: dict, name: str) -> dict[str, torch.Tensor]:
     """The model's or the average's weights in what `checkpoint.load` gave, or moments."""
     start = f"{name}."
     return {k.removeprefix(start): v for k, v in state["tensors"].items() if k.startswith(start)}
+
+
+def light(output: Path, **changes) -> TrainConfig:
+    """Quick steps of a model of few tensors, with dropout."""
+    size = {"image_size": (32, 32), "patch_size": 16, "window_size": 32, "window_stride": 32}
+    width = {"embed_dim": 64, "depth": 1, "num_heads": 1, "decoder_layers": 1}
+    drop = {"drop_path_rate": 0.1, "decoder_dropout": 0.1}
+    model = SegmenterConfig(num_labels=11, backbone_pretrained=False, **size, **width, **drop)
+    settings = {
+        "steps": 6,
+        "batch_size": 2,
+        "lr": 1e-3,
+        "clip": 1.0,
+        "log_every": 1,
+        "tensorboard": False,
+        "data": DigitsConfig(size=(32, 32), level="mixed", scenes=7),
+        "model": model,
+    }
+    return TrainConfig(output=output, **(settings | changes))
 
 
 class Small(torch.nn.Sequential):

@@ -1,5 +1,6 @@
 """Runs that are killed at any moment end with the weights of one that was never stopped."""
 
+import importlib
 import json
 import os
 import random
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import config, same
+from test_loop import same
 
+from segkern.data import Digits
 from segkern.training import checkpoint, loop, saver
+from support.runs import light
 
 ROOT = Path(__file__).parents[2]
 EVERY = 2  # steps between checkpoints
@@ -75,7 +78,7 @@ def _child(folder, rank, processes, steps, budget, at_once):
 
         loop.Step.__call__ = first
         output = folder / "run"
-        setting = config(output, steps=steps, checkpoint_every=EVERY, ema=0.9)
+        setting = light(output, steps=steps, checkpoint_every=EVERY, ema=0.9)
         found = checkpoint.held(output)
         loop.train(setting, resume=output if found else None, progress=False)
         if mine:
@@ -88,8 +91,10 @@ def _child(folder, rank, processes, steps, budget, at_once):
 
 
 def main(folder, processes, kills, at_once):
-    """In a process that has imported all and run nothing, so that it may be forked."""
+    """In a process that has imported all and started no thread, so that it may be forked."""
     torch.set_num_threads(1)
+    importlib.import_module("segkern.training.shard_writer")
+    _ = Digits(light(folder).data)[0]
     folder, steps, draw = Path(folder), 3 * kills, random.Random(kills)
     (folder / "whole").mkdir()
     start, work = run(folder / "whole", processes, steps, at_once=at_once)
