@@ -13,6 +13,7 @@ Segmenter (Strudel et al., ICCV 2021): SGD with momentum, a polynomial schedule,
 """
 
 import contextlib
+import copy
 import itertools
 import math
 import shutil
@@ -35,11 +36,13 @@ from ..runtime.interrupt import Interrupt, leave_interrupts_to_parent
 from ..runtime.processes import ALONE, Processes, joined
 from . import checkpoint
 from .average import Average
+from .batch_norm import synchronised
 from .config import TrainConfig
 from .distributed import together
 from .log import Log, ProgressBar
 from .optimizer import backbone_share, build_optimizer, freeze, learning_rate
 from .parallel import replicated, reseed
+from .sharded import fill, gathered, parted, shard
 from .state import Trainee, restore, resumable, save
 from .state import stored_config as stored_config
 from .step import Step, TrainingLoss
@@ -138,19 +141,28 @@ def _train(
     if state is None and config.init is not None:
         begun = initialize(model, config.init, config.fresh_head)
     model.to(device).train()
+    parts = processes.count > 1 and config.parallel == "fsdp"
+    whole = copy.deepcopy(model).cpu() if parts else model
     frozen = freeze(model, config.freeze)  # until the run ends, however it does
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     average = Average(model, config.ema) if config.ema else None
+    whole_average = None
     loss = TrainingLoss(model)
-    if processes.count > 1:
+    if parts:
+        shard(loss, processes)
+        if average is not None:
+            whole_average = copy.deepcopy(whole).requires_grad_(False).eval()
+            shard(average.model, processes)
+    elif processes.count > 1:
         loss = replicated(loss)
     optimizer = build_optimizer(model, config)
     graphs = config.cuda_graphs and config.optimizer != "muon" and config.accumulate == 1
+    graphs = graphs and not parts
     train_step = Step(model, optimizer, config.clip, config.precision, graphs, loss, processes)
     run = Trainee(train_step, average)
     if state is not None:
-        start, seconds = restore(state, run, resume)
+        start, seconds = restore(parted(state, run) if parts else state, run, resume)
     batches = _batches(data, config, start, processes)
     first = next(batches)  # before an earlier run is removed, for what is wrong with the files
     validation = None
@@ -165,6 +177,7 @@ def _train(
         log = Log(folder, start, config.tensorboard, keep=own)
     with (
         _given_back(frozen),
+        synchronised(model, processes) if config.sync_batch_norm else contextlib.nullcontext(),
         _without_denormals(),
         log,
         ProgressBar(config.steps, start, config.batch_size * config.accumulate, progress) as bar,
@@ -203,11 +216,14 @@ def _train(
             seconds += time.perf_counter() - began
             bar.advance(line)
             if due:  # before the evaluation, whose failure shall cost nothing
+                shown = gathered(run, whole, whole_average) if parts else run
                 if processes.first:
-                    save(folder, run, config, done, seconds, given)
+                    save(folder, shown, config, done, seconds, given)
                 waited = 0
                 if measure and processes.first:
-                    metrics, text = validation(run.shown, done)
+                    metrics, text = validation(shown.shown.to(device), done)
+                    if parts:
+                        shown.shown.cpu()
                     line |= {"metrics": metrics}
                     bar.show(text)
                     waited = validation.waited(done)
@@ -224,7 +240,9 @@ def _train(
                 break
         if processes.any(stop.asked):
             raise KeyboardInterrupt(f"stopped after {done} steps; {folder} has them")
-    if run.average is not None:
+    if parts:
+        model = fill(whole, run.shown)
+    elif run.average is not None:
         model.load_state_dict(run.average.model.state_dict())
     images = done * config.batch_size * config.accumulate
     return Trained(model.eval(), done, seconds, images / max(seconds, 1e-9))
