@@ -13,6 +13,7 @@ Segmenter (Strudel et al., ICCV 2021): SGD with momentum, a polynomial schedule,
 """
 
 import contextlib
+import copy
 import itertools
 import math
 import shutil
@@ -35,12 +36,14 @@ from ..runtime.interrupt import Interrupt, leave_interrupts_to_parent
 from ..runtime.processes import ALONE, Processes, joined
 from . import checkpoint
 from .average import Average
+from .batch_norm import synchronised
 from .config import TrainConfig
 from .distributed import together
 from .log import Log, ProgressBar
 from .optimizer import backbone_share, build_optimizer, freeze, learning_rate
 from .parallel import replicated, reseed
 from .saver import Saver, restarted
+from .sharded import fill, shard
 from .state import Trainee, restore, resumable
 from .state import stored_config as stored_config
 from .step import Step, TrainingLoss
@@ -142,15 +145,22 @@ def _train(
     if state is None and config.init is not None:
         begun = initialize(model, config.init, config.fresh_head)
     model.to(device).train()
+    parts = processes.count > 1 and config.parallel == "fsdp"
+    whole = copy.deepcopy(model).cpu() if parts else model
     frozen = freeze(model, config.freeze)  # until the run ends, however it does
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     average = Average(model, config.ema) if config.ema else None
     loss = TrainingLoss(model)
-    if processes.count > 1:
+    if parts:
+        shard(loss, processes)
+        if average is not None:
+            shard(average.model, processes)
+    elif processes.count > 1:
         loss = replicated(loss)
     optimizer = build_optimizer(model, config)
     graphs = config.cuda_graphs and config.optimizer != "muon" and config.accumulate == 1
+    graphs = graphs and not parts
     train_step = Step(model, optimizer, config.clip, config.precision, graphs, loss, processes)
     run = Trainee(train_step, average)
     if state is not None:
@@ -171,6 +181,7 @@ def _train(
         log = Log(folder, start, config.tensorboard, keep=own)
     with (
         _given_back(frozen),
+        synchronised(model, processes) if config.sync_batch_norm else contextlib.nullcontext(),
         _without_denormals(),
         log,
         ProgressBar(config.steps, start, config.batch_size * config.accumulate, progress) as bar,
@@ -208,10 +219,13 @@ def _train(
             seconds += time.perf_counter() - began
             bar.advance(line)
             if due:  # before the evaluation, whose failure shall cost nothing
-                save(run, done, seconds)
+                shown = fill(whole, run.shown) if parts else run.shown
+                save(run, shown, done, seconds)
                 waited = 0
                 if measure and processes.first:
-                    metrics, text = validation(run.shown, done)
+                    metrics, text = validation(shown.to(device), done)
+                    if parts:
+                        shown.cpu()
                     line |= {"metrics": metrics}
                     bar.show(text)
                     waited = validation.waited(done)
@@ -230,7 +244,9 @@ def _train(
         save.wait()
         if processes.any(stop.asked):
             raise KeyboardInterrupt(f"stopped after {done} steps; {folder} has them")
-    if run.average is not None:
+    if parts:
+        model = fill(whole, run.shown)
+    elif run.average is not None:
         model.load_state_dict(run.average.model.state_dict())
     images = done * config.batch_size * config.accumulate
     return Trained(model.eval(), done, seconds, images / max(seconds, 1e-9))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,10 +48,10 @@ def replicated(loss: nn.Module) -> DistributedDataParallel:
 def joining(loss: nn.Module, now: bool) -> Iterator[None]:
     """Inside, a backward joins the gradients of all processes, or, for the earlier parts of a
     batch, adds to this process's own."""
-    if now or not isinstance(loss, DistributedDataParallel):
-        yield
-        return
-    with loss.no_sync():
+    if isinstance(loss, FSDPModule):
+        loss.set_requires_gradient_sync(now)
+    apart = isinstance(loss, DistributedDataParallel) and not now
+    with loss.no_sync() if apart else contextlib.nullcontext():
         yield
 
 

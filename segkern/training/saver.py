@@ -14,9 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models import build_model
 from ..runtime.processes import ALONE, Processes
 from . import checkpoint
 from .config import TrainConfig
@@ -58,13 +57,14 @@ class Saver:
                 raise
             error.add_note(str(fault))
 
-    def __call__(self, run: Trainee, step: int, seconds: float) -> None:
+    def __call__(self, run: Trainee, shown: nn.Module, step: int, seconds: float) -> None:
         """Writes a checkpoint and model/; a checkpoint that is not written yet is waited for.
 
         Where there are several processes, all call it.
 
         Args:
             run: what is saved, as it is now.
+            shown: the whole model that model/ is to hold, in the first process.
             step: steps done.
             seconds: spent on them.
 
@@ -79,7 +79,8 @@ class Saver:
         about |= {"config": self.config.to_dict(), **self.given, "step": step, "seconds": seconds}
         about["launch"] = launch()
         self._write(tensors, about, step, run.step.device)
-        self._write_model(run)
+        if self.processes.first:
+            shown.save_pretrained(self.folder / "model")
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is whole.
@@ -182,22 +183,6 @@ class Saver:
         if self.processes.first:
             for path in (self.folder / checkpoint.FOLDER).glob(".*"):
                 shutil.rmtree(path, ignore_errors=True)
-
-    def _write_model(self, run: Trainee) -> None:
-        """Writes model/; the first process of several, which has the parts of all for that."""
-        weights = None
-        if any(hasattr(p, "device_mesh") for p in run.shown.parameters()):
-            from torch.distributed.checkpoint import state_dict
-
-            whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-            weights = state_dict.get_model_state_dict(run.shown, options=whole)
-        if not self.processes.first:
-            return
-        model = run.shown
-        if weights is not None:
-            model = build_model(self.config.model, pretrained=False)
-            model.load_state_dict(weights)
-        model.save_pretrained(self.folder / "model")
 
 
 def _remove(path: Path) -> None:

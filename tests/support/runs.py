@@ -140,7 +140,7 @@ def saved(
         for step in steps:
             advance(run, step)
             found[step] = copied(run)
-            save(run, step, 1.5)
+            save(run, run.shown, step, 1.5)
     return found
 
 

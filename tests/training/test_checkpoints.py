@@ -17,7 +17,7 @@ from segkern.training.config import TrainConfig
 from segkern.training.saver import Saver
 from segkern.training.shard_writer import Writer
 from segkern.training.state import gathered, resumable
-from support.runs import advance, copied, names, restored, saved, trainee
+from support.runs import Small, advance, copied, names, restored, saved, trainee
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_weights_without_moments_stay_without(setting):
         parameter.grad = torch.ones_like(parameter)
     run.step.optimizer.step()
     with Saver(setting.output, setting, {}) as save:
-        save(run, 1, 1.0)
+        save(run, run.shown, 1, 1.0)
     again = trainee(seed=1, steps=0)
     restored(setting, again)
     same(copied(again), copied(run))
@@ -62,7 +62,7 @@ def test_a_run_whose_steps_were_all_left_out(setting):
     for parameter in run.step.parameters:
         parameter.grad = torch.ones_like(parameter)
     with Saver(setting.output, setting, {}) as save:
-        save(run, 1, 1.0)
+        save(run, run.shown, 1, 1.0)
     again = trainee(seed=1, steps=0)
     restored(setting, again)
     assert not again.step.optimizer.state
@@ -160,7 +160,7 @@ def test_a_process_may_die_before_any_change_of_a_file(setting):
                 torch.set_num_threads(1)
                 dies_at(number, place)
                 with Saver(place, setting, {}) as save:
-                    save(run, 6, 1.0)
+                    save(run, run.shown, 6, 1.0)
                 code = 0
             finally:
                 os._exit(code)
@@ -196,7 +196,7 @@ def test_training_goes_on_while_a_copy_is_written(setting, monkeypatch):
     run, setting.keep = trainee(), 9
     with Saver(setting.output, setting, {}) as save:
         wanted = copied(run)
-        save(run, 1, 1.0)
+        save(run, run.shown, 1, 1.0)
         assert names(setting) == []
         advance(run, 1)
         with torch.no_grad():
@@ -205,7 +205,7 @@ def test_training_goes_on_while_a_copy_is_written(setting, monkeypatch):
         go.set()
         for step in (2, 3):
             advance(run, step)
-            save(run, step, 1.0)
+            save(run, run.shown, step, 1.0)
             assert names(setting)[-1] == f"000000{step - 1}"
     assert names(setting) == ["0000001", "0000002", "0000003"]
     assert most == [1, 1, 1]
@@ -215,7 +215,7 @@ def test_training_goes_on_while_a_copy_is_written(setting, monkeypatch):
 def test_a_small_state_is_written_at_once(setting):
     run = trainee()
     with Saver(setting.output, setting, {}) as save:
-        save(run, 1, 1.0)
+        save(run, run.shown, 1, 1.0)
         assert names(setting) == ["0000001"]
         assert save.writing is None
 
@@ -249,8 +249,8 @@ def test_a_full_disk_leaves_what_was_there(setting, monkeypatch, either, at, bef
     remedy = "there is none before it"
     if before:
         remedy = r".*/0000004 is whole: go on with --resume .*/0000004"
+    monkeypatch.setattr(Small, "save_pretrained", lambda *_: None)
     message = rf"step 6 could not be written to .* \({reason}\); {remedy}"
-    monkeypatch.setattr(Saver, "_write_model", lambda *_: None)
     try:
         with pytest.raises(OSError, match=message):
             saved(setting, 6)
@@ -267,18 +267,20 @@ def test_a_write_that_failed_meanwhile_ends_the_run(setting, monkeypatch):
     raises_at(monkeypatch, shard_writer, "name_folder", FULL)
     run, message = trainee(), "step 1 could not be written .*No space left"
     with Saver(setting.output, setting, {}) as save:
-        save(run, 1, 1.0)
+        save(run, run.shown, 1, 1.0)
         with pytest.raises(OSError, match=message):
-            save(run, 2, 1.0)
+            save(run, run.shown, 2, 1.0)
 
 
 def test_what_went_wrong_first_is_told_first(setting, monkeypatch):
     monkeypatch.setattr(saver, "LARGE", 0)
     raises_at(monkeypatch, shard_writer, "name_folder", FULL)
 
+    run = trainee()
+
     def fails():
         with Saver(setting.output, setting, {}) as save:
-            save(trainee(), 3, 1.0)
+            save(run, run.shown, 3, 1.0)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError) as raised:
@@ -289,11 +291,11 @@ def test_what_went_wrong_first_is_told_first(setting, monkeypatch):
 def test_a_folder_that_vanished_is_named(setting, monkeypatch, either):
     run = trainee()
     with Saver(setting.output, setting, {}) as save:
-        save(run, 1, 1.0)
+        save(run, run.shown, 1, 1.0)
         save.wait()
         shutil.rmtree(setting.output)
         with pytest.raises(FileNotFoundError, match=r"step 2 .*, the folder of the run, is gone"):
-            save(run, 2, 1.0)
+            save(run, run.shown, 2, 1.0)
     assert not setting.output.exists()
     setting.output.mkdir()
     write = Writer.write_data
@@ -304,7 +306,7 @@ def test_a_folder_that_vanished_is_named(setting, monkeypatch, either):
         return found
 
     monkeypatch.setattr(Writer, "write_data", vanishes)
-    monkeypatch.setattr(Saver, "_write_model", lambda *_: None)
+    monkeypatch.setattr(Small, "save_pretrained", lambda *_: None)
     with pytest.raises(OSError, match=r"step 2 could not be written .*No such file"):
         saved(setting, 2, run=run)
 
@@ -316,5 +318,5 @@ def test_weights_that_are_not_finite_are_not_written(setting):
         run.step.model[2].bias[1] = float("nan")
     save = Saver(setting.output, setting, {})
     with pytest.raises(FloatingPointError, match=r"after step 2 \(2.bias and 0 more\)"):
-        save(run, 2, 1.0)
+        save(run, run.shown, 2, 1.0)
     assert names(setting) == ["0000001"]
