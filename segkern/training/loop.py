@@ -50,8 +50,6 @@ from .step import Step, TrainingLoss
 from .unmatched import Unmatched
 from .validation import BEST, Validation
 
-_CHECKPOINTS = (checkpoint.FOLDER, checkpoint.FILE)
-
 
 @dataclass
 class Trained:
@@ -125,9 +123,11 @@ def _train(
     if state is not None:
         _check_resumed(state, config, resume, dataset, val_dataset)
     own = resume is not None and checkpoint.folder_of(resume).resolve() == folder.resolve()
-    held = [name for name in (*_CHECKPOINTS, BEST, "model") if (folder / name).exists()]
+    checkpoints = checkpoint.held(folder)  # whole ones: of a first one that was stopped none is
+    held = sorted({path.name if path.is_file() else checkpoint.FOLDER for path in checkpoints})
+    held += [name for name in (BEST, "model") if (folder / name).exists()]
     if held and not own and not config.overwrite and processes.first:
-        go_on = f"go on with --resume {folder}, " if checkpoint.held(folder) else ""
+        go_on = f"go on with --resume {folder}, " if checkpoints else ""
         raise ValueError(
             f"{folder} holds a run ({', '.join(held)}): {go_on}choose another --output, "
             "or start anew with --overwrite"
@@ -392,7 +392,7 @@ def _line(
 
 def _remove_run(folder: Path) -> None:
     """Removes what an earlier run left, or its results would pass for those of the new one."""
-    if any((folder / name).exists() for name in (*_CHECKPOINTS, BEST)):
+    if any((folder / name).exists() for name in (checkpoint.FOLDER, checkpoint.FILE, BEST)):
         for part in (checkpoint.FOLDER, "model", BEST, "tensorboard", "evaluation"):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / checkpoint.FILE).unlink(missing_ok=True)

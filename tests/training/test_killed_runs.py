@@ -95,14 +95,14 @@ def main(folder, processes, kills, at_once):
     torch.set_num_threads(1)
     importlib.import_module("segkern.training.shard_writer")
     _ = Digits(light(folder).data)[0]
-    folder, steps, draw = Path(folder), 3 * kills, random.Random(kills)
+    folder, steps, draw = Path(folder), 4 * kills, random.Random(kills)
     (folder / "whole").mkdir()
     start, work = run(folder / "whole", processes, steps, at_once=at_once)
     place, newest = folder / "killed", 0
     place.mkdir()
     for number in range(kills):
         before = number % 4 == 3  # some while it starts
-        budget = -draw.uniform(0.1, start) if before else draw.uniform(0, 1.5 * work / kills)
+        budget = -draw.uniform(0.1, start) if before else draw.uniform(0, 5 * work / steps)
         run(place, processes, steps, budget, at_once)
         found = checkpoint.held(place / "run")
         step = checkpoint.whole(found[-1])["step"] if found else 0
@@ -131,7 +131,7 @@ def killed(folder, processes, kills, at_once):
     print(done.stdout + done.stderr)
     assert done.stdout.count("killed in step") == kills
     one, other = (checkpoint.load(folder / name / "run") for name in ("whole", "killed"))
-    assert one["step"] == other["step"] == 3 * kills
+    assert one["step"] == other["step"] == 4 * kills
     same(one["tensors"], other["tensors"])
     logs = []
     for name in ("whole", "killed"):
