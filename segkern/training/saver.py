@@ -78,9 +78,9 @@ class Saver:
         self._check(tensors, step)
         about |= {"config": self.config.to_dict(), **self.given, "step": step, "seconds": seconds}
         about["launch"] = launch()
-        self._write(tensors, about, step, run.step.device)
-        if self.processes.first:
+        if self.processes.first:  # before, so that it is never older than a last checkpoint
             shown.save_pretrained(self.folder / "model")
+        self._write(tensors, about, step, run.step.device)
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is whole.
