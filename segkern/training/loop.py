@@ -107,6 +107,12 @@ def _train(
 ) -> Trained:
     """`train` in one of the processes that make a run."""
     progress = progress and processes.first
+    parts = processes.count > 1 and config.parallel == "fsdp"
+    if parts and config.optimizer == "muon":
+        raise ValueError(
+            "train: optimizer must be adamw or sgd where parallel is fsdp, got muon, which needs "
+            "whole matrices"
+        )
     if model is not None:
         if not hasattr(model, "config"):
             raise TypeError(
@@ -141,7 +147,6 @@ def _train(
     if state is None and config.init is not None:
         begun = initialize(model, config.init, config.fresh_head)
     model.to(device).train()
-    parts = processes.count > 1 and config.parallel == "fsdp"
     whole = copy.deepcopy(model).cpu() if parts else model
     frozen = freeze(model, config.freeze)  # until the run ends, however it does
     if config.gradient_checkpointing:
@@ -333,7 +338,7 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool, checks: boo
     return data, held_out
 
 
-def _batches(data, config: TrainConfig, start: int, processes: Processes) -> Iterator:
+def _batches(data, config: TrainConfig, start: int, processes: Processes = ALONE) -> Iterator:
     passes = getattr(data, "passes", False)
     first, last = start * config.accumulate, config.steps * config.accumulate
     own = processes.rank, processes.count
