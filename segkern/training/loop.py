@@ -107,8 +107,8 @@ def _train(
 ) -> Trained:
     """`train` in one of the processes that make a run."""
     progress = progress and processes.first
-    parts = processes.count > 1 and config.parallel == "fsdp"
-    if parts and config.optimizer == "muon":
+    cut = processes.count > 1 and config.parallel == "fsdp"  # each holds a part of the model
+    if cut and config.optimizer == "muon":
         raise ValueError(
             "train: optimizer must be adamw or sgd where parallel is fsdp, got muon, which needs "
             "whole matrices"
@@ -147,14 +147,14 @@ def _train(
     if state is None and config.init is not None:
         begun = initialize(model, config.init, config.fresh_head)
     model.to(device).train()
-    whole = copy.deepcopy(model).cpu() if parts else model
+    whole = copy.deepcopy(model).cpu() if cut else model
     frozen = freeze(model, config.freeze)  # until the run ends, however it does
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     average = Average(model, config.ema) if config.ema else None
     whole_average = None
     loss = TrainingLoss(model)
-    if parts:
+    if cut:
         shard(loss, processes)
         if average is not None:
             whole_average = copy.deepcopy(whole).requires_grad_(False).eval()
@@ -163,11 +163,11 @@ def _train(
         loss = replicated(loss)
     optimizer = build_optimizer(model, config)
     graphs = config.cuda_graphs and config.optimizer != "muon" and config.accumulate == 1
-    graphs = graphs and not parts
+    graphs = graphs and not cut
     train_step = Step(model, optimizer, config.clip, config.precision, graphs, loss, processes)
     run = Trainee(train_step, average)
     if state is not None:
-        start, seconds = restore(parted(state, run) if parts else state, run, resume)
+        start, seconds = restore(parted(state, run) if cut else state, run, resume)
     batches = _batches(data, config, start, processes)
     first = next(batches)  # before an earlier run is removed, for what is wrong with the files
     validation = None
@@ -221,13 +221,13 @@ def _train(
             seconds += time.perf_counter() - began
             bar.advance(line)
             if due:  # before the evaluation, whose failure shall cost nothing
-                shown = gathered(run, whole, whole_average) if parts else run
+                shown = gathered(run, whole, whole_average) if cut else run
                 if processes.first:
                     save(folder, shown, config, done, seconds, given)
                 waited = 0
                 if measure and processes.first:
                     metrics, text = validation(shown.shown.to(device), done)
-                    if parts:
+                    if cut:
                         shown.shown.cpu()
                     line |= {"metrics": metrics}
                     bar.show(text)
@@ -245,7 +245,7 @@ def _train(
                 break
         if processes.any(stop.asked):
             raise KeyboardInterrupt(f"stopped after {done} steps; {folder} has them")
-    if parts:
+    if cut:
         model = fill(whole, run.shown)
     elif run.average is not None:
         model.load_state_dict(run.average.model.state_dict())

@@ -1,10 +1,13 @@
 """Two processes make the step of the joined batch: every kind of model, by DDP and by FSDP."""
 
+import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from test_loop import config
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -16,6 +19,7 @@ from segkern.training.average import Average
 from segkern.training.batch_norm import synchronised
 from segkern.training.config import TrainConfig
 from segkern.training.distributed import together
+from segkern.training.loop import train
 from segkern.training.optimizer import build_optimizer
 from segkern.training.parallel import replicated
 from segkern.training.sharded import shard, units
@@ -118,6 +122,9 @@ def cases():
     for kind in ("Mask2Former", "MaskFormer", "OneFormer", "Segmenter", "U-Net, semantic"):
         for counts in ("no target in one", "no target"):
             yield kind, counts, "ddp"
+    for kind in ("Mask2Former", "Segmenter", "EoMT"):
+        for way in ("ddp recomputing", "fsdp recomputing"):
+            yield kind, "1 and 9 targets", way
 
 
 def still(kind):
@@ -163,14 +170,31 @@ def scales(rank, processes, way):
     return found
 
 
-def work(rank):
+def trained(folder, way=None):
+    """Of a run with evaluations and an average: weights, figures, files, and steps, which patience
+    ends."""
+    setting = config(folder, ema=0.5, evaluate_every=2, evaluate_scenes=2, best_metric="dice")
+    setting = replace(setting, freeze=("backbone",), patience=1, steps=9, lr=0.0, log_every=2)
+    setting = replace(setting, parallel=way or "ddp")
+    setting.model.dropout = 0.0
+    run = train(setting, progress=False)
+    log = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+    figures = [line.get("metrics") for line in log]
+    files = sorted(p.name for p in folder.iterdir())
+    return numbers(run.model), figures, files, run.steps, run.images_per_second * run.seconds
+
+
+def work(folder, rank):
     found = {}
     with joined() as processes:
         assert (processes.rank, processes.count) == (rank, 2)
-        for kind, counts, way in cases():
+        for case in cases():
+            kind, counts, way = case
             part = images(COUNTS[counts], slice(rank, rank + 1))
-            model, _, losses = stepped(built(kind), [part], way=way, processes=processes)
-            found[kind, counts, way] = numbers(model, gradients=True), numbers(model), losses
+            model, (way, _, recomputing) = built(kind), way.partition(" ")
+            model.gradient_checkpointing_enable(bool(recomputing))
+            model, _, losses = stepped(model, [part], way=way, processes=processes)
+            found[case] = numbers(model, gradients=True), numbers(model), losses
             if way == "fsdp":
                 blocks = sum("FSDP" in type(m).__name__ for m in model.modules())
                 found[kind, "blocks"] = blocks
@@ -182,6 +206,9 @@ def work(rank):
                 found[kind, way] = numbers(model), numbers(average), losses
         for way in ("ddp", "fsdp"):
             found["scales", way] = scales(rank, processes, way)
+            found["run", way] = trained(folder / way, way)
+        with pytest.raises(ValueError, match="must be adamw or sgd where parallel is fsdp, got m"):
+            train(config(folder / "muon", optimizer="muon", parallel="fsdp"))
         found["any"] = [processes.any(flag) for flag in (rank == 1, False)]
         found["sums"] = processes.sums([rank, 2])
         found["from first"] = processes.from_first(f"of {rank}")
@@ -191,7 +218,8 @@ def work(rank):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What two processes find."""
-    return in_two_processes(work, tmp_path_factory.mktemp("group"), patience=400)
+    folder = tmp_path_factory.mktemp("group")
+    return in_two_processes(partial(work, folder), folder, patience=400)
 
 
 def near(have, want, share=1e-9):
@@ -242,6 +270,19 @@ def test_a_gradient_that_overflows_in_one_process_is_left_out_in_all(found, way)
         assert first == second == 2.0**15
         assert weights == [1.0] * 4
         assert moved == pytest.approx([1 - 0.05 * x / 7**0.5 for x in (1, 1, 1, 2)], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_one_measures_and_all_stop(found, way, tmp_path):
+    """`train` in a group of the caller's own; an evaluation without a better figure ends it."""
+    want = trained(tmp_path / "alone")
+    for rank in (0, 1):
+        weights, *others = found[rank]["run", way]
+        near(weights, want[0], 1e-5)
+        assert others == [*want[1:]]
+    assert found[0]["run", way][2] == ["best", "last.pt", "log.jsonl", "model"]
+    assert found[0]["run", way][3] == 4
 
 
 @pytest.mark.slow
