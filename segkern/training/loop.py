@@ -42,7 +42,6 @@ from .distributed import together
 from .log import Log, ProgressBar
 from .optimizer import backbone_share, build_optimizer, freeze, learning_rate
 from .parallel import replicated, reseed
-from .sharded import fill, gathered, parted, shard
 from .state import Trainee, restore, resumable, save
 from .state import stored_config as stored_config
 from .step import Step, TrainingLoss
@@ -108,6 +107,8 @@ def _train(
     """`train` in one of the processes that make a run."""
     progress = progress and processes.first
     cut = processes.count > 1 and config.parallel == "fsdp"  # each holds a part of the model
+    if cut:  # here: it takes long to import
+        from .sharded import fill, gathered, parted, shard
     if cut and config.optimizer == "muon":
         raise ValueError(
             "train: optimizer must be adamw or sgd where parallel is fsdp, got muon, which needs "

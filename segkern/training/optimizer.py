@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 
 class MuonAndAdamW:
@@ -60,7 +59,9 @@ def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer | MuonAnd
     """The optimizer of a `TrainConfig`; its rates are tensors."""
     groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
-        whole = not isinstance(groups[0]["params"][0], DTensor)  # torch has no fused SGD of parts
+        whole = not hasattr(
+            groups[0]["params"][0], "to_local"
+        )  # none is fused for DTensor
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=whole or None)
     if config.optimizer == "muon":
         return MuonAndAdamW(groups, config.momentum)
