@@ -33,7 +33,7 @@ from ..recipes.compare import LEVELS, compare, markdown
 from ..recipes.demo import demo as run_demo
 from ..recipes.evaluate_run import run_folder, source_of, write_report
 from ..runtime.device import usable_device
-from ..runtime.processes import ALONE, code_before, joined, said_before
+from ..runtime.processes import ALONE, code_before, joined, lost_another, said_before
 from ..structures.settings import Options, Views
 from .train import train_command
 
@@ -341,12 +341,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _processes(arguments) as first, nullcontext() if first else redirect_stdout(None):
             return _called(arguments)
     except KeyboardInterrupt as stop:
-        return _ended(130, f"\nsegkern: {stop or 'stopped'}")
+        return _ended(130, f"\nsegkern: {stop or 'stopped'}", stop)
     except (*_USER_ERRORS, RuntimeError, FloatingPointError) as error:
         if debug:
             raise
         code = 2 if isinstance(error, _USER_ERRORS) else 1
-        return _ended(code, f"segkern: error: {' '.join(str(error).split())}")
+        text = " ".join(str(error).split())
+        if lost_another(error):
+            text = f"another process of the run has ended or does not answer ({text})"
+        return _ended(code, f"segkern: error: {text}", error)
     finally:
         warnings.formatwarning = lines
 
@@ -370,9 +373,9 @@ def _called(arguments: list[str]) -> int:
     return app.cli(prog="segkern", description=_DESCRIPTION, args=arguments, config=config) or 0
 
 
-def _ended(code: int, text: str) -> int:
+def _ended(code: int, text: str, error: BaseException) -> int:
     """Says why, unless another process of the run has said why it fails; the exit code."""
-    first = code_before(code)
+    first = code_before(code, error)
     if first is None:
         print(text, file=sys.stderr)
         return code

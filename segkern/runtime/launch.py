@@ -5,6 +5,7 @@ longer. Here every Ctrl-C goes to every process once, and the exit code is that 
 failed first.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from .processes import NAMES
+from .processes import NAMES, claimed
 
 _POLL = 0.05  # seconds
 _GRACE = 10.0  # seconds that the others have to end by themselves when one has failed
@@ -63,29 +64,39 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             signal.signal(number, handler)
 
 
-def _code(workers: list[subprocess.Popen], store) -> int:
+def _code(workers: list[subprocess.Popen], store: dist.Store) -> int:
     """The exit code of the run, when all have ended."""
-    failed, limit = None, float("inf")
-    while any(worker.poll() is None for worker in workers):
+    store, failed, limit = dist.PrefixStore(NAMES, store), None, math.inf
+    code = 0
+    while failed is None or any(worker.poll() is None for worker in workers):
         if failed is None and (failed := _first_failed(workers)) is not None:
             limit = time.monotonic() + _GRACE
+            code = _told(failed, workers, store)
+        if failed is None and all(worker.poll() == 0 for worker in workers):
+            break
         if time.monotonic() > limit:
             _end(workers)
         time.sleep(_POLL)
-    if failed is None and (failed := _first_failed(workers)) is None:
-        return 0
-    said = dist.PrefixStore(NAMES, store)
-    if said.check(["code"]):
-        return int(said.get("code"))
+    return code
+
+
+def _told(failed: int, workers: list[subprocess.Popen], store: dist.Store) -> int:
+    """The exit code of the first process that failed, for which is said here what it could not
+    say: that it was killed."""
     code = workers[failed].returncode
-    if code < 0:  # nothing was said
-        name = signal.Signals(-code).name
-        print(
-            f"segkern: error: process {failed} of {len(workers)} was ended by {name}"
-            + (", which may be for want of memory" if name == "SIGKILL" else ""),
-            file=sys.stderr,
-        )
-    return 130 if code == -signal.SIGINT else 143 if code == -signal.SIGTERM else max(code, 1)
+    if code > 0:
+        said = store.check(["code"])
+        return int(store.get("code")) if said else code
+    number = signal.Signals(-code)
+    code = {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, 1)
+    if (before := claimed(store, code)) is not None:
+        return before
+    why = ", which may be for want of memory" if number == signal.SIGKILL else ""
+    print(
+        f"segkern: error: process {failed} of {len(workers)} was ended by {number.name}{why}",
+        file=sys.stderr,
+    )
+    return code
 
 
 def _first_failed(workers: list[subprocess.Popen]) -> int | None:

@@ -23,6 +23,8 @@ _PATIENCE = timedelta(days=7)  # where the first process has work of its own, su
 NAMES = "segkern"  # before all names in the launcher's store
 _NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 _HEAD_START = 0.5  # seconds by which the first process is heard where all of them fail
+_LAST = 5.0  # and by which those are heard that fail by themselves
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "imeout", "NCCL")
 
 
 @dataclass(frozen=True)
@@ -179,23 +181,39 @@ def said_before(text: str) -> bool:
         return False
 
 
-def code_before(code: int) -> int | None:
+def lost_another(error: BaseException) -> bool:
+    """Whether an error only says that another process has ended or does not answer."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError)
+        and ("gloo" in text or "NCCL" in text)
+        and any(sign in text for sign in _LOST)
+    )
+
+
+def code_before(code: int, error: BaseException | None = None) -> int | None:
     """The exit code of the process that failed first, where it was another; None where it is this
     one, which may say why.
 
     Args:
         code: this one's own.
+        error: why it ends.
     """
     store = _shared()
     if store is None:
         return None
-    if dist.is_initialized() and dist.get_rank():
-        time.sleep(_HEAD_START)
+    lost = error is not None and lost_another(error)
+    time.sleep(_LAST if lost else _HEAD_START if os.environ.get("RANK", "0") != "0" else 0)
     try:
-        if store.add("ended", 1) == 1:
-            store.set("code", str(code))
-            return None
-        store.wait(["code"], timedelta(seconds=5))
-        return int(store.get("code"))
+        return claimed(store, code)
     except RuntimeError:  # the process that kept the store was the first
         return code
+
+
+def claimed(store: "dist.Store", code: int) -> int | None:
+    """As `code_before`, by a store of the run, without waiting."""
+    if store.add("ended", 1) == 1:
+        store.set("code", str(code))
+        return None
+    store.wait(["code"], timedelta(seconds=5))
+    return int(store.get("code"))

@@ -10,7 +10,6 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 
 class Average:
@@ -36,5 +35,5 @@ class Average:
 
 
 def _held(parameter: Tensor) -> Tensor:
-    """What this process holds of it."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    """What this process holds of it, where it is a DTensor of several."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -3,8 +3,8 @@
     y = w (x - mean) / sqrt(M / n + eps) + b,    mean = sum of x / n,    M = sum of (x - mean)^2
 
 of n values a channel. Each process sends its own mean, M and n, from which all find the same ones
-without a difference of large sums: M = sum of M_i + n_i (mean_i - mean)^2. torch's SyncBatchNorm is
-for GPUs alone; this one runs wherever collectives do.
+without a difference of large sums: M = sum of M_i + n_i (mean_i - mean)^2. torch's SyncBatchNorm
+is for GPUs alone; this one runs wherever collectives do.
 Source: Batch Normalization (Ioffe & Szegedy, ICML 2015); joined moments: Chan et al., 1979.
 """
 

@@ -43,7 +43,6 @@ from .log import Log, ProgressBar
 from .optimizer import backbone_share, build_optimizer, freeze, learning_rate
 from .parallel import replicated, reseed
 from .saver import Saver, restarted
-from .sharded import fill, shard
 from .state import Trainee, restore, resumable
 from .state import stored_config as stored_config
 from .step import Step, TrainingLoss
@@ -108,6 +107,14 @@ def _train(
 ) -> Trained:
     """`train` in one of the processes that make a run."""
     progress = progress and processes.first
+    cut = processes.count > 1 and config.parallel == "fsdp"  # each holds a part of the model
+    if cut:  # here: it takes long to import
+        from .sharded import fill, shard
+    if cut and config.optimizer == "muon":
+        raise ValueError(
+            "train: optimizer must be adamw or sgd where parallel is fsdp, got muon, which needs "
+            "whole matrices"
+        )
     if model is not None:
         if not hasattr(model, "config"):
             raise TypeError(
@@ -145,14 +152,13 @@ def _train(
     if state is None and config.init is not None:
         begun = initialize(model, config.init, config.fresh_head)
     model.to(device).train()
-    parts = processes.count > 1 and config.parallel == "fsdp"
-    whole = copy.deepcopy(model).cpu() if parts else model
+    whole = copy.deepcopy(model).cpu() if cut else model
     frozen = freeze(model, config.freeze)  # until the run ends, however it does
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     average = Average(model, config.ema) if config.ema else None
     loss = TrainingLoss(model)
-    if parts:
+    if cut:
         shard(loss, processes)
         if average is not None:
             shard(average.model, processes)
@@ -160,7 +166,7 @@ def _train(
         loss = replicated(loss)
     optimizer = build_optimizer(model, config)
     graphs = config.cuda_graphs and config.optimizer != "muon" and config.accumulate == 1
-    graphs = graphs and not parts
+    graphs = graphs and not cut
     train_step = Step(model, optimizer, config.clip, config.precision, graphs, loss, processes)
     run = Trainee(train_step, average)
     if state is not None:
@@ -219,12 +225,12 @@ def _train(
             seconds += time.perf_counter() - began
             bar.advance(line)
             if due:  # before the evaluation, whose failure shall cost nothing
-                shown = fill(whole, run.shown) if parts else run.shown
+                shown = fill(whole, run.shown) if cut else run.shown
                 save(run, shown, done, seconds)
                 waited = 0
                 if measure and processes.first:
                     metrics, text = validation(shown.to(device), done)
-                    if parts:
+                    if cut:
                         shown.cpu()
                     line |= {"metrics": metrics}
                     bar.show(text)
@@ -244,7 +250,7 @@ def _train(
         save.wait()
         if processes.any(stop.asked):
             raise KeyboardInterrupt(f"stopped after {done} steps; {folder} has them")
-    if parts:
+    if cut:
         model = fill(whole, run.shown)
     elif run.average is not None:
         model.load_state_dict(run.average.model.state_dict())
@@ -337,7 +343,7 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool, checks: boo
     return data, held_out
 
 
-def _batches(data, config: TrainConfig, start: int, processes: Processes) -> Iterator:
+def _batches(data, config: TrainConfig, start: int, processes: Processes = ALONE) -> Iterator:
     passes = getattr(data, "passes", False)
     first, last = start * config.accumulate, config.steps * config.accumulate
     own = processes.rank, processes.count

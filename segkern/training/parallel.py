@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,7 +47,7 @@ def replicated(loss: nn.Module) -> DistributedDataParallel:
 def joining(loss: nn.Module, now: bool) -> Iterator[None]:
     """Inside, a backward joins the gradients of all processes, or, for the earlier parts of a
     batch, adds to this process's own."""
-    if isinstance(loss, FSDPModule):
+    if hasattr(loss, "set_requires_gradient_sync"):  # an FSDPModule, which takes long to import
         loss.set_requires_gradient_sync(now)
     apart = isinstance(loss, DistributedDataParallel) and not now
     with loss.no_sync() if apart else contextlib.nullcontext():

@@ -56,13 +56,10 @@ def shard(model: nn.Module, processes: Processes) -> None:
     fully_shard(model, mesh=mesh)
 
 
-@torch.no_grad()
 def fill(whole: nn.Module, model: nn.Module) -> nn.Module:
     """Writes the weights of a model of which each process holds a part into a whole one; called
     by all."""
-    parts = model.state_dict()
-    for name, value in whole.state_dict().items():
-        value.copy_(_whole(parts[name]))
+    whole.load_state_dict({name: _whole(part) for name, part in model.state_dict().items()})
     return whole
 
 

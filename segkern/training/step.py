@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..data.collate import Batch
 from ..runtime.cuda_graphs import Replay
@@ -69,7 +70,7 @@ class Step:
         self.device = self.place.type
         self.dtype = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(self.device, enabled=precision == "fp16")
-        warmup = WARMUP if processes.count > 1 else 3
+        warmup = WARMUP if isinstance(self.loss, DistributedDataParallel) else 3
         self._run = Replay(self._eager, warmup) if graphs else self._eager
 
     def __call__(

@@ -14,10 +14,11 @@ from test_loop import config, same
 from segkern import recipes
 from segkern.training import checkpoint, saver, shard_writer
 from segkern.training.config import TrainConfig
+from segkern.training.loop import train
 from segkern.training.saver import Saver
 from segkern.training.shard_writer import Writer
 from segkern.training.state import gathered, resumable
-from support.runs import Small, advance, copied, names, restored, saved, trainee
+from support.runs import Small, advance, copied, light, names, restored, saved, trainee
 
 
 @pytest.fixture
@@ -179,6 +180,21 @@ def test_a_process_may_die_before_any_change_of_a_file(setting):
     assert steps.count(6) > 2
 
 
+@pytest.fixture(params=[1 << 60, 0], ids=["", "meanwhile"])
+def either(request, monkeypatch):
+    monkeypatch.setattr(saver, "LARGE", request.param)
+
+
+def test_how_often_a_run_is_saved_changes_nothing_in_it(tmp_path, either):
+    runs = [
+        train(light(tmp_path / str(every), checkpoint_every=every, ema=0.9), progress=False)
+        for every in (9, 1)
+    ]
+    same(*(run.model.state_dict() for run in runs))
+    found = [checkpoint.load(tmp_path / str(every))["tensors"] for every in (9, 1)]
+    same(*found)
+
+
 def test_training_goes_on_while_a_copy_is_written(setting, monkeypatch):
     """The file has the weights of its step; one is written at a time; the end waits."""
     monkeypatch.setattr(saver, "LARGE", 0)
@@ -218,11 +234,6 @@ def test_a_small_state_is_written_at_once(setting):
         save(run, run.shown, 1, 1.0)
         assert names(setting) == ["0000001"]
         assert save.writing is None
-
-
-@pytest.fixture(params=[1 << 60, 0], ids=["", "meanwhile"])
-def either(request, monkeypatch):
-    monkeypatch.setattr(saver, "LARGE", request.param)
 
 
 def raises_at(monkeypatch, place, name, error):
