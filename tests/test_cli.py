@@ -14,6 +14,7 @@ from segkern.data import DigitsConfig
 from segkern.models import Mask2Former, Mask2FormerConfig
 from segkern.training import checkpoint
 from segkern.training.config import TrainConfig
+from support.runs import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_demo_writes_figures_and_pictures(tmp_path, capsys):
     for name in ("easy", "hard", "curves", "confusion", "example"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             picture.verify()
-    assert {"model", "last.pt", "log.jsonl"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"model", "checkpoints", "log.jsonl"} <= {p.name for p in tmp_path.iterdir()}
     assert str(tmp_path) in capsys.readouterr().out
 
 
@@ -81,7 +82,7 @@ def test_train_resume_evaluate_predict(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     assert main(["train", "--output", str(run), "--lr", "2e-3", "--model.num-queries", "6"]) == 0
     assert main(["train", "--resume", str(run), "--steps", "5"]) == 0  # the rest is remembered
-    state = checkpoint.load(run)
+    state = checkpoint.settings(run)
     assert (state["step"], state["config"]["lr"]) == (5, 2e-3)
     assert state["config"]["model"]["num_queries"] == 6
     figures = tmp_path / "figures.json"
@@ -161,8 +162,7 @@ def later_run(folder):
 
 
 def save_run(folder, settings):
-    state = {"config": settings, "step": 2, "seconds": 1.0}
-    checkpoint.save(folder, state | {"model": {}, "optimizer": {}, "random": {}})
+    write_checkpoint(folder, {"config": settings, "step": 2, "seconds": 1.0})
 
 
 def wrong_device(folder):
@@ -218,10 +218,11 @@ def test_usage_errors_exit_with_2(command, tmp_path, capsys):
 
 def test_demo_leaves_a_run_of_the_users_own(tmp_path, capsys):
     save_run(tmp_path, replace(recipes.digits(), lr=0.5).to_dict())
-    before = (tmp_path / "last.pt").read_bytes()
+    file = checkpoint.find(tmp_path) / "__0_0.distcp"
+    before = file.read_bytes()
     assert main(["demo", "--output", str(tmp_path)]) == 2
     assert "holds a run that is no demo" in capsys.readouterr().err
-    assert (tmp_path / "last.pt").read_bytes() == before
+    assert file.read_bytes() == before
 
 
 def test_debug_shows_where(tmp_path):

@@ -64,3 +64,28 @@ def writable_folder(folder: str | Path) -> Path:
     except OSError as error:
         raise OSError(f"cannot write into folder {folder}: {error.strerror or error}") from error
     return folder
+
+
+def name_folder(written: str | Path, folder: str | Path) -> None:
+    """Gives a folder whose files are on the disk its name, which stays if the machine stops.
+
+    Args:
+        written: beside `folder`.
+        folder: is not there.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    _sync_folder(Path(written))
+    os.rename(written, folder)
+    _sync_folder(Path(folder).parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -38,6 +38,8 @@ class DetrLayer(nn.Module):
         inner_dropout: probability, in the weights of attention and in the hidden layer.
     """
 
+    read_from_outside = True  # other layers use its weights: FSDP must not free them here
+
     def __init__(
         self,
         channels: int,

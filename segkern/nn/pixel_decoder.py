@@ -99,6 +99,8 @@ class PixelDecoderLayer(nn.Module):
         dropout: probability.
     """
 
+    read_from_outside = True  # other layers use its weights: FSDP must not free them here
+
     def __init__(self, channels: int, heads: int, points: int, feedforward: int, dropout: float):
         super().__init__()
         self.attn = DeformableAttention(channels, heads, LEVELS, points)

@@ -65,6 +65,8 @@ class DecoderLayer(nn.Module):
         dropout: probability.
     """
 
+    read_from_outside = True  # other layers use its weights: FSDP must not free them here
+
     def __init__(self, channels: int, heads: int, feedforward: int, dropout: float):
         super().__init__()
         self.heads = heads

@@ -152,12 +152,12 @@ def _finished(
         path.unlink(missing_ok=True)
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8")), True
-    begun = not overwrite and (config.output / checkpoint.FILE).is_file()
+    begun = not overwrite and bool(checkpoint.held(config.output))
     if not begun:
         train(replace(config, overwrite=overwrite))
-    elif checkpoint.load(config.output)["step"] < config.steps:
+    elif checkpoint.settings(config.output)["step"] < config.steps:
         train(config, resume=config.output)
-    state = checkpoint.load(config.output)
+    state = checkpoint.settings(config.output)
     model = _open(config)
     row = {
         "model": name,

@@ -25,7 +25,7 @@ def demo(output: str | Path = "demo", steps: int | None = None, scenes: int = 40
 
     Writes metrics.json, easy.png and hard.png (input, truth, prediction), curves.png,
     confusion.png, example.png (a scene to try `segkern predict` on) and the run itself: model/,
-    last.pt, log.jsonl.
+    checkpoints/, log.jsonl.
 
     Args:
         output: folder; what an earlier demo left there is replaced.
@@ -90,7 +90,7 @@ def _check_packages() -> None:
 
 def _check_folder(folder: Path, settings: dict) -> None:
     """A run of the user's own is not replaced: only one with a demo's figures or settings is."""
-    if not (folder / checkpoint.FILE).exists() or (folder / "metrics.json").exists():
+    if not checkpoint.held(folder) or (folder / "metrics.json").exists():
         return
     stored = stored_config(folder).to_dict()
     if checkpoint.differences(stored, settings, ("output", "steps")):

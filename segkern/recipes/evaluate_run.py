@@ -35,7 +35,7 @@ def data_of_run(name: str, digits: bool) -> DataConfig | None:
     folder = run_folder(name)
     if folder is None:
         return None
-    state = checkpoint.load(folder)
+    state = checkpoint.settings(folder)
     config = stored_config(folder, state)
     if state.get("own_data"):
         if digits:
@@ -111,9 +111,9 @@ def run_folder(name: str) -> Path | None:
     """The folder of a run that is named by itself, by model/ or best/ in it, or by a file in one
     of these; None of another model."""
     folder = Path(name).parent if Path(name).is_file() else Path(name)
-    if folder.name in ("model", BEST) and not (folder / checkpoint.FILE).is_file():
+    if folder.name in ("model", BEST) and not checkpoint.held(folder):
         folder = folder.parent
-    return folder if (folder / checkpoint.FILE).is_file() else None
+    return folder if checkpoint.held(folder) else None
 
 
 def write_report(

@@ -22,8 +22,8 @@ class TrainConfig:
     """How to train.
 
     Attributes:
-        output: folder of the run: last.pt and model/, both of the last checkpoint, log.jsonl, and
-            best/ where there are evaluations.
+        output: folder of the run: checkpoints/, model/ of the last of them, log.jsonl, and best/
+            where there are evaluations.
         init: model to start from, of the same kind: a folder of a run or a model, or a name on the
             hub. The class head starts anew where the number of labels differs. None starts from
             the backbone that the model's config asks for.
@@ -36,7 +36,7 @@ class TrainConfig:
         overwrite: start anew in a folder that holds a run; its files are removed.
         steps: of the optimizer. A resumed run that gets more follows the longer schedule from
             there on.
-        batch_size: images of a batch.
+        batch_size: images of a batch, which several processes share equally.
         accumulate: batches whose gradients make one step, as one batch of all their images would:
             for a batch that does not fit into memory.
         lr: highest learning rate.
@@ -61,6 +61,11 @@ class TrainConfig:
             with Muon, whose rate is a number of the host, nor with accumulated batches.
         gradient_checkpointing: keep only the inputs of blocks and layers for backward, and compute
             the rest again: less memory, more time.
+        parallel: of several processes: "ddp", where each holds the model and the optimizer's
+            state, or "fsdp", where each holds a part of them and gathers a block's weights when
+            its turn comes. No effect with one.
+        sync_batch_norm: batch norms in training take their moments over the images of all
+            processes, as one process would; else over those of their own.
         ema: decay of a moving average of the weights, such as 0.9999, whose first steps decay
             faster; what is evaluated and saved as a model is the average then. It takes the memory
             of another model. 0 for none.
@@ -70,6 +75,7 @@ class TrainConfig:
         workers: processes that load data; 0 loads in this one.
         log_every: steps between lines of the log.
         checkpoint_every: steps between checkpoints; the last step has one.
+        keep: checkpoints that stay, the newest; an older one is removed when a new one is whole.
         evaluate_every: steps between evaluations on the val split, each after a checkpoint; 0 for
             none.
         best_metric: of the evaluations, by which best/ holds the best model: pq, class_accuracy or
@@ -108,6 +114,8 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     cuda_graphs: bool = True
     gradient_checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    sync_batch_norm: bool = False
     ema: float = 0.0
     seed: int = 0
     device: str = "auto"
@@ -115,6 +123,7 @@ class TrainConfig:
     workers: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
+    keep: int = 1
     evaluate_every: int = 0
     best_metric: str | None = None
     patience: int = 0
@@ -146,7 +155,7 @@ class TrainConfig:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"TrainConfig: threshold must be in [0, 1], got {self.threshold}")
         for names, least in (
-            ("steps batch_size accumulate log_every checkpoint_every evaluate_scenes", 1),
+            ("steps batch_size accumulate log_every checkpoint_every keep evaluate_scenes", 1),
             ("lr min_lr backbone_lr_factor momentum weight_decay power warmup clip seed", 0),
             ("threads workers evaluate_every patience backbone_warmup", 0),
         ):
@@ -160,6 +169,7 @@ class TrainConfig:
             ("precision", tuple(PRECISIONS)),
             ("optimizer", ("adamw", "sgd", "muon")),
             ("void", ("background", "ignore")),
+            ("parallel", ("ddp", "fsdp")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(

@@ -14,6 +14,7 @@ from segkern.data import Folder, FolderConfig, Order, build_dataset
 from segkern.evaluation.evaluate import evaluate
 from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterConfig
 from segkern.recipes.segmenter import segmenter
+from segkern.training import checkpoint
 from segkern.training.config import TrainConfig
 from segkern.training.loop import train
 
@@ -220,7 +221,7 @@ def test_resume_gives_the_same_weights_and_the_folder_may_move(plain, tmp_path):
     views = build_dataset(cut.data, "train", cut.model).views
     with pytest.raises(OSError, match="the plug was pulled"):
         train(cut, dataset=PulledPlug(cut.data, "train", views), progress=False)
-    state = torch.load(tmp_path / "cut/last.pt", weights_only=True)
+    state = checkpoint.settings(tmp_path / "cut")
     assert state["step"] == 2
     assert TrainConfig.from_dict(state["config"]) == cut
     moved = plain.rename(tmp_path / "elsewhere")
@@ -309,7 +310,7 @@ def test_bad_settings(plain):
     (plain / "images/val").rename(plain / "images/later")
     with pytest.raises(ValueError, match="images/val: no such folder"):  # before the first step
         train(setting(plain, plain / "run", evaluate_every=4), progress=False)
-    assert not (plain / "run/last.pt").exists()
+    assert not checkpoint.held(plain / "run")
 
 
 VIEWS = {"window": 24, "stride": 12, "scales": (0.75, 1.5), "flip": True}

@@ -17,7 +17,7 @@ from segkern.models import Mask2Former, build_model
 from segkern.recipes import compare as comparison
 from segkern.recipes.compare import compare
 from segkern.structures.logits import QueryLogits
-from segkern.training import checkpoint
+from support.runs import write_checkpoint
 
 QUICK = {"steps": 2, "batch_size": 2, "log_every": 1, "evaluate_every": 2, "evaluate_scenes": 2}
 QUICK |= {"tensorboard": False, "warmup": 0}
@@ -155,8 +155,7 @@ def test_a_stopped_run_goes_on(tmp_path, trained, monkeypatch, table, undrawn):
 def test_a_run_of_other_settings_is_left(tmp_path, trained, table, undrawn):
     table["digits"] = lambda: small("digits", steps=9)
     other = small("digits", lr=0.5, output=tmp_path / "digits")
-    state = {"config": other.to_dict(), "step": 1, "seconds": 1.0}
-    checkpoint.save(other.output, state | {"model": {}, "optimizer": {}, "random": {}})
+    write_checkpoint(other.output, {"config": other.to_dict(), "step": 1, "seconds": 1.0})
     (row,) = compare(tmp_path, models=["digits"], scenes=2)
     assert "cannot go on from it: lr is 0.5 there" in row["error"]
 

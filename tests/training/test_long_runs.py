@@ -23,6 +23,7 @@ from segkern.training.optimizer import build_optimizer
 from segkern.training.step import Step
 from segkern.training.unmatched import Unmatched
 from support.inputs import random_targets
+from support.runs import part
 
 
 def part_of(targets, image):
@@ -116,10 +117,10 @@ def test_averaged_weights_are_saved_evaluated_and_resumed(tmp_path):
     settings = {"ema": 0.9, "evaluate_every": 3, "evaluate_scenes": 1}
     whole = train(config(tmp_path / "whole", **settings), progress=False)
     state = checkpoint.load(tmp_path / "whole")
-    same(whole.model.state_dict(), state["average"])
+    same(whole.model.state_dict(), part(state, "average"))
     assert not torch.equal(
-        state["average"]["query_decoder.query_feat.weight"],
-        state["model"]["query_decoder.query_feat.weight"],
+        state["tensors"]["average.query_decoder.query_feat.weight"],
+        state["tensors"]["model.query_decoder.query_feat.weight"],
     )
     saved = open_model(tmp_path / "whole/model")
     same(dict(saved.named_parameters()), dict(whole.model.named_parameters()))
@@ -146,7 +147,7 @@ def test_it_stops_when_no_figure_is_better(tmp_path, monkeypatch, capsys):
     figures(monkeypatch, 0.1, 0.3, 0.3, 0.2, 0.9, 0.8, 0.7, 0.6)
     setting = config(tmp_path, steps=9, evaluate_every=1, patience=2, best_metric="ap")
     run = train(setting)
-    assert run.steps == checkpoint.load(tmp_path)["step"] == 4
+    assert run.steps == checkpoint.settings(tmp_path)["step"] == 4
     assert "stopped: 2 evaluations without a better figure" in capsys.readouterr().out
     assert validation.best_of(tmp_path) == (2, "ap", 0.3)
     more = train(replace(setting, patience=3), resume=tmp_path, progress=False)
@@ -169,7 +170,7 @@ def test_the_best_before_stays_where_the_new_one_cannot_be_written(tmp_path, mon
         train(replace(setting, steps=2), resume=tmp_path, progress=False)
     assert validation.best_of(tmp_path) == (1, "ap", 0.1)
     open_model(tmp_path / "best")
-    assert checkpoint.load(tmp_path)["step"] == 2
+    assert checkpoint.settings(tmp_path)["step"] == 2
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from segkern.recipes.mask2former import digits
 from segkern.training import checkpoint, loop
 from segkern.training.config import TrainConfig
 from segkern.training.loop import train
+from support.runs import part, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,7 +95,7 @@ def test_resume_gives_the_same_weights(whole, tmp_path):
     plug = PulledPlug(data, 4 * 2)
     with pytest.raises(RuntimeError, match="pulled the plug"):
         train(first, dataset=plug, val_dataset=held_out, progress=False)
-    assert checkpoint.load(tmp_path)["step"] == 4
+    assert checkpoint.settings(tmp_path)["step"] == 4
     with pytest.raises(ValueError, match="dataset must be given to go on with"):
         train(first, resume=tmp_path, progress=False)
     given = {"dataset": data, "val_dataset": held_out}
@@ -102,10 +103,9 @@ def test_resume_gives_the_same_weights(whole, tmp_path):
     same(run.model.state_dict(), second.model.state_dict())
     a, b = checkpoint.load(whole_folder), checkpoint.load(tmp_path)
     assert a["step"] == b["step"] == 6
-    same(a["model"], b["model"])
-    assert torch.equal(a["random"]["cpu"], b["random"]["cpu"])
-    for key, moments in a["optimizer"]["state"].items():
-        same(moments, b["optimizer"]["state"][key])
+    same(a["tensors"], b["tensors"])  # weights, moments, generators
+    assert a["groups"] == b["groups"]
+    assert part(a, "optimizer").keys() > {f"{k}.exp_avg" for k, _ in run.model.named_parameters()}
     logs = [(f / "log.jsonl").read_text().splitlines() for f in (whole_folder, tmp_path)]
     logs = [[json.loads(x) | {"seconds": 0} for x in log] for log in logs]
     assert logs[0] == logs[1]  # no step twice, none missing
@@ -199,20 +199,19 @@ def test_bad_samples_are_named(tmp_path, changes, message):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     train(config(tmp_path, steps=2, schedule="steps", warmup=0, clip=0), progress=False)
-    before = (tmp_path / "last.pt").read_bytes()
-    wild = config(tmp_path, steps=9, lr=1e30, schedule="steps", warmup=0, clip=0)
-    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    state = checkpoint.load(tmp_path)
     state["config"]["lr"] = 1e30
-    torch.save(state, tmp_path / "wild.pt")
+    write_checkpoint(tmp_path / "wild", state)
+    wild = config(tmp_path / "wild", steps=9, lr=1e30, schedule="steps", warmup=0, clip=0)
     with pytest.raises(FloatingPointError, match=r"not finite (at|after) step .*: lower --lr"):
-        train(wild, resume=tmp_path / "wild.pt", progress=False)
-    assert (tmp_path / "last.pt").read_bytes() == before
+        train(wild, resume=tmp_path / "wild", progress=False)
+    same(checkpoint.load(tmp_path / "wild")["tensors"], state["tensors"])
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="weights are not finite after step 1"):
         train(config(tmp_path, steps=1, lr=float("inf"), warmup=0), progress=False)
-    assert not (tmp_path / "last.pt").exists()
+    assert not checkpoint.held(tmp_path)
 
 
 REFUSED = [
@@ -240,9 +239,10 @@ def test_resume_from_another_run_is_refused(whole, tmp_path, change, message):
 def test_resume_from_other_weights_names_the_keys_and_loads_nothing(whole, tmp_path, monkeypatch):
     folder, _ = whole
     state = checkpoint.load(folder)
-    state["model"]["query_decoder.query_feat.weight"] = torch.zeros(9, 32)
-    state["model"]["foreign"] = state["model"].pop("criterion.seed")
-    torch.save(state, tmp_path / "last.pt")
+    tensors = state["tensors"]
+    tensors["model.query_decoder.query_feat.weight"] = torch.zeros(9, 32)
+    tensors["model.foreign"] = tensors.pop("model.criterion.seed")
+    write_checkpoint(tmp_path, state)
 
     def never(*_, **__):
         raise AssertionError("half-loaded")
@@ -265,7 +265,7 @@ def foreign(path, data):
 
 
 def bare(path, data):
-    torch.save({"format": checkpoint.FORMAT}, path)
+    torch.save({"format": 2}, path)
 
 
 def text(path, data):
@@ -273,9 +273,11 @@ def text(path, data):
 
 
 @pytest.mark.parametrize("spoil", [cut, foreign, bare, text], ids=lambda f: f.__name__)
-def test_a_spoilt_checkpoint_is_refused(whole, tmp_path, spoil):
-    folder, _ = whole
-    spoil(tmp_path / "last.pt", (folder / "last.pt").read_bytes())
+def test_a_spoilt_file_of_an_earlier_version_is_refused(tmp_path, spoil):
+    parts = {"model": {"weight": torch.zeros(99)}, "optimizer": {}, "random": {}}
+    torch.save({"format": 2, "config": {}, "step": 1, "seconds": 1.0} | parts, tmp_path / "a")
+    assert checkpoint.settings(tmp_path / "a")["step"] == 1
+    spoil(tmp_path / "last.pt", (tmp_path / "a").read_bytes())
     with pytest.raises(ValueError, match=r"last.pt: not a (whole )?checkpoint"):
         train(config(tmp_path / "new"), resume=tmp_path, progress=False)
 
@@ -286,7 +288,7 @@ def test_another_run_is_not_gone_over(whole, tmp_path):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     (tmp_path / "tensorboard").mkdir()
     longer = config(tmp_path, steps=7)
-    with pytest.raises(ValueError, match=r"holds a run \(last.pt, model\): .*--overwrite"):
+    with pytest.raises(ValueError, match=r"holds a run \(checkpoints, model\): .*--overwrite"):
         train(longer, resume=folder, progress=False)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     train(replace(longer, overwrite=True), resume=folder, progress=False)
@@ -300,10 +302,10 @@ def test_model_is_that_of_the_last_checkpoint(tmp_path):
     with pytest.raises(RuntimeError, match="pulled the plug"):
         train(setting, dataset=PulledPlug(Digits(setting.data), 3 * 2), progress=False)
     opened = Mask2Former.from_pretrained(tmp_path / "model")
-    stored = checkpoint.load(tmp_path)["model"]
+    stored = part(checkpoint.load(tmp_path), "model")
     same(dict(opened.named_parameters()), {k: stored[k] for k, _ in opened.named_parameters()})
     fresh = replace(setting, overwrite=True)
-    for batches, left in ((0, ["last.pt", "log.jsonl", "model"]), (1, ["log.jsonl"])):
+    for batches, left in ((0, ["checkpoints", "log.jsonl", "model"]), (1, ["log.jsonl"])):
         broken = PulledPlug(Digits(setting.data), 2 * batches + 1)  # of the first: nothing is lost
         with pytest.raises(RuntimeError, match="pulled the plug"):
             train(fresh, dataset=broken, progress=False)
@@ -326,7 +328,7 @@ def test_spoilt_weights_are_found_before_the_evaluation(tmp_path):
 def test_ctrl_c_in_the_last_step_is_not_lost(tmp_path):
     with pytest.raises(KeyboardInterrupt, match="stopped after 2 steps"):
         train(config(tmp_path, steps=2), dataset=Interrupting(), progress=False)
-    assert checkpoint.load(tmp_path)["step"] == 2
+    assert checkpoint.settings(tmp_path)["step"] == 2
     Mask2Former.from_pretrained(tmp_path / "model")
 
 
@@ -386,7 +388,7 @@ def test_ctrl_c_finishes_the_step_and_resume_goes_on(tmp_path):
     run = subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -399,13 +401,13 @@ def test_ctrl_c_finishes_the_step_and_resume_goes_on(tmp_path):
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 130, errors
-    state = checkpoint.load(tmp_path)
+    state = checkpoint.settings(tmp_path)
     step = state["step"]
     assert f"stopped after step {step} of 100000; go on with: segkern train --resume" in errors
     assert "Traceback" not in errors
     lines = [json.loads(x) for x in log.read_text().splitlines()]
     assert lines[-1]["step"] == step >= 8
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "log.jsonl", "model"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "log.jsonl", "model"]
     settings = TrainConfig.from_dict(state["config"])
     more = train(replace(settings, steps=step + 1), resume=tmp_path, progress=False)
     assert more.steps == step + 1

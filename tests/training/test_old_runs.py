@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import segkern
-from segkern.training import checkpoint
+from segkern.training import checkpoint, loop
 from segkern.training.config import TrainConfig
 from segkern.training.loop import stored_config, train
+from segkern.training.state import gathered, restore
 
 RUNS = json.loads((Path(__file__).parents[1] / "expected/runs_of_f87603a.json").read_text())
 
@@ -29,15 +30,6 @@ def drawn(layout):
         values = torch.rand(layout["tensor"]) / 16
         return values.to(getattr(torch, layout["dtype"]))
     return {int(k) if k.isdigit() else k: drawn(x) for k, x in layout.items()}
-
-
-def outline(x):
-    """What `drawn` keeps of a layout, of any state."""
-    if isinstance(x, torch.Tensor):
-        return tuple(x.shape), x.dtype
-    if isinstance(x, dict):
-        return {k: outline(v) for k, v in x.items()}
-    return [outline(v) for v in x] if isinstance(x, (list, tuple)) else x
 
 
 @pytest.fixture(params=RUNS)
@@ -57,17 +49,48 @@ def run(request, tmp_path):
     return tmp_path, state
 
 
-def test_a_run_resumes_with_all_of_its_state(run):
+def test_a_run_resumes_with_all_of_its_state(run, monkeypatch):
     folder, state = run
     config = stored_config(folder)
     config.output, config.steps = folder, state["step"] + 2
+    loaded = []
+
+    def restored(*arguments):
+        found = restore(*arguments)
+        tensors, about = gathered(arguments[1])
+        loaded.append(({k: v.clone() for k, v in tensors.items()}, about["groups"]))
+        return found
+
+    monkeypatch.setattr(loop, "restore", restored)
     trained = train(config, resume=folder, progress=False)
     assert trained.steps == 4
-    after = checkpoint.load(folder)
+    ((tensors, groups),) = loaded
+    assert torch.equal(tensors["random.cpu"], state["random"]["cpu"])
+    names = [name for group in groups for name in group["params"]]
+    wanted = {f"model.{k}": v for k, v in state["model"].items()}
+    for number, moments in state["optimizer"]["state"].items():
+        wanted |= {f"optimizer.{names[number]}.{k}": v for k, v in moments.items()}
+    assert wanted.keys() == tensors.keys() - {"random.cpu"}
+    for name, value in wanted.items():
+        assert torch.equal(tensors[name], value), name
+    for group, there in zip(groups, state["optimizer"]["param_groups"], strict=True):
+        kept = {k: v for k, v in there.items() if k in group and k != "params"}
+        assert group.items() >= kept.items()
+    assert [path.name for path in checkpoint.held(folder)] == ["0000004"]  # last.pt is older
+    after = checkpoint.settings(folder)
     assert after["format"] == checkpoint.FORMAT
-    for part in ("model", "optimizer"):
-        assert outline(after[part]) == outline(state[part])
     assert config.to_dict() == after["config"]
+
+
+def test_it_stays_while_as_many_are_kept(run):
+    folder, _ = run
+    config = stored_config(folder)
+    config.output, config.steps, config.keep = folder, 4, 2
+    train(config, resume=folder, progress=False)
+    assert [path.name for path in checkpoint.held(folder)] == ["last.pt", "0000004"]
+    assert checkpoint.find(folder).name == "0000004"
+    config.steps, config.output = 5, folder / "other"
+    assert train(config, resume=folder / "last.pt", progress=False).steps == 5
 
 
 def test_what_a_setting_did_then_it_does_after_a_resume(run):
