@@ -2,7 +2,7 @@
 
     graph    = `Graph`: pixels in, named tensors out
     program  = torch.export of it, in segkern's ops or, `decomposed`, in PyTorch's own
-    file     = .onnx, .xml (OpenVINO's representation) or .pt2 (segkern's kernels inside), by suffix
+    file     = by suffix .onnx, .xml (OpenVINO's) or .pt2 (segkern's kernels inside)
 
 Files are made in a folder beside the target, run there in their own runtime and compared with the
 model, and only then take their names: what is missed leaves nothing behind.
