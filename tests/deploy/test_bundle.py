@@ -205,7 +205,7 @@ def test_pictures_are_read_upright_and_on_white(tmp_path):
 def test_what_cannot_be_bundled_is_named(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("kept")
-    with pytest.raises(FileExistsError, match="folder must be new or empty, .*full is not"):
+    with pytest.raises(FileExistsError, match=r"folder must be new or empty, .*full is not"):
         bundle(tokens(), tmp_path / "full")
     with pytest.raises(ValueError, match="task must be 'semantic' for a Segmenter"):
         bundle(pixels(), tmp_path / "new", "instance")
