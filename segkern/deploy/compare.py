@@ -61,11 +61,11 @@ def compared(
             _order(have, want, bound)
         largest = {name: _difference(have[name], want[name]) for name in want}
         found.append(Difference(tuple(pixels.shape), largest))
-        worst = max(largest, key=largest.get)
-        if not largest[worst] <= bound:
+        missed = {name: value for name, value in largest.items() if not value <= bound}  # or NaN
+        for name, value in missed.items():
             raise ValueError(
-                f"export: {path} must equal the model to {bound:g}, but {worst} differs by "
-                f"{largest[worst]:.2g} for pixels {list(pixels.shape)}; nothing was written"
+                f"export: {path} must equal the model to {bound:g}, but {name} differs by "
+                f"{value:.2g} for pixels {list(pixels.shape)}; nothing was written"
             )
     return tuple(found)
 
