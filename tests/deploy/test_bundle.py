@@ -173,7 +173,7 @@ def test_pictures_become_the_pixels_that_segment_makes(settings, size):
     model.config = replace_input(model_config(2), InputConfig(**fields))
     colours = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
     image = Image.fromarray(colours.repeat(20, 0).repeat(20, 1)).resize(size[::-1])
-    segment(model.eval(), np.asarray(image), "semantic")
+    segment(model.eval(), np.array(image), "semantic")
     (want,) = model.seen
     takes = json.loads(json.dumps(_settings(model, "semantic", Options())))
     have = predict_alone.padded(predict_alone.pixels_of(image, takes), takes)
