@@ -1,5 +1,7 @@
 // The schemas of the ops that this library has kernels for: a program without Python finds them
 // here. Where Python runs, segkern/ops compares them with those that it states itself.
+#include <stdexcept>
+
 #include "../common.h"
 
 namespace {
@@ -64,5 +66,9 @@ constexpr const char* kSchemas[] = {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(segkern, m) {
-  for (const char* schema : kSchemas) m.def(schema);
+  try {
+    for (const char* schema : kSchemas) m.def(schema);
+  } catch (const std::runtime_error&) {
+    // they are there, of another copy of this library or of Python
+  }
 }
