@@ -73,7 +73,7 @@ int main(int argc, char** argv) try {
     const auto bytes = torch::jit::pickle_save(c10::List<at::Tensor>(results));
     std::ofstream(argv[4], std::ios::binary).write(bytes.data(), bytes.size());
   }
-} catch (const std::exception& error) {
-  std::cerr << "segment: " << std::string(error.what()).substr(0, 600) << "\n";
+} catch (const c10::Error& error) {
+  std::cerr << "segment: " << error.what_without_backtrace() << "\n";
   return 1;
 }
