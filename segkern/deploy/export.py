@@ -118,6 +118,11 @@ def export(
         raise ValueError(f"export: dynamic must be a bool, 'batch' or 'sides', got {dynamic!r}")
     if batch is not None:
         expect_integer("export: batch", batch)
+        if dynamic is not False:
+            raise ValueError(
+                f"export: batch must be left out unless dynamic is False, got {batch} with "
+                f"dynamic {dynamic!r}"
+            )
     if not 18 <= opset <= 23:
         raise ValueError(f"export: opset must be from 18 to 23, got {opset}")
     if program and path.suffix != ".pt2":

@@ -28,6 +28,8 @@ def read(path):
 def size_in_model(size, takes):
     """(h, w) that a picture (H, W) is resized to."""
     short, long = takes["shortest_edge"], takes["longest_edge"]
+    if not (takes["size"] or takes["within"] or short or long):
+        return size
     if takes["size"]:
         size = takes["size"]
     elif takes["within"]:
@@ -40,7 +42,7 @@ def size_in_model(size, takes):
         if round(exact) != min(size):
             sides = max(1, round(exact)), max(1, int(exact * max(size) / min(size)))
             size = sides if size[0] <= size[1] else sides[::-1]
-    elif short or long:
+    else:
         scale = short / min(size) if short else min(1, long / max(size))
         scale = min(scale, long / max(size)) if long else scale
         if short or scale < 1:
