@@ -11,7 +11,6 @@ is written out in ops that have one there (`with_kernels`).
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from ..io.atomic_files import atomic
 from ..ops import _library
 from ..ops.linear import NUMBERS
 from .compare import Difference, compared, torch_run
+from .decompositions import norm_relu
 from .export import _aside, samples, traced
 from .formats import describe
 from .graph import Graph
@@ -81,14 +81,10 @@ def export_pt2(
 def with_kernels(program: ExportedProgram) -> ExportedProgram:
     """The program without the ops whose kernel is in Python: in their place stands what they are
     made of."""
-    held = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    ops = {getattr(torch.ops.segkern, name).default: name for name in _library.COMPOSED}
-    table = {op: _made_of(name) for op, name in ops.items() if op in held}
-    return program.run_decompositions(table) if table else program
-
-
-def _made_of(name: str) -> Callable:
-    return _feed_forward if name == "feed_forward" else _library.COMPOSED[name]
+    made_of = {"feed_forward": _feed_forward, "norm_relu": norm_relu}
+    made_of |= {name: _library.COMPOSED[name] for name in ("query_layer", "query_prediction")}
+    table = {getattr(torch.ops.segkern, name).default: made for name, made in made_of.items()}
+    return program.run_decompositions(table)
 
 
 def _feed_forward(
