@@ -134,6 +134,8 @@ def test_a_program_runs_without_segkern(kind, dynamic, tmp_path):
     if dynamic:
         sides = [(64, 96), size] if kind != "EoMT" else [size, size]
         sizes += [(2, *sides[0]), (3, *sides[1])]
+    if dynamic and kind == "Segmenter":
+        sizes += [(1, 32, 32)]  # for which its positions are stored
     made = segkern.export(graph.model, path, size=size, dynamic=dynamic, program=True, bound=1e-5)
     assert (made.batch, made.size) == (
         None if dynamic else 1,
@@ -327,4 +329,4 @@ def test_bad_files_and_arguments(program, tmp_path, monkeypatch):
         segkern.export(graph.model, tmp_path / "model.onnx", program=True)
     monkeypatch.setitem(_library.MISSING, "cpu", "it was not built")
     with pytest.raises(ImportError, match="holds segkern's kernels, but it was not built"):
-        segkern.export(graph.model, tmp_path / "model.pt2", size=(32, 32))
+        segkern.export(graph.model, tmp_path / "model.pt2", size=(32, 32), dynamic=False)
