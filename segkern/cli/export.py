@@ -30,6 +30,7 @@ def export(
     bound: float = BOUND,
     check: bool = True,
     bundle: bool = False,
+    program: bool = False,
 ) -> None:
     """Write a model as a file for other runtimes, run it there, and prove that it computes the
     same.
@@ -58,14 +59,16 @@ def export(
         bound: the most that a result may differ by, as a share of its largest magnitude.
         check: run the file and compare it with the model.
         bundle: OUT is a folder for a bundle, whatever its name.
+        program: of .pt2: what torch.export records, for Python; not given, it is compiled for this
+            kind of CPU, for C++ and Python.
     """
     options = None if threshold is top_k is None else Options(threshold, top_k=top_k)
     if bundle or not out.suffix:
         kept = post, size, batch, fixed or None, one_size or None, grid_sample or None
-        if any(value is not None for value in kept) or not check:
+        if any(value is not None for value in kept) or not check or program:
             raise ValueError(
-                "export: post, size, batch, fixed, one_size, grid_sample and check are for a "
-                "file, a bundle has its own"
+                "export: post, size, batch, fixed, one_size, grid_sample, program and check are "
+                "for a file, a bundle has its own"
             )
         made = write_bundle(open_model(model), out, task, options, opset, bound)
     else:
@@ -74,7 +77,7 @@ def export(
         if batch is not None and not fixed:
             raise ValueError("export: batch is for --fixed")
         dynamic = "batch" if one_size else not fixed
-        settings = {"options": options, "opset": opset, "bound": bound}
+        settings = {"options": options, "opset": opset, "bound": bound, "program": program}
         made = write_file(
             open_model(model),
             out,

@@ -73,6 +73,7 @@ def export(
     options: Options | None = None,
     opset: int = 20,
     bound: float = BOUND,
+    program: bool = False,
 ) -> Exported:
     """Writes a model as a file for other runtimes, and proves that it computes the same.
 
@@ -98,6 +99,9 @@ def export(
         opset: of ONNX, 18 to 23.
         bound: the most by which a result may differ, as a share of its largest magnitude, at
             least 1; of a map of labels the share of pixels that may differ.
+        program: of .pt2: a torch.export program, which runs from Python and may be compiled there;
+            else an AOTInductor package, compiled here for this kind of CPU, which also runs from
+            C++. The library of the kernels, libsegkern.so, is written beside both.
 
     Returns:
         what was written, with the differences.
@@ -122,6 +126,8 @@ def export(
             )
     if not 18 <= opset <= 23:
         raise ValueError(f"export: opset must be from 18 to 23, got {opset}")
+    if program and path.suffix != ".pt2":
+        raise ValueError(f"export: program is for .pt2 files, got {path}")
     graph = Graph(model, task, post, options)
     _expect_plain(model)
     size = tuple(graph.example if size is None else size)
@@ -139,7 +145,7 @@ def export(
         sides = why is None
     batches = dynamic is not False
     if path.suffix == ".pt2":
-        return _export_pt2(graph, path, size, batch, batches, sides, check, bound)
+        return _export_pt2(graph, path, size, batch, batches, sides, check, bound, program)
     program = traced(graph, size, batch or 1, batches, sides)
     program = decomposed(program, grid_sample)
     kept = tuple(size) if not sides else None
@@ -155,10 +161,12 @@ def export(
     return Exported(path, graph.form, None if batches else batch or 1, kept, found)
 
 
-def _export_pt2(graph: Graph, path: Path, size, batch, batches, sides, check, bound) -> Exported:
+def _export_pt2(
+    graph: Graph, path: Path, size, batch, batches, sides, check, bound, program
+) -> Exported:
     from .aot import export_pt2
 
-    found = export_pt2(graph, path, size, batch or 1, batches, sides, check, bound)
+    found = export_pt2(graph, path, size, batch or 1, batches, sides, check, bound, program)
     kept = None if sides else tuple(size)
     return Exported(path, graph.form, None if batches else batch or 1, kept, tuple(found))
 

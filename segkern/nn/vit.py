@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops._library import is_exported
 from ..runtime.constants import is_recording
 from .drop_path import rates
 from .linear import Linear
@@ -140,9 +141,11 @@ class ViT(nn.Module):
         """Position embeddings [1, tokens + h w, D] of a grid of h x w patches.
 
         Resized bilinearly where the number of patches differs from the stored one; a grid of
-        another shape with the same number takes them as they are, as the original does.
+        another shape with the same number takes them as they are, as the original does. An
+        exported graph for any sides always resizes, which changes nothing at the stored grid.
         """
-        if h * w == self.grid[0] * self.grid[1]:
+        any_sides = is_exported() and isinstance(h * w, torch.SymInt)
+        if not any_sides and h * w == self.grid[0] * self.grid[1]:
             return self.pos_embed
         return self._resized(self.pos_embed, self.tokens, self.grid, (h, w))
 

@@ -1,8 +1,9 @@
 """Finds and loads the compiled kernels, and says what is there and why something is not.
 
-An op's Python file states its schema and fake here; the C++ and CUDA libraries register kernels
-only, and Triton's are registered by name and imported at their first launch. The device of the
-tensors decides which kernel runs; nothing falls back in silence.
+An op's Python file states its schema and fake here; the CPU library brings the schemas of its own
+kernels too (csrc/cpu/schemas.cpp), for programs without Python, and they must be the same. CUDA's
+registers kernels only, and Triton's are registered by name and imported at their first launch. The
+device of the tensors decides which kernel runs; nothing falls back in silence.
 """
 
 import ctypes
@@ -83,12 +84,19 @@ def _load() -> dict[str, str]:
         elif not path.is_file():
             why = f"{path.name} was not built (run `make` or `pip install .`)"
             missing[device] = BUILD.get(f"no_{device}", why)
+        elif device == "cpu" and _known("linear"):
+            continue  # a copy beside an exported model was loaded before
         else:
             try:
                 torch.ops.load_library(path)
             except OSError as error:
                 missing[device] = f"{path.name} does not load: {error}"
     return missing
+
+
+def _known(name: str) -> torch._C.FunctionSchema | None:
+    """The schema of op `segkern::<name>`, where a library has brought it."""
+    return next(iter(torch._C._jit_get_schemas_for_operator(f"segkern::{name}")), None)
 
 
 def _say(what: str) -> None:
@@ -127,9 +135,19 @@ def define(
             where `_C_cuda` brings the kernel.
         cpu_only: there is no kernel for CUDA yet.
         composed: the kernel of PyTorch's own ops, for all devices that have no other.
+
+    Raises:
+        ImportError: the loaded library states another schema.
     """
     name = schema.split("(", 1)[0]
-    _definitions.define(schema)
+    known = _known(name)
+    if known is None:
+        _definitions.define(schema)
+    elif known != torch._C.parse_schema(f"segkern::{schema}"):
+        raise ImportError(
+            f"segkern: the loaded kernels are of another version: {name} is {known} there, "
+            f"{schema} here; build them again (run `make` or `pip install .`)"
+        )
     OPS.append(name)
     if cpu_only:
         CPU_ONLY.add(name)
