@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from . import data as data
     from . import models as models
     from . import recipes as recipes
+    from .deploy.prune import prune as prune
     from .evaluation.evaluate import evaluate as evaluate
     from .inference.postprocess import postprocess as postprocess
     from .inference.segment import segment as segment
@@ -49,6 +50,7 @@ _HOME = {
     "data": "",
     "models": "",
     "recipes": "",
+    "prune": "deploy.prune",
     "evaluate": "evaluation.evaluate",
     "postprocess": "inference.postprocess",
     "segment": "inference.segment",
@@ -82,7 +84,7 @@ _HOME = {
     "train": "training.loop",
 }
 _ROOMS = (
-    *("evaluation", "inference", "integrations", "io", "nn", "runtime", "structures"),
+    *("deploy", "evaluation", "inference", "integrations", "io", "nn", "runtime", "structures"),
     *("training", "weights"),
 )
 __all__ = ["ops", *_HOME]

@@ -33,6 +33,7 @@ from ..recipes.demo import demo as run_demo
 from ..recipes.evaluate_run import run_folder, source_of, write_report
 from ..runtime.device import usable_device
 from ..structures.settings import Options, Views
+from .prune import prune
 from .train import train_command
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
@@ -338,6 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app = tyro.extras.SubcommandApp()
         others = evaluate, predict, explain, data, convert, demo, info
+        others += (prune,)
         for command in (train_command(arguments), *others):
             app.command(command)
         # the model's kind is that of the recipe's or the stored config, and no subcommand

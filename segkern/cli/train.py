@@ -93,7 +93,7 @@ def _recipe_config(name: str | None, given: dict[str, str], arguments: list[str]
     """What a recipe, or that of digits, makes of the options that it takes."""
     root, layout = given.get("--data.root"), given.get("--data.layout")
     if not _takes(name, "root"):
-        return recipes.RECIPES.get(name, recipes.digits)()
+        return _pruned(recipes.RECIPES.get(name, recipes.digits)(), given.get("--init"))
     if not root and _takes(name, "root", needed=True):
         raise ValueError(f"train: --recipe {name} needs --data.root, a folder of pictures")
     offered = {
@@ -108,6 +108,16 @@ def _recipe_config(name: str | None, given: dict[str, str], arguments: list[str]
     return recipes.RECIPES[name](
         **{k: v for k, v in offered.items() if v is not None and _takes(name, k)}
     )
+
+
+def _pruned(config: TrainConfig, init: str | None) -> TrainConfig:
+    """The recipe's config with as many decoder layers and queries as the model to start from."""
+    found = None if init is None else open_model(init).config
+    if found is not None and found.kind == config.model.kind:
+        for name in ("decoder_layers", "num_queries"):
+            if hasattr(found, name):
+                setattr(config.model, name, getattr(found, name))
+    return config
 
 
 def _recipe_for(root: str, layout: bool, init: str | None) -> str:

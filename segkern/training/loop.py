@@ -43,6 +43,7 @@ from .state import stored_config as stored_config
 from .step import Step
 from .unmatched import Unmatched
 from .validation import BEST, Validation
+from .zeros import Zeros
 
 
 @dataclass
@@ -135,6 +136,8 @@ def train(
     run = Trainee(train_step, Average(model, config.ema) if config.ema else None)
     if state is not None:
         start, seconds = restore(state, run, resume)
+    if config.keep_zeros:
+        train_step.zeros = Zeros(model)
     batches = _batches(data, config, start)
     first = next(batches)  # before an earlier run is removed, for what is wrong with the files
     validation = None

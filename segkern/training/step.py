@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..data.collate import Batch
 from ..runtime.cuda_graphs import Replay
 from ..structures.targets import Targets
+from .zeros import Zeros
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,6 +56,7 @@ class Step:
     ):
         self.model, self.optimizer, self.clip = model, optimizer, clip
         self.loss: nn.Module = TrainingLoss(model)
+        self.zeros: Zeros | None = None  # that stay, where they are kept
         buffers = model.named_buffers()
         self.seeds = [buffer for name, buffer in buffers if name.rpartition(".")[2] == "seed"]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -104,6 +106,8 @@ class Step:
             nn.utils.clip_grad_norm_(self.parameters, self.clip, error_if_nonfinite=False)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.zeros is not None:
+            self.zeros()
         total = sum(loss for loss, _ in found) / len(parts)
         names = found[0][1]
         return total, {name: sum(x[name] for _, x in found) / len(parts) for name in names}

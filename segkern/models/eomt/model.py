@@ -65,6 +65,7 @@ class EoMT(nn.Module):
         "class_predictor.bias",
         "criterion.empty_weight",
     )
+    query_rows = ("query.weight",)
 
     def __init__(self, config: EoMTConfig):
         super().__init__()

@@ -1,0 +1,1 @@
+"""Models for where they run: exported, quantised, made smaller."""
