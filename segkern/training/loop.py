@@ -122,6 +122,11 @@ def train(
     torch.manual_seed(config.seed)
     if model is None:
         fresh = state is None and config.init is None
+        if fresh and config.keep_zeros:
+            raise ValueError(
+                "train: keep_zeros must be False for a model of random weights, of which some "
+                "begin as 0: name a pruned one with init, got True"
+            )
         model = build_model(config.model, pretrained=fresh)
     start, seconds, begun = 0, 0.0, None
     if state is None and config.init is not None:
