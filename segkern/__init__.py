@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from . import data as data
     from . import models as models
     from . import recipes as recipes
+    from .deploy.export import export as export
     from .deploy.prune import prune as prune
     from .evaluation.evaluate import evaluate as evaluate
     from .inference.postprocess import postprocess as postprocess
@@ -50,6 +51,7 @@ _HOME = {
     "data": "",
     "models": "",
     "recipes": "",
+    "export": "deploy.export",
     "prune": "deploy.prune",
     "evaluate": "evaluation.evaluate",
     "postprocess": "inference.postprocess",

@@ -29,9 +29,9 @@ OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))
 FLOORS = {
     "cli": "recipes training deploy evaluation integrations inference models data structures "
     "runtime ops",
-    "recipes": "training evaluation inference models data structures runtime io",
+    "recipes": "training deploy evaluation inference models data structures runtime io",
     "training": "evaluation models data weights structures runtime io",
-    "deploy": "evaluation inference models structures runtime ops io",
+    "deploy": "evaluation inference models nn weights structures runtime ops io",
     "evaluation": "inference models nn structures runtime io",
     "integrations": "inference models nn weights structures runtime ops io",
     "inference": "models nn structures runtime ops io",

@@ -1,1 +1,1 @@
-"""Models for where they run: exported, quantised, made smaller."""
+"""Models as files that run without segkern, or without Python: export and what stands behind it."""

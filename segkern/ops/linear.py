@@ -170,7 +170,9 @@ def linear(
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False
     flat, weight, *rest = alike("linear", **named)
-    pytorchs = device != "cpu" or autocast or x.dtype.itemsize < 4 or (INTEL and len(flat) < _FEW)
+    # an exported graph is for any number of rows, which the question would make one for good
+    few = INTEL and not _library.is_exported() and len(flat) < _FEW
+    pytorchs = device != "cpu" or autocast or x.dtype.itemsize < 4 or few
     if pytorchs and impl == "kernel":
         impl = "reference"
     if not _library.use_kernel("linear", impl, x):

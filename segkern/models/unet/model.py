@@ -195,7 +195,7 @@ class UNet(nn.Module):
             return PixelLogits(self.classify(y), 1)
         classes = self.class_embed(coarsest.mean((2, 3)))
         classes = classes.unflatten(1, (self.config.num_queries, -1))
-        masks = self.masks.weight.flatten(1).to(y.dtype).expand(len(y), -1, -1)
+        masks = self.masks.weight.flatten(1).to(y.dtype).expand(y.shape[0], -1, -1)
         return QueryLogits(classes, masks, y)
 
     def parameter_roles(self) -> dict[str, Role]:

@@ -1,0 +1,247 @@
+"""Export: a model for one task as a file that other runtimes open, run and compared at once.
+
+    graph    = `Graph`: pixels in, named tensors out
+    program  = torch.export of it, in segkern's ops or, `decomposed`, in PyTorch's own
+    file     = .onnx, .xml (OpenVINO's representation) or .pt2 (segkern's kernels inside), by suffix
+
+Files are made in a folder beside the target, run there in their own runtime and compared with the
+model, and only then take their names: what is missed leaves nothing behind.
+
+Letters: B image, h w size of the picture as the model takes it.
+"""
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..io.atomic_files import writable_folder
+from ..models.protocol import SegmentationModel
+from ..ops._checks import expect_integer
+from ..structures.settings import Options
+from .compare import BOUND, Difference, compared
+from .decompositions import decomposed
+from .formats import PACKAGES, needed, openers, write_onnx, write_openvino
+from .graph import INPUT, Form, Graph, expect_size
+
+SUFFIXES = (".onnx", ".xml", ".pt2")
+_LEAST = 128  # a side that is traced: a map of one row would be one for good
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        form: task, post and names of the results.
+        batch: images at a time; None for any number.
+        size: (h, w); None for any sides that are multiples of the model's divisor.
+        differences: to the model, of each input that was compared.
+    """
+
+    path: Path
+    form: Form
+    batch: int | None
+    size: tuple[int, int] | None
+    differences: tuple[Difference, ...]
+
+    def lines(self) -> list[str]:
+        """What became of the comparison, a line an input."""
+        return [str(difference) for difference in self.differences]
+
+
+def export(
+    model: SegmentationModel,
+    path: str | Path,
+    task: str | None = None,
+    post: str | None = None,
+    size: tuple[int, int] | None = None,
+    batch: int | None = None,
+    dynamic: bool | Literal["batch", "sides"] = True,
+    grid_sample: bool = False,
+    check: bool = True,
+    options: Options | None = None,
+    opset: int = 20,
+    bound: float = BOUND,
+) -> Exported:
+    """Writes a model as a file for other runtimes, and proves that it computes the same.
+
+    The file takes `pixel_values` [B, C, h, w] float32, resized, normalised and padded to
+    multiples of the divisor as `model.config.input` says, and gives what `Graph` says.
+
+    Args:
+        model: in float32 on the CPU, in whatever mode.
+        path: the file: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2. What is there is
+            replaced, once the new one is right.
+        task: what a model that is told its task is asked; None is the first that it can do.
+        post: None gives logits as the model makes them; "full" logits at the picture's size;
+            "semantic", "instance" or "panoptic" that result.
+        size: (h, w) of the pictures; None is the size of the model's own crops or windows.
+        batch: pictures at a time, where that is fixed; None is 1.
+        dynamic: True takes any number of pictures and, where the model does, of any sides that
+            are multiples of its divisor; "batch" any number of one size; "sides" as True, or an
+            error where the model has one size; False neither.
+        grid_sample: deformable attention by GridSample in place of gathers: quicker in ONNX
+            Runtime and OpenVINO, but TensorRT has been seen to compile it wrongly.
+        check: run the file and compare; False only where its runtime is not at hand.
+        options: thresholds and top_k of a post; None is as in `segment`.
+        opset: of ONNX, 18 to 23.
+        bound: the most by which a result may differ, as a share of its largest magnitude, at
+            least 1; of a map of labels the share of pixels that may differ.
+
+    Returns:
+        what was written, with the differences.
+
+    Raises:
+        ImportError: a package that the format needs is missing.
+        OSError: the folder cannot be written to.
+        TypeError, ValueError: an argument out of range or not for this model, or a file that
+            differs by more than the bound; nothing is written then.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"export: path must end in {', '.join(SUFFIXES)}, got {path}")
+    if dynamic not in (True, False, "batch", "sides"):
+        raise ValueError(f"export: dynamic must be a bool, 'batch' or 'sides', got {dynamic!r}")
+    if batch is not None:
+        expect_integer("export: batch", batch)
+    if not 18 <= opset <= 23:
+        raise ValueError(f"export: opset must be from 18 to 23, got {opset}")
+    graph = Graph(model, task, post, options)
+    _expect_plain(model)
+    size = tuple(graph.example if size is None else size)
+    expect_size(model, size)
+    needed(path.suffix, PACKAGES[path.suffix])
+    writable_folder(path.parent)
+    sides = dynamic in (True, "sides")
+    if sides:
+        why = one_size(graph, size)
+        if why is not None and dynamic == "sides":
+            raise ValueError(
+                f"export: dynamic must be 'batch' or False for this {type(model).__name__}, which "
+                f"takes pictures of one size: {why}"
+            )
+        sides = why is None
+    batches = dynamic is not False
+    if path.suffix == ".pt2":
+        return _export_pt2(graph, path, size, batch, batches, sides, check, bound)
+    program = traced(graph, size, batch or 1, batches, sides)
+    program = decomposed(program, grid_sample)
+    kept = tuple(size) if not sides else None
+    with _aside(path) as folder:
+        file = folder / path.name
+        write_onnx(program, file.with_suffix(".onnx"), graph, batches, sides, opset)
+        if path.suffix == ".xml":
+            write_openvino(file.with_suffix(".onnx"), file)
+        found = ()
+        if check:
+            inputs = samples(model, size, batch or 1, batches, sides)
+            found = compared(graph, openers(file), inputs, bound, path)
+    return Exported(path, graph.form, None if batches else batch or 1, kept, found)
+
+
+def _export_pt2(graph: Graph, path: Path, size, batch, batches, sides, check, bound) -> Exported:
+    from .aot import export_pt2
+
+    found = export_pt2(graph, path, size, batch or 1, batches, sides, check, bound)
+    kept = None if sides else tuple(size)
+    return Exported(path, graph.form, None if batches else batch or 1, kept, tuple(found))
+
+
+def _expect_plain(model: SegmentationModel) -> None:
+    """Raises ValueError for a model in another dtype or place than a file for all has."""
+    weight = next(model.parameters())
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise ValueError(
+            "export: model must be in float32 on the CPU (model.float().cpu()), got "
+            f"{weight.dtype} on {weight.device}"
+        )
+
+
+def one_size(graph: Graph, size: tuple[int, int]) -> str | None:
+    """Why the model takes pictures of no other size; None where it does. It is tried on a small
+    one."""
+    settings = graph.model.config.input
+    side = -(-_LEAST // settings.divisor) * settings.divisor
+    other = (side, side + settings.divisor)
+    if other == size:
+        other = other[::-1]
+    try:
+        with torch.no_grad():
+            graph(torch.zeros(1, settings.channels, *other))
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def traced(
+    graph: Graph, size: tuple[int, int], batch: int = 1, batches: bool = True, sides: bool = True
+) -> torch.export.ExportedProgram:
+    """The graph as torch.export records it, in segkern's ops.
+
+    Args:
+        size: (h, w) of the pictures.
+        batch: of them, where it is fixed.
+        batches: any number of pictures.
+        sides: any sides.
+    """
+    channels = graph.model.config.input.channels
+    if sides:  # sizes of one, or equal ones, would be taken for constants
+        divisor = graph.model.config.input.divisor
+        least = -(-_LEAST // divisor) * divisor
+        size = max(size[0], least), max(size[1], least)
+        size = size if size[0] != size[1] else (size[0], size[1] + divisor)
+    pixels = torch.zeros(2 if batches else batch, channels, *size)
+    any_ = [axis for axis, free in enumerate((batches, False, sides, sides)) if free]
+    shapes = {INPUT: dict.fromkeys(any_, torch.export.Dim.DYNAMIC)}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(graph, (pixels,), dynamic_shapes=shapes if any_ else None)
+
+
+def samples(
+    model: SegmentationModel, size: tuple[int, int], batch: int, batches: bool, sides: bool
+) -> list[Tensor]:
+    """Inputs that a file is compared on: two sizes where it takes several, else two numbers of
+    pictures where it takes those, else one."""
+    settings = model.config.input
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, *size)]
+    if sides:
+        down, right = (_nearby(n, settings.divisor) for n in size)
+        shapes.append((batch + 1 if batches else batch, down, right))
+    elif batches:
+        shapes.append((batch + 1, *size))
+    return [torch.randn(b, settings.channels, h, w, generator=generator) for b, h, w in shapes]
+
+
+def _nearby(side: int, divisor: int) -> int:
+    """Another side: three quarters of it, but not so few that maps have one row."""
+    smaller = -(-side * 3 // 4 // divisor) * divisor
+    return smaller if smaller >= _LEAST and smaller != side else side + divisor
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A folder beside the target, whose files of the target's name take their places when the
+    block ends well: first what stands beside the file, then the file."""
+    kept = {path.name, f"{path.name}.data"}
+    if path.suffix == ".xml":
+        kept.add(path.with_suffix(".bin").name)
+    folder = Path(tempfile.mkdtemp(prefix=".export-", dir=path.parent))
+    try:
+        yield folder
+        for name in sorted(kept, key=lambda name: name == path.name):
+            if (folder / name).is_file():
+                os.replace(folder / name, path.with_name(name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
