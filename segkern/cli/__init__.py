@@ -34,6 +34,7 @@ from ..recipes.evaluate_run import run_folder, source_of, write_report
 from ..runtime.device import usable_device
 from ..structures.settings import Options, Views
 from .prune import prune
+from .quantize import quantize
 from .train import train_command
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
@@ -339,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app = tyro.extras.SubcommandApp()
         others = evaluate, predict, explain, data, convert, demo, info
-        others += (prune,)
+        others += (prune, quantize)
         for command in (train_command(arguments), *others):
             app.command(command)
         # the model's kind is that of the recipe's or the stored config, and no subcommand

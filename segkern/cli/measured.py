@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data import Digits, Folder, Pictures, Streets
+from ..data import Digits, Folder, Pictures, Streets, build_dataset, find_format
 from ..models import SegmentationModel
 from ..recipes import DIGITS_THRESHOLD
-from ..recipes.evaluate_run import source_of
+from ..recipes.evaluate_run import data_of_run, source_of
 from ..structures.settings import Options
 
 _SCENES = 100
@@ -56,3 +56,17 @@ def data_for(
         threshold = DIGITS_THRESHOLD
     limit = _SCENES if limit is None and scenes else limit
     return Data(source, title, tasks, limit, Options(threshold))
+
+
+def training_data(name: str, data: Path | None, source):
+    """The training split of what a model is measured on, whole images; `source` itself where there
+    is no such split.
+
+    Args:
+        name: of the model.
+        data: the folder that was given, or None.
+        source: what `data_for` found.
+    """
+    settings = find_format(data)[0] if data is not None else data_of_run(name, False)
+    settings = settings or getattr(source, "config", None)
+    return source if settings is None else build_dataset(settings, "train")
