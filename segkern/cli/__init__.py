@@ -33,6 +33,7 @@ from ..recipes.demo import demo as run_demo
 from ..recipes.evaluate_run import run_folder, source_of, write_report
 from ..runtime.device import usable_device
 from ..structures.settings import Options, Views
+from .export import export
 from .prune import prune
 from .quantize import quantize
 from .train import train_command
@@ -340,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app = tyro.extras.SubcommandApp()
         others = evaluate, predict, explain, data, convert, demo, info
+        others += (export,)
         others += (prune, quantize)
         for command in (train_command(arguments), *others):
             app.command(command)

@@ -1,1 +1,1 @@
-"""Models as files that run without segkern, or without Python: export and what stands behind it."""
+"""Models as files that run without segkern, or without Python: export, and what it needs."""

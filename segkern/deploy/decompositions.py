@@ -1,10 +1,11 @@
 """What stands in an exported graph for each of segkern's ops: plain PyTorch operations.
 
-The models are not asked: `torch.export` records the ops as they are, and
-`decomposed` puts in the place of each what this table holds, so that any runtime can run the graph.
-Most are an op's own reference. Others are what makes a smaller graph: products stay products, a
-mask of keys stays a mask of booleans in place of packed bits, and deformable attention reads rows
-by their numbers (`Gather`) or, where that is wanted, by `GridSample`.
+The models are not asked: `torch.export` records the ops as they are, and `decomposed` puts in the
+place of each what this table holds, so that any runtime can run the graph. These are not the ops'
+references but what makes a small graph: a mask of keys stays one of booleans, in place of packed
+bits; deformable attention reads rows by their numbers (`Gather`) or, where that is wanted, by
+`GridSample`; no size is asked for, as the answer would hold for the traced one alone; no operation
+works in place, and none makes a tensor of the host's numbers, which a decomposition must not.
 
 Letters are those of each op.
 """
@@ -68,9 +69,11 @@ def conv3x3(x, filters):
 
     The filters [16, K, C] are Winograd's, G g G^T; g is read off them: its first and last row are
     there, the middle one is a difference."""
-    back = torch.tensor(((1.0, 0, 0, 0), (0, 1.0, -1.0, 0), (0, 0, 0, 1.0)), device=x.device)
-    weight = (torch.kron(back, back).to(x.dtype) @ filters.flatten(1)).mT
-    weight = weight.reshape(*filters.shape[1:], 3, 3)
+    weight = filters.unflatten(0, (4, 4))
+    for side in (0, 1):
+        first, one, two, last = weight.split(1, side)
+        weight = torch.cat((first, one - two, last), side)  # [3, 3, K, C] in the end
+    weight = weight.permute(2, 3, 0, 1)
     return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1)
 
 
@@ -183,7 +186,7 @@ def _levels(shapes: list) -> list[tuple]:
 
 def deform_attn_by_rows(value, shapes, reference, offsets, logits, normalized):
     """Four reads a sample of rows of D values, by their numbers in all of value."""
-    B, S, H, D = value.shape
+    B, S, H, _ = value.shape
     Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
     weights = (logits if normalized else logits.flatten(3).softmax(3)).reshape(B, Q, H, L * P)
     centre = reference.expand(-1, -1, L, -1)

@@ -2,7 +2,7 @@
 
     graph    = `Graph`: pixels in, named tensors out
     program  = torch.export of it, in segkern's ops or, `decomposed`, in PyTorch's own
-    file     = .onnx, .xml (OpenVINO's representation) or .pt2 (segkern's kernels inside), by suffix
+    file     = by suffix .onnx, .xml (OpenVINO's) or .pt2 (segkern's kernels inside)
 
 Files are made in a folder beside the target, run there in their own runtime and compared with the
 model, and only then take their names: what is missed leaves nothing behind.
@@ -114,6 +114,11 @@ def export(
         raise ValueError(f"export: dynamic must be a bool, 'batch' or 'sides', got {dynamic!r}")
     if batch is not None:
         expect_integer("export: batch", batch)
+        if dynamic is not False:
+            raise ValueError(
+                f"export: batch must be left out unless dynamic is False, got {batch} with "
+                f"dynamic {dynamic!r}"
+            )
     if not 18 <= opset <= 23:
         raise ValueError(f"export: opset must be from 18 to 23, got {opset}")
     graph = Graph(model, task, post, options)

@@ -1,4 +1,4 @@
-"""A model for one task as a function of tensors alone, with named results: what every export traces.
+"""A model for one task as a function of tensors alone, with named results: what exports trace.
 
 Letters: B image, C channel of it, Q query, K class, N row of a table, h w size of the picture as
 the model takes it, m n size of the model's own maps.

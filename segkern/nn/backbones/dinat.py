@@ -140,9 +140,10 @@ class NeighborhoodAttention(nn.Module):
     def _project(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """[B, h, w, C] to [B, h, w, 3 C], h and w at least K t."""
         least = self.kernel * self.dilation
-        below, right = (max(0, least - side) for side in x.shape[1:3])
+        below, right = (torch.sym_max(0, least - side) for side in x.shape[1:3])
         x = norm(x)
-        if below or right:
+        # in a graph for any sides they are expressions, of which nothing is asked
+        if not (isinstance(below, int) and isinstance(right, int)) or below or right:
             x = F.pad(x, (0, 0, 0, right, 0, below))
         return self.qkv(x)
 
