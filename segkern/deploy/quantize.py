@@ -18,9 +18,11 @@ from ..ops._checks import expect_integer
 from ..structures.logits import PixelLogits
 from ..structures.settings import Options, Views
 from . import quantize_onnx, quantize_pt2
-from .export import export, one_size, traced
+from .compare import BOUND, compared
+from .decompositions import decomposed
+from .export import one_size, samples, traced
 from .figures import FIGURES, Measure, sizes
-from .formats import PACKAGES, needed
+from .formats import PACKAGES, needed, openers, write_onnx
 from .graph import Graph
 from .new_place import new_place
 from .opened import open_file
@@ -28,6 +30,7 @@ from .prune import Watched
 
 METHODS = ("int8", "int8-weights", "bf16")
 _SUFFIXES = (".onnx", ".pt2")
+_OPSET = 20  # of ONNX
 
 
 class QualityLostError(RuntimeError):
@@ -186,8 +189,13 @@ def _onnx(
     path: Path,
 ) -> None:
     """Writes both files."""
-    export(model, whole, task, grid_sample=True)
-    source = quantize_onnx.prepared(whole)
+    graph = Graph(model, task)
+    size = graph.example
+    sides = one_size(graph, size) is None
+    program = decomposed(traced(graph, size, sides=sides), grid_sample=True)
+    write_onnx(program, whole, graph, batches=True, sides=sides, opset=_OPSET)
+    compared(graph, openers(whole), samples(model, size, 1, True, sides), BOUND, whole)
+    source = quantize_onnx.prepared(whole, quantize_onnx.made_from(program))
     if method == "int8":
         quantize_onnx.to_int8(source, keep, seen, path)
     elif method == "int8-weights":

@@ -54,12 +54,32 @@ class Prepared(NamedTuple):
         ]
 
 
-def prepared(path: Path) -> Prepared:
-    """Opens a file of `export`."""
+def made_from(program: torch.export.ExportedProgram) -> dict[str, frozenset[str]]:
+    """Of each constant of a program by its name, of which weights of the model it is made: an
+    export computes small ones, and calls them by their node."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    known: dict[torch.fx.Node, frozenset[str]] = {}
+    for node in program.graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "placeholder" and node.name in names:
+            known[node] = frozenset({names[node.name].removeprefix(_PREFIX)})
+        elif node.op == "call_function" and inputs and all(x in known for x in inputs):
+            known[node] = frozenset().union(*(known[x] for x in inputs))
+    return {node.name: made_of for node, made_of in known.items()}
+
+
+def prepared(path: Path, names: dict[str, frozenset[str]]) -> Prepared:
+    """Opens a file of `write_onnx`.
+
+    Args:
+        path: the file.
+        names: `made_from` of its program.
+    """
     import onnx
 
     model = onnx.load(path)
-    made_of = _origins(model.graph)
+    made_of = _origins(model.graph, names)
     model = _folded(model)
     sizes = {x.name: len(x.dims) for x in model.graph.initializer}
     weights = []
@@ -72,9 +92,12 @@ def prepared(path: Path) -> Prepared:
     return Prepared(model, weights)
 
 
-def _origins(graph) -> dict[str, frozenset[str]]:
-    """Of each product and convolution by its name, of which initializers its weight is made."""
-    known = {x.name: frozenset({x.name.removeprefix(_PREFIX)}) for x in graph.initializer}
+def _origins(graph, names: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    """Of each product and convolution by its name, of which weights its constant is made."""
+    known = {
+        x.name: names.get(x.name, frozenset({x.name.removeprefix(_PREFIX)}))
+        for x in graph.initializer
+    }
     found = {}
     for node in graph.node:
         inputs = [name for name in node.input if name]

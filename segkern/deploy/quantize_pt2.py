@@ -5,6 +5,7 @@ between pairs of quantise and dequantise, which torch.compile fuses into int8 ke
 are, the pairs cost time.
 """
 
+import operator
 import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -46,7 +47,7 @@ def to_int8(
 
         def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
             model = super().annotate(model)
-            made_of = _origins(model.graph)
+            made_of = _origins(model.graph, names)
             for node in model.graph.nodes:
                 note = node.meta.get("quantization_annotation")
                 if note is None or not note._annotated:
@@ -62,10 +63,12 @@ def to_int8(
             return model
 
     program = decomposed(traced(graph, size, batches=True, sides=sides))
+    module = program.module(check_guards=False)
+    names = _fold(module)
     quantizer = Kept().set_global(x86.get_default_x86_inductor_quantization_config())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        observed = prepare_pt2e(program.module(check_guards=False), quantizer)
+        observed = prepare_pt2e(module, quantizer)
         for picture in pixels:
             observed(picture)
         module = _without_unused(convert_pt2e(observed))
@@ -85,18 +88,47 @@ def _without_unused(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def _origins(graph: fx.Graph) -> dict[fx.Node, frozenset[str]]:
+@torch.no_grad()
+def _fold(module: fx.GraphModule) -> dict[str, frozenset[str]]:
+    """Computes what depends on weights alone, in place.
+
+    Returns:
+        of each weight and each of the new constants by its name, of which weights it is made.
+    """
+    known: dict[fx.Node, frozenset[str]] = {}
+    values: dict[fx.Node, Tensor] = {}
+    names = {}
+    for node in list(module.graph.nodes):
+        inputs = node.all_input_nodes
+        if node.op == "get_attr":
+            known[node] = names[node.target] = frozenset({node.target.removeprefix(_PREFIX)})
+            values[node] = operator.attrgetter(node.target)(module)
+        elif node.op == "call_function" and inputs and all(x in known for x in inputs):
+            known[node] = frozenset().union(*(known[x] for x in inputs))
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+    for node, value in values.items():
+        if node.op == "get_attr" or all(user in known for user in node.users):
+            continue
+        name = f"folded_{node.name}"
+        module.register_buffer(name, value.clone())
+        names[name] = known[node]
+        with module.graph.inserting_before(node):
+            new = module.graph.get_attr(name)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return names
+
+
+def _origins(graph: fx.Graph, names: dict[str, frozenset[str]]) -> dict[fx.Node, frozenset[str]]:
     """Of each product and convolution, of which weights of the model its second operand is made;
     none where it is no constant."""
-    known: dict[fx.Node, frozenset[str]] = {}
     found = {}
     for node in graph.nodes:
-        if node.op == "get_attr":
-            known[node] = frozenset({str(node.target).removeprefix(_PREFIX)})
-        elif node.op == "call_function":
-            inputs = node.all_input_nodes
-            if all(x in known for x in inputs):
-                known[node] = frozenset().union(*(known[x] for x in inputs))
-            elif len(node.args) > 1 and node.args[1] in known:
-                found[node] = known[node.args[1]]
+        if node.op == "call_function" and len(node.args) > 1:
+            weight = node.args[1]
+            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                found[node] = names[weight.target]
     return found
