@@ -5,6 +5,7 @@ attention and the norms among it, stays in float32. Constants that an export lef
 are computed first, and each knows from which weights of the model it comes.
 """
 
+import ast
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +19,7 @@ from .graph import INPUT
 _OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # their second input is the weight
 _UNLIMITED = 2**62
 _PREFIX = "model."  # of the model in a `Graph`
+_SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: modules, and the node of the program
 
 
 class Weight(NamedTuple):
@@ -46,27 +48,39 @@ class Prepared(NamedTuple):
     weights: list[Weight]
 
     def wanted(self, keep: Sequence[str]) -> list[Weight]:
-        """Those that come from no weight whose name a pattern fits."""
-        return [
+        """Those that come from no weight whose name a pattern fits.
+
+        Raises:
+            ValueError: there are none.
+        """
+        found = [
             w
             for w in self.weights
             if not any(fnmatch(name, pattern) for name in w.made_of for pattern in keep)
         ]
+        if not found:
+            raise ValueError(
+                f"quantize: keep must leave a weight to make smaller, got {', '.join(keep)}"
+            )
+        return found
 
 
 def made_from(program: torch.export.ExportedProgram) -> dict[str, frozenset[str]]:
-    """Of each constant of a program by its name, of which weights of the model it is made: an
-    export computes small ones, and calls them by their node."""
+    """By the names of a program's nodes: of each constant, and of the second operand of whatever
+    has a constant there, of which weights of the model it is made."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     known: dict[torch.fx.Node, frozenset[str]] = {}
+    operands = {}
     for node in program.graph.nodes:
         inputs = node.all_input_nodes
         if node.op == "placeholder" and node.name in names:
             known[node] = frozenset({names[node.name].removeprefix(_PREFIX)})
         elif node.op == "call_function" and inputs and all(x in known for x in inputs):
             known[node] = frozenset().union(*(known[x] for x in inputs))
-    return {node.name: made_of for node, made_of in known.items()}
+        elif node.op == "call_function" and len(node.args) > 1 and node.args[1] in inputs:
+            operands[node.name] = known.get(node.args[1], frozenset())
+    return operands | {node.name: made_of for node, made_of in known.items()}
 
 
 def prepared(path: Path, names: dict[str, frozenset[str]]) -> Prepared:
@@ -93,19 +107,26 @@ def prepared(path: Path, names: dict[str, frozenset[str]]) -> Prepared:
 
 
 def _origins(graph, names: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-    """Of each product and convolution by its name, of which weights its constant is made."""
-    known = {
-        x.name: names.get(x.name, frozenset({x.name.removeprefix(_PREFIX)}))
-        for x in graph.initializer
-    }
+    """Of each product and convolution by its name, of which weights its constant is made.
+
+    An export computes small constants and gives them new names: then the node of the program that
+    a product comes from tells. One that nothing tells of is left out, and stays in float32.
+    """
+    nothing = frozenset()
+    known = {}
+    for x in graph.initializer:
+        own = frozenset({x.name.removeprefix(_PREFIX)}) if x.name.startswith(_PREFIX) else nothing
+        known[x.name] = names.get(x.name, own)
     found = {}
     for node in graph.node:
         inputs = [name for name in node.input if name]
         if all(name in known for name in inputs):
-            made_of = frozenset().union(*(known[name] for name in inputs))
+            made_of = nothing.union(*(known[name] for name in inputs))
             known |= dict.fromkeys(node.output, made_of)
         elif node.op_type in _OPS and node.input[1] in known:
-            found[node.name] = known[node.input[1]]
+            scopes = [p.value for p in node.metadata_props if p.key == _SCOPES]
+            traced = ast.literal_eval(scopes[0])[-1] if scopes else ""
+            found[node.name] = known[node.input[1]] or names.get(traced, nothing)
     return found
 
 

@@ -1,8 +1,9 @@
 """Programs of torch.export with int8 weights and activations, or int8 weights alone.
 
-The recipe is torchao's PT2E with the quantiser for Inductor on x86: products and convolutions
-between pairs of quantise and dequantise, which torch.compile fuses into int8 kernels. Run as they
-are, the pairs cost time.
+The recipe is torchao's PT2E with the types and observers of its quantiser for Inductor on x86:
+products and convolutions between pairs of quantise and dequantise, which torch.compile fuses into
+int8 kernels. Run as they are, the pairs cost time. That quantiser itself tells products by the
+modules that they were traced from, and the ops that segkern's stand for come from none.
 """
 
 import operator
@@ -18,6 +19,7 @@ from .export import traced
 from .graph import INPUT, Graph
 
 _PREFIX = "model."  # of the model in a `Graph`
+_OPS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
 
 
 def to_int8(
@@ -40,35 +42,36 @@ def to_int8(
         weights_alone: activations stay in float32.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantizer
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    class Kept(x86.X86InductorQuantizer):
-        """Leaves out the products of what `keep` names, and of operands that no weight made."""
+    specs = x86.get_default_x86_inductor_quantization_config()
+
+    class Products(Quantizer):
+        """Marks products and convolutions by weights that `keep` does not name."""
 
         def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-            model = super().annotate(model)
-            made_of = _origins(model.graph, names)
-            for node in model.graph.nodes:
-                note = node.meta.get("quantization_annotation")
-                if note is None or not note._annotated:
+            """Says of each what is observed."""
+            for node, parts in _origins(model.graph, names).items():
+                if any(fnmatch(name, pattern) for name in parts for pattern in keep):
                     continue
-                names = made_of.get(node)
-                if not names or any(fnmatch(n, p) for n in names for p in keep):
-                    node.meta.pop("quantization_annotation")
-                    continue
-                note.output_qspec = None
-                if weights_alone:
-                    weight = node.args[1]
-                    note.input_qspec_map = {weight: note.input_qspec_map[weight]}
+                wanted = {node.args[1]: specs.weight}
+                if not weights_alone:
+                    wanted[node.args[0]] = specs.input_activation
+                node.meta["quantization_annotation"] = QuantizationAnnotation(
+                    input_qspec_map=wanted, _annotated=True
+                )
             return model
+
+        def validate(self, model: fx.GraphModule) -> None:
+            """Nothing else is marked."""
 
     program = decomposed(traced(graph, size, batches=True, sides=sides))
     module = program.module(check_guards=False)
     names = _fold(module)
-    quantizer = Kept().set_global(x86.get_default_x86_inductor_quantization_config())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        observed = prepare_pt2e(module, quantizer)
+        observed = prepare_pt2e(module, Products())
         for picture in pixels:
             observed(picture)
         module = _without_unused(convert_pt2e(observed))
@@ -127,7 +130,7 @@ def _origins(graph: fx.Graph, names: dict[str, frozenset[str]]) -> dict[fx.Node,
     none where it is no constant."""
     found = {}
     for node in graph.nodes:
-        if node.op == "call_function" and len(node.args) > 1:
+        if node.target in _OPS:
             weight = node.args[1]
             if isinstance(weight, fx.Node) and weight.op == "get_attr":
                 found[node] = names[weight.target]

@@ -38,6 +38,9 @@ NAMES = dict(enumerate([*map(str, range(10)), "background"]))
 QUICK = {"limit": 2, "runs": 1, "progress": False, "pictures": 3}
 
 
+HEAD = ((3, 64), (64, 3))  # the class head of `Brief`, as it may stand in a file
+
+
 class Brief(nn.Module):
     """A model of pixels in few operations, which exports in a moment: a part that is computed of
     two weights, a convolution, and a class head."""
@@ -247,8 +250,8 @@ def test_weights_are_small_in_the_file_and_sensitive_parts_are_not(
 def test_composed_weights_are_small_and_kept_by_the_names_they_come_from(
     method, exported, brief, tmp_path
 ):
-    seen = [torch.randn(1, 3, 32, 32) for _ in range(2)]
-    for keep, small in (((), 2), (("fuse.*",), 1), (("stem.*", "turn.*"), 0)):
+    seen = [torch.randn(1, 3, 64, 64) for _ in range(2)]
+    for keep, small in (((), 2), (("fuse.*",), 1)):
         source, path = quantize_onnx.prepared(*exported("brief")), tmp_path / "small.onnx"
         assert {w.made_of for w in source.weights} == {
             frozenset({"stem.weight"}),
@@ -259,13 +262,20 @@ def test_composed_weights_are_small_and_kept_by_the_names_they_come_from(
         found = list(products(path))
         assert len(found) == 3
         assert sum(dtype == STORED[method] for _, dtype, _, _ in found) == small
-        assert all(dtype == onnx.TensorProto.FLOAT for _, dtype, shape, _ in found if 3 in shape)
+        assert all(
+            dtype == onnx.TensorProto.FLOAT for _, dtype, shape, _ in found if shape in HEAD
+        )
         wanted = brief.predict(seen[0]).maps.detach()
-        assert (off(run(path, seen[0])[0], wanted) > 0) == (small > 0)
-        assert off(run(path, seen[0])[0], wanted) < FAR[method]
+        assert 1e-5 < off(run(path, seen[0])[0], wanted) < FAR[method]
+    source = quantize_onnx.prepared(*exported("brief"))
+    with pytest.raises(ValueError, match="keep must leave a weight to make smaller"):
+        METHODS[method](source, ("stem.*", "turn.*", "head.*"), seen, tmp_path / "none.onnx")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    ["int8", *(pytest.param(m, marks=pytest.mark.slow) for m in ("int8-weights", "bf16"))],
+)
 def test_figures_are_those_of_the_file(brief, method, tmp_path):
     out, data = tmp_path / "small.onnx", Thirds(brief)
     rows = segkern.quantize(brief, out, data, method, max_drop=1.0, **QUICK)
@@ -282,7 +292,8 @@ def test_figures_are_those_of_the_file(brief, method, tmp_path):
         for k in range(3):
             there, found = data[i]["semantic"] == k, have == k
             sums[:, k] += (there & found).sum(), (there | found).sum()
-    assert rows[2]["miou"] == pytest.approx((sums[0] / sums[1]).mean(), abs=1e-9)
+    mean = np.mean([a / b for a, b in sums.T if b])
+    assert rows[2]["miou"] == pytest.approx(mean, abs=1e-9)
 
 
 def test_a_drop_above_the_limit_writes_nothing(brief, tmp_path, monkeypatch):
@@ -290,7 +301,7 @@ def test_a_drop_above_the_limit_writes_nothing(brief, tmp_path, monkeypatch):
 
     def spoilt(source, keep, path):
         for x in source.model.graph.initializer:
-            if 3 in x.dims:
+            if tuple(x.dims) in HEAD:
                 value = onnx.numpy_helper.to_array(x)
                 x.CopyFrom(onnx.numpy_helper.from_array(-value, x.name))
         onnx.save(source.model, path)
@@ -306,7 +317,7 @@ def test_a_drop_above_the_limit_writes_nothing(brief, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", ["int8", "int8-weights"])
+@pytest.mark.parametrize("method", ["int8", pytest.param("int8-weights", marks=pytest.mark.slow)])
 def test_programs_of_pt2_hold_int8(method, brief, tmp_path):
     out, data = tmp_path / "small.pt2", Thirds(brief)
     rows = segkern.quantize(brief, out, data, method, max_drop=1.0, **QUICK)
@@ -322,7 +333,7 @@ def test_programs_of_pt2_hold_int8(method, brief, tmp_path):
     activations = sum("quantize_per_tensor" in str(n.target) for n in program.graph.nodes)
     assert (activations > 0) == (method == "int8")
     x = data[4]["pixel_values"][None]
-    have = program.module(check_guards=False)(x)[0]
+    have = program.module(check_guards=False)(x)[0].detach()
     assert 0 < off(have, brief.predict(x).maps.detach()) < FAR[method]
 
 
@@ -388,7 +399,7 @@ def test_a_model_becomes_a_pt2_of_int8(kind, request, pixels, tmp_path):
         assert any(part in name for name in names), part
     have = program.module(check_guards=False)(pixels[3])
     for a, b in zip(have, logits_of(model, pixels[3]), strict=True):
-        assert 0 < off(a, b) < 0.2
+        assert 0 < off(a.detach(), b) < 0.2
 
 
 @pytest.mark.slow
