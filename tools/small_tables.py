@@ -14,19 +14,21 @@ from segkern.cli.measured import data_for, training_data
 from segkern.deploy.figures import markdown
 from segkern.deploy.quantize import METHODS
 from segkern.models import SegmentationModel
+from segkern.models.smaller import parts_of
 
 ZEROS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def prunings(model: SegmentationModel) -> Iterator[tuple[str, dict]]:
     """What is cut, and what it is called."""
-    if hasattr(model, "decoder_layers"):
+    parts = parts_of(model)
+    if parts.layers is not None:
         for layers in range(model.config.decoder_layers - 1, 0, -1):
             yield f"{layers} of {model.config.decoder_layers} layers", {"layers": layers}
-    if getattr(model, "query_rows", ()):
+    if parts.queries:
         count = model.config.num_queries
         for queries in sorted({count * 3 // 4, count // 2, count // 4}, reverse=True):
-            if queries > getattr(model, "fixed_queries", 0):
+            if queries > parts.fixed:
                 yield f"{queries} of {count} queries", {"queries": queries}
     for share in ZEROS:
         yield f"{share:.0%} zeros", {"zeros": share}

@@ -10,7 +10,6 @@ from rich.console import Console
 from ..deploy.figures import table
 from ..deploy.quantize import METHODS, QualityLostError
 from ..deploy.quantize import quantize as run_quantize
-from ..io.atomic_files import write_json
 from ..models import open_model
 from .measured import data_for, training_data
 
@@ -24,7 +23,7 @@ def quantize(
     keep: tuple[str, ...] = (),
     max_drop: float = 0.01,
     limit: int | None = None,
-    table_out: Path | None = None,
+    report: Path | None = None,
 ) -> int:
     """Write a model with fewer bits, int8 or bfloat16, and measure it: quality, size, time.
 
@@ -43,7 +42,7 @@ def quantize(
             offsets, the task's words, the class head and norms always do.
         max_drop: the most that PQ, AP or mIoU may fall, from 0 to 1.
         limit: the first so many images; not given, all, or 100 scenes.
-        table_out: JSON file for the table.
+        report: JSON file for the table.
     """
     opened = open_model(model)
     measured = data_for(model, opened, data, limit)
@@ -52,12 +51,10 @@ def quantize(
     settings = method, calibration, pictures, keep, max_drop, tasks, limit, options
     lost = None
     try:
-        rows = run_quantize(opened, out, source, *settings)
+        rows = run_quantize(opened, out, source, *settings, report=report)
     except QualityLostError as error:
         rows, lost = error.rows, error
     Console().print(table(rows, f"{model} on {title}"))
-    if table_out is not None:
-        write_json(table_out, {"model": model, "out": str(out), "method": method, "rows": rows})
     if lost is not None:
         print(f"segkern: error: {lost}", file=sys.stderr)
         return 1

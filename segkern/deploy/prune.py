@@ -88,7 +88,7 @@ def prune(
     measure = Measure(dataset, tasks, limit, options, runs, progress)
     with new_place("prune", Path(out)) as temporary:
         if queries is not None:
-            kept = used_queries(cut, dataset, tasks, queries - smaller.fixed_queries(cut), limit)
+            kept = used_queries(cut, dataset, tasks, queries - smaller.parts_of(cut).fixed, limit)
             cut, report["queries"] = smaller.with_queries(cut, kept), kept
         if zeros is not None:
             cut = smaller.copied(cut)
@@ -106,7 +106,7 @@ def prune(
 
 
 def _check_queries(model: SegmentationModel, queries: int, dataset) -> None:
-    fixed, free = smaller.fixed_queries(model), smaller.free_queries(model)
+    fixed, free = smaller.parts_of(model).fixed, smaller.free_queries(model)
     if not fixed < queries < fixed + free:
         raise ValueError(
             f"prune: queries must be more than {fixed} and fewer than the {fixed + free} there "

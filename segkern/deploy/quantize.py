@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..evaluation.evaluate import check_dataset, found, options_of
 from ..inference.segment import check
+from ..io.atomic_files import write_json
 from ..models import open_model, smaller
 from ..models.protocol import SegmentationModel
 from ..ops._checks import expect_integer
@@ -59,6 +60,7 @@ def quantize(
     options: Options | None = None,
     runs: int = 5,
     progress: bool = True,
+    report: str | Path | None = None,
 ) -> list[dict]:
     """Writes a model with fewer bits, and measures the file beside the model.
 
@@ -83,6 +85,7 @@ def quantize(
             the first.
         runs: of which `ms` is the median.
         progress: show bars.
+        report: JSON file for the method and the rows, also of a file that is not written.
 
     Returns:
         rows of plain types, each with a name, `ms` and `mb`: "model", which also has the figure of
@@ -125,6 +128,8 @@ def quantize(
             rows.append({"name": "float32 file", "ms": ms} | sizes(beside))
             written = open_file(temporary, model.config, stride)
         rows.append(measure(method, written) | sizes(temporary))
+        if report is not None:
+            write_json(report, {"method": method, "max_drop": max_drop, "rows": rows})
         _expect_kept(rows, tasks, max_drop, out)
     return rows
 

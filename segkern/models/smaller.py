@@ -1,14 +1,13 @@
 """Models made smaller: fewer decoder layers, fewer queries, weights that are 0.
 
-A model says what it has to give: `decoder_layers` is the name of its list of layers, each followed
-by a prediction, `query_rows` the names of the weights that have a row a query, `fixed_queries` how
-many of the last queries stand for something else than a segment and always stay.
+`PARTS` says where models have layers and queries that may go; weights may become 0 in all of them.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,29 @@ from torch.nn.utils.prune import L1Unstructured
 from . import build_model
 from .protocol import SegmentationModel
 
+
+class Parts(NamedTuple):
+    """What of a model may be fewer.
+
+    Attributes:
+        queries: names of the weights that have a row a query.
+        layers: name of the list of decoder layers, each followed by a prediction; None where there
+            is no such list.
+        fixed: how many of the last queries are for something else than a segment, and stay.
+    """
+
+    queries: tuple[str, ...] = ()
+    layers: str | None = None
+    fixed: int = 0
+
+
+_LAYERS, _PLACES = "query_decoder.layers", "query_decoder.query_embed.weight"
+PARTS = {  # by kind
+    "mask2former": Parts(("query_decoder.query_feat.weight", _PLACES), _LAYERS),
+    "maskformer": Parts((_PLACES,), _LAYERS),
+    "oneformer": Parts((_PLACES,), _LAYERS, fixed=1),  # the last query is the task's token
+    "eomt": Parts(("query.weight",)),
+}
 # parts that lose most by fewer bits or weights: where attention looks is a matter of fractions of
 # a pixel, the words of a task are numbers up to 49407; the class head of every model is one, too
 SENSITIVE = ("*.sampling_offsets.*", "*.task_mlp.*", "*norm*")
@@ -27,13 +49,13 @@ def with_layers(model: SegmentationModel, layers: int) -> SegmentationModel:
     makes there.
 
     Args:
-        model: with `decoder_layers`; is not changed.
+        model: is not changed.
         layers: that stay, at least 1 and fewer than there are.
 
     Raises:
         ValueError: a model without such layers, or another number.
     """
-    place, have = getattr(model, "decoder_layers", None), _setting(model, "decoder_layers")
+    place, have = parts_of(model).layers, getattr(model.config, "decoder_layers", 0)
     if place is None:
         raise ValueError(
             f"prune: layers must be left out for a {model.config.kind}, which has no decoder with "
@@ -58,7 +80,7 @@ def with_queries(model: SegmentationModel, kept: Sequence[int]) -> SegmentationM
     """The model with some of its queries alone, in the order given.
 
     Args:
-        model: with `query_rows`; is not changed.
+        model: is not changed.
         kept: places of the queries that stay, each once; the fixed ones come last of themselves.
 
     Raises:
@@ -70,12 +92,17 @@ def with_queries(model: SegmentationModel, kept: Sequence[int]) -> SegmentationM
             f"prune: queries must be different places in [0, {free}), at least one, "
             f"got {list(kept)}"
         )
-    have = _setting(model, "num_queries")
+    have = model.config.num_queries
     rows = torch.tensor([*kept, *range(free, have)])
     weights = model.state_dict()
-    for name in model.query_rows:
+    for name in parts_of(model).queries:
         weights[name] = weights[name][rows.to(weights[name].device)]
     return _made(model, weights, num_queries=len(rows))
+
+
+def parts_of(model: SegmentationModel) -> Parts:
+    """What of a model may be fewer."""
+    return PARTS.get(model.config.kind, Parts())
 
 
 def free_queries(model: SegmentationModel) -> int:
@@ -84,17 +111,13 @@ def free_queries(model: SegmentationModel) -> int:
     Raises:
         ValueError: it has none that are learned.
     """
-    if not getattr(model, "query_rows", ()):
+    parts = parts_of(model)
+    if not parts.queries:
         raise ValueError(
             f"prune: queries must be left out for a {model.config.kind}, which has none that "
             "could be fewer"
         )
-    return _setting(model, "num_queries") - fixed_queries(model)
-
-
-def fixed_queries(model: SegmentationModel) -> int:
-    """How many of the last queries always stay."""
-    return getattr(model, "fixed_queries", 0)
+    return model.config.num_queries - parts.fixed
 
 
 def weights_of_layers(model: nn.Module, keep: Sequence[str] = ()) -> dict[str, nn.Parameter]:
@@ -158,10 +181,6 @@ def zero_weights(
 def _mask(values: Tensor, share: float) -> Tensor:
     """1 for the values that stay; those that are 0 already go first."""
     return L1Unstructured(share).compute_mask(values, torch.ones_like(values))
-
-
-def _setting(model: SegmentationModel, name: str) -> int:
-    return getattr(model.config, name, 0)
 
 
 def _made(

@@ -29,6 +29,7 @@ from segkern.models import (
 )
 from segkern.models.smaller import (
     free_queries,
+    parts_of,
     weights_of_layers,
     with_layers,
     with_queries,
@@ -60,7 +61,7 @@ def models():
     torch.manual_seed(0)
     made = {name: make().eval() for name, make in MAKERS.items()}
     for model in made.values():  # far from one another, as trained queries are
-        for name in model.query_rows:
+        for name in parts_of(model).queries:
             torch.nn.init.normal_(model.get_parameter(name))
     return made
 
@@ -95,9 +96,9 @@ def test_the_rows_of_the_queries_that_stay_are_equal(models, kind):
     cut = with_queries(model, kept)
     fixed = [8] if kind == "OneFormer" else []
     assert cut.config.num_queries == 3 + len(fixed)
-    for name in model.query_rows:
+    for name in parts_of(model).queries:
         assert torch.equal(cut.get_parameter(name), model.get_parameter(name)[kept + fixed])
-    rest = {k: v for k, v in cut.state_dict().items() if k not in model.query_rows}
+    rest = {k: v for k, v in cut.state_dict().items() if k not in parts_of(model).queries}
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in rest.items())
     out = cut.predict(torch.randn(1, 3, 64, 64), *cut.inputs("panoptic", 1))
     assert out.classes.shape[1] == out.masks.shape[1] == 3 + len(fixed)

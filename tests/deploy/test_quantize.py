@@ -414,7 +414,7 @@ def test_the_command_prints_a_table_and_refuses_with_exit_code_1(
     segformer.save_pretrained(folder)
     command = ["quantize", folder, str(out), "--limit", "2", "--pictures", "2"]
     report = tmp_path / "table.json"
-    assert main([*command, "--max-drop", "1", "--table-out", str(report)]) == 0
+    assert main([*command, "--max-drop", "1", "--report", str(report)]) == 0
     text = capsys.readouterr().out
     for word in ("mIoU", "ms an image", "MB", "float32 file", "int8", "written"):
         assert word in text

@@ -65,7 +65,6 @@ class EoMT(nn.Module):
         "class_predictor.bias",
         "criterion.empty_weight",
     )
-    query_rows = ("query.weight",)
 
     def __init__(self, config: EoMTConfig):
         super().__init__()

@@ -61,8 +61,6 @@ class Mask2Former(nn.Module):
         "criterion.empty_weight",
     )
     deep_supervision = True
-    decoder_layers = "query_decoder.layers"
-    query_rows = ("query_decoder.query_feat.weight", "query_decoder.query_embed.weight")
 
     def __init__(self, config: Mask2FormerConfig):
         super().__init__()

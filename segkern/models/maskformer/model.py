@@ -65,8 +65,6 @@ class MaskFormer(nn.Module):
         "query_decoder.class_embed.bias",
         "criterion.empty_weight",
     )
-    decoder_layers = "query_decoder.layers"
-    query_rows = ("query_decoder.query_embed.weight",)
 
     def __init__(self, config: MaskFormerConfig):
         super().__init__()

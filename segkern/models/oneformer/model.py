@@ -80,9 +80,6 @@ class OneFormer(nn.Module):
         "criterion.empty_weight",
     )
     deep_supervision = True
-    decoder_layers = "query_decoder.layers"
-    query_rows = ("query_decoder.query_embed.weight",)
-    fixed_queries = 1  # the last, which is the task's token
     training_parts = ("text_encoder",)
 
     def __init__(self, config: OneFormerConfig):
