@@ -2,6 +2,7 @@
 with."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Literal
@@ -113,11 +114,10 @@ def _recipe_config(name: str | None, given: dict[str, str], arguments: list[str]
 def _pruned(config: TrainConfig, init: str | None) -> TrainConfig:
     """The recipe's config with as many decoder layers and queries as the model to start from."""
     found = None if init is None else open_model(init).config
-    if found is not None and found.kind == config.model.kind:
-        for name in ("decoder_layers", "num_queries"):
-            if hasattr(found, name):
-                setattr(config.model, name, getattr(found, name))
-    return config
+    if found is None or found.kind != config.model.kind:
+        return config
+    sizes = {n: getattr(found, n) for n in ("decoder_layers", "num_queries") if hasattr(found, n)}
+    return replace(config, model=replace(config.model, **sizes))
 
 
 def _recipe_for(root: str, layout: bool, init: str | None) -> str:
