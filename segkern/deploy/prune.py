@@ -15,6 +15,7 @@ from ..inference.segment import check
 from ..io.atomic_files import write_json
 from ..models import open_model, smaller
 from ..models.protocol import SegmentationModel
+from ..runtime.modes import evaluated
 from ..structures.logits import QueryLogits
 from ..structures.settings import Options, Views
 from .figures import Measure, sizes
@@ -120,14 +121,14 @@ class Watched(nn.Module):
     """A model that shows what goes into `predict` and what comes out.
 
     Args:
-        model: in eval mode.
+        model: in whatever mode, which stays; seen in evaluation mode.
         see: called with pixel_values and the logits of each run.
     """
 
     def __init__(self, model: SegmentationModel, see):
         super().__init__()
-        self.model, self.config, self.see = model, model.config, see
-        self.eval()
+        self.training = False
+        self.model, self.config, self.see = evaluated(model), model.config, see
 
     def inputs(self, task: str, batch: int) -> tuple[Tensor, ...]:
         """The model's."""

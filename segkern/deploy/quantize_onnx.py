@@ -136,11 +136,33 @@ def _folded(model):
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants
 
-    made = ir.serde.deserialize_model(model)
-    fold_constants(made, input_size_limit=_UNLIMITED, output_size_limit=_UNLIMITED)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(made)
-    common.RemoveUnusedNodesPass()(made)
-    return ir.serde.serialize_model(made)
+    for _ in range(2):  # what depends on a split is computed after it
+        made = ir.serde.deserialize_model(model)
+        fold_constants(made, input_size_limit=_UNLIMITED, output_size_limit=_UNLIMITED)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(made)
+        common.RemoveUnusedNodesPass()(made)
+        model = ir.serde.serialize_model(made)
+        _split(model.graph)
+    return model
+
+
+def _split(graph) -> None:
+    """Computes each Split of a constant by given sizes, which constant folding leaves."""
+    from onnx import numpy_helper
+
+    values = {x.name: x for x in graph.initializer}
+    left = []
+    for node in graph.node:
+        constant = node.op_type == "Split" and all(name in values for name in node.input)
+        if not constant or len(node.input) < 2:
+            left.append(node)
+            continue
+        whole, sizes = (numpy_helper.to_array(values[name]) for name in node.input)
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        for name, part in zip(node.output, np.split(whole, np.cumsum(sizes)[:-1], axis)):
+            graph.initializer.append(numpy_helper.from_array(part.copy(), name))
+    del graph.node[:]
+    graph.node.extend(left)
 
 
 def _axis(node, dimensions: int) -> int:
