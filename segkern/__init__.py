@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # the same as `_HOME`, for editors
     from . import models as models
     from . import recipes as recipes
     from .deploy.export import export as export
+    from .deploy.prune import prune as prune
+    from .deploy.quantize import quantize as quantize
     from .evaluation.evaluate import evaluate as evaluate
     from .inference.postprocess import postprocess as postprocess
     from .inference.segment import segment as segment
@@ -51,6 +53,8 @@ _HOME = {
     "models": "",
     "recipes": "",
     "export": "deploy.export",
+    "prune": "deploy.prune",
+    "quantize": "deploy.quantize",
     "evaluate": "evaluation.evaluate",
     "postprocess": "inference.postprocess",
     "segment": "inference.segment",

@@ -36,6 +36,8 @@ from ..runtime.device import usable_device
 from ..runtime.processes import ALONE, code_before, joined, lost_another, said_before
 from ..structures.settings import Options, Views
 from .export import export
+from .prune import prune
+from .quantize import quantize
 from .train import train_command
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
@@ -366,7 +368,7 @@ def _processes(arguments: list[str]) -> Iterator[bool]:
 def _called(arguments: list[str]) -> int:
     """Runs a command."""
     app = tyro.extras.SubcommandApp()
-    others = evaluate, predict, explain, data, convert, demo, info, export
+    others = evaluate, predict, explain, data, convert, demo, info, export, prune, quantize
     for command in (train_command(arguments), *others):
         app.command(command)
     # the model's kind is that of the recipe's or the stored config, and no subcommand

@@ -2,6 +2,7 @@
 with."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Literal
@@ -132,7 +133,7 @@ def _recipe_config(name: str | None, given: dict[str, str], arguments: list[str]
     """What a recipe, or that of digits, makes of the options that it takes."""
     root, layout = given.get("--data.root"), given.get("--data.layout")
     if not _takes(name, "root"):
-        return recipes.RECIPES.get(name, recipes.digits)()
+        return _pruned(recipes.RECIPES.get(name, recipes.digits)(), given.get("--init"))
     if not root and _takes(name, "root", needed=True):
         raise ValueError(f"train: --recipe {name} needs --data.root, a folder of pictures")
     offered = {
@@ -147,6 +148,15 @@ def _recipe_config(name: str | None, given: dict[str, str], arguments: list[str]
     return recipes.RECIPES[name](
         **{k: v for k, v in offered.items() if v is not None and _takes(name, k)}
     )
+
+
+def _pruned(config: TrainConfig, init: str | None) -> TrainConfig:
+    """The recipe's config with as many decoder layers and queries as the model to start from."""
+    found = None if init is None else open_model(init).config
+    if found is None or found.kind != config.model.kind:
+        return config
+    sizes = {n: getattr(found, n) for n in ("decoder_layers", "num_queries") if hasattr(found, n)}
+    return replace(config, model=replace(config.model, **sizes))
 
 
 def _recipe_for(root: str, layout: bool, init: str | None) -> str:

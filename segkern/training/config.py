@@ -28,6 +28,8 @@ class TrainConfig:
             hub. The class head starts anew where the number of labels differs. None starts from
             the backbone that the model's config asks for.
         fresh_head: with init, start the class head anew also where the number of labels is equal.
+        keep_zeros: weights that pruning made 0 stay 0 (`segkern prune --zeros`), of linear layers
+            and convolutions.
         freeze: parts of the model that stay as they are: of a mask2former, maskformer or oneformer
             backbone, pixel_decoder and query_decoder, of a oneformer also task_queries and
             text_encoder, of a segmenter encoder and decoder, of an eomt encoder; or parts of
@@ -94,6 +96,7 @@ class TrainConfig:
     output: Path = Path("runs/digits")
     init: str | None = None
     fresh_head: bool = False
+    keep_zeros: bool = False
     freeze: tuple[str, ...] = ()
     overwrite: bool = False
     steps: int = 2000

@@ -48,6 +48,7 @@ from .state import stored_config as stored_config
 from .step import Step, TrainingLoss
 from .unmatched import Unmatched
 from .validation import BEST, Validation
+from .zeros import Zeros
 
 
 @dataclass
@@ -147,6 +148,11 @@ def _train(
     torch.manual_seed(config.seed)
     if model is None:
         fresh = state is None and config.init is None
+        if fresh and config.keep_zeros:
+            raise ValueError(
+                "train: keep_zeros must be False for a model of random weights, of which some "
+                "begin as 0: name a pruned one with init, got True"
+            )
         model = build_model(config.model, pretrained=fresh)
     start, seconds, begun = 0, 0.0, None
     if state is None and config.init is not None:
@@ -171,6 +177,8 @@ def _train(
     run = Trainee(train_step, average)
     if state is not None:
         start, seconds = restore(state, run, resume)
+    if config.keep_zeros:
+        train_step.zeros = Zeros(model)
     batches = _batches(data, config, start, processes)
     first = next(batches)  # before an earlier run is removed, for what is wrong with the files
     validation = None

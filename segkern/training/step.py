@@ -18,6 +18,7 @@ from ..runtime.cuda_graphs import Replay
 from ..runtime.processes import ALONE, Processes
 from ..structures.targets import Targets
 from .parallel import WARMUP, RunningStatistics, joining
+from .zeros import Zeros
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,6 +64,7 @@ class Step:
         self.model, self.optimizer, self.clip = model, optimizer, clip
         self.loss = TrainingLoss(model) if loss is None else loss
         self.statistics = RunningStatistics(model, processes)
+        self.zeros: Zeros | None = None  # that stay, where they are kept
         buffers = model.named_buffers()
         self.seeds = [buffer for name, buffer in buffers if name.rpartition(".")[2] == "seed"]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -115,6 +117,8 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.statistics.join()
+        if self.zeros is not None:
+            self.zeros()
         total = sum(loss for loss, _ in found) / len(parts)
         names = found[0][1]
         return total, {name: sum(x[name] for _, x in found) / len(parts) for name in names}

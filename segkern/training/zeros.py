@@ -1,0 +1,34 @@
+"""Weights that pruning made 0 stay 0 while a model trains."""
+
+import torch
+from torch import nn
+
+from ..models.smaller import weights_of_layers
+
+
+class Zeros:
+    """The zeros in the weights of linear layers and convolutions, by a mask each.
+
+    Args:
+        model: with its weights as they are at the start; of the sensitive parts, which pruning
+            leaves alone, no zeros are kept.
+
+    Raises:
+        ValueError: no such weight is 0.
+    """
+
+    def __init__(self, model: nn.Module):
+        weights = [w for w in weights_of_layers(model).values() if w.requires_grad]
+        masks = [weight.detach() == 0 for weight in weights]
+        self.parts = [(weight, mask) for weight, mask in zip(weights, masks) if mask.any()]
+        if not self.parts:
+            raise ValueError(
+                "train: keep_zeros must be False for a model that starts without weights that are "
+                "0, got True"
+            )
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Makes them 0 again, after a step of the optimizer."""
+        for weight, mask in self.parts:
+            weight.masked_fill_(mask, 0)
