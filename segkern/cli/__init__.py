@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, explain, data, convert, demo, info.
+"""The command line: train, evaluate, predict, explain, data, convert, serve, demo, info.
 
 Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 """
@@ -33,6 +33,7 @@ from ..recipes.demo import demo as run_demo
 from ..recipes.evaluate_run import run_folder, source_of, write_report
 from ..runtime.device import usable_device
 from ..structures.settings import Options, Views
+from .serve import serve
 from .train import train_command
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
@@ -337,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         app = tyro.extras.SubcommandApp()
-        others = evaluate, predict, explain, data, convert, demo, info
+        others = evaluate, predict, explain, data, convert, serve, demo, info
         for command in (train_command(arguments), *others):
             app.command(command)
         # the model's kind is that of the recipe's or the stored config, and no subcommand

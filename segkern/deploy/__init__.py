@@ -1,0 +1,1 @@
+"""Models at work outside of Python programs: exported, made smaller, served."""
