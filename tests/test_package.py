@@ -27,8 +27,8 @@ ROOT = Path(__file__).parent.parent
 OPS = sorted(p.stem for p in (ROOT / "segkern/ops").glob("[!_]*.py"))
 # every folder of the package, from the top, and the folders that it may import
 FLOORS = {
-    "cli": "recipes training deploy evaluation integrations inference models data structures runtime "
-    "ops",
+    "cli": "recipes training deploy evaluation integrations inference models data structures "
+    "runtime ops",
     "recipes": "training evaluation inference models data structures runtime io",
     "training": "evaluation models data weights structures runtime io",
     "deploy": "evaluation inference models structures runtime ops io",

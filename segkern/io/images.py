@@ -160,11 +160,11 @@ def read_image(
     """A picture as a tensor.
 
     Args:
-        image: path, file open in binary mode, PIL image, array [H, W] or [H, W, C], tensor [H, W] or [C, H, W]; arrays and
-            tensors bool, uint8, uint16 or floating in [0, 1]; C is 1 (grey), 2 (grey, alpha), 3 or
-            4 (with alpha). What is transparent shows white, as most viewers do it. White is 65535
-            in a deep PIL image ("I") and 255 in a floating one ("F"; 1 if no pixel is above 1), or
-            the brightest pixel if that is more.
+        image: path, file open in binary mode, PIL image, array [H, W] or [H, W, C], tensor [H, W]
+            or [C, H, W]; arrays and tensors bool, uint8, uint16 or floating in [0, 1]; C is 1
+            (grey), 2 (grey, alpha), 3 or 4 (with alpha). What is transparent shows white, as most
+            viewers do it. White is 65535 in a deep PIL image ("I") and 255 in a floating one ("F";
+            1 if no pixel is above 1), or the brightest pixel if that is more.
         name: begins the message of an error.
         max_pixels: of a file, as in `open_image`.
         channels: C that is wanted. With another number than 3 the channels are taken as they are:

@@ -39,8 +39,8 @@ def roboflow(result: Segmentation, seconds: float) -> dict:
     """A result as Roboflow's inference API gives it.
 
     Instance and panoptic: `predictions` with x and y of the box's centre, width, height,
-    confidence, class, class_id, detection_id, and points, the outer contour of the largest piece of
-    the mask, at least three; segments without a pixel are left out. Semantic: segmentation_mask, a
+    confidence, class, class_id, detection_id, and points, the outer contour of the mask's largest
+    piece, at least three; segments without a pixel are left out. Semantic: segmentation_mask, a
     PNG of label ids in base64, and class_map, names by the ids as text.
     """
     H, W = result.segmentation.shape

@@ -81,7 +81,7 @@ class Gate:
         scope["segkern.trace"] = trace
         limit = trace.start + self.config.receive_timeout
         body = _Body(receive, headers, self.config.max_bytes, limit)
-        answer = _Answer(send, body, trace, b"expect" in headers)
+        answer = _Answer(send, body, trace)
         counted = not body.ended
         self._bodies += counted
         try:
@@ -134,6 +134,7 @@ class _Body:
     """The body of a request within its limits.
 
     Attributes:
+        comes: the client sends it, and does not wait to be asked for it (Expect: 100-continue).
         ended: it is there, or there is none.
         lost: the client is gone or was too slow.
         size: bytes that came.
@@ -143,7 +144,7 @@ class _Body:
         self._receive, self._most, self._until = receive, most, until
         self._length = int(headers.get(b"content-length", "0"))
         self.ended = not self._length and b"transfer-encoding" not in headers
-        self.lost, self.size = False, 0
+        self.comes, self.lost, self.size = b"expect" not in headers, False, 0
 
     def check_length(self) -> None:
         """Raises `Refused` for one that is too long."""
@@ -156,6 +157,7 @@ class _Body:
         """ASGI's, which raises `Refused` for a body that is too long or comes too slowly."""
         if self.ended:
             return await self._receive()
+        self.comes = True
         try:
             left = self._until - time.monotonic()
             message = await asyncio.wait_for(self._receive(), max(0.0, left))
@@ -189,8 +191,8 @@ class _Answer:
         status: None until it began.
     """
 
-    def __init__(self, send, body: _Body, trace: Trace, expects: bool):
-        self._send, self._body, self._trace, self._expects = send, body, trace, expects
+    def __init__(self, send, body: _Body, trace: Trace):
+        self._send, self._body, self._trace = send, body, trace
         self.status: int | None = None
 
     async def send(self, message) -> None:
@@ -199,7 +201,7 @@ class _Answer:
             self.status = message["status"]
             await self._send({**message, "headers": self._headers(message["headers"])})
             return
-        unread = not (self._body.ended or self._body.lost or self._expects)
+        unread = self._body.comes and not (self._body.ended or self._body.lost)
         if message.get("more_body") or not unread:
             await self._send(message)
             return

@@ -11,7 +11,7 @@ import torch
 from ...inference.segment import segment
 from ...models.protocol import SegmentationModel
 
-_SIDE = 64  # of the picture that proves a model, pixels
+_SIDES = 120, 160  # of the picture that proves a model, pixels
 
 logger = logging.getLogger("segkern.serve")
 
@@ -64,11 +64,12 @@ class Models:
 
 
 def prove(model: SegmentationModel) -> None:
-    """Segments a grey picture in every task of the model.
+    """Segments a grey picture in every task of the model, which also imports what the first
+    picture needs.
 
     Raises:
         ValueError: it gives no finite logits, or whatever else it raises.
     """
-    grey = torch.full((model.config.input.channels, _SIDE, _SIDE), 128, dtype=torch.uint8)
+    grey = torch.full((model.config.input.channels, *_SIDES), 128, dtype=torch.uint8)
     for task in model.config.tasks:
-        segment(model, grey, task, cuda_graphs=False)
+        segment(model, grey, task, cuda_graphs=False).to_json()
