@@ -28,7 +28,7 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",
 }
-_LINGER = 2.0  # seconds in which what is left of a body is dropped, so that the answer is read
+_LINGER = 5.0  # seconds in which what is left of a body is dropped, so that the answer is read
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 logger = logging.getLogger("segkern.serve")

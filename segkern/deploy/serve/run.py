@@ -45,7 +45,6 @@ def serve(config: ServeConfig) -> None:
         )
     host, port = listener.getsockname()[:2]
     logger.info("event=start url=http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until uvicorn takes it, and after
     try:
         if config.workers > 1:
             _serve_in_processes(config, listener)
@@ -166,9 +165,11 @@ def _uvicorn(config: ServeConfig, app, workers: int | None = None) -> uvicorn.Co
 
 def _serve_here(config: ServeConfig, listener: socket.socket) -> None:
     models = Models(lambda: open_model(config.model).to(usable_device(config.device)))
+    server = uvicorn.Server(_uvicorn(config, functools.partial(create_app, config, models)))
+    # before uvicorn takes the signal; when all is done it raises it again
+    signal.signal(signal.SIGTERM, lambda *_: None if server.started else sys.exit(0))
     models.load()  # here, so that what is wrong with it is an error of the command
-    app = functools.partial(create_app, config, models)
-    uvicorn.Server(_uvicorn(config, app)).run([listener])
+    server.run([listener])
 
 
 def _serve_in_processes(config: ServeConfig, listener: socket.socket) -> None:
@@ -181,7 +182,8 @@ def _serve_in_processes(config: ServeConfig, listener: socket.socket) -> None:
             processes.run()
         finally:
             del os.environ[FOLDER]
-    failed = [p.exitcode for p in processes.processes if p.exitcode not in (0, None)]
+    ended = (0, None, -signal.SIGTERM, -signal.SIGINT)
+    failed = [p.exitcode for p in processes.processes if p.exitcode not in ended]
     if failed:
         raise RuntimeError(f"serve: a worker process ended with status {failed[0]}")
 
