@@ -31,9 +31,9 @@ from segkern.models import Mask2Former, Mask2FormerConfig
 NAMES = {0: "ground", 1: "cat", 2: "dog", 3: "bird", 4: "fish"}
 
 
-def quick_model(seed: int = 0) -> Mask2Former:
-    """A small model that is sure of what it sees."""
-    torch.manual_seed(seed)
+def quick_model() -> Mask2Former:
+    """A small model that finds several segments in a `picture`, and is sure of them."""
+    torch.manual_seed(6)
     small = {"shortest_edge": 32, "longest_edge": 64, "decoder_layers": 1}
     config = replace(Mask2FormerConfig.tiny(5), id2label=NAMES, stuff=(0,), **small)
     model = Mask2Former(config).eval()
@@ -41,8 +41,8 @@ def quick_model(seed: int = 0) -> Mask2Former:
         for name, p in model.named_parameters():
             if "class_embed.weight" in name:
                 p.mul_(20)
-            elif "mask_embed" in name:
-                p.mul_(2)
+            elif "mask_embed" in name or "queries" in name:
+                p.mul_(3)
     return model
 
 
