@@ -13,6 +13,7 @@ import time
 from functools import partial
 
 import httpx
+import psutil
 import pytest
 
 import segkern
@@ -210,7 +211,7 @@ def test_several_processes_share_a_port(folder, wanted, tmp_path):
         def figures():
             return httpx.get(f"{server.url}/metrics", headers=KEY, timeout=60).text
 
-        wait_until(lambda: server.log.read_text().count("event=model generation=1") == 2)
+        wait_until(lambda: server.log.read_text().count("event=model generation=1") == 2, 300)
         for i in range(8):  # connections of their own, which either may take
             with httpx.Client(base_url=server.url, headers=KEY, timeout=60) as client:
                 kind, data, results = wanted[i]
@@ -221,6 +222,11 @@ def test_several_processes_share_a_port(folder, wanted, tmp_path):
         assert httpx.post(f"{server.url}/reload", headers=KEY, timeout=60).status_code == 200
         # the least of both: the one that was not asked has another model, too
         wait_until(lambda: "segkern_model_generation 2.0" in figures())
+        # one that dies has a successor
+        dead = psutil.Process(server.process.pid).children()[-1]
+        dead.kill()
+        wait_until(lambda: server.log.read_text().count("event=model generation=1") == 3, 300)
+        wait_until(lambda: "segkern_model_generation 1.0" in figures())
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
         assert server.log.read_text().splitlines()[-1].endswith("event=end")

@@ -165,7 +165,7 @@ def command(model: Path, folder: Path, *options: str, **variables: str):
                     return found[1]
             return None
 
-        yield Command(process, wait_until(url, 120), log)
+        yield Command(process, wait_until(url, 300), log)
     finally:
         process.kill()
         process.wait()

@@ -10,6 +10,7 @@ import tempfile
 
 import torch
 import uvicorn
+from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.supervisors.multiprocess import Multiprocess
 
@@ -20,6 +21,9 @@ from .metrics import FOLDER
 from .models import Models
 from .settings import KEY_VARIABLE, ServeConfig, api_key
 
+_KEPT = (
+    75.0  # seconds that a connection is kept without a request, longer than clients keep theirs
+)
 _START = 600  # seconds that a worker may take to open its model
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -71,8 +75,8 @@ def configure_logging() -> None:
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which also drops clients that let it wait for the head of a request, or
-    do not take their answer, for longer than connections are kept without a request."""
+    """uvicorn's HTTP/1.1, which also drops clients that let it wait for the rest of a request's
+    head, or do not take their answer, for longer than the config's `patience` in seconds."""
 
     _timer = None
 
@@ -102,7 +106,7 @@ class PatientProtocol(H11Protocol):
 
     def _arm(self, then) -> None:
         self._disarm()
-        self._timer = self.loop.call_later(self.timeout_keep_alive, then)
+        self._timer = self.loop.call_later(self.config.patience, then)
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -129,6 +133,13 @@ class _Processes(Multiprocess):
             if process.process.is_alive():
                 os.kill(process.pid, signal.SIGHUP)
 
+    def keep_subprocess_alive(self) -> None:
+        """Starts a worker in place of one that died, whose figures of what it holds go, too."""
+        for process in self.processes:
+            if not process.process.is_alive():
+                mark_process_dead(process.pid)
+        super().keep_subprocess_alive()
+
 
 def _listener(config: ServeConfig) -> socket.socket:
     """A socket that is bound and does not listen yet."""
@@ -145,7 +156,7 @@ def _listener(config: ServeConfig) -> socket.socket:
 
 
 def _uvicorn(config: ServeConfig, app, workers: int | None = None) -> uvicorn.Config:
-    return uvicorn.Config(
+    found = uvicorn.Config(
         app,
         factory=True,
         workers=workers,
@@ -157,10 +168,12 @@ def _uvicorn(config: ServeConfig, app, workers: int | None = None) -> uvicorn.Co
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=config.receive_timeout,
+        timeout_keep_alive=_KEPT,
         timeout_graceful_shutdown=config.timeout + config.receive_timeout,
         timeout_worker_healthcheck=_START,
     )
+    found.patience = config.receive_timeout
+    return found
 
 
 def _serve_here(config: ServeConfig, listener: socket.socket) -> None:

@@ -69,7 +69,7 @@ def add_segment(app: FastAPI, config: ServeConfig, models: Models, metrics: Metr
         ] = None,
         format: Annotated[
             Literal[tuple(FORMATS)],
-            Query(description="json, roboflow; of one picture png (label map), overlay."),
+            Query(description="png is the label map; it and overlay are of one picture."),
         ] = "json",
     ) -> Response:
         """Of one picture an object, of a form with several files a list.
