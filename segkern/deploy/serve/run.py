@@ -21,9 +21,7 @@ from .metrics import FOLDER
 from .models import Models
 from .settings import KEY_VARIABLE, ServeConfig, api_key
 
-_KEPT = (
-    75.0  # seconds that a connection is kept without a request, longer than clients keep theirs
-)
+_KEPT = 75.0  # seconds that a connection is kept without a request: longer than by clients
 _START = 600  # seconds that a worker may take to open its model
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
