@@ -6,7 +6,9 @@ import io
 import json
 import logging
 import re
+import signal
 import socket
+import sys
 import time
 from contextlib import suppress
 
@@ -17,6 +19,7 @@ import supervision
 from PIL import Image
 
 import segkern
+from segkern import cli
 from segkern.deploy.serve import ServeConfig, pages, run, settings
 from segkern.deploy.serve.pictures import FORMATS
 from segkern.io.overlay import label_map
@@ -375,8 +378,22 @@ def test_wrong_settings_are_named(name):
         ServeConfig("model", **{name: value})
 
 
-def test_an_address_that_is_taken_is_an_error():
+def test_what_cannot_be_served_is_an_error(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM), logging.getLogger("segkern.serve").handlers[:]
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1:{port}"):
             run.serve(ServeConfig("nowhere", port=port))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        run.serve(ServeConfig(str(tmp_path), host="0.0.0.0", port=0))
+    assert "event=open host=0.0.0.0: anyone" in capsys.readouterr().err
+    after = signal.getsignal(signal.SIGTERM), logging.getLogger("segkern.serve").handlers
+    assert before == after
+
+
+def test_missing_packages_come_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "segkern.deploy.serve.run", None)
+    monkeypatch.delitem(sys.modules, "segkern.deploy.serve.run")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ImportError, match=r"pip install uvicorn \(or .* '\.\[serve\]'"):
+        cli.serve("nowhere")

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import tempfile
+from contextlib import contextmanager
 
 import torch
 import uvicorn
@@ -38,38 +39,45 @@ def serve(config: ServeConfig) -> None:
         OSError: the address is taken or not this machine's.
         RuntimeError: a worker process did not start; its log says why.
     """
-    configure_logging()
-    key = api_key()
-    listener = _listener(config)
-    if key is None and config.host not in _LOCAL:
-        logger.warning(
-            "event=open host=%s: anyone may send pictures; set %s", config.host, KEY_VARIABLE
-        )
-    host, port = listener.getsockname()[:2]
-    logger.info("event=start url=http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    try:
-        if config.workers > 1:
-            _serve_in_processes(config, listener)
-        else:
-            _serve_here(config, listener)
-    finally:
-        listener.close()
-    logger.info("event=end")
+    key, before = api_key(), signal.getsignal(signal.SIGTERM)
+    with logged(), _listener(config) as listener:
+        if key is None and config.host not in _LOCAL:
+            said = "event=open host=%s: anyone who reaches it may send pictures; set %s"
+            logger.warning(said, config.host, KEY_VARIABLE)
+        host, port = listener.getsockname()[:2]
+        logger.info("event=start url=http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        try:
+            if config.workers > 1:
+                _serve_in_processes(config, listener)
+            else:
+                _serve_here(config, listener)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        logger.info("event=end")
 
 
-def configure_logging() -> None:
-    """Lines of the server, and of uvicorn what it says of itself, to standard error."""
+@contextmanager
+def logged():
+    """Lines of the server, and of uvicorn what it says of itself, go to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    levels = {"segkern.serve": logging.INFO, "uvicorn": logging.WARNING}
+    levels["py.warnings"] = logging.WARNING
+    logs = [(logging.getLogger(name), level) for name, level in levels.items()]
+    before = [(log.level, log.propagate) for log, _ in logs]
     logging.captureWarnings(True)
-    for name, level in (
-        ("segkern.serve", logging.INFO),
-        ("uvicorn", logging.WARNING),
-        ("py.warnings", logging.WARNING),
-    ):
-        log = logging.getLogger(name)
-        log.handlers[:], log.propagate = [handler], False
+    for log, level in logs:
+        log.addHandler(handler)
         log.setLevel(level)
+        log.propagate = False
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for (log, _), (level, propagate) in zip(logs, before):
+            log.removeHandler(handler)
+            log.setLevel(level)
+            log.propagate = propagate
 
 
 class PatientProtocol(H11Protocol):
@@ -141,6 +149,7 @@ class _Processes(Multiprocess):
 
 def _listener(config: ServeConfig) -> socket.socket:
     """A socket that is bound and does not listen yet."""
+    listener = None
     try:
         family, *_, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -149,6 +158,8 @@ def _listener(config: ServeConfig) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise OSError(f"serve: cannot listen at {config.host}:{config.port}: {error}") from error
     return listener
 
@@ -201,7 +212,7 @@ def _serve_in_processes(config: ServeConfig, listener: socket.socket) -> None:
 
 def _worker_app(config: ServeConfig, parent: int):
     """The application of a worker process."""
-    configure_logging()
+    logged().__enter__()  # until the process ends
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))
     return create_app(config, told=lambda: os.kill(parent, signal.SIGHUP))
