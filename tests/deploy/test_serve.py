@@ -236,6 +236,19 @@ def test_paths_and_methods_that_are_none(server):
     assert re.fullmatch("[0-9a-f]{32}", odd.headers["x-request-id"])
 
 
+def test_pages_of_other_sites_cannot_post(server):
+    assert post(server, headers=PNG | {"Sec-Fetch-Site": "cross-site"}).status_code == 403
+    assert post(server, headers=PNG | {"Sec-Fetch-Site": "same-origin"}).status_code == 200
+
+
+def test_a_picture_that_the_model_cannot_pad_is_refused():
+    with in_thread(lambda: Squares(pad_size=(160, 160))) as server:
+        answer = post(server, data=file_of(picture(40, 170)))
+        assert answer.status_code == 422
+        assert "pad_size must be at least an image's size" in answer.json()["detail"]
+        assert post(server).status_code == 200
+
+
 def test_a_client_that_waits_to_be_asked_sends_no_body(server):
     """As curl does with large files: refused by its length, it is not asked for it."""
     head = f"Content-Type: image/png\r\nContent-Length: {2**30}\r\nExpect: 100-continue"

@@ -49,6 +49,10 @@ class Job:
         picture: as the model takes it.
         future: of a `Done`.
         arrived: on the clock of `time.monotonic`.
+        key: equal for pictures that may go together.
+
+    Raises:
+        ValueError: the model cannot take a picture of that size.
     """
 
     served: Served
@@ -57,12 +61,11 @@ class Job:
     picture: Input
     future: Future = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
+    key: Hashable = field(init=False)
 
-    @property
-    def key(self) -> Hashable:
-        """Equal for pictures that may go together."""
+    def __post_init__(self):
         size = size_in_model(self.served.model, self.picture)
-        return self.served.generation, self.task, self.options, size
+        self.key = self.served.generation, self.task, self.options, size
 
 
 class Batches:

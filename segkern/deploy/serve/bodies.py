@@ -8,7 +8,11 @@ from .pictures import Body
 from .refused import Refused
 
 MOST = 16  # files of a form
-GONE = Refused(499, "the client went away")
+
+
+def gone() -> Refused:
+    """A request whose client does not wait for the answer."""
+    return Refused(499, "the client went away")
 
 
 async def bodies_of(request: Request, max_bytes: int) -> list[Body]:
@@ -36,7 +40,7 @@ async def bodies_of(request: Request, max_bytes: int) -> list[Body]:
         if kind == "multipart/form-data":
             return await _files(request, max_bytes)
     except ClientDisconnect as error:
-        raise GONE from error
+        raise gone() from error
     raise Refused(
         415,
         "a body must be a picture (Content-Type: image/...) or a form of files "

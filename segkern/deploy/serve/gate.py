@@ -106,6 +106,8 @@ class Gate:
             if not hmac.compare_digest(shown, self._key):
                 reason = "a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY"
                 raise Refused(401, reason, {"WWW-Authenticate": "Bearer"})
+        if scope["method"] == "POST" and headers.get(b"sec-fetch-site") == "cross-site":
+            raise Refused(403, "requests from pages of other sites are not taken")
         if self._bodies > self._most:
             raise full("requests", self._most)
         body.check_length()

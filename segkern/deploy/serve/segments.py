@@ -12,7 +12,7 @@ from ...ops.segment_map import TASKS
 from ...structures.settings import Options
 from .answers import FORMATS, encode
 from .batches import VIEWS, Done, Job
-from .bodies import GONE, bodies_of
+from .bodies import bodies_of, gone
 from .gate import Trace, trace_of
 from .metrics import Metrics
 from .models import Models, Served
@@ -97,21 +97,21 @@ def add_segment(app: FastAPI, config: ServeConfig, models: Models, metrics: Metr
 
 async def _unless_gone(work, request: Request, left: float, limit: float):
     """What the work gives; it is cancelled when its time is over or the client goes away."""
-    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    work, end = asyncio.ensure_future(work), asyncio.ensure_future(_end_of(request))
     try:
-        done, _ = await asyncio.wait({work, gone}, timeout=left, return_when="FIRST_COMPLETED")
+        done, _ = await asyncio.wait({work, end}, timeout=left, return_when="FIRST_COMPLETED")
         if work in done:
             return work.result()
-        raise GONE if gone in done else Refused(504, f"no answer within {limit:g} seconds")
+        raise gone() if end in done else Refused(504, f"no answer within {limit:g} seconds")
     finally:
         work.cancel()
-        gone.cancel()
-        await asyncio.wait({work, gone})
+        end.cancel()
+        await asyncio.wait({work, end})
         if not work.cancelled():
             work.exception()  # seen, so that asyncio does not report it again
 
 
-async def _gone(request: Request) -> None:
+async def _end_of(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -171,7 +171,10 @@ class _Work:
         return await asyncio.gather(*(loop.run_in_executor(pool, function, *a) for a in arguments))
 
     async def _run(self, inputs: list) -> list[Done]:
-        jobs = [Job(self.served, self.task, self.options, x) for x in inputs]
+        try:
+            jobs = [Job(self.served, self.task, self.options, x) for x in inputs]
+        except ValueError as error:  # such as a picture larger than what the model pads to
+            raise Refused(422, str(error)) from error
         try:
             futures = [asyncio.wrap_future(self.state.batches.put(job)) for job in jobs]
             return await asyncio.gather(*futures)
