@@ -51,7 +51,9 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["evaluate"], ["predict"], ["demo"], ["convert"], ["info"]], ids=str
+    "command",
+    [[], ["train"], ["evaluate"], ["predict"], ["demo"], ["convert"], ["info"], ["serve"]],
+    ids=str,
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -188,6 +190,8 @@ ERRORS = [
     (lambda f: ["evaluate", str(f), "--out", str(f / "x.html")], "--out must be a JSON file, got"),
     (wrong_device, "device 'abacus' cannot be used"),
     (lambda f: ["demo", "--output", str(f), "--scenes", "0"], "scenes must be >= 1, got 0"),
+    (lambda f: ["serve", str(f), "--batch", "0"], "serve: batch must be at least 1, got 0"),
+    (lambda f: ["serve", str(f / "none"), "--host", "192.0.2.1"], "cannot listen at 192.0.2.1:80"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, explain, data, convert, demo, info.
+"""The command line: train, evaluate, predict, explain, data, convert, serve, demo, info.
 
 Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 """
@@ -38,6 +38,7 @@ from ..structures.settings import Options, Views
 from .export import export
 from .prune import prune
 from .quantize import quantize
+from .serve import serve
 from .train import train_command
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
@@ -368,7 +369,7 @@ def _processes(arguments: list[str]) -> Iterator[bool]:
 def _called(arguments: list[str]) -> int:
     """Runs a command."""
     app = tyro.extras.SubcommandApp()
-    others = evaluate, predict, explain, data, convert, demo, info, export, prune, quantize
+    others = evaluate, predict, explain, data, convert, export, quantize, prune, serve, demo, info
     for command in (train_command(arguments), *others):
         app.command(command)
     # the model's kind is that of the recipe's or the stored config, and no subcommand

@@ -1,1 +1,1 @@
-"""Models as files that run without segkern, or without Python: export, and what it needs."""
+"""Models at work outside of Python programs: exported, made smaller, served."""

@@ -221,12 +221,10 @@ def find(
     """
     own = getattr(model.config, "options", {})  # what stands for None, by task
     wanted = {task: options.over(own.get(task)) for task, options in wanted.items()}
-    # through windows, or whole and padded
-    windows = model.config.logits is PixelLogits or model.config.input.window is not None
+    windows = _looks_through_windows(model)
     groups: dict[tuple, list[int]] = {}
     for i, one in enumerate(inputs):
-        size = one.sizes if windows else model.config.input.padded(one.sizes[0])
-        groups.setdefault(size, []).append(i)
+        groups.setdefault(size_in_model(model, one), []).append(i)
     for size, members in groups.items():
         note_size(size)
         at_once = batch_size
@@ -241,6 +239,17 @@ def find(
             else:
                 found = _by_queries(model, batch, wanted, stuff, cuda_graphs)
             yield from zip(places, found)
+
+
+def size_in_model(model: SegmentationModel, one: Input) -> tuple:
+    """What images must share to go through the model together: the size when padded, or the sizes
+    at all scales of what is cut into windows."""
+    whole = not _looks_through_windows(model)
+    return model.config.input.padded(one.sizes[0]) if whole else one.sizes
+
+
+def _looks_through_windows(model: SegmentationModel) -> bool:
+    return model.config.logits is PixelLogits or model.config.input.window is not None
 
 
 def _by_windows(

@@ -111,7 +111,18 @@ def overlay(
 
 
 def save_label_map(path: str | Path, result) -> None:
-    """Writes the label map as PNG: the pixel values are the ids.
+    """Writes what `label_map` draws as PNG.
+
+    Raises:
+        ValueError: an id above 65535.
+    """
+    picture = label_map(result)
+    with atomic(path) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def label_map(result) -> Image.Image:
+    """The label map as a picture: the pixel values are the ids.
 
     With ids up to 255 it is a palette picture in the colours of `overlay` (id 0 black unless a
     segment has it), else 16 bits of grey.
@@ -121,18 +132,16 @@ def save_label_map(path: str | Path, result) -> None:
     """
     ids = result.segmentation.cpu().numpy()
     if ids.max(initial=0) > 65535:
-        raise ValueError(f"save_label_map: ids must fit 16 bits, got {ids.max()}")
+        raise ValueError(f"label_map: ids must fit 16 bits, got {ids.max()}")
     if ids.max(initial=0) > 255:
-        picture = Image.fromarray(ids.astype(np.uint16))
-    else:
-        picture = Image.fromarray(ids.astype(np.uint8))
-        palette = np.zeros((256, 3), np.uint8)
-        for s, shade in zip(result.segments, colours(result.segments)):
-            if s.id < 256:
-                palette[s.id] = shade
-        picture.putpalette(palette.tobytes())
-    with atomic(path) as temporary:
-        picture.save(temporary, "PNG")
+        return Image.fromarray(ids.astype(np.uint16))
+    picture = Image.fromarray(ids.astype(np.uint8))
+    palette = np.zeros((256, 3), np.uint8)
+    for s, shade in zip(result.segments, colours(result.segments)):
+        if s.id < 256:
+            palette[s.id] = shade
+    picture.putpalette(palette.tobytes())
+    return picture
 
 
 def drawable_suffix(suffix: str) -> bool:

@@ -2,6 +2,7 @@
 
 import struct
 import warnings
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -223,3 +224,15 @@ def test_large_pictures_are_read_where_max_pixels_says_so(tmp_path, low_limit):
     for bad in (0, -1, 2.5, "9", True):
         with pytest.raises((TypeError, ValueError), match="max_pixels must be"):
             open_image(path, bad)
+
+
+def test_open_files_of_known_formats_are_read(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    for opened in (path.open("rb"), BytesIO(path.read_bytes())):
+        with opened:
+            assert np.array_equal(read_image(opened).movedim(0, 2), pixels)
+    assert open_image(path, formats=("PNG", "JPEG")).size == (7, 5)
+    with pytest.raises(ValueError, match="not an image that PIL can read"):
+        open_image(path, formats=("JPEG",))

@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image
 
 _SCRIPT = """
-window.Plotly = { version: "2.0.0", toImage: async ({ data: [{ html, code, width }] }) => {
+window.Plotly = { version: "2.0.0", toImage: async ({ data: [given] }) => {
+  const { html, address, code, width } = given;
   const loaded = (part, name, source) => new Promise((resolve, reject) => {
     part.onload = resolve;  // of a page, when its pictures are there, too
     part.onerror = reject;
@@ -30,9 +31,18 @@ window.Plotly = { version: "2.0.0", toImage: async ({ data: [{ html, code, width
   const frame = document.createElement("iframe");
   frame.style = `border: 0; width: ${width}px; height: 900px`;
   document.body.append(frame);
-  await loaded(frame, "srcdoc", html);
-  const page = frame.contentDocument, root = page.documentElement;
-  const found = frame.contentWindow.eval(code), height = root.scrollHeight;
+  await loaded(frame, address ? "src" : "srcdoc", address || html);
+  const page = frame.contentWindow, root = frame.contentDocument.documentElement;
+  // a page from a server may forbid eval
+  const found = await (address ? new Function("window", "document", code)(page, page.document)
+    : page.eval(code));
+  const height = root.scrollHeight;
+  for (const canvas of root.querySelectorAll("canvas")) {  // the text of a page has no pixels
+    const image = page.document.createElement("img");
+    await loaded(image, "src", canvas.toDataURL());
+    for (const { name, value } of canvas.attributes) image.setAttribute(name, value);
+    canvas.replaceWith(image);
+  }
   const svg = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}">
     <foreignObject width="100%" height="100%">${new XMLSerializer().serializeToString(root)}
     </foreignObject></svg>`;
@@ -61,15 +71,18 @@ def look(page: str, code: str, folder: Path, width: int = 1200, dark: bool = Fal
     """Opens a page and looks at it.
 
     Args:
-        page: HTML.
+        page: HTML, or the address (http://) of a page that lets itself be framed.
         code: JavaScript, run in the page when its pictures are there; gives what JSON can hold.
+            For an address the body of a function of `window` and `document`, which may return a
+            promise.
         folder: to write to.
         width: of the window, pixels.
         dark: whether the user prefers dark pages.
     """
     script = folder / "script.js"
     script.write_text(_SCRIPT)
-    order = {"data": [{"html": page, "code": code, "width": width}], "layout": {}}
+    kind = "address" if page.startswith("http://") else "html"
+    order = {"data": [{kind: page, "code": code, "width": width}], "layout": {}}
     order = {"data": order, "format": "png", "width": width, "height": 900, "scale": 1}
     command = [
         Path(kaleido.__file__).parent / "executable" / "kaleido",
@@ -77,6 +90,7 @@ def look(page: str, code: str, folder: Path, width: int = 1200, dark: bool = Fal
         f"--plotlyjs='{script.as_uri()}'",
         *("--no-sandbox", "--disable-gpu", "--disable-breakpad", "--disable-dev-shm-usage"),
         "--allow-file-access-from-files",
+        *("--disable-web-security", "--disable-site-isolation-trials"),  # to look into the frame
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
     ]
     browser = _started(command)

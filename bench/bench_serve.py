@@ -1,0 +1,132 @@
+"""A served model under load, with micro-batches and without.
+
+Two servers of one model run side by side, each `segkern serve` in a process of its own; a client
+sends bursts of pictures of two sizes, 16 at once, to one after the other. A row is the time of a
+burst: pictures over it are pictures a second. Run as a script, it prints for each server p50, p95
+and p99 of single requests, and pictures a second:
+
+    python bench/bench_serve.py [--small]
+
+With `--small`, and without a process each, it only shows that this works.
+"""
+
+import argparse
+import asyncio
+import atexit
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from functools import cache, partial
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from _measure import DEVICE, OPTIONS, Work, pick
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # support.serving
+
+import segkern
+from support.serving import command, file_of, in_thread, picture, quick_model
+
+BATCHES = {"segkern": 8, "one by one": 1}
+AT_ONCE = 16
+_open = ExitStack()  # servers, until the process ends
+atexit.register(_open.close)
+
+
+def settings() -> tuple[int, list[tuple[int, int]]]:
+    """Pictures of a burst, and their sizes (H, W)."""
+    sizes = [(480, 640), (640, 480)]
+    return pick((16, [(40, 60), (60, 40)]), (64, sizes), (512, sizes))
+
+
+@cache
+def model_folder() -> Path:
+    """A Mask2Former Swin-T for a short side of 256 pixels (of 800 on a GPU), not trained."""
+    folder = Path(_open.enter_context(tempfile.TemporaryDirectory(prefix="segkern-bench-")))
+    torch.manual_seed(0)
+    side = {"cpu": 256, "cuda": 800}[DEVICE]
+    config = segkern.Mask2FormerConfig(133, shortest_edge=side, longest_edge=2 * side)
+    segkern.Mask2Former(config).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@cache
+def server(batch: int) -> str:
+    """The address of a server with batches of so many pictures."""
+    if OPTIONS.small:
+        return _open.enter_context(in_thread(quick_model, batch=batch)).url
+    folder = model_folder().parent / str(batch)
+    folder.mkdir()
+    return _open.enter_context(command(model_folder(), folder, "--batch", str(batch))).url
+
+
+@cache
+def files() -> tuple[bytes, ...]:
+    """Pictures of each size."""
+    _, sizes = settings()
+    return tuple(file_of(picture(*size), "JPEG") for size in sizes)
+
+
+def burst(url: str) -> list[float]:
+    """Sends a burst; seconds of every request."""
+    count, _ = settings()
+
+    async def run():
+        room, limits = asyncio.Semaphore(AT_ONCE), httpx.Limits(max_connections=AT_ONCE)
+        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120) as client:
+
+            async def one(i):
+                async with room:
+                    start = time.perf_counter()
+                    data, headers = files()[i % 2], {"Content-Type": "image/jpeg"}
+                    answer = await client.post("/segment", content=data, headers=headers)
+                    answer.raise_for_status()
+                    return time.perf_counter() - start
+
+            return await asyncio.gather(*map(one, range(count)))
+
+    return asyncio.run(run())
+
+
+def build() -> Work:
+    return Work({name: partial(burst, server(batch)) for name, batch in BATCHES.items()})
+
+
+@pytest.mark.parametrize("impl", BATCHES)
+def test_bursts(impl, measured):
+    count, ((H, W), _) = settings()
+    case = f"{count} pictures {W}x{H} and {H}x{W}, {AT_ONCE} at once"
+    measured("serve", case, "float32", impl, build)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="does it run?")
+    parser.add_argument("--runs", type=int, default=5, help="bursts to each server")
+    given = parser.parse_args()
+    OPTIONS.small = given.small
+    seconds = {name: [] for name in BATCHES}
+    rates = {name: [] for name in BATCHES}
+    with _open:
+        for _ in range(given.runs + 1):
+            for name, batch in BATCHES.items():
+                start = time.perf_counter()
+                found = burst(server(batch))
+                rates[name].append(len(found) / (time.perf_counter() - start))
+                seconds[name].append(found)
+    print(f"{'':12}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'pictures/s':>12}")
+    for name in BATCHES:
+        every = np.concatenate(seconds[name][1:])  # the first burst warms up
+        shares = (1e3 * np.quantile(every, q) for q in (0.5, 0.95, 0.99))
+        rate = statistics.median(rates[name][1:])
+        print(f"{name:12}" + "".join(f"{x:9.1f}" for x in shares) + f"{rate:12.1f}")
+
+
+if __name__ == "__main__":
+    main()
