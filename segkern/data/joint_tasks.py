@@ -30,6 +30,7 @@ class JointTasks:
     Attributes:
         classes: of the data set.
         passes: samples differ from pass to pass.
+        shuffled: order of the data set, as `Order` takes it.
     """
 
     passes = True
@@ -37,6 +38,7 @@ class JointTasks:
     def __init__(self, dataset, stuff: Sequence[int], seed: int):
         self.dataset, self.stuff, self.seed = dataset, tuple(stuff), seed
         self.classes = dataset.classes
+        self.shuffled = getattr(dataset, "shuffled", None)
 
     def __len__(self) -> int:
         return len(self.dataset)

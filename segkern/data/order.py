@@ -1,6 +1,6 @@
 """Which samples each training step takes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -19,6 +19,8 @@ class Order:
         seed: of the permutations.
         start, stop: steps to yield.
         passes: yield (sample, pass) for data sets that give another view in each pass.
+        shuffled: called with the seed, a pass and a place in it, gives the sample, for data sets
+            that lie on disk in an order of their own; None draws a permutation of all.
 
     Raises:
         ValueError: an empty data set.
@@ -32,11 +34,13 @@ class Order:
         start: int,
         stop: int,
         passes: bool = False,
+        shuffled: Callable[[int, int, int], int] | None = None,
     ):
         if length < 1:
             raise ValueError("training: the data set is empty")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.stop, self.passes = start, stop, passes
+        self.shuffled = self._shuffled if shuffled is None else shuffled
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start)
@@ -45,10 +49,11 @@ class Order:
         for step in range(self.start, self.stop):
             first = step * self.batch_size
             places = (divmod(i, self.length) for i in range(first, first + self.batch_size))
-            found = [
-                (int(_permutation(self.length, self.seed, epoch)[i]), epoch) for epoch, i in places
-            ]
+            found = [(self.shuffled(self.seed, epoch, i), epoch) for epoch, i in places]
             yield found if self.passes else [index for index, _ in found]
+
+    def _shuffled(self, seed: int, epoch: int, place: int) -> int:
+        return int(_permutation(self.length, seed, epoch)[place])
 
 
 @lru_cache(maxsize=2)

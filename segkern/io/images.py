@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -155,11 +156,11 @@ def read_image(
     """A picture as a tensor.
 
     Args:
-        image: path, PIL image, array [H, W] or [H, W, C], tensor [H, W] or [C, H, W]; arrays and
-            tensors bool, uint8, uint16 or floating in [0, 1]; C is 1 (grey), 2 (grey, alpha), 3 or
-            4 (with alpha). What is transparent shows white, as most viewers do it. White is 65535
-            in a deep PIL image ("I") and 255 in a floating one ("F"; 1 if no pixel is above 1), or
-            the brightest pixel if that is more.
+        image: path, bytes of a file (`BytesIO`), PIL image, array [H, W] or [H, W, C], tensor
+            [H, W] or [C, H, W]; arrays and tensors bool, uint8, uint16 or floating in [0, 1]; C is
+            1 (grey), 2 (grey, alpha), 3 or 4 (with alpha). What is transparent shows white, as
+            most viewers do it. White is 65535 in a deep PIL image ("I") and 255 in a floating one
+            ("F"; 1 if no pixel is above 1), or the brightest pixel if that is more.
         name: begins the message of an error.
         max_pixels: of a file, as in `open_image`.
         channels: C that is wanted. With another number than 3 the channels are taken as they are:
@@ -172,7 +173,7 @@ def read_image(
         TypeError: of no such kind or dtype.
         ValueError: another shape, empty, NaN, out of range, or a file that is no image.
     """
-    if isinstance(image, (str, Path)):
+    if isinstance(image, (str, Path, BytesIO)):
         image = open_image(image, max_pixels) if channels == 3 else _bands(image, max_pixels)
     if isinstance(image, Image.Image):
         if channels != 3:

@@ -23,11 +23,13 @@ _PLAIN, _DEFLATE = (1,), (8, 32946)
 _NOT_A_PICTURE = 5  # bits of the kind of a page: 1 a smaller copy, 4 a mask
 
 
-def read_bands(path: str | Path, max_pixels: int | None = None) -> tuple[np.ndarray, int | None]:
+def read_bands(
+    path: str | Path | io.BytesIO, max_pixels: int | None = None
+) -> tuple[np.ndarray, int | None]:
     """All bands of a TIFF, as its pixels lie in the file.
 
     Args:
-        path: of the file.
+        path: of the file, or its bytes.
         max_pixels: width times height that it may have; None takes Pillow's limit.
 
     Returns:
@@ -40,7 +42,8 @@ def read_bands(path: str | Path, max_pixels: int | None = None) -> tuple[np.ndar
     most = max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
     pages, white = [], None
     try:
-        data = Path(path).read_bytes()
+        held = isinstance(path, io.BytesIO)
+        data = path.getvalue() if held else Path(path).read_bytes()
         for number, tags in enumerate(_directories(data)):
             if tags.get(_KIND, 0) & _NOT_A_PICTURE:
                 continue

@@ -42,6 +42,7 @@ from .state import Trainee, restore, resumable, save
 from .state import stored_config as stored_config
 from .step import Step
 from .unmatched import Unmatched
+from .unread import Unread
 from .validation import BEST, Validation
 
 
@@ -142,6 +143,7 @@ def train(
         validation = Validation(held_out, config, folder, start, own)
     queries = getattr(config.model, "num_queries", None)
     unmatched = Unmatched(queries, len(data))
+    unread = Unread(len(data), config.batch_size * config.accumulate, start)
     if not own:
         _remove_run(folder)
     log = Log(folder, start, config.tensorboard, keep=own)
@@ -162,6 +164,8 @@ def train(
             done = step + 1
             parts = [next(batches) for _ in range(config.accumulate)]
             if told := unmatched(parts, done == config.steps):
+                bar.show(told)
+            if told := unread(parts, done == config.steps):
                 bar.show(told)
             for part, targets in zip(parts, together([p.targets for p in parts], queries)):
                 part.targets = targets
@@ -304,7 +308,8 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
 def _batches(data, config: TrainConfig, start: int) -> Iterator:
     passes = getattr(data, "passes", False)
     first, last = start * config.accumulate, config.steps * config.accumulate
-    order = Order(len(data), config.batch_size, config.seed, first, last, passes)
+    shuffled = getattr(data, "shuffled", None)
+    order = Order(len(data), config.batch_size, config.seed, first, last, passes, shuffled)
     pack = partial(
         collate,
         num_labels=config.model.num_labels,
