@@ -34,6 +34,7 @@ from ..io.images import picture_suffixes
 from ..io.sources import MAX_BYTES, fetch_patiently, is_url
 
 INDEX, FORMAT, VERSION = "index.json", "segkern shards", 1
+STATE = "unfinished.json"  # in place of the index, where writing was stopped
 SEG = "seg.png"
 TASKS = {  # of the task of a set, those that can be read from it
     "panoptic": ("panoptic", "instance", "semantic"),
@@ -144,6 +145,8 @@ _LACKING = (
 
 def no_index(root: Path, shards: list[Path]) -> str:
     """What to say of tar files without an index."""
+    if (root / STATE).is_file():
+        return f"{root}: holds shards whose writing was stopped: go on with `segkern data shard`"
     return f"{root}: holds tar files ({shards[0].name}), but no {INDEX}: {_LACKING}"
 
 
@@ -166,12 +169,16 @@ def read_sample(root: str, shard: Shard, k: int) -> dict[str, bytes]:
         ValueError: there is no such sample; names the shard.
     """
     place = f"{root}/{shard.file}"
+    places = place.removesuffix("tar") + "idx"
     try:
-        starts = _starts(root, shard)
-        begin, end = int(starts[k]), int(starts[k + 1])
         if is_url(root):
-            size = end - begin
-            data = fetch_patiently(place, "shards", (begin, end), max_bytes=size)
+            begin, end = _fetched_places(places, shard.samples)[k : k + 2].tolist()
+        else:
+            begin, end = _read_places(Path(place), Path(places), shard.samples, k)
+        if not 0 <= begin < end <= shard.bytes:
+            raise LostShard(f"{places}: must have rising places, got {begin} and {end}")
+        if is_url(root):
+            data = fetch_patiently(place, "shards", (begin, end), max_bytes=end - begin)
         else:
             with open(place, "rb") as file:
                 file.seek(begin)
@@ -236,46 +243,43 @@ def json_of(members: dict[str, bytes], name: str) -> dict:
     return content
 
 
-@lru_cache(maxsize=64)
-def _starts(root: str, shard: Shard) -> np.ndarray:
-    """[n + 1] int64: where the samples of a shard begin, and where the last ends.
-
-    Raises:
-        LostShard: nothing tells it.
-    """
-    place = f"{root}/{shard.file}".removesuffix("tar") + "idx"
-    size = 8 * (shard.samples + 1)
+def _read_places(tar: Path, places: Path, samples: int, k: int) -> list[int]:
+    """Where sample k of a tar file begins and ends."""
     try:
-        if is_url(root):
-            data = fetch_patiently(place, "shards", max_bytes=max(size, MAX_BYTES))
-        else:
-            data = Path(place).read_bytes()
+        with places.open("rb") as file:
+            if (size := places.stat().st_size) != 8 * (samples + 1):
+                raise LostShard(f"{places}: must have {8 * (samples + 1)} bytes, got {size}")
+            file.seek(8 * k)
+            return np.frombuffer(file.read(16), "<i8").tolist()
     except FileNotFoundError:
-        return _found_starts(f"{root}/{shard.file}", shard.samples)
-    except OSError as error:
-        raise LostShard(str(error)) from error
+        return _found_places(tar, tar.stat().st_mtime_ns, samples)[k : k + 2]
+
+
+@lru_cache(maxsize=64)
+def _fetched_places(url: str, samples: int) -> np.ndarray:
+    """[n + 1] int64: where samples of a tar file on a server begin, and where the last ends."""
+    size = 8 * (samples + 1)
+    data = fetch_patiently(url, "shards", max_bytes=max(size, MAX_BYTES))
     if len(data) != size:
-        raise LostShard(f"{place}: must have {size} bytes, got {len(data)}")
-    starts = np.frombuffer(data, "<i8")
-    if starts[0] < 0 or starts[-1] > shard.bytes or (np.diff(starts) <= 0).any():
-        raise LostShard(f"{place}: its places must rise, up to {shard.bytes}")
-    return starts
+        raise LostShard(f"{url}: must have {size} bytes, got {len(data)}")
+    return np.frombuffer(data, "<i8")
 
 
-def _found_starts(place: str, samples: int) -> np.ndarray:
-    """The same, read from the heads of the members; samples that a tar file which is cut short
-    does not have begin where it ends."""
+@lru_cache(maxsize=64)
+def _found_places(tar: Path, changed: int, samples: int) -> list[int]:
+    """The same, read from the heads of a tar file without a file of places, which `changed` last
+    at that time; samples that it does not have, as it is cut short, begin where it ends."""
     starts, last = [], None
     try:
-        with tarfile.open(place, "r:") as tar:
-            for member in tar:
+        with tarfile.open(tar, "r:") as heads:
+            for member in heads:
                 key = member.name.rpartition("/")[2].partition(".")[0]
                 if key != last:
                     starts.append(member.offset)
                 end, last = member.offset_data + -(-member.size // 512) * 512, key
     except tarfile.TarError as error:
         if not starts:
-            raise LostShard(f"{place}: no tar file ({error})") from error
+            raise LostShard(f"{tar}: no tar file ({error})") from error
     if len(starts) > samples or last is None:
-        raise LostShard(f"{place}: must have {samples} samples, got {len(starts)}")
-    return np.array(starts + [end + i for i in range(samples + 1 - len(starts))], np.int64)
+        raise LostShard(f"{tar}: must have {samples} samples, got {len(starts)}")
+    return starts + [end + i for i in range(samples + 1 - len(starts))]

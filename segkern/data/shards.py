@@ -8,6 +8,7 @@ goes on skips nothing and reads nothing again, and ranks and loaders take parts 
 `write_shards` makes such sets; shard_files.py says what they consist of.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,6 +158,9 @@ class Shards:
         self._passes: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._block: tuple = None, None
         self.faults = [] if is_url(config.root) else self._absent()
+        if self.faults:
+            more = f" ({len(self.faults)} such findings)" if len(self.faults) > 1 else ""
+            warnings.warn(f"{self.faults[0]}{more}", stacklevel=3)
 
     def _absent(self) -> list[str]:
         """What is missing of the shards in a folder."""

@@ -25,10 +25,9 @@ from ..io.images import read_head
 from .labelme import embedded
 from .pictures import Pictures
 from .sample import IdMaps, coco_masks
-from .shard_files import INDEX, SEG, Index, Shard
+from .shard_files import INDEX, SEG, STATE, Index, Shard
 from .views import ViewConfig
 
-STATE = "unfinished.json"  # in the folder of a run that was stopped
 _LEFT = re.compile(r"\.[0-9a-f]{32}\.(tar|idx)")  # what a kill leaves of `atomic`
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -157,9 +156,7 @@ def _write_split(folder, name, data, task, size, order, workers, written, tell) 
         ):
             while following is not None:
                 place, members = following
-                # a head of 512 bytes each and whole blocks of 512; a tar file ends with zeros
-                length = sum(512 + -(-len(part) // 512) * 512 for _, part in members)
-                if len(starts) > 1 and tar.offset + length + tarfile.RECORDSIZE > size:
+                if len(starts) > 1 and _end(tar.offset, members) > size:
                     break
                 for suffix, content in members:
                     head = tarfile.TarInfo(f"{key:09}.{suffix}")
@@ -172,6 +169,13 @@ def _write_split(folder, name, data, task, size, order, workers, written, tell) 
         rows.append([path.name, len(starts) - 1, path.stat().st_size, done])
         write_json(folder / STATE, written)
         tell(f"written: {path}, {rows[-1][1]} samples, {rows[-1][2] / 1e6:.1f} MB")
+
+
+def _end(offset: int, members: list[tuple[str, bytes]]) -> int:
+    """Bytes of a tar file that ends with these members: a head of 512 bytes each, whole blocks of
+    512, two that are empty, and records of 20 blocks."""
+    length = offset + sum(512 + -(-len(part) // 512) * 512 for _, part in members) + 1024
+    return -(-length // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def _packed_samples(data, task, order, done, workers, tell) -> Iterator[tuple[int, list]]:
