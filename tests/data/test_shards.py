@@ -12,6 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from torch.utils.data import DataLoader
 
+from segkern.cli.train import _recipe_for
 from segkern.data import (
     ClassMapsConfig,
     CocoConfig,
@@ -27,7 +28,7 @@ from segkern.data import (
     find_format,
 )
 from segkern.data.coco import read_coco
-from segkern.recipes import mask2former, unet
+from segkern.recipes import mask2former, segformer, segmenter, unet
 from support.shards import FORMATS, members, shards_of, write_ade20k, write_cityscapes
 from support.shards import write_numbered as numbered
 
@@ -171,6 +172,22 @@ def test_recipes_find_them(few, tmp_path):
     assert type(run).from_dict(run.to_dict()).data == run.data
     assert mask2former(few.root, task="instance", preset="tiny").model.num_labels == 1
     assert unet(few.root, preset="tiny").data.kind == "shards"
+
+
+@pytest.mark.parametrize("recipe", [segmenter, segformer])
+def test_models_of_pixels_take_shards_of_maps(recipe, few, tmp_path):
+    root = shards_of(FORMATS["class maps"](tmp_path / "set"), tmp_path / "shards").root
+    assert _recipe_for(root, False, None) == "segmenter"  # as for the folder of maps
+    assert _recipe_for(few.root, False, None) == "mask2former"
+    run = recipe(dataset="plain", pretrained=False, root=root)
+    assert (run.data.kind, run.data.task, run.model.num_labels) == ("shards", "semantic", 3)
+    assert run.model.id2label == {0: "class 0", 1: "class 1", 2: "class 2"}
+    sample = build_dataset(run.data, "train", run.model)[0, 1]
+    assert sample["semantic"].shape == run.model.input.crop == sample["pixel_values"].shape[1:]
+    assert recipe(dataset="plain", pretrained=False, root=few.root).model.num_labels == 2
+    alone = shards_of(FORMATS["coco"](tmp_path / "other"), tmp_path / "instances").root
+    with pytest.raises(ValueError, match="must hold maps of classes, got shards of the instance"):
+        recipe(dataset="plain", pretrained=False, root=alone)
 
 
 def test_settings_that_do_not_fit(few, tmp_path):

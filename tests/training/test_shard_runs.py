@@ -24,6 +24,7 @@ def config(output, data, **changes):
     model.id2label, model.stuff = {0: "box", 1: "ground"}, (1,)
     data = replace(data, views=ViewConfig((32, 32), (0.8, 1.2)))
     settings = {"steps": 4, "batch_size": 2, "log_every": 1, "tensorboard": False, "device": "cpu"}
+    settings |= {"lr": 1e-3, "min_lr": 1e-3, "warmup": 0}  # the same rates, however long
     return TrainConfig(output=output, data=data, model=model, **(settings | changes))
 
 
