@@ -8,6 +8,7 @@ goes on skips nothing and reads nothing again, and ranks and loaders take parts 
 `write_shards` makes such sets; shard_files.py says what they consist of.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,7 +89,10 @@ def found_shards(root: str | Path) -> ShardsConfig:
         ValueError: there is no index, or it is not as it must be.
     """
     index = read_index(str(root).rstrip("/"))
-    views = ViewConfig(**index.views)
+    try:
+        views = ViewConfig(**index.views)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{root}/{INDEX}: views are not as they must be: {error}") from error
     return ShardsConfig(
         str(root), index.task, read=ReadConfig(channels=index.channels), views=views
     )
@@ -221,17 +225,23 @@ class Shards:
             except ValueError as error:
                 unread = unread or str(error)
                 tell(f"{error}; a picture after it stands for it", self.told)
-                at += 1
+                at = (at + 1) % len(self)
                 if isinstance(error, LostShard):
                     self._lost = {key: x for key, x in self._lost.items() if key[0] >= epoch - 1}
                     self._lost[epoch, shard] = min(k, since), str(error)
-                    at = int(self.first[shard + 1])
-                at %= len(self)
+                    at = self._instead(shard, k)
                 continue
             for fault in faults:
                 tell(fault, self.told)
             return sample if unread is None else sample | {"unread": unread}
         raise ValueError(f"{unread}; nor can the {_TRIES - 1} that were tried after it")
+
+    def _instead(self, shard: int, k: int) -> int:
+        """A sample in place of sample k of a shard that is lost from there on: of the next shard,
+        another for each k; of the only one an earlier one."""
+        other = (shard + 1) % len(self.shards)
+        place = k if other != shard else k // 2
+        return int(self.first[other]) + place % self.shards[other].samples
 
     def examined(self, index: int) -> tuple[Sample, list[str]]:
         """A whole sample, and what was left out of it and why.
@@ -300,7 +310,8 @@ class Shards:
         if SEG not in members:
             raise ValueError(f"{name}: has no map of labels, {SEG}")
         void = void_of(len(self.known))
-        image = open_image(NamedBytes(members[SEG], f"{name}: {SEG}"), 2**62, upright=False)
+        file, most = NamedBytes(members[SEG], f"{name}: {SEG}"), math.prod(size)
+        image = open_image(file, most, upright=False)
         wide = np.asarray(image)
         if wide.shape != size or wide.dtype.kind not in "iu":
             raise ValueError(

@@ -74,10 +74,17 @@ def write_shards(
 
     Raises:
         OSError: the folder cannot be written to.
+        TypeError: a data set that is none of files.
         ValueError: a size below 1, the folder holds shards or those of another set, or no sample
             of a split can be read.
         ImportError: pycocotools is missing.
     """
+    for name, data in splits.items():
+        if not isinstance(data, Pictures):
+            raise TypeError(
+                f"write_shards: splits must be data sets of files (Pictures), got a "
+                f"{type(data).__name__} for {name}"
+            )
     if size < 1:
         raise ValueError(f"write_shards: size must be at least 1 byte, got {size}")
     coco_masks()  # missed now, and not after the first pictures

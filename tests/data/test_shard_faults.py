@@ -51,9 +51,9 @@ def change_member(root, suffix, data, shard=1, sample=1):
     rewrite(root / f"train-{shard:05}.tar", change)
 
 
-def smaller():
+def png(height, width, mode="RGB"):
     out = io.BytesIO()
-    Image.new("RGB", (5, 5)).save(out, "PNG")
+    Image.new(mode, (width, height), 9 if mode == "L" else 0).save(out, "PNG")
     return out.getvalue()
 
 
@@ -61,13 +61,19 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
 BAD = {  # member, what it holds then, what is said of it
     "no picture": ("png", None, "must have one picture, got members json, seg.png"),
     "a spoilt picture": ("png", PNG, "not an image that PIL can read"),
-    "another picture": ("png", smaller(), r"height and width must be \[5, 5\], .* got \[24, 32\]"),
+    "another picture": ("png", png(5, 5), r"height and width must be \[5, 5\], .* got \[24, 32\]"),
     "no annotations": ("json", None, "has no JSON of annotations"),
     "no JSON": ("json", b"{", "its JSON cannot be read"),
     "deep JSON": ("json", b"[" * 100_000, "its JSON cannot be read"),
     "other JSON": ("json", b"[1, 2]", "must have a list of annotations"),
     "no map": ("seg.png", None, "has no map of labels, seg.png"),
-    "another map": ("seg.png", smaller(), r"seg.png must be \[24, 32\] integers"),
+    "another map": ("seg.png", png(5, 5), r"seg.png must be \[24, 32\] integers"),
+    "a huge map": ("seg.png", png(50, 50), "seg.png: too large"),
+    "other labels": (
+        "seg.png",
+        png(24, 32, "L"),
+        "must hold labels below 2 or 255, got 9",
+    ),
 }
 
 
@@ -123,7 +129,7 @@ def test_a_shard_that_is_cut_short(root):
         for i in range(first + 2, end):
             with pytest.raises(ValueError, match=rf"{path}: sample {i - first} .*cut short"):
                 shards.examined(i)
-            assert shards[i]["id"] == end  # of the next shard
+            assert shards[i]["id"] == end + (i - first) % (N - end)  # of the next shard
 
 
 def test_a_shard_that_is_missing(root):
@@ -131,7 +137,30 @@ def test_a_shard_that_is_missing(root):
     with pytest.warns(UserWarning, match="no such file: 5 samples are lost"):
         shards = opened(root)
     first, end = int(shards.first[1]), int(shards.first[2])
-    assert all(shards[i]["id"] == end for i in range(first, end))
+    lost = range(end - first)
+    assert [shards[first + k]["id"] for k in lost] == [end + k % (N - end) for k in lost]
+
+
+def test_the_only_shard_is_cut_short(root):
+    """Samples before the cut stand for those after it."""
+    index = root / "index.json"
+    content = json.loads(index.read_text())
+    del content["splits"]["train"][1:]
+    index.write_text(json.dumps(content))
+    path = root / "train-00000.tar"
+    starts = np.fromfile(path.with_suffix(".idx"), "<i8")
+    path.write_bytes(path.read_bytes()[: starts[3]])
+    shards = opened(root)
+    assert [shards[i]["id"] for i in range(len(shards))] == [0, 1, 2, 1, 2]
+
+
+def test_views_that_this_version_does_not_know(root):
+    index = root / "index.json"
+    content = json.loads(index.read_text())
+    content["views"]["turned"] = 0.5
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"index.json: views are not as they must be: .*turned"):
+        find_format(root)
 
 
 @pytest.mark.slow

@@ -110,6 +110,8 @@ def test_what_is_there_is_not_overwritten(source, tmp_path):
         write(source, tmp_path / "new")
     with pytest.raises(ValueError, match="size must be at least 1 byte, got 0"):
         write(source, tmp_path / "none", size=0)
+    with pytest.raises(TypeError, match=r"data sets of files \(Pictures\), got a list for train"):
+        write((source[0], {"train": [1]}), tmp_path / "none")
 
 
 def test_pictures_that_cannot_be_read_are_left_out(tmp_path, capsys):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from segkern.cli import main
 from segkern.data import ViewConfig, build_dataset
 from segkern.models import Mask2FormerConfig
 from segkern.training.config import TrainConfig
@@ -39,6 +40,22 @@ def sets(tmp_path_factory):
 def losses(folder):
     rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+@pytest.mark.slow
+def test_the_commands_take_them(sets, tmp_path, capsys):
+    """Trained with evaluations, measured, shown."""
+    shards, run = sets[1], tmp_path / "run"
+    train(config(run, shards, steps=2, evaluate_every=1), progress=False)
+    assert main(["evaluate", str(run), "--out", str(tmp_path / "a.json")]) == 0
+    other = ["--data", shards.root, "--out", str(tmp_path / "b.json")]
+    assert main(["evaluate", str(run), *other]) == 0
+    assert "found data of kind shards (panoptic)" in capsys.readouterr().out
+    a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert a["images"] == b["images"] == 2
+    assert a["classes"] == b["classes"]
+    assert main(["data", "show", shards.root, "--out", str(tmp_path), "--size", "32", "32"]) == 0
+    assert (tmp_path / "views.png").is_file()
 
 
 @pytest.mark.slow
