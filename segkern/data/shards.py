@@ -9,6 +9,7 @@ goes on skips nothing and reads nothing again, and ranks and loaders take parts 
 """
 
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from .shard_files import (
 from .views import InstanceViews, ViewConfig
 
 LOST = 0.5  # share of the pictures that may be unreadable
+_LEFT_ALONE = 600.0  # seconds before a shard that was lost is asked for again
 _TRIES = 100  # pictures after one that cannot be read, of which one is to stand for it
 
 
@@ -110,7 +112,12 @@ class Shards:
         semantic: whether samples have a map of labels.
         passes: whether samples differ from pass to pass.
         faults: shards that are missing or cut short, of those in a folder.
+        shards: rows of the index, in whose order the samples are.
+        first: [shards + 1] int64: samples first[s] to first[s + 1] are those of shard s.
+        most_unread: share of the pictures of a pass that may be unreadable before training stops.
     """
+
+    most_unread = LOST
 
     def __init__(
         self, config: ShardsConfig, split: str = "train", views: InstanceViews | None = None
@@ -142,23 +149,26 @@ class Shards:
                 f"got {config.read.channels}"
             )
         self.config, self.read, self.views, self.seed = config, config.read, views, config.seed
-        self.known = range(len(index.classes))  # labels that the files have
-        self.things = tuple(k for k in self.known if k not in index.stuff)
+        self._known = range(len(index.classes))  # labels that the files have
+        self.things = tuple(k for k in self._known if k not in index.stuff)
         self.stuff = index.stuff
-        self.apart = index.task == "semantic" or config.task == "semantic"  # each class a segment
-        self.of_things = index.task == "panoptic" and config.task == "instance"
-        names, self.labels = index.classes, {k: k for k in self.known}  # of a label in files ours
-        if self.apart:
-            self.things, self.stuff = (), tuple(self.known)
-        elif self.of_things:
+        self._apart = index.task == "semantic" or config.task == "semantic"  # each class a segment
+        self._of_things = index.task == "panoptic" and config.task == "instance"
+        names, self._labels = (
+            index.classes,
+            {k: k for k in self._known},
+        )  # of a label in files ours
+        if self._apart:
+            self.things, self.stuff = (), tuple(self._known)
+        elif self._of_things:
             names = [names[k] for k in self.things]
-            self.labels = {label: k for k, label in enumerate(self.things)}
-            self.things, self.stuff = tuple(self.labels.values()), ()
+            self._labels = {label: k for k, label in enumerate(self.things)}
+            self.things, self.stuff = tuple(self._labels.values()), ()
         self.classes = names
         self.semantic, self.passes = config.task != "instance", views is not None
         self.first = np.cumsum([0, *(shard.samples for shard in self.shards)])
         self.told: set[str] = set()
-        self._lost: dict[tuple[int, int], tuple[int, str]] = {}  # of a pass and shard, from where
+        self._lost: dict[int, tuple[int, str, float]] = {}  # of a shard from where, why, how long
         self._passes: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._block: tuple = None, None
         self.faults = [] if is_url(config.root) else self._absent()
@@ -202,14 +212,14 @@ class Shards:
         index, epoch = place if isinstance(place, tuple) else (place, 0)
         if not 0 <= index < len(self):
             raise IndexError(f"Shards: index must be in [0, {len(self)}), got {index}")
-        sample = self._readable(index, epoch)
+        sample = self._readable(index)
         if self.views is None:
             return sample
         return self.views(sample, generator_of(self.seed, epoch, index), out)
 
-    def _readable(self, index: int, epoch: int) -> Sample:
+    def _readable(self, index: int) -> Sample:
         """The sample of an index, or one after it; where the rest of a shard is lost, of the next
-        shard, and the lost one is asked for again in the next pass.
+        shard, and the lost one is not asked for again for some minutes.
 
         Raises:
             ValueError: none of so many can be read.
@@ -217,9 +227,9 @@ class Shards:
         at, unread = index, None
         for _ in range(_TRIES):
             shard, k = self._place(at)
-            since, reason = self._lost.get((epoch, shard), (k + 1, ""))
+            since, reason, until = self._lost.get(shard, (k + 1, "", 0.0))
             try:
-                if k >= since:
+                if k >= since and time.monotonic() < until:
                     raise LostShard(reason)
                 sample, faults = self.examined(at)
             except ValueError as error:
@@ -227,8 +237,8 @@ class Shards:
                 tell(f"{error}; a picture after it stands for it", self.told)
                 at = (at + 1) % len(self)
                 if isinstance(error, LostShard):
-                    self._lost = {key: x for key, x in self._lost.items() if key[0] >= epoch - 1}
-                    self._lost[epoch, shard] = min(k, since), str(error)
+                    if time.monotonic() >= until:
+                        self._lost[shard] = k, str(error), time.monotonic() + _LEFT_ALONE
                     at = self._instead(shard, k)
                 continue
             for fault in faults:
@@ -266,7 +276,7 @@ class Shards:
                 f"{[content.get('height'), content.get('width')]!r:.60}"
             )
         semantic = self._map(members, name, size) if self.semantic else None
-        if self.apart:
+        if self._apart:
             masks, labels, crowd, faults, _ = Truth.of_map(semantic)
         else:
             masks, labels, crowd, faults, _ = self._segments(content["annotations"], name, size)
@@ -285,13 +295,13 @@ class Shards:
         for at, row in enumerate(rows):
             try:
                 label = row["category_id"]
-                if type(label) is not int or label not in self.known:
+                if type(label) is not int or label not in self._known:
                     raise ValueError(
-                        f"category_id must be in [0, {len(self.known)}), got {label!r:.20}"
+                        f"category_id must be in [0, {len(self._known)}), got {label!r:.20}"
                     )
-                if label in self.labels:
+                if label in self._labels:
                     codes.append(row["segmentation"])
-                    labels.append(self.labels[label])
+                    labels.append(self._labels[label])
                     crowd.append(bool(row.get("iscrowd")))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ValueError(f"{name}: annotation {at}: {error}") from error
@@ -309,7 +319,7 @@ class Shards:
         """
         if SEG not in members:
             raise ValueError(f"{name}: has no map of labels, {SEG}")
-        void = void_of(len(self.known))
+        void = void_of(len(self._known))
         file, most = NamedBytes(members[SEG], f"{name}: {SEG}"), math.prod(size)
         image = open_image(file, most, upright=False)
         wide = np.asarray(image)
@@ -317,9 +327,9 @@ class Shards:
             raise ValueError(
                 f"{name}: {SEG} must be {list(size)} integers, got {list(wide.shape)} {wide.dtype}"
             )
-        if (bad := (wide < 0) | ((wide >= len(self.known)) & (wide != void))).any():
+        if (bad := (wide < 0) | ((wide >= len(self._known)) & (wide != void))).any():
             raise ValueError(
-                f"{name}: {SEG} must hold labels below {len(self.known)} or {void}, "
+                f"{name}: {SEG} must hold labels below {len(self._known)} or {void}, "
                 f"got {wide[bad].flat[0]}"
             )
         return wide.astype(np.uint8 if void < 256 else np.uint16)

@@ -135,14 +135,18 @@ def _resumed(folder: Path, fingerprint: dict) -> dict:
         return {"of": fingerprint, "splits": {}}
     try:
         written = json.loads(state.read_text(encoding="utf-8"))
-        of, _ = written["of"], written["splits"]
-    except (ValueError, KeyError, TypeError) as error:
+        of = dict(written["of"])
+        kept = {row[0]: row[2] for rows in written["splits"].values() for row in rows}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{state}: not what writing shards leaves: {error}") from error
     if differing := sorted(k for k in fingerprint if of.get(k) != fingerprint[k]):
         raise ValueError(
             f"{folder}: holds the first shards of a set of other {', '.join(differing)}: write to "
             "another folder"
         )
+    for name, size in kept.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise ValueError(f"{folder / name}: must be as it was written: start in a new folder")
     for path in folder.iterdir():
         if _LEFT.fullmatch(path.name):
             path.unlink()

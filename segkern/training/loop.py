@@ -159,7 +159,8 @@ def _train(
         validation = Validation(held_out, config, folder, start, own)
     queries = getattr(config.model, "num_queries", None)
     unmatched = Unmatched(queries, len(data), processes)
-    unread = Unread(len(data), config.batch_size * config.accumulate, start)
+    images, most = config.batch_size * config.accumulate, getattr(data, "most_unread", 1.0)
+    unread = Unread(len(data), images, start, most)
     log = contextlib.nullcontext()
     if processes.first:
         if not own:

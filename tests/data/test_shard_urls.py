@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from segkern.cli import main
-from segkern.data import Order, build_dataset, find_format
+from segkern.cli import main, train
+from segkern.data import Order, build_dataset, find_format, shards
 from segkern.io import sources
 from segkern.io.sources import fetch, fetch_patiently
+from segkern.training.config import TrainConfig
 from support.shards import shards_of, write_numbered
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -105,8 +106,8 @@ def test_a_busy_server_is_asked_again(server):
     assert server.waited == list(sources.WAITS)
 
 
-def test_a_server_that_stays_broken_loses_a_shard(server):
-    """The next shard stands for it, and it is not asked for again in this pass."""
+def test_a_server_that_stays_broken_loses_a_shard(server, monkeypatch):
+    """The next shard stands for it, and it is left alone for some minutes."""
     data = build_dataset(find_format(server.address)[0], "train")
     server.faults += [500] * 4
     end = int(data.first[1])
@@ -117,7 +118,24 @@ def test_a_server_that_stays_broken_loses_a_shard(server):
     assert data[2, 0]["id"] == end + 2
     assert len(server.asked) == asked + 1
     assert data[0, 0]["id"] == 0  # it lies before
-    assert data[1, 1]["id"] == 1  # in the next pass
+    now = shards.time.monotonic()
+    monkeypatch.setattr(shards.time, "monotonic", lambda: now + 600)
+    assert data[1, 0]["id"] == 1
+    assert data[2, 0]["id"] == 2
+
+
+def test_training_takes_an_address(server, monkeypatch):
+    asked = []
+
+    class Done:
+        steps, seconds = 0, 0.0
+
+    monkeypatch.setattr(train, "run_train", lambda config, resume: asked.append(config) or Done())
+    assert main(["train", "--data.root", server.address, "--preset", "tiny"]) == 0
+    (config,) = asked
+    assert (config.data.kind, config.data.root) == ("shards", server.address)
+    assert config.model.id2label == {0: "box", 1: "ground"}
+    assert TrainConfig.from_dict(config.to_dict()).data == config.data
 
 
 def test_what_is_not_there_is_not_asked_for_again(server):

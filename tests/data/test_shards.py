@@ -161,7 +161,9 @@ def test_the_order(few, buffer):
 
 def test_the_order_of_joint_tasks_is_that_of_the_shards(few):
     data = replace_buffer(few, 7)
-    assert JointTasks(data, data.stuff, 0).shuffled(0, 1, 2) == data.shuffled(0, 1, 2)
+    joint = JointTasks(data, data.stuff, 0)
+    assert joint.shuffled(0, 1, 2) == data.shuffled(0, 1, 2)
+    assert joint.most_unread == data.most_unread == 0.5
 
 
 def test_recipes_find_them(few, tmp_path):

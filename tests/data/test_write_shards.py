@@ -87,6 +87,23 @@ def test_a_run_that_was_stopped_is_no_data_set(source, tmp_path):
         write((config, {"train": splits["val"], "val": splits["train"]}), tmp_path)
 
 
+def test_what_was_written_before_a_stop_must_be_there(source, tmp_path):
+    def tell(text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(source, tmp_path, tell=tell)
+    state = (tmp_path / STATE).read_text()
+    for wrong in ("{", "[]", '{"of": 1}', '{"of": {}, "splits": [1]}'):
+        (tmp_path / STATE).write_text(wrong)
+        with pytest.raises(ValueError, match=f"{STATE}: not what writing shards leaves"):
+            write(source, tmp_path)
+    (tmp_path / STATE).write_text(state)
+    (tmp_path / "train-00000.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"train-00000.tar: must be as it was written"):
+        write(source, tmp_path)
+
+
 def test_processes_write_the_same(source, whole, tmp_path):
     write(source, tmp_path, workers=2)
     assert files(tmp_path) == whole

@@ -46,8 +46,14 @@ def test_a_process_of_several_counts_its_own():
     assert unread([batch(2)]) == "1 of 4 pictures of the pass could not be read: a"
 
 
-def test_more_than_half_is_an_error():
-    unread = Unread(6, 2)
+def test_of_files_any_number_may_be_lost():
+    """Another picture stands for each: that none is left is said where they are read."""
+    told = Unread(2, 2)([batch(2, "a", "b")])
+    assert told == "2 of 2 pictures of the pass could not be read: a; b"
+
+
+def test_more_than_may_be_is_an_error():
+    unread = Unread(6, 2, most=0.5)
     assert unread([batch(2, "a", "b")]) is None
     assert unread([batch(2)]) is None
     with pytest.raises(ValueError, match=r"4 of 6 pictures .*: a; b; c; \.\.\.: more than 50%"):
