@@ -25,7 +25,7 @@ from ..io.images import read_head
 from .labelme import embedded
 from .pictures import Pictures
 from .sample import IdMaps, coco_masks
-from .shard_files import INDEX, SEG, STATE, Index, Shard
+from .shard_files import INDEX, SEG, STATE, TASKS, Index, Shard
 from .views import ViewConfig
 
 _LEFT = re.compile(r"\.[0-9a-f]{32}\.(tar|idx)")  # what a kill leaves of `atomic`
@@ -75,8 +75,8 @@ def write_shards(
     Raises:
         OSError: the folder cannot be written to.
         TypeError: a data set that is none of files.
-        ValueError: a size below 1, the folder holds shards or those of another set, or no sample
-            of a split can be read.
+        ValueError: no such task, a size below 1, the folder holds shards or those of another set,
+            or no sample of a split can be read.
         ImportError: pycocotools is missing.
     """
     for name, data in splits.items():
@@ -85,6 +85,8 @@ def write_shards(
                 f"write_shards: splits must be data sets of files (Pictures), got a "
                 f"{type(data).__name__} for {name}"
             )
+    if task not in TASKS:
+        raise ValueError(f"write_shards: task must be one of {', '.join(TASKS)}, got {task!r}")
     if size < 1:
         raise ValueError(f"write_shards: size must be at least 1 byte, got {size}")
     coco_masks()  # missed now, and not after the first pictures
@@ -93,6 +95,7 @@ def write_shards(
         raise ValueError(f"{folder}: must not hold a data set, and has {INDEX}")
     first = next(iter(splits.values()))
     written = _resumed(folder, _fingerprint(splits, task, size, shuffle))
+    write_json(folder / STATE, written)  # before a shard, which nobody would know without
     for name, data in splits.items():
         order = range(len(data))
         if shuffle:

@@ -159,6 +159,15 @@ def test_the_order(few, buffer):
         assert [where[i] for i in passes[0, 0]] != sorted(where[i] for i in passes[0, 0])
 
 
+def test_blocks_have_orders_of_their_own(few, tmp_path):
+    source = CocoConfig(few.root.removesuffix("shards") + "set", "panoptic")
+    one = replace(shards_of(source, tmp_path, size=10**6), buffer=8)  # all in one shard
+    data = build_dataset(one, "train")
+    order = np.array([data.shuffled(0, 0, i) for i in range(N)]).reshape(3, 8)
+    assert {row.min() for row in order} == {0, 8, 16}
+    assert len({tuple(row - row.min()) for row in order}) == 3
+
+
 def test_the_order_of_joint_tasks_is_that_of_the_shards(few):
     data = replace_buffer(few, 7)
     joint = JointTasks(data, data.stuff, 0)

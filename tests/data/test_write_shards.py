@@ -43,6 +43,11 @@ def whole(source, tmp_path_factory):
 def test_shards_have_the_size_at_most(whole):
     sizes = [len(data) for name, data in whole.items() if name.endswith("tar")]
     assert len(sizes) == 4
+    shards = json.loads(whole["index.json"])["splits"]
+    assert {name: sum(row["samples"] for row in part) for name, part in shards.items()} == {
+        "train": N,
+        "val": 2,
+    }
     assert max(sizes) == SIZE
     assert not [name for name in whole if name.startswith(".") or name == STATE]
 
@@ -61,14 +66,19 @@ def test_a_stopped_run_goes_on(source, whole, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             write(source, folder, tell=tell)
         assert (folder / STATE).is_file()
+        if stop == 2:  # killed before it was noted that the second is there
+            state = json.loads((folder / STATE).read_text())
+            del state["splits"]["train"][1:]
+            (folder / STATE).write_text(json.dumps(state))
         kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
         assert len(kept) == stop
         left = folder / f".{'0a' * 16}.tar"
         left.write_bytes(b"half")
         told.clear()
         write(source, folder, tell=lambda text, told=told: told.append(text))
-        assert len(told) == 4 - stop
-        assert {path: path.stat().st_mtime_ns for path in kept} == kept
+        assert len(told) == 4 - stop + (stop == 2)
+        first = folder / "train-00000.tar"
+        assert first.stat().st_mtime_ns == kept[first]
         assert files(folder) == whole
 
 
@@ -94,6 +104,7 @@ def test_what_was_written_before_a_stop_must_be_there(source, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(source, tmp_path, tell=tell)
     state = (tmp_path / STATE).read_text()
+    assert json.loads(state)["splits"]["train"][0][0] == "train-00000.tar"
     for wrong in ("{", "[]", '{"of": 1}', '{"of": {}, "splits": [1]}'):
         (tmp_path / STATE).write_text(wrong)
         with pytest.raises(ValueError, match=f"{STATE}: not what writing shards leaves"):
@@ -127,6 +138,8 @@ def test_what_is_there_is_not_overwritten(source, tmp_path):
         write(source, tmp_path / "new")
     with pytest.raises(ValueError, match="size must be at least 1 byte, got 0"):
         write(source, tmp_path / "none", size=0)
+    with pytest.raises(ValueError, match=r"task must be one of panoptic, .* got 'depth'"):
+        write_shards(source[1], tmp_path / "none", "depth", source[0].views)
     with pytest.raises(TypeError, match=r"data sets of files \(Pictures\), got a list for train"):
         write((source[0], {"train": [1]}), tmp_path / "none")
 
