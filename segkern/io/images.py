@@ -6,10 +6,10 @@ Letters: C channels, H W size of the picture, h w size in the model.
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -30,7 +30,10 @@ _limit = threading.Lock()
 
 
 def open_image(
-    path: str | Path, max_pixels: int | None = None, upright: bool = True
+    path: str | Path | BinaryIO,
+    max_pixels: int | None = None,
+    upright: bool = True,
+    formats: Sequence[str] | None = None,
 ) -> Image.Image:
     """Reads a picture whole, turned upright as its EXIF tag says.
 
@@ -38,11 +41,12 @@ def open_image(
     and counts the others; previews, masks and smaller copies of it do not count.
 
     Args:
-        path: of the file.
+        path: of the file, or the file, open in binary mode.
         max_pixels: width times height that a picture may have; None takes Pillow's limit
             (178,956,970, twice `PIL.Image.MAX_IMAGE_PIXELS`), which keeps a small file from
             filling the memory.
         upright: false leaves it as its pixels lie in the file.
+        formats: those that it may have, as Pillow names them, such as "JPEG"; None for all.
 
     Raises:
         TypeError: max_pixels is no integer.
@@ -52,7 +56,7 @@ def open_image(
         raise TypeError(f"max_pixels must be a positive integer, got {max_pixels!r}")
     try:
         with _unlimited(max_pixels is not None):
-            image = Image.open(path)
+            image = Image.open(path, formats=formats)
         with image:
             width, height = image.size
             if max_pixels is not None and width * height > max_pixels:
@@ -156,11 +160,11 @@ def read_image(
     """A picture as a tensor.
 
     Args:
-        image: path, bytes of a file (`BytesIO`), PIL image, array [H, W] or [H, W, C], tensor
-            [H, W] or [C, H, W]; arrays and tensors bool, uint8, uint16 or floating in [0, 1]; C is
-            1 (grey), 2 (grey, alpha), 3 or 4 (with alpha). What is transparent shows white, as
-            most viewers do it. White is 65535 in a deep PIL image ("I") and 255 in a floating one
-            ("F"; 1 if no pixel is above 1), or the brightest pixel if that is more.
+        image: path, file open in binary mode, PIL image, array [H, W] or [H, W, C], tensor [H, W]
+            or [C, H, W]; arrays and tensors bool, uint8, uint16 or floating in [0, 1]; C is 1
+            (grey), 2 (grey, alpha), 3 or 4 (with alpha). What is transparent shows white, as most
+            viewers do it. White is 65535 in a deep PIL image ("I") and 255 in a floating one ("F";
+            1 if no pixel is above 1), or the brightest pixel if that is more.
         name: begins the message of an error.
         max_pixels: of a file, as in `open_image`.
         channels: C that is wanted. With another number than 3 the channels are taken as they are:
@@ -173,7 +177,7 @@ def read_image(
         TypeError: of no such kind or dtype.
         ValueError: another shape, empty, NaN, out of range, or a file that is no image.
     """
-    if isinstance(image, (str, Path, BytesIO)):
+    if isinstance(image, (str, Path)) or hasattr(image, "read"):
         image = open_image(image, max_pixels) if channels == 3 else _bands(image, max_pixels)
     if isinstance(image, Image.Image):
         if channels != 3:
@@ -391,7 +395,7 @@ def _narrow_white(high: float, name: str) -> int:
     return white
 
 
-def _bands(path: str | Path, max_pixels: int | None) -> np.ndarray:
+def _bands(path: str | Path | BinaryIO, max_pixels: int | None) -> np.ndarray:
     """The bands of a TIFF, [H, W, C] uint8, or float32 in [0, 1]; floats up to 255 or 65535 are
     scaled as integers of 8 and 16 bits are."""
     pixels, white = read_bands(path, max_pixels)

@@ -12,6 +12,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -24,12 +25,12 @@ _NOT_A_PICTURE = 5  # bits of the kind of a page: 1 a smaller copy, 4 a mask
 
 
 def read_bands(
-    path: str | Path | io.BytesIO, max_pixels: int | None = None
+    path: str | Path | BinaryIO, max_pixels: int | None = None
 ) -> tuple[np.ndarray, int | None]:
     """All bands of a TIFF, as its pixels lie in the file.
 
     Args:
-        path: of the file, or its bytes.
+        path: of the file, or the file, open in binary mode.
         max_pixels: width times height that it may have; None takes Pillow's limit.
 
     Returns:
@@ -42,8 +43,7 @@ def read_bands(
     most = max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
     pages, white = [], None
     try:
-        held = isinstance(path, io.BytesIO)
-        data = path.getvalue() if held else Path(path).read_bytes()
+        data = path.read() if hasattr(path, "read") else Path(path).read_bytes()
         for number, tags in enumerate(_directories(data)):
             if tags.get(_KIND, 0) & _NOT_A_PICTURE:
                 continue
@@ -80,7 +80,7 @@ def _first(value):
     return value[0] if isinstance(value, tuple) else value
 
 
-def _page(path: str | Path, data: bytes, number: int, tags) -> np.ndarray:
+def _page(path: str | Path | BinaryIO, data: bytes, number: int, tags) -> np.ndarray:
     """The bands of a page, [H, W, C]."""
     H, W, C = tags[_HEIGHT], tags[_WIDTH], tags.get(_BANDS, 1)
     compression = tags.get(_COMPRESSION, 1)
@@ -114,7 +114,7 @@ def _page(path: str | Path, data: bytes, number: int, tags) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(out, 0, 2).reshape(H, W, C))
 
 
-def _by_pillow(path: str | Path, number: int, C: int) -> np.ndarray:
+def _by_pillow(path: str | Path | BinaryIO, number: int, C: int) -> np.ndarray:
     with Image.open(path) as image:
         image.seek(number)
         pixels = np.asarray(image)
