@@ -16,6 +16,7 @@ from ..data import (
     write_shards,
 )
 
+_TOLD = 20  # findings of a split that are printed
 _FEW = 64  # pictures that one process reads as soon
 
 
@@ -60,9 +61,12 @@ def shard_data(
                     raise
                 print(f"{split}: {error}; shards of train alone are written")
                 continue
-        faults = splits[split].faults
-        for text in faults or [str(w.message) for w in told if w.category is UserWarning]:
+        found = splits[split].faults
+        found = found or [str(w.message) for w in told if w.category is UserWarning]
+        for text in found[:_TOLD]:
             print(f"{split}: {text}")
+        if len(found) > _TOLD:
+            print(f"{split}: {len(found) - _TOLD} more findings, which `segkern data check` names")
     pictures = sum(map(len, splits.values()))
     if workers is None:
         workers = min(os.cpu_count() or 1, 16) if pictures > _FEW else 0

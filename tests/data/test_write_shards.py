@@ -8,7 +8,7 @@ import pytest
 from segkern.cli import main
 from segkern.data import CocoConfig, build_dataset, find_format, write_shards
 from segkern.data.write_shards import STATE, size_in_bytes
-from support.pictures import write_coco
+from support.pictures import annotation, box, instance_rows, write_coco
 from support.shards import write_cityscapes, write_numbered
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -161,6 +161,16 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path, capsys):
         "train-00000.tar/none.png",
     ]
     assert np.array_equal(data[1]["image"], wanted[2]["image"])
+
+
+def test_many_findings_are_counted(tmp_path, capsys):
+    rows = [annotation(i, 7, 77, box(1, 1, 9, 9)) for i in range(100, 130)]
+    for split in ("train", "val"):
+        write_coco(tmp_path / "set", instance_rows() + rows, name=split)
+    assert main(["data", "shard", str(tmp_path / "set"), str(tmp_path / "shards")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("train: ") == 20 + 2
+    assert "train: 10 more findings, which `segkern data check` names" in printed
 
 
 def test_the_command(tmp_path, capsys):
