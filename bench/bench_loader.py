@@ -9,6 +9,7 @@ transformers' processor has no jitter: it resizes to 1024 x 1024.
 """
 
 import json
+import shutil
 import tempfile
 import time
 from functools import cache, partial
@@ -44,17 +45,20 @@ def photo(seed: int) -> Image.Image:
 
 
 @cache
-def coco_set() -> Path:
-    """A folder in COCO's format, of few files that many pictures share."""
+def coco_set(pictures: int = PICTURES, files: int = FILES) -> Path:
+    """A folder in COCO's format, of files that pictures share where they are fewer."""
     root, rng = Path(tempfile.mkdtemp(prefix="segkern-bench-")), np.random.default_rng(0)
     (root / "train2017").mkdir()
     (root / "annotations").mkdir()
-    for i in range(FILES):
-        photo(i).save(root / f"train2017/{i}.jpg", quality=92)
+    for i in range(files):
+        if i < FILES:
+            photo(i).save(root / f"train2017/{i}.jpg", quality=92)
+        else:
+            shutil.copy(root / f"train2017/{i % FILES}.jpg", root / f"train2017/{i}.jpg")
     images, annotations = [], []
     turn = np.linspace(0, 2 * np.pi, 31)[:-1]
-    for i in range(PICTURES):
-        images.append({"id": i, "file_name": f"{i % FILES}.jpg", "height": 480, "width": 640})
+    for i in range(pictures):
+        images.append({"id": i, "file_name": f"{i % files}.jpg", "height": 480, "width": 640})
         for k in range(OBJECTS):
             r = rng.uniform(15, 110) * rng.uniform(0.7, 1.3, 30)
             x, y = rng.uniform(0, 640), rng.uniform(0, 480)

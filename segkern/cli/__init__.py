@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from .. import recipes
-from ..data import Digits, Folder, FolderConfig, Pictures, Streets, find_format
+from ..data import Digits, Folder, FolderConfig, Pictures, Shards, Streets, find_format
 from ..data.folder import Layout
 from ..evaluation.evaluate import evaluate as run_evaluate
 from ..evaluation.optional import import_extra
@@ -39,6 +39,7 @@ from .export import export
 from .prune import prune
 from .quantize import quantize
 from .serve import serve
+from .shard import data_command
 from .train import train_command
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
@@ -58,7 +59,7 @@ def evaluate(
     scenes: int | None = None,
     tasks: tuple[_Task, ...] = TASKS,
     threshold: float | None = None,
-    data: Path | None = None,
+    data: str | None = None,
     layout: Layout | None = None,
     max_pixels: int | None = None,
     window: int | None = None,
@@ -86,7 +87,7 @@ def evaluate(
         threshold: least score of a panoptic segment, 0 to 1; not given, the digits recipe's for
             scenes, else 0.8.
         data: folder whose val split is measured on, in place of scenes: COCO, LabelMe, YOLO, maps
-            of objects or of classes.
+            of objects or of classes, shards (or the address of shards).
         layout: of a folder of maps of classes; not given, the format is told from the files.
         max_pixels: width times height that an image in a folder may have; not given, 178,956,970.
         window: side in pixels of a Segmenter's windows; not given, the model's.
@@ -117,7 +118,7 @@ def evaluate(
         tasks = opened.config.tasks
         if isinstance(source, Folder):
             tasks = ("semantic",)
-        elif isinstance(source, Pictures) and not source.semantic:
+        elif isinstance(source, (Pictures, Shards)) and not source.semantic:
             tasks = ("instance",)
     if threshold is None and isinstance(source, Digits) and "panoptic" in tasks:
         threshold = recipes.DIGITS_THRESHOLD
@@ -293,7 +294,7 @@ def info() -> None:
 
 def data(
     action: tyro.conf.Positional[Literal["check", "show"]],
-    root: tyro.conf.Positional[Path],
+    root: tyro.conf.Positional[str],
     out: Path = Path("data-report"),
     layout: Layout | None = None,
     split: Literal["train", "val"] = "train",
@@ -301,15 +302,16 @@ def data(
     size: tuple[int, int] | None = None,
     workers: int | None = None,
 ) -> int:
-    """Check a folder of training data, or show samples of it as training sees them.
+    """Check a folder of training data, show samples of it as training sees them, or shard it.
 
     `check` reads every picture and annotation of both splits, says what is broken and why, and
     writes report.json, train.png and val.png (objects of each class, sizes) and samples.png;
-    exit code 0 where the data can be used, 2 where not. `show` writes views.png.
+    exit code 0 where the data can be used, 2 where not. `show` writes views.png. `shard` writes
+    the data as WebDataset shards: segkern data shard --help.
 
     Args:
         action: check or show.
-        root: folder of a data set; its format is told from the files.
+        root: folder of a data set, whose format is told from the files, or address of shards.
         out: folder for what is written.
         layout: of a folder of maps of classes; not given, the format is told from the files.
         split: of show.
@@ -369,7 +371,8 @@ def _processes(arguments: list[str]) -> Iterator[bool]:
 def _called(arguments: list[str]) -> int:
     """Runs a command."""
     app = tyro.extras.SubcommandApp()
-    others = evaluate, predict, explain, data, convert, export, quantize, prune, serve, demo, info
+    others = evaluate, predict, explain, data_command(arguments, data), convert, demo, info
+    others += export, quantize, prune, serve
     for command in (train_command(arguments), *others):
         app.command(command)
     # the model's kind is that of the recipe's or the stored config, and no subcommand

@@ -25,6 +25,7 @@ from ..training.validation import BEST, best_of
 # options of train that are read before the others, whose defaults depend on them
 _FIRST = ("--recipe", "--resume", "--preset", "--init")
 _FIRST += ("--data.root", "--data.layout", "--data.task")
+_SHARDS_OF_MAPS = ("shards", "semantic")
 
 
 def train_command(arguments: list[str]) -> Callable:
@@ -164,5 +165,6 @@ def _recipe_for(root: str, layout: bool, init: str | None) -> str:
     whose layout is given holds maps of classes."""
     if init is not None and (kind := open_model(init).config.kind) in recipes.RECIPES:
         return kind
-    objects = not layout and "masks" in find_format(root)[0].targets
-    return "mask2former" if objects else "segmenter"
+    found = None if layout else find_format(root)[0]
+    maps = layout or "masks" not in found.targets or (found.kind, found.task) == _SHARDS_OF_MAPS
+    return "segmenter" if maps else "mask2former"

@@ -36,12 +36,15 @@ from .pictures import Pictures as Pictures
 from .pictures import ReadConfig as ReadConfig
 from .sample import IdMaps as IdMaps
 from .sample import Sample as Sample
+from .shards import Shards as Shards
+from .shards import ShardsConfig as ShardsConfig
 from .streets import Streets as Streets
 from .streets import StreetsConfig as StreetsConfig
 from .transforms import SemanticViews as SemanticViews
 from .views import InstanceViews as InstanceViews
 from .views import ViewConfig as ViewConfig
 from .wrapped import Wrapped as Wrapped
+from .write_shards import write_shards as write_shards
 from .yolo import YoloConfig as YoloConfig
 from .yolo import read_yolo
 
@@ -73,6 +76,7 @@ FORMATS = {
     "pascal_context": Format(PascalContextConfig, read_pascal_context),
     "class_maps": Format(ClassMapsConfig, read_class_maps),
     "streets": Format(StreetsConfig, Streets),
+    "shards": Format(ShardsConfig, Shards),
 }
 DataConfig = Union[tuple(row.config for row in FORMATS.values())]  # noqa: UP007
 

@@ -4,7 +4,7 @@ Letters: B image, H W size of the batch, h w size of a sample.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -24,10 +24,12 @@ class Batch:
     Attributes:
         pixel_values: [B, C, H, W] float32, normalised, zero-padded to the right and below.
         targets: of the same images.
+        unread: why pictures could not be read, of each for which another one stands.
     """
 
     pixel_values: Tensor
     targets: Targets
+    unread: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -109,7 +111,7 @@ def collate(
         targets = targets._replace(semantic=torch.cat(maps))
     if all("task" in s for s in samples):
         targets = targets._replace(task=torch.tensor([s["task"] for s in samples]))
-    return Batch(pixels, targets)
+    return Batch(pixels, targets, [s["unread"] for s in samples if "unread" in s])
 
 
 def _together(images: list[Tensor], size: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 import mmap
 from pathlib import Path
 
+from ..io.sources import is_url
 from .ade20k import Ade20kConfig, ade20k_views, is_full
 from .cityscapes import CityscapesConfig, truth_files
 from .coco import OTHERS, CocoConfig
@@ -12,6 +13,8 @@ from .labelme import LabelMeConfig
 from .maps import maps_below
 from .pascal_context import PascalContextConfig
 from .pictures import files_below, pictures_below
+from .shard_files import INDEX, has_index, no_index
+from .shards import found_shards
 from .yolo import YoloConfig
 
 
@@ -19,18 +22,24 @@ def find_format(root: str | Path) -> tuple[object, str]:
     """The data set in a folder.
 
     Args:
-        root: the folder.
+        root: the folder; of shards also an address (http://, https://).
 
     Returns:
         its config, and a line that says what was found and by what, for the caller to show.
 
     Raises:
+        OSError: the index of shards at an address cannot be fetched.
         ValueError: no such folder, or none of the formats.
     """
+    if is_url(root) or has_index(Path(root)):
+        config = found_shards(root)
+        return config, f"{root}: found data of kind shards ({config.task}): it has {INDEX}"
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     found = _found(root)
+    if found is None and (tars := sorted(root.glob("*.tar"))):
+        raise ValueError(no_index(root, tars))
     if found is None:
         count = len(pictures_below(root))
         raise ValueError(

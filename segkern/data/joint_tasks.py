@@ -30,6 +30,7 @@ class JointTasks:
     Attributes:
         classes: of the data set.
         passes: samples differ from pass to pass.
+        shuffled, most_unread: of the data set, where it has them.
     """
 
     passes = True
@@ -37,6 +38,8 @@ class JointTasks:
     def __init__(self, dataset, stuff: Sequence[int], seed: int):
         self.dataset, self.stuff, self.seed = dataset, tuple(stuff), seed
         self.classes = dataset.classes
+        self.shuffled = getattr(dataset, "shuffled", None)
+        self.most_unread = getattr(dataset, "most_unread", 1.0)
 
     def __len__(self) -> int:
         return len(self.dataset)

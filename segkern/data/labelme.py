@@ -295,6 +295,18 @@ def _opened(path: Path, max_pixels: int | None, upright: bool) -> Image.Image:
     return _embedded(_content(path)["imageData"], f"{path}: imageData", max_pixels)
 
 
+def embedded(path: Path) -> bytes:
+    """The file of the picture that a file of LabelMe holds.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return base64.b64decode(_content(path)["imageData"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: holds no picture in base64 (imageData)") from error
+
+
 def _embedded(text: str, what: str, max_pixels: int | None = None) -> Image.Image:
     try:
         return open_image(io.BytesIO(base64.b64decode(text)), max_pixels)

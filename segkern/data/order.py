@@ -1,6 +1,6 @@
 """Which samples each training step takes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -21,6 +21,8 @@ class Order:
         passes: yield (sample, pass) for data sets that give another view in each pass.
         rank, ranks: of this process among those that share each batch, and their number; yielded
             is its part, which follows that of the rank before. Their parts are equal.
+        shuffled: called with the seed, a pass and a place in it, gives the sample, for data sets
+            that lie on disk in an order of their own; None draws a permutation of all.
 
     Raises:
         ValueError: an empty data set, or a batch that ranks cannot share equally.
@@ -36,6 +38,7 @@ class Order:
         passes: bool = False,
         rank: int = 0,
         ranks: int = 1,
+        shuffled: Callable[[int, int, int], int] | None = None,
     ):
         if length < 1:
             raise ValueError("training: the data set is empty")
@@ -48,6 +51,7 @@ class Order:
         self.start, self.stop, self.passes = start, stop, passes
         self.share = batch_size // ranks
         self.first = rank * self.share
+        self.shuffled = self._shuffled if shuffled is None else shuffled
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start)
@@ -56,10 +60,11 @@ class Order:
         for step in range(self.start, self.stop):
             first = step * self.batch_size + self.first
             places = (divmod(i, self.length) for i in range(first, first + self.share))
-            found = [
-                (int(_permutation(self.length, self.seed, epoch)[i]), epoch) for epoch, i in places
-            ]
+            found = [(self.shuffled(self.seed, epoch, i), epoch) for epoch, i in places]
             yield found if self.passes else [index for index, _ in found]
+
+    def _shuffled(self, seed: int, epoch: int, place: int) -> int:
+        return int(_permutation(self.length, seed, epoch)[place])
 
 
 @lru_cache(maxsize=2)

@@ -265,20 +265,23 @@ def readable(examined: Callable, index: int, count: int, told: set[str]) -> Samp
     Raises:
         ValueError: none can be read.
     """
+    unread = None
     for step in range(count):
         try:
             sample, faults = examined((index + step) % count)
         except ValueError as error:
             reason = str(error)
-            _tell(f"{reason}; the next picture stands for it", told)
+            unread = unread or reason
+            tell(f"{reason}; the next picture stands for it", told)
             continue
         for fault in faults:
-            _tell(fault, told)
-        return sample
+            tell(fault, told)
+        return sample if unread is None else sample | {"unread": unread}
     raise ValueError(f"{reason}; no picture is left that can be read")
 
 
-def _tell(text: str, told: set[str]) -> None:
+def tell(text: str, told: set[str]) -> None:
+    """Warns of a finding, each once and not more than a few of all in `told`."""
     if text not in told and len(told) < _MOST_TOLD:
         told.add(text)
         end = "; further findings are not told" if len(told) == _MOST_TOLD else ""

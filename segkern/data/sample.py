@@ -155,6 +155,7 @@ class Sample(TypedDict, total=False):
         task: in training on several tasks together, what the segments are those of: its place in
             `structures.targets.TASKS`.
         dropped: segments of which a view shows nothing, and which it left out.
+        unread: why the picture that belongs here could not be read, where this one stands for it.
         finite: pixel_values are known to be so, as they were made of bytes: nobody need look.
     """
 
@@ -168,6 +169,7 @@ class Sample(TypedDict, total=False):
     path: str
     task: int
     dropped: int
+    unread: str
     finite: bool
 
 

@@ -5,6 +5,7 @@ import http.client
 import string
 import time
 import urllib.request as request
+from collections.abc import Sequence
 from io import BytesIO
 from urllib.parse import quote
 
@@ -12,7 +13,9 @@ from .images import open_image
 
 TIMEOUT = 30.0  # seconds
 MAX_BYTES = 2**26  # of a picture's file: 64 MiB
+WAITS = (0.5, 2.0, 8.0)  # seconds before a server is asked again
 _AT_ONCE = 2**16
+_LATER = (408, 425, 429)  # what a server says that may answer later
 
 
 def is_url(source) -> bool:
@@ -66,22 +69,29 @@ def open_source(
             )
     else:
         return source
-    return open_image(_Named(data, name), max_pixels)
+    return open_image(NamedBytes(data, name), max_pixels)
 
 
 def fetch(
-    url: str, name: str = "image", timeout: float = TIMEOUT, max_bytes: int = MAX_BYTES
+    url: str,
+    name: str = "image",
+    timeout: float = TIMEOUT,
+    max_bytes: int = MAX_BYTES,
+    part: tuple[int, int] | None = None,
 ) -> bytes:
     """What an address holds; redirections to other addresses of http and https are followed.
 
     Args:
         url: http:// or https://; the proxies of the environment are used.
         name, timeout, max_bytes: as in `open_source`.
+        part: first byte that is wanted and the one after the last; None for all. Where the file
+            ends before, fewer come.
 
     Raises:
         TypeError: timeout or max_bytes is no number.
         OSError: it cannot be fetched.
-        ValueError: the server sends more than `max_bytes`, or timeout is not positive.
+        ValueError: the server sends more than `max_bytes` or no parts of files, or timeout is not
+            positive.
     """
     for limit, value in (("timeout", timeout), ("max_bytes", max_bytes)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -91,10 +101,17 @@ def fetch(
     try:
         quoted = quote(url, safe=string.punctuation)
         asked = request.Request(quoted, headers={"User-Agent": "segkern"})
+        if part is not None:
+            asked.add_header("Range", f"bytes={part[0]}-{part[1] - 1}")
     except ValueError as error:
         raise ValueError(f"{name}: {url} is no address: {error}") from error
     try:
         with _opener().open(asked, timeout=timeout) as answer:
+            if part is not None and answer.status != http.client.PARTIAL_CONTENT:
+                raise ValueError(
+                    f"{name}: {url}: its server must send parts of files (Range), as stores of "
+                    f"objects and most servers of files do, got status {answer.status}"
+                )
             length = answer.headers.get("Content-Length", "")
             length = int(length) if length.isdecimal() else None
             data, until = bytearray(), time.monotonic() + timeout
@@ -116,7 +133,36 @@ def fetch(
     return bytes(data)
 
 
-class _Named(BytesIO):
+def fetch_patiently(
+    url: str,
+    name: str,
+    part: tuple[int, int] | None = None,
+    max_bytes: int = MAX_BYTES,
+    waits: Sequence[float] = WAITS,
+) -> bytes:
+    """As `fetch`, asking again where a server is busy or a connection breaks.
+
+    Args:
+        url, name, part, max_bytes: as of `fetch`.
+        waits: seconds before each further attempt.
+
+    Raises:
+        OSError: no attempt fetched it, or the server says that it never will (a status of 400 to
+            499 but 408, 425 and 429).
+        ValueError: as `fetch`.
+    """
+    for wait in (*waits, None):
+        try:
+            return fetch(url, name, max_bytes=max_bytes, part=part)
+        except OSError as error:
+            status = getattr(error.__cause__, "code", 500)
+            if wait is None or (status < 500 and status not in _LATER):
+                raise
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+class NamedBytes(BytesIO):
     """Bytes that messages call by their name, as a file by its path."""
 
     def __init__(self, data: bytes, name: str):

@@ -54,7 +54,7 @@ def data_of_run(name: str, digits: bool) -> DataConfig | None:
 def source_of(
     name: str,
     opened: SegmentationModel,
-    data: Path | None,
+    data: str | Path | None,
     layout: str | None,
     max_pixels: int | None,
     given: dict,
@@ -65,7 +65,7 @@ def source_of(
     Args:
         name: of the model.
         opened: the model.
-        data, layout: a folder of pictures; None where none is given.
+        data, layout: a folder of pictures or an address of shards; None where none is given.
         max_pixels: that a picture in it may have.
         given: settings of scenes, and their split.
 

@@ -9,10 +9,14 @@ from ..data import (
     ClassMapsConfig,
     DataConfig,
     FolderConfig,
+    ShardsConfig,
     ade20k_views,
     build_dataset,
     find_format,
 )
+from ..data.folder import class_names
+from ..data.shard_files import has_index
+from ..io.sources import is_url
 from ..models import Config, open_model
 from ..structures.logits import PixelLogits
 from ..training.config import TrainConfig
@@ -73,6 +77,29 @@ def with_objects(recipe: str, root: str | Path, task: str | None) -> tuple[DataC
             f"got data of kind {data.kind}, {data.task}"
         )
     return data, build_dataset(data, "train")
+
+
+def maps_of_classes(
+    root: str | Path | None, layout: str, named: bool
+) -> tuple[FolderConfig | ShardsConfig, list[str] | None]:
+    """The config of maps of classes for models of pixels, and the names of the classes.
+
+    Args:
+        root: folder of the images, or of shards with maps of classes; None for the one to be set.
+        layout: of a folder (`FolderConfig`); shards are looked for where it is "plain".
+        named: the layout alone tells the names; else they are None without a root.
+
+    Raises:
+        ValueError: the shards have no maps of classes, or see `class_names`.
+    """
+    if root and layout == "plain" and (is_url(root) or has_index(Path(root))):
+        data = find_format(root)[0]
+        if data.task == "instance":
+            raise ValueError(f"{root}: must hold maps of classes, got shards of the instance task")
+        data = replace(data, task="semantic")
+        return data, build_dataset(data, "train").classes
+    data = FolderConfig(root or ".", layout)
+    return data, class_names(data) if root or named else None
 
 
 def small_views(data: DataConfig, size: tuple[int, int]) -> DataConfig:

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ..data import DigitsConfig, FolderConfig
-from ..data.folder import class_names
+from ..data import DigitsConfig
 from ..models import SegFormerConfig, open_model
 from ..training.config import TrainConfig
+from .own_data import maps_of_classes
 
 _BATCH = {"ade20k": 16, "cityscapes": 8, "plain": 16}  # of the paper; plain: one's own images
 
@@ -52,7 +52,8 @@ def segformer(
         preset: "b0" to "b5"; None takes the model of `init`, or b0.
         dataset: "ade20k" or "cityscapes"; "plain", one's own images, has ADE20K's settings.
         pretrained: start the encoder from NVIDIA's ImageNet weights, as the paper does.
-        root: folder of the images (data.FolderConfig), in the layout of that name. The model gets
+        root: folder of the images (data.FolderConfig), in the layout of that name; of "plain" also
+            shards. The model gets
             the names of its classes, and of "plain" their number. None: set `config.data.root`
             before training, or give `train` a `dataset`.
         init: model to start from, as `TrainConfig.init`.
@@ -67,9 +68,9 @@ def segformer(
     if dataset not in _BATCH:
         raise ValueError(f"segformer: dataset must be one of {', '.join(_BATCH)}, got {dataset!r}")
     known = SegFormerConfig.preset(preset or "b0", "ade20k" if dataset == "plain" else dataset)
-    data, labels = FolderConfig(root or ".", dataset), known.num_labels
+    labels = known.num_labels
     named = dataset == "cityscapes"  # by the layout, without a file
-    names = class_names(data) if root or named else None
+    data, names = maps_of_classes(root, dataset, named)
     if names and dataset == "plain":
         labels = len(names)
     model = known

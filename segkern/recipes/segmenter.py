@@ -3,11 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ..data import DigitsConfig, FolderConfig
-from ..data.folder import class_names
+from ..data import DigitsConfig
 from ..models import SegmenterConfig, open_model
 from ..structures.labels import DATASETS, IMAGENET_MEAN, IMAGENET_STD
 from ..training.config import TrainConfig
+from .own_data import maps_of_classes
 
 # crop, epochs, batch, rate, window stride of Segmenter's paper
 _SEGMENTER = {
@@ -80,7 +80,8 @@ def segmenter(
         dataset: "ade20k", "pascal_context" or "cityscapes"; "plain", one's own images, has
             ADE20K's settings.
         pretrained: start the encoder from timm's ImageNet weights, as the paper does.
-        root: folder of the images (data.FolderConfig), in the layout of that name. The model gets
+        root: folder of the images (data.FolderConfig), in the layout of that name; of "plain" also
+            shards. The model gets
             the names of its classes, and of "plain" their number. None: set `config.data.root`
             before training, or give `train` a `dataset`.
         init: model to start from, as `TrainConfig.init`.
@@ -99,9 +100,8 @@ def segmenter(
     crop, epochs, batch, lr, stride = _SEGMENTER[dataset]
     facts = DATASETS["ade20k" if dataset == "plain" else dataset]
     labels, images = facts.labels["semantic"], facts.images
-    data = FolderConfig(root or ".", dataset)
     named = dataset in ("cityscapes", "pascal_context")  # by the layout, without a file
-    names = class_names(data) if root or named else None
+    data, names = maps_of_classes(root, dataset, named)
     if names and dataset == "plain":
         labels = len(names)
     config = _model(init, labels) if init is not None and preset is None else None

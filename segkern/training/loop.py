@@ -47,6 +47,7 @@ from .state import Trainee, restore, resumable
 from .state import stored_config as stored_config
 from .step import Step, TrainingLoss
 from .unmatched import Unmatched
+from .unread import Unread
 from .validation import BEST, Validation
 from .zeros import Zeros
 
@@ -188,6 +189,8 @@ def _train(
     unmatched = Unmatched(queries, len(data), processes)
     own_val = val_dataset is not None or bool(state and state.get("own_val"))
     given = {"own_data": dataset is not None, "own_val": own_val}
+    images, most = config.batch_size * config.accumulate, getattr(data, "most_unread", 1.0)
+    unread = Unread(len(data), images, start, most)
     log = contextlib.nullcontext()
     if processes.first:
         if not own:
@@ -210,6 +213,8 @@ def _train(
             done = step + 1
             parts = [next(batches) for _ in range(config.accumulate)]
             if told := unmatched(parts, done == config.steps):
+                bar.show(told)
+            if told := unread(parts, done == config.steps):
                 bar.show(told)
             agreed = together([part.targets for part in parts], queries, processes.group)
             for part, targets in zip(parts, agreed):
@@ -354,8 +359,9 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool, checks: boo
 def _batches(data, config: TrainConfig, start: int, processes: Processes = ALONE) -> Iterator:
     passes = getattr(data, "passes", False)
     first, last = start * config.accumulate, config.steps * config.accumulate
+    shuffled = getattr(data, "shuffled", None)
     own = processes.rank, processes.count
-    order = Order(len(data), config.batch_size, config.seed, first, last, passes, *own)
+    order = Order(len(data), config.batch_size, config.seed, first, last, passes, *own, shuffled)
     pack = partial(
         collate,
         num_labels=config.model.num_labels,

@@ -23,10 +23,9 @@ from support.pictures import (
     write_labelme,
     write_panoptic,
 )
+from support.spoilt import spoil
 
 ALL = ReadConfig(val_share=0)
-ANYTHING = [None, True, -1, 1.5, 10**30, "", "x", "1", [], [[]], {}, [None], [1, "x"]]
-ANYTHING += [float("nan"), float("inf"), {"counts": 5, "size": [30, 40]}, {"size": "ab"}]
 
 
 def write_shapes(root):
@@ -69,24 +68,6 @@ KINDS = {
     "ade20k": (write_full_ade20k, lambda root: Ade20kConfig(root, "semantic", read=ALL)),
     "labelme": (write_shapes, lambda root: LabelMeConfig(root, read=ALL)),
 }
-
-
-def spoil(content, rng):
-    """Puts anything in a place of nested lists and dicts, or nothing."""
-    places = []
-
-    def collect(part):
-        for key in part if isinstance(part, dict) else range(len(part)):
-            places.append((part, key))
-            if isinstance(part[key], (dict, list)):
-                collect(part[key])
-
-    collect(content)
-    part, key = rng.choice(places)
-    if isinstance(part, dict) and rng.random() < 0.3:
-        del part[key]
-    else:
-        part[key] = rng.choice(ANYTHING)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,94 @@
+"""Training from shards: the run from the files with the same order, also resumed, and what it
+says of pictures that it cannot read."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from segkern.cli import main
+from segkern.data import ViewConfig, build_dataset
+from segkern.models import Mask2FormerConfig
+from segkern.training.config import TrainConfig
+from segkern.training.loop import train
+from support.shards import rewrite, shards_of, write_numbered
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+N = 6
+
+
+def config(output, data, **changes):
+    model = Mask2FormerConfig.tiny(2)
+    model.num_queries, model.train_num_points, model.decoder_layers = 4, 16, 1
+    model.hidden_dim = model.feature_size = model.mask_feature_size = 32
+    model.id2label, model.stuff = {0: "box", 1: "ground"}, (1,)
+    data = replace(data, views=ViewConfig((32, 32), (0.8, 1.2)))
+    settings = {"steps": 4, "batch_size": 2, "log_every": 1, "tensorboard": False, "device": "cpu"}
+    settings |= {"lr": 1e-3, "min_lr": 1e-3, "warmup": 0}  # the same rates, however long
+    return TrainConfig(output=output, data=data, model=model, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """The files, and shards of them."""
+    root = tmp_path_factory.mktemp("numbered")
+    source = write_numbered(root / "set", N)
+    return source, replace(shards_of(source, root / "shards"), buffer=4)
+
+
+def losses(folder):
+    rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+@pytest.mark.slow
+def test_the_commands_take_them(sets, tmp_path, capsys):
+    """Trained with evaluations, measured, shown."""
+    shards, run = sets[1], tmp_path / "run"
+    train(config(run, shards, steps=2, evaluate_every=1), progress=False)
+    assert main(["evaluate", str(run), "--out", str(tmp_path / "a.json")]) == 0
+    other = ["--data", shards.root, "--out", str(tmp_path / "b.json")]
+    assert main(["evaluate", str(run), *other]) == 0
+    assert "found data of kind shards (panoptic)" in capsys.readouterr().out
+    a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert a["images"] == b["images"] == 2
+    assert a["classes"] == b["classes"]
+    assert main(["data", "show", shards.root, "--out", str(tmp_path), "--size", "32", "32"]) == 0
+    assert (tmp_path / "views.png").is_file()
+
+
+@pytest.mark.slow
+def test_losses_are_those_of_the_files(sets, tmp_path):
+    """With loaders, and stopped in the middle of a pass."""
+    source, shards = sets
+    settings = config(tmp_path / "files", source)
+    files = build_dataset(settings.data, "train", settings.model)
+    files.shuffled = build_dataset(shards, "train").shuffled
+    train(settings, dataset=files, progress=False)
+    wanted = losses(tmp_path / "files")
+    assert [step for step, _ in wanted] == [1, 2, 3, 4]
+    run = tmp_path / "shards"
+    train(config(run, shards, steps=2, workers=2), progress=False)
+    train(config(run, shards), resume=run, progress=False)
+    found = dict(losses(run))
+    assert [found[step] for step, _ in wanted] == [loss for _, loss in wanted]
+    a, b = (torch.load(tmp_path / x / "last.pt", weights_only=False) for x in ("files", "shards"))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+
+
+def test_a_run_says_at_the_end_of_a_pass_what_it_could_not_read(sets, tmp_path, capsys):
+    root = tmp_path / "shards"
+    source, _ = sets
+    shards = shards_of(source, root)
+    name = build_dataset(shards, "train").shards[0].file
+
+    def spoilt(held):
+        return [(name, b"none" if name == "000000001.png" else data) for name, data in held]
+
+    rewrite(root / name, spoilt)
+    capsys.readouterr()
+    train(config(tmp_path / "run", shards, steps=3))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 of 6 pictures of the pass could not be read" in printed
+    assert "000000001" in printed
