@@ -1,4 +1,4 @@
-"""Two processes of one group, for tests of what several do together."""
+"""Processes of one group, for tests of what several do together."""
 
 import datetime
 from collections.abc import Callable
@@ -10,18 +10,25 @@ import torch.multiprocessing as mp
 
 
 def in_two_processes(work: Callable[[int], object], folder: Path) -> dict:
-    """What a function returns in each of two processes of a gloo group, by rank.
+    """What a function returns in each of two processes of a gloo group, by rank; as
+    `in_processes`."""
+    return in_processes(work, folder, 2)
+
+
+def in_processes(work: Callable[[int], object], folder: Path, count: int) -> dict:
+    """What a function returns in each of several processes of a gloo group, by rank.
 
     Args:
         work: takes the rank; a module's own, as the processes import it. It returns plain types: a
             tensor's file would be gone with its process.
-        folder: empty, where the two find each other.
+        folder: empty, where they find each other.
+        count: of processes.
     """
     context = mp.get_context("spawn")
     results = context.Queue()
     workers = [
-        context.Process(target=_member, args=(work, rank, folder / "store", results))
-        for rank in (0, 1)
+        context.Process(target=_member, args=(work, rank, count, folder / "store", results))
+        for rank in range(count)
     ]
     for worker in workers:
         worker.start()
@@ -32,10 +39,10 @@ def in_two_processes(work: Callable[[int], object], folder: Path) -> dict:
     return found
 
 
-def _member(work, rank, file, results):
+def _member(work, rank, count, file, results):
     torch.set_num_threads(1)
     wait = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{file}", timeout=wait, rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{file}", timeout=wait, rank=rank, world_size=count)
     results.put((rank, work(rank)))
     dist.barrier()
     dist.destroy_process_group()
