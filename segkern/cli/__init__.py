@@ -6,7 +6,8 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,8 +25,8 @@ from ..ops.segment_map import TASKS
 from ..recipes.check_data import check_data, show_data
 from ..recipes.compare import LEVELS, compare, markdown
 from ..recipes.demo import demo as run_demo
-from ..runtime import processes
 from ..runtime.device import usable_device
+from ..runtime.processes import ALONE, code_before, joined, said_before
 from ..structures.settings import Options, Views
 from .evaluate import evaluate
 from .several import in_processes
@@ -238,31 +239,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [a for a in arguments if a != "--debug"]
     lines, warnings.formatwarning = warnings.formatwarning, _warning
     try:
-        app = tyro.extras.SubcommandApp()
-        whole = ["--debug"] * debug + arguments
-        measuring = (in_processes(command, whole) for command in (evaluate, predict))
-        others = *measuring, explain, data, convert, demo, info
-        for command in (train_command(arguments), *others):
-            app.command(command)
-        # the model's kind is that of the recipe's or the stored config, and no subcommand
-        config = (tyro.conf.AvoidSubcommands,)
-        code = app.cli(prog="segkern", description=_DESCRIPTION, args=arguments, config=config)
-        processes.leave()
-        return code or 0
+        with _processes(arguments) as first, nullcontext() if first else redirect_stdout(None):
+            return _called(arguments, debug)
     except KeyboardInterrupt as stop:
-        if processes.first_to_tell():
-            print(f"\nsegkern: {stop or 'stopped'}", file=sys.stderr)
-        return 130
+        return _ended(130, f"\nsegkern: {stop or 'stopped'}")
     except (*_USER_ERRORS, RuntimeError, FloatingPointError) as error:
         if debug:
             raise
-        if processes.first_to_tell():
-            print(f"segkern: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, _USER_ERRORS) else 1
+        code = 2 if isinstance(error, _USER_ERRORS) else 1
+        return _ended(code, f"segkern: error: {' '.join(str(error).split())}")
     finally:
         warnings.formatwarning = lines
 
 
+@contextmanager
+def _processes(arguments: list[str]) -> Iterator[bool]:
+    """Joins the processes of a command that several may run together; gives whether this is the
+    first of them."""
+    several = arguments[:1] and arguments[0] in ("train", "evaluate", "predict")
+    with joined() if several else nullcontext(ALONE) as processes:
+        yield processes.first
+
+
+def _called(arguments: list[str], debug: bool) -> int:
+    """Runs a command."""
+    app = tyro.extras.SubcommandApp()
+    whole = ["--debug"] * debug + arguments
+    measuring = (in_processes(command, whole) for command in (evaluate, predict))
+    others = *measuring, explain, data, convert, demo, info
+    for command in (train_command(arguments), *others):
+        app.command(command)
+    # the model's kind is that of the recipe's or the stored config, and no subcommand
+    config = (tyro.conf.AvoidSubcommands,)
+    return app.cli(prog="segkern", description=_DESCRIPTION, args=arguments, config=config) or 0
+
+
+def _ended(code: int, text: str) -> int:
+    """Says why, unless another process of the run has said why it fails; the exit code."""
+    first = code_before(code)
+    if first is None:
+        print(text, file=sys.stderr)
+        return code
+    return first
+
+
 def _warning(message, *_, **__) -> str:
-    """A warning in a line, without the line of code that gave it."""
-    return f"segkern: warning: {' '.join(str(message).split())}\n"
+    """A warning in a line, without the line of code that gave it; what several processes warn of
+    is said once."""
+    text = f"segkern: warning: {' '.join(str(message).split())}\n"
+    return "" if said_before(text) else text

@@ -17,8 +17,7 @@ from ..models import open_model
 from ..ops import _library
 from ..ops.segment_map import TASKS
 from ..recipes.evaluate_run import run_folder, source_of, write_report
-from ..runtime.device import usable_device
-from ..runtime.processes import rank
+from ..runtime.shared_work import group
 from ..structures.settings import Options, Views
 
 _Task = Literal[TASKS]
@@ -77,8 +76,8 @@ def evaluate(
         device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
         cuda_graphs: on a GPU run the model from a CUDA graph for sizes that come again and again.
         max_detections: results of a class in an image that AP counts.
-        processes: of this machine that share the images; the figures are those of one. Where
-            torchrun started this command, it is its processes that count.
+        processes: on this machine, which share the images, on GPUs one each; the figures are those
+            of one. torchrun starts them on several machines, without this option.
     """
     if out is not None and (out.is_dir() or out.suffix == ".html"):
         raise ValueError(f"evaluate: --out must be a JSON file, got {out}")
@@ -88,7 +87,7 @@ def evaluate(
         out = run / "evaluation" / "metrics.json"
     if out is not None:
         import_extra("matplotlib")  # missed now, and not after the figures are found
-    opened = open_model(model).to(usable_device(device))
+    opened = open_model(model).to(group().device(device))
     given = {"size": size, "level": level, "seed": seed, "split": split}
     given = {name: value for name, value in given.items() if value is not None}
     source, title = source_of(model, opened, data, layout, max_pixels, given)
@@ -114,7 +113,7 @@ def evaluate(
         views=views,
         max_detections=max_detections,
     )
-    if rank() > 0:
+    if not group().first:
         return
     Console().print(table(value, title))
     if value.get("best_threshold") is not None:

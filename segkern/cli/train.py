@@ -6,11 +6,15 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from .. import recipes
 from ..data import find_format
 from ..models import open_model
+from ..runtime.device import usable_device
+from ..runtime.launch import launch
+from ..runtime.processes import started
 from ..training import checkpoint
 from ..training.config import TrainConfig
 from ..training.loop import stored_config
@@ -46,7 +50,8 @@ def train_command(arguments: list[str]) -> Callable:
         recipe: Literal[tuple(recipes.RECIPES)] | None = None,
         resume: Path | None = None,
         preset: str | None = None,
-    ) -> None:
+        processes: int = 1,
+    ) -> int:
         """Train on pictures of your own in --data.root, or on scenes of handwritten digits.
 
         Args:
@@ -65,10 +70,16 @@ def train_command(arguments: list[str]) -> Callable:
                 large or giant; of seq2seg semantic, semantic-no-skip, instance, tiny or
                 tiny-instance; of unet semantic, hungarian, either with -bertN for N transformer
                 layers, tiny or tiny-hungarian.
+            processes: on this machine, which share each batch, on GPUs one each; torchrun starts
+                them on several machines, without this option.
         """
         if preset is not None and not _takes(chosen, "preset"):
             known = ", ".join(name for name in recipes.RECIPES if _takes(name, "preset"))
             raise ValueError(f"train: --preset is for a new run with --recipe {known}")
+        if processes > 1:
+            return _launched(config, arguments, processes)
+        if processes < 1:
+            raise ValueError(f"train: processes must be at least 1, got {processes}")
         if _takes(chosen, "root", needed=True):
             names = list((config.model.id2label or {}).values())
             found = f"{config.data.root}: data of kind {config.data.kind} ({config.data.task})"
@@ -77,8 +88,36 @@ def train_command(arguments: list[str]) -> Callable:
         print(f"trained {run.steps} steps in {run.seconds:.0f} s: {config.output / 'model'}")
         if best := best_of(config.output):
             print("best: step {}, {} {:.3f}: {}".format(*best, config.output / BEST))
+        return 0
 
     return train
+
+
+def _launched(config: TrainConfig, arguments: list[str], processes: int) -> int:
+    """Runs the command in several processes, and what they would all refuse is refused once."""
+    if started() > 1:
+        raise ValueError(
+            f"train: --processes must be left out where a launcher has started {started()} "
+            f"(WORLD_SIZE), got {processes}"
+        )
+    if config.batch_size % processes:
+        raise ValueError(
+            f"train: batch_size must be a multiple of the {processes} processes that share the "
+            f"images of a batch, got {config.batch_size}"
+        )
+    device = usable_device(config.device)
+    if device.type == "cuda" and processes > torch.cuda.device_count():
+        raise ValueError(
+            "train: --processes must be no more than the GPUs of this machine "
+            f"({torch.cuda.device_count()}), got {processes}"
+        )
+    own, left = [], iter(arguments)
+    for argument in left:
+        if argument == "--processes":
+            next(left)
+        elif not argument.startswith("--processes="):
+            own.append(argument)
+    return launch(own, processes)
 
 
 def _takes(recipe: str | None, argument: str, needed: bool = False) -> bool:

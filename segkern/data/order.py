@@ -15,13 +15,15 @@ class Order:
 
     Args:
         length: samples of the data set, at least 1.
-        batch_size: samples a step.
+        batch_size: samples a step, of all ranks.
         seed: of the permutations.
         start, stop: steps to yield.
         passes: yield (sample, pass) for data sets that give another view in each pass.
+        rank, ranks: of this process among those that share each batch, and their number; yielded
+            is its part, which follows that of the rank before. Their parts are equal.
 
     Raises:
-        ValueError: an empty data set.
+        ValueError: an empty data set, or a batch that ranks cannot share equally.
     """
 
     def __init__(
@@ -32,19 +34,28 @@ class Order:
         start: int,
         stop: int,
         passes: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         if length < 1:
             raise ValueError("training: the data set is empty")
+        if batch_size % ranks:
+            raise ValueError(
+                f"train: batch_size must be a multiple of the {ranks} processes that share the "
+                f"images of a batch, got {batch_size}"
+            )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.stop, self.passes = start, stop, passes
+        self.share = batch_size // ranks
+        self.first = rank * self.share
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start)
 
     def __iter__(self) -> Iterator[list[int] | list[tuple[int, int]]]:
         for step in range(self.start, self.stop):
-            first = step * self.batch_size
-            places = (divmod(i, self.length) for i in range(first, first + self.batch_size))
+            first = step * self.batch_size + self.first
+            places = (divmod(i, self.length) for i in range(first, first + self.share))
             found = [
                 (int(_permutation(self.length, self.seed, epoch)[i]), epoch) for epoch, i in places
             ]

@@ -6,7 +6,6 @@ What the figures are is said in panoptic.py, instance.py and semantic.py.
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from heapq import heappop, heappush, nlargest
@@ -21,7 +20,8 @@ from torch.utils.data import DataLoader
 from ..inference.segment import Input, check, find
 from ..io.atomic_files import writable_folder, write_json
 from ..models.protocol import ModelConfig, SegmentationModel
-from ..runtime import processes
+from ..runtime.processes import ALONE
+from ..runtime.shared_work import Together, by_first, group
 from ..structures.segmentation import Segmentation
 from ..structures.settings import Options, Views, one_of
 from .instance import Instances
@@ -106,7 +106,8 @@ def evaluate(
         OSError: `out` cannot be written; found before the model runs.
         Exception: what went wrong in another process.
     """
-    several = shared and processes.count() > 1
+    processes = group() if shared else ALONE
+    several = processes.count > 1
     loose = Options(threshold, overlap_threshold, top_k)
     options = one_of("evaluate", options, loose)
     views = one_of("evaluate", views, Views(window, stride, scales, flip))
@@ -134,17 +135,17 @@ def evaluate(
     meters = {task: kinds[task](len(classes), stuff) for task in tasks}
     worst: list[tuple] = []  # a heap, the best of them on top
     turns: list[int] = []  # of each image measured here the number of its batch
-    start, first = time.perf_counter(), not several or processes.rank() == 0
-    with processes.Together() if several else nullcontext() as group:
+    start = time.perf_counter()
+    with Together(processes) as work:
         if several:
-            batches = Shares(dataset, total, batch_size, num_workers)
+            batches = Shares(processes, dataset, total, batch_size, num_workers)
             mine = batches.samples
         else:
             batches, mine = _batches(dataset, total, batch_size, num_workers), total
-        with _bar(progress and first) as bar:
+        with _bar(progress and processes.first) as bar:
             job = bar.add_task("evaluate", total=mine)
             for turn, place, samples in batches:
-                if several and group.failed():
+                if work.failed():
                     break
                 for i, results in found(model, samples, wanted, views, stuff, cuda_graphs, size):
                     scores = {
@@ -155,7 +156,7 @@ def evaluate(
                     turns.append(turn)
                     bar.advance(job)
     if several:
-        turns, worst = put_together(meters, turns, worst)
+        turns, worst = put_together(processes, meters, turns, worst)
 
     def figures() -> dict:
         if not turns:
@@ -183,7 +184,7 @@ def evaluate(
         return value
 
     absent: list[str] = []
-    value = processes.from_first(figures) if several else figures()
+    value = by_first(processes, figures)
     if absent and (limit is None or limit >= len(source)):
         warnings.warn(
             f"evaluate: {len(absent)} of {len(classes)} classes occur nowhere in the data: "

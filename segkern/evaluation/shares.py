@@ -10,7 +10,8 @@ from itertools import accumulate
 import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from ..runtime.processes import count, from_first, gathered, rank
+from ..runtime.processes import Processes
+from ..runtime.shared_work import by_first, gathered
 
 
 class Shares:
@@ -18,6 +19,7 @@ class Shares:
     of processes.
 
     Args:
+        processes: of the group.
         dataset: samples by index, or a DataLoader over one that yields lists of samples.
         total: samples to measure, the first ones.
         batch_size, num_workers: for a data set.
@@ -26,12 +28,14 @@ class Shares:
         ValueError: a loader whose batches cannot be shared.
     """
 
-    def __init__(self, dataset, total: int, batch_size: int, num_workers: int):
+    def __init__(
+        self, processes: Processes, dataset, total: int, batch_size: int, num_workers: int
+    ):
         if isinstance(dataset, DataLoader):
-            _check(dataset)
+            _check(dataset, processes.count)
             source, num_workers = dataset.dataset, dataset.num_workers
             # each process might shuffle in an order of its own
-            batches = from_first(lambda: [list(batch) for batch in dataset.batch_sampler])
+            batches = by_first(processes, lambda: [list(b) for b in dataset.batch_sampler])
             collate, start = dataset.collate_fn, dataset.worker_init_fn
         else:
             source, collate, start = dataset, as_list, None
@@ -40,7 +44,7 @@ class Shares:
         batches = [
             batch[: total - place] for batch, place in zip(batches, places) if place < total
         ]
-        self.turns = range(rank(), len(batches), count())
+        self.turns = range(processes.rank, len(batches), processes.count)
         self.places = [places[turn] for turn in self.turns]
         mine = [batches[turn] for turn in self.turns]
         self.samples = sum(map(len, mine))
@@ -62,11 +66,11 @@ def as_list(samples: list[dict]) -> list[dict]:
     return samples
 
 
-def _check(loader: DataLoader) -> None:
+def _check(loader: DataLoader, count: int) -> None:
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         raise ValueError(
             "evaluate: dataset must be samples by index, or a DataLoader over such in batches, "
-            f"where {count()} processes share them, got a DataLoader over a "
+            f"where {count} processes share them, got a DataLoader over a "
             f"{type(loader.dataset).__name__} (batch_size {loader.batch_size})"
         )
     samplers = loader.sampler, getattr(loader.batch_sampler, "sampler", None)
@@ -77,10 +81,13 @@ def _check(loader: DataLoader) -> None:
         )
 
 
-def put_together(meters: dict, turns: list[int], worst: list) -> tuple[list[int], list]:
+def put_together(
+    processes: Processes, meters: dict, turns: list[int], worst: list
+) -> tuple[list[int], list]:
     """Puts what all processes counted into the first one's meters.
 
     Args:
+        processes: of the group.
         meters: of each task; they name in `counted` what adds up, and in `listed` the lists with
             an entry an image.
         turns: of each image that was counted, in that order, the number of its batch.
@@ -93,7 +100,7 @@ def put_together(meters: dict, turns: list[int], worst: list) -> tuple[list[int]
         task: {name: getattr(meter, name) for name in (*meter.counted, *meter.listed)}
         for task, meter in meters.items()
     }
-    parts = gathered((counts, turns, worst))
+    parts = gathered(processes, (counts, turns, worst))
     if parts is None:
         return turns, worst
     turns = [turn for _, turns, _ in parts for turn in turns]

@@ -1,207 +1,201 @@
-"""Several processes of one command, as torchrun starts them: their number, their errors, and how a
-command starts them by itself."""
+"""The processes of one run: which of them this is, what they agree on, and which of them speaks.
+
+A launcher, such as torchrun or `segkern train --processes`, starts them with RANK, LOCAL_RANK,
+WORLD_SIZE, MASTER_ADDR and MASTER_PORT. What they agree on goes over the CPU: no device waits.
+"""
 
 import contextlib
-import ctypes
-import itertools
-import logging
+import hashlib
 import os
-import pickle
-import signal
-import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-_WAIT = timedelta(days=1)  # for the slowest; one that died is noticed at once
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl
-_TOLD = "segkern/told"
-_stretches = itertools.count()
-_ours = []  # the group that `join` made
+from .device import usable_device
 
-
-def count() -> int:
-    """Processes of the group; 1 without one."""
-    return dist.get_world_size() if _grouped() else 1
+TIMEOUT = timedelta(minutes=10)  # after which a process that waits for another gives up
+_PATIENCE = timedelta(days=7)  # where the first process has work of its own, such as an evaluation
+NAMES = "segkern"  # before all names in the launcher's store
+_NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+_HEAD_START = 0.5  # seconds by which the first process is heard where all of them fail
 
 
-def rank() -> int:
-    """Number of this process in the group, from 0; 0 without one."""
-    return dist.get_rank() if _grouped() else 0
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, or the one that is alone.
 
-
-def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def started() -> bool:
-    """Whether torchrun, or `launch`, started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
-
-
-def join(backend: str = "gloo") -> None:
-    """Makes the group of the processes that were started together; nothing where this is the only
-    one. A GPU each is theirs in turn, and all but the first print nothing on the standard output.
-
-    Args:
-        backend: of `torch.distributed.init_process_group`.
-    """
-    if not started() or _grouped():
-        return
-    if sys.platform == "linux":  # or a launcher that is killed leaves its processes at work
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    dist.init_process_group(backend, timeout=_WAIT)
-    _ours.append(dist.group.WORLD)
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
-
-
-def leave() -> None:
-    """Ends the group that `join` made, if it did."""
-    if _ours:
-        _ours.clear()
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def first_to_tell() -> bool:
-    """Whether this process is the first of its group to ask, so that what ends all of them is said
-    once."""
-    if count() == 1:
-        return True
-    try:
-        return dist.distributed_c10d._get_default_store().add(_TOLD, 1) == 1
-    except RuntimeError:  # whoever kept the store is gone
-        return rank() == 0
-
-
-class Together:
-    """Work that the processes of a group share: an error of one is raised by all, and nobody waits
-    for one that failed. All enter in the same order; without a group it does nothing.
-
-        with Together() as group:
-            for part in mine:
-                if group.failed():
-                    break
-                ...
+    Attributes:
+        rank: of this process, from 0.
+        count: of all, at least 1.
+        local_rank: of this process among those of its machine.
+        group: what all agree over on the CPU; None where this process is alone.
+        patient: the same, which waits for days.
     """
 
-    def __enter__(self):
-        self._store = None
-        if count() > 1:
-            self._key = f"segkern/failed/{next(_stretches)}"
-            self._store = dist.distributed_c10d._get_default_store()
-        return self
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    group: "dist.ProcessGroup | None" = None
+    patient: "dist.ProcessGroup | None" = None
 
-    def failed(self) -> bool:
-        """Whether the work of another failed, so that there is no use in going on."""
-        return self._store is not None and self._store.check([self._key])
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and shows."""
+        return self.rank == 0
 
-    def __exit__(self, kind, error, trace) -> None:
-        if self._store is None or (error is not None and not isinstance(error, Exception)):
-            return
-        if error is not None:
-            self._store.set(self._key, b"1")
-        errors = [None] * count()
-        dist.all_gather_object(errors, _portable(error))
-        first = next((i for i, found in enumerate(errors) if found is not None), None)
-        if first is not None and (error is None or first != rank()):
-            raise errors[first] from error
+    def any(self, flag: bool) -> bool:
+        """Whether it is true of one of them; called by all."""
+        if self.count == 1:
+            return flag
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
+        return bool(found)
+
+    def sums(self, numbers: list[int]) -> list[int]:
+        """Of the numbers of all; called by all."""
+        if self.count == 1:
+            return numbers
+        found = torch.tensor(numbers)
+        dist.all_reduce(found, group=self.group)
+        return found.tolist()
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Of the values of all, on any device; called by all."""
+        if self.count == 1:
+            return value
+        found = value.cpu()
+        dist.all_reduce(found, group=self.group)
+        return found / self.count
+
+    def from_first(self, value=None):
+        """What the first has, however long it takes; called by all."""
+        if self.count == 1:
+            return value
+        found = [value]
+        dist.broadcast_object_list(found, 0, self.patient)
+        return found[0]
+
+    def device(self, name: str) -> torch.device:
+        """The device of that name, of several GPUs this process's own.
+
+        Raises:
+            ValueError: torch cannot use it, there are no kernels for it, or there are more
+                processes on this machine than GPUs.
+        """
+        device = usable_device(name)
+        if self.count == 1 or device.type != "cuda" or device.index is not None:
+            return device
+        if self.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                "processes on a machine must be no more than its GPUs "
+                f"({torch.cuda.device_count()}), got one with LOCAL_RANK {self.local_rank}"
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
 
 
-def _portable(error: Exception | None) -> Exception | None:
-    """The error, or one with its text where it cannot be handed to another process."""
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:  # whatever its class does there
-        return RuntimeError(f"{type(error).__name__}: {error}")
+ALONE = Processes()
 
 
-def gathered(value) -> list | None:
-    """The values of all processes by rank, in the first one; None in the others."""
-    if count() == 1:
-        return [value]
-    values = [None] * count() if rank() == 0 else None
-    dist.gather_object(value, values, dst=0)
-    return values
+def started() -> int:
+    """How many processes the launcher has started, or 1."""
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"WORLD_SIZE must be a number of processes, got {text!r}")
+    return int(text)
 
 
-def from_first(work: Callable):
-    """What a function returns, called in the first process alone; its error is raised by all."""
-    with Together():
-        value = work() if rank() == 0 else None
-    if count() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+@contextlib.contextmanager
+def joined() -> Iterator[Processes]:
+    """The processes that were started together, which wait for each other here; a context.
 
-
-def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Runs `segkern` with these arguments in several processes of this machine, and waits for
-    them. What they print goes where this process prints; Ctrl-C goes on to them.
-
-    Args:
-        processes: how many. Each gets its share of the CPU's cores for threads, unless
-            OMP_NUM_THREADS says how many.
-        arguments: of the command line.
-
-    Returns:
-        the exit code of the process that failed first, or 0; 130 for Ctrl-C.
+    One that has joined already, here or by a group of its own, stays joined.
 
     Raises:
-        RuntimeError: a process was ended by a signal.
+        ValueError: WORLD_SIZE says several, and the other variables of a launcher are missing.
+        RuntimeError: not all came.
     """
-    from torch.distributed import run  # here, because it takes long to import
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    module = ["--module", "segkern", *arguments]
-    given = run.parse_args(["--standalone", "--nproc-per-node", str(processes), *module])
-    try:
-        with _threads(processes), _silent("torch.distributed"):
-            run.run(given)
-    except ChildFailedError as error:
-        number, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            return failure.exitcode
-        name = signal.Signals(-failure.exitcode).name
-        raise RuntimeError(f"process {number} of {processes} was ended by {name}") from error
-    except SignalException as stop:
-        return 128 + int(stop.sigval)
-    return 0
-
-
-@contextlib.contextmanager
-def _threads(processes: int):
-    """Shares the cores out, in the environment that processes inherit."""
-    name = "OMP_NUM_THREADS"
-    if name in os.environ:
-        yield
+    own = not (dist.is_available() and dist.is_initialized())
+    if own and started() == 1:
+        yield ALONE
         return
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    os.environ[name] = str(max(1, cores // processes))
+    if own:
+        _join()
+    rank, count = dist.get_rank(), dist.get_world_size()
+    if count == 1:
+        yield ALONE
+        return
+    local = int(os.environ.get("LOCAL_RANK") or rank % max(torch.cuda.device_count(), 1))
+    groups = [dist.new_group(backend="gloo", timeout=wait) for wait in (TIMEOUT, _PATIENCE)]
+    failed = True
     try:
-        yield
+        yield Processes(rank, count, local, *groups)
+        failed = False
     finally:
-        os.environ.pop(name, None)
+        # NCCL may wait in vain for processes that have failed; they end with it
+        if own and not (failed and torch.cuda.is_available()):
+            dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def _silent(package: str):
-    """Without a package's log: its processes say themselves what was wrong."""
-    known = logging.root.manager.loggerDict
-    loggers = [x for n, x in known.items() if n.startswith(package) and hasattr(x, "setLevel")]
-    before = [x.level for x in loggers]
-    for x in loggers:
-        x.setLevel(logging.CRITICAL + 1)
+def _join() -> None:
+    """Makes the group of all processes; over NCCL for tensors on GPUs."""
+    lacking = [name for name in _NEEDED if not os.environ.get(name)]
+    if lacking:
+        raise ValueError(
+            f"WORLD_SIZE says {started()} processes, and {', '.join(lacking)} of their launcher "
+            "must be set, too: start them with torchrun or --processes, or unset WORLD_SIZE"
+        )
+    store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+    _Ends.store, _Ends.process = dist.PrefixStore(NAMES, store), os.getpid()
+
+
+class _Ends:
+    """Where processes that end write that they do; a loader's workers must leave it alone."""
+
+    store: "dist.Store | None" = None
+    process = 0
+
+
+def _shared() -> "dist.Store | None":
+    return _Ends.store if _Ends.process == os.getpid() else None
+
+
+def said_before(text: str) -> bool:
+    """Whether another process has said it; this one may say it where not."""
+    store = _shared()
+    if store is None:
+        return False
     try:
-        yield
-    finally:
-        for x, level in zip(loggers, before):
-            x.setLevel(level)
+        return store.add(hashlib.sha256(text.encode()).hexdigest(), 1) > 1
+    except RuntimeError:  # the process that kept the store has ended
+        return False
+
+
+def code_before(code: int) -> int | None:
+    """The exit code of the process that failed first, where it was another; None where it is this
+    one, which may say why.
+
+    Args:
+        code: this one's own.
+    """
+    store = _shared()
+    if store is None:
+        return None
+    if dist.is_initialized() and dist.get_rank():
+        time.sleep(_HEAD_START)
+    try:
+        if store.add("ended", 1) == 1:
+            store.set("code", str(code))
+            return None
+        store.wait(["code"], timedelta(seconds=5))
+        return int(store.get("code"))
+    except RuntimeError:  # the process that kept the store was the first
+        return code

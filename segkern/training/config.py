@@ -36,7 +36,7 @@ class TrainConfig:
         overwrite: start anew in a folder that holds a run; its files are removed.
         steps: of the optimizer. A resumed run that gets more follows the longer schedule from
             there on.
-        batch_size: images of a batch.
+        batch_size: images of a batch, which several processes share equally.
         accumulate: batches whose gradients make one step, as one batch of all their images would:
             for a batch that does not fit into memory.
         lr: highest learning rate.
@@ -61,6 +61,11 @@ class TrainConfig:
             with Muon, whose rate is a number of the host, nor with accumulated batches.
         gradient_checkpointing: keep only the inputs of blocks and layers for backward, and compute
             the rest again: less memory, more time.
+        parallel: of several processes: "ddp", where each holds the model and the optimizer's
+            state, or "fsdp", where each holds a part of them and gathers a block's weights when
+            its turn comes. No effect with one.
+        sync_batch_norm: batch norms in training take their moments over the images of all
+            processes, as one process would; else over those of their own.
         ema: decay of a moving average of the weights, such as 0.9999, whose first steps decay
             faster; what is evaluated and saved as a model is the average then. It takes the memory
             of another model. 0 for none.
@@ -108,6 +113,8 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     cuda_graphs: bool = True
     gradient_checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    sync_batch_norm: bool = False
     ema: float = 0.0
     seed: int = 0
     device: str = "auto"
@@ -160,6 +167,7 @@ class TrainConfig:
             ("precision", tuple(PRECISIONS)),
             ("optimizer", ("adamw", "sgd", "muon")),
             ("void", ("background", "ignore")),
+            ("parallel", ("ddp", "fsdp")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(

@@ -13,7 +13,9 @@ def normalized(targets: Targets, num_queries: int | None = None) -> Targets:
     return together([targets], num_queries)[0]
 
 
-def together(parts: Sequence[Targets], num_queries: int | None = None) -> list[Targets]:
+def together(
+    parts: Sequence[Targets], num_queries: int | None = None, group=None
+) -> list[Targets]:
     """Targets whose normalizers are the mean numbers over batches and processes, of targets and of
     pixels that count, each in all at least 1. Of an image's targets no more count than there are
     queries, as the others are never matched.
@@ -25,6 +27,7 @@ def together(parts: Sequence[Targets], num_queries: int | None = None) -> list[T
     Args:
         parts: of the step, of as many images each.
         num_queries: of the model; None, for a model without queries, counts all targets.
+        group: of the processes; None for the default group.
     """
     found = [part.count for part in parts]
     if num_queries is not None:
@@ -35,8 +38,8 @@ def together(parts: Sequence[Targets], num_queries: int | None = None) -> list[T
         counts.append(sum((part.semantic.int() != void_in(part.semantic)).sum() for part in parts))
     total, shares = torch.stack(counts).double(), len(parts)  # exact for any number of pixels
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-        shares *= torch.distributed.get_world_size()
+        torch.distributed.all_reduce(total, group=group)
+        shares *= torch.distributed.get_world_size(group)
     means = (total.clamp(min=1) / shares).float().unbind()
     agreed = {"normalizer": means[0]}
     if pixels:

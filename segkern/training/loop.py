@@ -5,6 +5,8 @@
 The samples of a step depend on seed and step alone, the random points of the loss on a seed inside
 the model, and dropout on the generators' states in the checkpoint: a resumed run gives the weights
 of one that was never stopped. No value is read back from the device except where it is logged.
+Several processes run this loop side by side on their parts of each batch (parallel.py); the first
+alone writes, shows and measures.
 Recipes: Mask2Former (Cheng et al., CVPR 2022): AdamW without decay on norms, embeddings and
 position tables, a smaller rate for the backbone, the whole model's gradient clipped by its norm.
 Segmenter (Strudel et al., ICCV 2021): SGD with momentum, a polynomial schedule, nothing clipped.
@@ -13,7 +15,6 @@ Segmenter (Strudel et al., ICCV 2021): SGD with momentum, a polynomial schedule,
 import contextlib
 import itertools
 import math
-import os
 import shutil
 import time
 import warnings
@@ -30,17 +31,18 @@ from ..data import Folder, JointTasks, Order, build_dataset, collate
 from ..evaluation.evaluate import check_dataset, some_of
 from ..io.atomic_files import writable_folder
 from ..models import SegmentationModel, build_model, initialize
-from ..runtime.device import usable_device
 from ..runtime.interrupt import Interrupt, leave_interrupts_to_parent
+from ..runtime.processes import ALONE, Processes, joined
 from . import checkpoint
 from .average import Average
 from .config import TrainConfig
 from .distributed import together
 from .log import Log, ProgressBar
 from .optimizer import backbone_share, build_optimizer, freeze, learning_rate
+from .parallel import replicated, reseed
 from .state import Trainee, restore, resumable, save
 from .state import stored_config as stored_config
-from .step import Step
+from .step import Step, TrainingLoss
 from .unmatched import Unmatched
 from .validation import BEST, Validation
 
@@ -86,13 +88,22 @@ def train(
 
     Raises:
         ValueError: a setting that does not fit the data, the checkpoint or the folder; a map of a
-            folder that is bad, before the first step; a bad sample; several processes.
+            folder that is bad, before the first step; a bad sample; a batch that several processes
+            cannot share.
         OSError: the folder cannot be written to; found before work starts.
         FloatingPointError: the loss or the weights are not finite.
-        KeyboardInterrupt: Ctrl-C. The step is finished and a checkpoint written before; a second
-            Ctrl-C does not wait.
+        KeyboardInterrupt: Ctrl-C, of any process: all finish the same step, and a checkpoint is
+            written before; a second Ctrl-C does not wait.
     """
-    _refuse_processes()
+    with joined() as processes:
+        return _train(processes, config, resume, dataset, progress, model, val_dataset)
+
+
+def _train(
+    processes: Processes, config: TrainConfig, resume, dataset, progress: bool, model, val_dataset
+) -> Trained:
+    """`train` in one of the processes that make a run."""
+    progress = progress and processes.first
     if model is not None:
         if not hasattr(model, "config"):
             raise TypeError(
@@ -102,22 +113,23 @@ def train(
         if config.init is not None:
             raise ValueError(f"train: init must be None where model is given, got {config.init!r}")
         config = replace(config, model=model.config)
-    folder = writable_folder(config.output)
+    folder = writable_folder(config.output) if processes.first else config.output
     state = None if resume is None else resumable(resume, config)
     if state is not None:
         _check_resumed(state, config, resume, dataset, val_dataset)
     own = resume is not None and checkpoint.folder_of(resume).resolve() == folder.resolve()
     held = [name for name in (checkpoint.FILE, BEST, "model") if (folder / name).exists()]
-    if held and not own and not config.overwrite:
+    if held and not own and not config.overwrite and processes.first:
         go_on = f"go on with --resume {folder}, " if checkpoint.FILE in held else ""
         raise ValueError(
             f"{folder} holds a run ({', '.join(held)}): {go_on}choose another --output, "
             "or start anew with --overwrite"
         )
-    data, held_out = _data(config, dataset, val_dataset, progress)
+    data, held_out = _data(config, dataset, val_dataset, progress, processes.first)
+    processes.from_first()  # which may have read a large folder
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = usable_device(config.device)
+    device = processes.device(config.device)
     torch.manual_seed(config.seed)
     if model is None:
         fresh = state is None and config.init is None
@@ -129,22 +141,28 @@ def train(
     frozen = freeze(model, config.freeze)  # until the run ends, however it does
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    average = Average(model, config.ema) if config.ema else None
+    loss = TrainingLoss(model)
+    if processes.count > 1:
+        loss = replicated(loss)
     optimizer = build_optimizer(model, config)
     graphs = config.cuda_graphs and config.optimizer != "muon" and config.accumulate == 1
-    train_step = Step(model, optimizer, config.clip, config.precision, graphs)
-    run = Trainee(train_step, Average(model, config.ema) if config.ema else None)
+    train_step = Step(model, optimizer, config.clip, config.precision, graphs, loss, processes)
+    run = Trainee(train_step, average)
     if state is not None:
         start, seconds = restore(state, run, resume)
-    batches = _batches(data, config, start)
+    batches = _batches(data, config, start, processes)
     first = next(batches)  # before an earlier run is removed, for what is wrong with the files
     validation = None
-    if held_out is not None:
+    if held_out is not None and processes.first:
         validation = Validation(held_out, config, folder, start, own)
     queries = getattr(config.model, "num_queries", None)
-    unmatched = Unmatched(queries, len(data))
-    if not own:
-        _remove_run(folder)
-    log = Log(folder, start, config.tensorboard, keep=own)
+    unmatched = Unmatched(queries, len(data), processes)
+    log = contextlib.nullcontext()
+    if processes.first:
+        if not own:
+            _remove_run(folder)
+        log = Log(folder, start, config.tensorboard, keep=own)
     with (
         _given_back(frozen),
         _without_denormals(),
@@ -163,41 +181,48 @@ def train(
             parts = [next(batches) for _ in range(config.accumulate)]
             if told := unmatched(parts, done == config.steps):
                 bar.show(told)
-            for part, targets in zip(parts, together([p.targets for p in parts], queries)):
+            agreed = together([part.targets for part in parts], queries, processes.group)
+            for part, targets in zip(parts, agreed):
                 part.targets = targets
+            reseed(config.seed, step, processes.rank)
             rate = learning_rate(step, config)
             if hasattr(model, "anneal"):
                 model.anneal(step / config.steps)
             loss, losses = train_step(parts, rate, backbone_share(step, config))
             if run.average is not None:
                 run.average.update(done)
-            stopping = stop.asked and done < config.steps  # read once: it may change any time
+            # read once: it may change any time
+            stopping = processes.any(stop.asked) and done < config.steps
             measure = config.evaluate_every and done % config.evaluate_every == 0
             due = (
                 measure or stopping or done == config.steps or done % config.checkpoint_every == 0
             )
             line = None
             if due or done % config.log_every == 0 or done == start + 1:
-                line = _line(done, loss, losses, rate, config.precision)
+                line = _line(done, loss, losses, rate, config.precision, processes)
             seconds += time.perf_counter() - began
             bar.advance(line)
             if due:  # before the evaluation, whose failure shall cost nothing
-                save(folder, run, config, done, seconds, given)
-            if measure:
-                metrics, text = validation(run.shown, done)
-                line |= {"metrics": metrics}
-                bar.show(text)
-            if line is not None:
+                if processes.first:
+                    save(folder, run, config, done, seconds, given)
+                waited = 0
+                if measure and processes.first:
+                    metrics, text = validation(run.shown, done)
+                    line |= {"metrics": metrics}
+                    bar.show(text)
+                    waited = validation.waited(done)
+                waited = processes.from_first(waited)
+            if line is not None and processes.first:
                 log.write(line | {"seconds": round(seconds, 3)})
             if stopping:
                 raise KeyboardInterrupt(
                     f"stopped after step {done} of {config.steps}; "
                     f"go on with: segkern train --resume {folder}"
                 )
-            if measure and config.patience and validation.waited(done) >= config.patience:
+            if measure and config.patience and waited >= config.patience:
                 bar.show(f"stopped: {config.patience} evaluations without a better figure")
                 break
-        if stop.asked:
+        if processes.any(stop.asked):
             raise KeyboardInterrupt(f"stopped after {done} steps; {folder} has them")
     if run.average is not None:
         model.load_state_dict(run.average.model.state_dict())
@@ -227,18 +252,6 @@ def _without_denormals() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-def _refuse_processes() -> None:
-    """Raises ValueError where several processes would write one run."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    count = int(os.environ.get("WORLD_SIZE") or 1)
-    count = torch.distributed.get_world_size() if several else count
-    if count > 1:
-        raise ValueError(
-            f"train: the number of processes (WORLD_SIZE) must be 1, got {count}: several would "
-            "each train alone into one folder; start it without torchrun"
-        )
-
-
 def _check_resumed(state: dict, config: TrainConfig, name, dataset, val_dataset) -> None:
     """Raises ValueError where a run cannot have again what was handed to it, or shall begin with
     other weights than its own."""
@@ -258,8 +271,9 @@ def _check_resumed(state: dict, config: TrainConfig, name, dataset, val_dataset)
         )
 
 
-def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
-    """The data sets for training and, where there are evaluations, for those.
+def _data(config: TrainConfig, dataset, val_dataset, progress: bool, checks: bool) -> tuple:
+    """The data sets for training and, where there are evaluations, for those; with `checks` every
+    map of a folder is read.
 
     Raises:
         ValueError: their classes are not the model's, one is missing, or a map is bad.
@@ -288,7 +302,7 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
                 f"train: model.num_labels must be {len(classes)}, the classes of the data, "
                 f"got {config.model.num_labels}"
             )
-        if isinstance(part, Folder) and (absent := part.check(progress)):
+        if checks and isinstance(part, Folder) and (absent := part.check(progress)):
             split = "training" if name == "dataset" else "val"
             warnings.warn(
                 f"train: {len(absent)} of {len(part.classes)} classes occur in no map of the "
@@ -301,10 +315,11 @@ def _data(config: TrainConfig, dataset, val_dataset, progress: bool) -> tuple:
     return data, held_out
 
 
-def _batches(data, config: TrainConfig, start: int) -> Iterator:
+def _batches(data, config: TrainConfig, start: int, processes: Processes) -> Iterator:
     passes = getattr(data, "passes", False)
     first, last = start * config.accumulate, config.steps * config.accumulate
-    order = Order(len(data), config.batch_size, config.seed, first, last, passes)
+    own = processes.rank, processes.count
+    order = Order(len(data), config.batch_size, config.seed, first, last, passes, *own)
     pack = partial(
         collate,
         num_labels=config.model.num_labels,
@@ -322,14 +337,21 @@ def _batches(data, config: TrainConfig, start: int) -> Iterator:
     return iter(loader)
 
 
-def _line(step: int, loss: Tensor, losses: dict[str, Tensor], lr: float, precision: str) -> dict:
-    """A line of the log: the total, and the parts of the last prediction.
+def _line(
+    step: int,
+    loss: Tensor,
+    losses: dict[str, Tensor],
+    lr: float,
+    precision: str,
+    processes: Processes = ALONE,
+) -> dict:
+    """A line of the log: the total, and the parts of the last prediction, of the joined batch.
 
     Raises:
         FloatingPointError: one of them is not finite.
     """
     last = [value.detach()[-1].double() for value in losses.values()]
-    total, *parts = torch.stack([loss.detach().double(), *last]).tolist()
+    total, *parts = processes.mean(torch.stack([loss.detach().double(), *last])).tolist()
     names = [name.removeprefix("loss_").replace("cross_entropy", "class") for name in losses]
     values = dict(zip(names, parts))
     if not all(math.isfinite(x) for x in (total, *parts)):

@@ -165,9 +165,10 @@ def test_data_of_ones_own(tmp_path, monkeypatch):
         train(setting, model=torch.nn.Linear(1, 1), progress=False)
     with pytest.raises(ValueError, match="evaluate_every must be at least 1 where val_dataset"):
         train(replace(again, overwrite=True), val_dataset=Custom(), progress=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"processes \(WORLD_SIZE\) must be 1, got 2"):
-        train(setting, progress=False)
+    for count, said in (("2", "WORLD_SIZE says 2 processes, and RANK, "), ("two", "got 'two'")):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        with pytest.raises(ValueError, match=said):
+            train(setting, progress=False)
 
 
 def test_a_run_is_gone_on_with_and_measured_from_another_folder(maps, tmp_path, monkeypatch):
