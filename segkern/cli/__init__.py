@@ -15,85 +15,25 @@ import tyro
 
 from ..data import FolderConfig, find_format
 from ..data.folder import Layout
-from ..inference.predict_files import Predicted, image_files, predict_files
 from ..models import Segmenter, open_model
 from ..models.convert import FORMATS
 from ..models.convert import convert as run_convert
 from ..models.segmenter.explain import explain as run_explain
 from ..ops import _library
-from ..ops.segment_map import TASKS
 from ..recipes.check_data import check_data, show_data
 from ..recipes.compare import LEVELS, compare, markdown
 from ..recipes.demo import demo as run_demo
-from ..runtime.device import usable_device
 from ..runtime.processes import ALONE, code_before, joined, said_before
-from ..structures.settings import Options, Views
 from .evaluate import evaluate
+from .predict import predict
 from .several import in_processes
 from .train import train_command
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
-_Task = Literal[TASKS]
 _Model = Annotated[
     str, tyro.conf.arg(help="folder of a run or a model, or a name on the Hugging Face hub")
 ]
 _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error arose."
-
-
-def predict(
-    images: tyro.conf.Positional[tuple[Path, ...]],
-    model: _Model = "demo",
-    out: Path = Path("predictions"),
-    task: _Task | None = None,
-    threshold: float | None = None,
-    window: int | None = None,
-    stride: int | None = None,
-    scales: tuple[float, ...] = (1.0,),
-    flip: bool = False,
-    device: str = "auto",
-    cuda_graphs: bool = True,
-    max_pixels: int | None = None,
-    size: tuple[int, ...] | None = None,
-) -> int:
-    """Segment pictures: writes an overlay, a label map and a JSON of segments for each, and says
-    what it found in a line.
-
-    Args:
-        images: pictures of any kind and size, or folders of them.
-        model: what to use.
-        out: folder for the results.
-        task: what to look for; not given, panoptic, or semantic with a Segmenter, which does no
-            other.
-        threshold: least score of a segment, 0 to 1; not given, 0.8. Semantic results have none.
-        window: side in pixels of a Segmenter's windows; not given, the model's.
-        stride: pixels from one window to the next; not given, the model's.
-        scales: of a Segmenter: sizes of the picture to average over; 1 is the model's.
-        flip: of a Segmenter: average over the mirror images, too.
-        device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
-        cuda_graphs: on a GPU run the model from a CUDA graph for sizes that come again and again.
-        max_pixels: width times height that a picture may have; not given, 178,956,970, which keeps
-            a small file from filling the memory.
-        size: pixels to which pictures are resized, of the short side, or height and width; not
-            given, the model's.
-    """
-    image_files(images)  # before a model is opened, maybe from the network
-    if model == "demo" and not Path(model).is_dir():
-        raise ValueError("no folder demo: run `segkern demo` first or give --model")
-    opened = open_model(model).to(usable_device(device))
-    options, views = Options(threshold), Views(window, stride, scales, flip)
-    side = size[0] if size is not None and len(size) == 1 else size
-    settings = task, options, views, cuda_graphs, _tell, max_pixels, side
-    _, failed = predict_files(opened, images, out, *settings)
-    return 2 if failed else 0
-
-
-def _tell(picture: Predicted) -> None:
-    """Prints what became of a picture, in a line."""
-    if picture.error is not None:
-        print(f"segkern predict: error: {picture.error}", file=sys.stderr)
-        return
-    nothing = "nothing scored above the threshold; a lower --threshold shows more"
-    print(f"{picture.path}: {picture.result.summary() or nothing}; written: {picture.json}")
 
 
 def demo(

@@ -34,7 +34,7 @@ def in_processes(work: Callable[[int], object], folder: Path, count: int) -> dic
         worker.start()
     found = dict(results.get(timeout=150) for _ in workers)
     for worker in workers:
-        worker.join(30)
+        worker.join(150)
         assert worker.exitcode == 0
     return found
 
