@@ -1,19 +1,23 @@
 """Several processes measure what one measures, to the last bit; an error of one is everybody's."""
 
 import json
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler
 
+from segkern.cli import main
 from segkern.data import Digits, DigitsConfig
 from segkern.evaluation.evaluate import evaluate
 from segkern.evaluation.panoptic import truth_map
 from segkern.evaluation.shares import as_list
-from segkern.models import Mask2Former, Mask2FormerConfig
+from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterConfig
 from support.painted import Painted, random_scenes
 from support.processes import in_processes
 
@@ -164,3 +168,58 @@ def test_400_scenes_are_measured_alike_by_one_two_and_three_processes(tmp_path):
         assert len(found) == count
         for value in found.values():
             assert value == want
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A model that is not trained, and maps of two classes, of which the last but one picture
+    cannot be read in `bad`."""
+    folder = tmp_path_factory.mktemp("data")
+    sizes = {"image_size": (16, 16), "patch_size": 8, "window_size": 16, "window_stride": 16}
+    sizes |= {"embed_dim": 64, "depth": 1, "num_heads": 1, "decoder_layers": 1}
+    settings = {"num_labels": 2, "shortest_edge": 16, "backbone_pretrained": False}
+    Segmenter(SegmenterConfig(**settings, **sizes)).save_pretrained(folder / "model")
+    for name in ("good", "bad"):
+        for kind in ("images", "labels"):
+            (folder / name / kind / "val").mkdir(parents=True)
+        (folder / name / "classes.txt").write_text("black\nwhite\n")
+        for i in range(40):
+            values = np.random.default_rng(i).integers(0, 2, (16, 16), np.uint8)
+            Image.fromarray(60 * values).save(folder / name / f"images/val/{i:02d}.png")
+            Image.fromarray(values).save(folder / name / f"labels/val/{i:02d}.png")
+    cut = folder / "bad/images/val/38.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    return folder
+
+
+def told(data, name, out):
+    """What the command writes in two processes, and its exit code."""
+    options = ["--data", str(data / name), "--layout", "plain", "--out", str(out)]
+    command = ["evaluate", str(data / "model"), *options]
+    start = [sys.executable, "-m", "segkern", *command, "--processes", "2"]
+    return command, subprocess.run(start, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_the_command_measures_in_processes_of_its_own(data, tmp_path):
+    command, several = told(data, "good", tmp_path / "two.json")
+    assert several.returncode == 0, several.stderr
+    assert several.stdout.count("40 images") == 1
+    assert several.stdout.count("written: ") == 1
+    assert main([*command[:-1], str(tmp_path / "one.json")]) == 0
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
+    assert one["images"] == 40
+    assert 0 < one["miou"] < 1
+    assert figures(two) == figures(one)
+
+
+@pytest.mark.slow
+def test_a_bad_picture_of_one_process_ends_all_and_is_told_once(data, tmp_path):
+    _, several = told(data, "bad", tmp_path / "bad.json")
+    assert several.returncode == 2
+    lines = [line for line in several.stderr.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("segkern: error: ")
+    assert "images/val/38.png: not a readable image" in lines[0]
+    assert "Traceback" not in several.stderr
+    assert not (tmp_path / "bad.json").exists()

@@ -32,7 +32,7 @@ def in_processes(work: Callable[[int], object], folder: Path, count: int) -> dic
     ]
     for worker in workers:
         worker.start()
-    found = dict(results.get(timeout=150) for _ in workers)
+    found = dict(results.get(timeout=300) for _ in workers)
     for worker in workers:
         worker.join(150)
         assert worker.exitcode == 0
