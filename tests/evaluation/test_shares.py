@@ -1,10 +1,12 @@
 """Several processes measure what one measures, to the last bit; an error of one is everybody's."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +14,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler
 
+from segkern import recipes
 from segkern.cli import main
 from segkern.data import Digits, DigitsConfig
 from segkern.evaluation.evaluate import evaluate
 from segkern.evaluation.panoptic import truth_map
 from segkern.evaluation.shares import as_list
 from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterConfig
+from segkern.runtime.shared_work import group
+from segkern.training.validation import Validation
 from support.painted import Painted, random_scenes
 from support.processes import in_processes
 
@@ -52,7 +57,25 @@ def shuffled(scenes, rank=0):
     return DataLoader(scenes, 5, sampler=order, collate_fn=as_list)
 
 
+class Kept(Painted):
+    """Says which process wrote it."""
+
+    def save_pretrained(self, folder):
+        Path(folder).mkdir()
+        Path(folder, f"of {torch.distributed.get_rank()}").touch()
+
+
+def validated(scenes, folder):
+    """What training reads of an evaluation that all processes make together."""
+    config = replace(recipes.digits(task="panoptic"), evaluate_scenes=COUNT)
+    validation = Validation(scenes, config, folder, 0, False, group())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return validation(Kept(), 7)
+
+
 def several(rank):
+    folder = Path(os.environ["SEGKERN_TEST_FOLDER"])
     scenes = alike(random_scenes(COUNT))
     found = {
         "all": measured(scenes),
@@ -60,6 +83,7 @@ def several(rank):
         "few": measured(scenes, limit=1),
         "shuffled": measured(shuffled(scenes, rank)),
         "alone": measured(scenes, shared=False),
+        "validated": validated(scenes, folder),
     }
     for name, spoil in (("bad", 20), ("worse", 3)):
         broken = alike(random_scenes(COUNT))
@@ -77,8 +101,15 @@ def several(rank):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return in_processes(several, tmp_path_factory.mktemp("two"), 2)
+def run(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def two(run, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEGKERN_TEST_FOLDER", str(run))
+        return in_processes(several, tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.mark.parametrize("name", ["all", "some", "few", "shuffled", "alone"])
@@ -90,6 +121,16 @@ def test_two_processes_measure_what_one_does(name, two):
     assert json.loads(want)["images"] == (limit or COUNT)
     assert two[0][name] == want
     assert two[1][name] == want
+
+
+def test_validation_in_training_is_shared_and_the_first_keeps_the_best(two, run):
+    metrics, text = two[0]["validated"]
+    assert two[1]["validated"] == (metrics, text)
+    assert text.startswith("step 7: pq 0.")
+    assert text.endswith(", the best pq so far")
+    assert sorted(path.name for path in (run / "best").iterdir()) == ["metrics.json", "of 0"]
+    want = evaluate(Painted(), alike(random_scenes(COUNT)), ("panoptic",), progress=False)
+    assert metrics["pq"] == want["things"]["pq"]
 
 
 def test_an_error_of_one_process_is_raised_by_all(two):

@@ -1,6 +1,7 @@
 """Processes of one group, for tests of what several do together."""
 
 import datetime
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,14 @@ def in_processes(work: Callable[[int], object], folder: Path, count: int) -> dic
     ]
     for worker in workers:
         worker.start()
-    found = dict(results.get(timeout=300) for _ in workers)
+    found = {}
+    for _ in workers:
+        rank, value, fault = results.get(timeout=300)
+        if fault is not None:
+            for worker in workers:
+                worker.kill()
+            raise AssertionError(f"process {rank}: {fault}")
+        found[rank] = value
     for worker in workers:
         worker.join(150)
         assert worker.exitcode == 0
@@ -43,6 +51,10 @@ def _member(work, rank, count, file, results):
     torch.set_num_threads(1)
     wait = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{file}", timeout=wait, rank=rank, world_size=count)
-    results.put((rank, work(rank)))
+    try:
+        results.put((rank, work(rank), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise
     dist.barrier()
     dist.destroy_process_group()
