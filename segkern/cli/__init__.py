@@ -1,9 +1,9 @@
-"""The command line: train, evaluate, predict, explain, data, convert, serve, demo, info.
+"""The command line: train, evaluate, predict, explain, data, convert, export, quantize, prune, serve,
+demo, info.
 
 Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 """
 
-import importlib.util
 import json
 import sys
 import warnings
@@ -13,191 +13,33 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
-from .. import recipes
-from ..data import Digits, Folder, FolderConfig, Pictures, Shards, Streets, find_format
+from ..data import FolderConfig, find_format
 from ..data.folder import Layout
-from ..evaluation.evaluate import evaluate as run_evaluate
-from ..evaluation.optional import import_extra
-from ..evaluation.report import table
-from ..inference.predict_files import Predicted, image_files, predict_files
 from ..models import Segmenter, open_model
 from ..models.convert import FORMATS
 from ..models.convert import convert as run_convert
 from ..models.segmenter.explain import explain as run_explain
 from ..ops import _library
-from ..ops.segment_map import TASKS
 from ..recipes.check_data import check_data, show_data
 from ..recipes.compare import LEVELS, compare, markdown
 from ..recipes.demo import demo as run_demo
-from ..recipes.evaluate_run import run_folder, source_of, write_report
-from ..runtime.device import usable_device
 from ..runtime.processes import ALONE, code_before, joined, lost_another, said_before
-from ..structures.settings import Options, Views
+from .evaluate import evaluate
 from .export import export
+from .predict import predict
 from .prune import prune
 from .quantize import quantize
 from .serve import serve
+from .several import in_processes
 from .shard import data_command
 from .train import train_command
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
-_Task = Literal[TASKS]
 _Model = Annotated[
     str, tyro.conf.arg(help="folder of a run or a model, or a name on the Hugging Face hub")
 ]
 _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error arose."
-
-
-def evaluate(
-    model: Annotated[_Model, tyro.conf.Positional],
-    level: Literal["easy", "hard", "mixed"] | None = None,
-    split: Literal["val", "test"] | None = None,
-    size: tuple[int, int] | None = None,
-    seed: int | None = None,
-    scenes: int | None = None,
-    tasks: tuple[_Task, ...] = TASKS,
-    threshold: float | None = None,
-    data: str | None = None,
-    layout: Layout | None = None,
-    max_pixels: int | None = None,
-    window: int | None = None,
-    stride: int | None = None,
-    scales: tuple[float, ...] = (1.0,),
-    flip: bool = False,
-    out: Path | None = None,
-    device: str = "auto",
-    cuda_graphs: bool = True,
-    max_detections: int = 100,
-) -> None:
-    """Measure a model on held-out scenes, or images in folders: PQ, SQ, RQ, AP, mIoU.
-
-    A run is measured on the data that it was trained on, unless options name another, and gets a
-    report: evaluation/metrics.html, beside the figures in metrics.json.
-
-    Args:
-        model: what to measure.
-        level: of scenes of digits; not given, the run's, or easy.
-        split: of the scenes; not given, test.
-        size: height and width of a scene; not given, the run's, or 64 64.
-        seed: other seeds give other scenes; not given, the run's, or 0.
-        scenes: how many, or how many images; not given, 400 scenes, or all images.
-        tasks: what to measure; of a Segmenter and of images in folders semantic alone.
-        threshold: least score of a panoptic segment, 0 to 1; not given, the digits recipe's for
-            scenes, else 0.8.
-        data: folder whose val split is measured on, in place of scenes: COCO, LabelMe, YOLO, maps
-            of objects or of classes, shards (or the address of shards).
-        layout: of a folder of maps of classes; not given, the format is told from the files.
-        max_pixels: width times height that an image in a folder may have; not given, 178,956,970.
-        window: side in pixels of a Segmenter's windows; not given, the model's.
-        stride: pixels from one window to the next; not given, the model's.
-        scales: of a Segmenter: sizes of the images to average over; 1 is the model's.
-        flip: of a Segmenter: average over the mirror images, too.
-        out: JSON file for the figures; the report is beside it, as .html. Not given, it is
-            evaluation/metrics.json of a run, and none of another model.
-        device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
-        cuda_graphs: on a GPU run the model from a CUDA graph for sizes that come again and again.
-        max_detections: results of a class in an image that AP counts.
-    """
-    if out is not None and (out.is_dir() or out.suffix == ".html"):
-        raise ValueError(f"evaluate: --out must be a JSON file, got {out}")
-    run = run_folder(model)
-    # without matplotlib a run that was not asked for its report has its figures alone
-    if out is None and run is not None and importlib.util.find_spec("matplotlib"):
-        out = run / "evaluation" / "metrics.json"
-    if out is not None:
-        import_extra("matplotlib")  # missed now, and not after the figures are found
-    opened = open_model(model).to(usable_device(device))
-    given = {"size": size, "level": level, "seed": seed, "split": split}
-    given = {name: value for name, value in given.items() if value is not None}
-    source, title = source_of(model, opened, data, layout, max_pixels, given)
-    if isinstance(source, (Digits, Streets)):
-        scenes = 400 if scenes is None else scenes
-    if tasks == TASKS:
-        tasks = opened.config.tasks
-        if isinstance(source, Folder):
-            tasks = ("semantic",)
-        elif isinstance(source, (Pictures, Shards)) and not source.semantic:
-            tasks = ("instance",)
-    if threshold is None and isinstance(source, Digits) and "panoptic" in tasks:
-        threshold = recipes.DIGITS_THRESHOLD
-    options, views = Options(threshold), Views(window, stride, scales, flip)
-    value = run_evaluate(
-        opened,
-        source,
-        tasks,
-        scenes,
-        out=out,
-        cuda_graphs=cuda_graphs,
-        options=options,
-        views=views,
-        max_detections=max_detections,
-    )
-    Console().print(table(value, title))
-    if value.get("best_threshold") is not None:
-        print("best F1 of objects {mask_f1:.3f}, at score {best_threshold:.2f}".format(**value))
-    if out is None:
-        return
-    measured = value, opened, source, options, views
-    page = write_report(out, model, title, *measured, {"versions": _library.info()}, cuda_graphs)
-    print(f"written: {out} and {page}")
-
-
-def predict(
-    images: tyro.conf.Positional[tuple[Path, ...]],
-    model: _Model = "demo",
-    out: Path = Path("predictions"),
-    task: _Task | None = None,
-    threshold: float | None = None,
-    window: int | None = None,
-    stride: int | None = None,
-    scales: tuple[float, ...] = (1.0,),
-    flip: bool = False,
-    device: str = "auto",
-    cuda_graphs: bool = True,
-    max_pixels: int | None = None,
-    size: tuple[int, ...] | None = None,
-) -> int:
-    """Segment pictures: writes an overlay, a label map and a JSON of segments for each, and says
-    what it found in a line.
-
-    Args:
-        images: pictures of any kind and size, or folders of them.
-        model: what to use.
-        out: folder for the results.
-        task: what to look for; not given, panoptic, or semantic with a Segmenter, which does no
-            other.
-        threshold: least score of a segment, 0 to 1; not given, 0.8. Semantic results have none.
-        window: side in pixels of a Segmenter's windows; not given, the model's.
-        stride: pixels from one window to the next; not given, the model's.
-        scales: of a Segmenter: sizes of the picture to average over; 1 is the model's.
-        flip: of a Segmenter: average over the mirror images, too.
-        device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
-        cuda_graphs: on a GPU run the model from a CUDA graph for sizes that come again and again.
-        max_pixels: width times height that a picture may have; not given, 178,956,970, which keeps
-            a small file from filling the memory.
-        size: pixels to which pictures are resized, of the short side, or height and width; not
-            given, the model's.
-    """
-    image_files(images)  # before a model is opened, maybe from the network
-    if model == "demo" and not Path(model).is_dir():
-        raise ValueError("no folder demo: run `segkern demo` first or give --model")
-    opened = open_model(model).to(usable_device(device))
-    options, views = Options(threshold), Views(window, stride, scales, flip)
-    side = size[0] if size is not None and len(size) == 1 else size
-    settings = task, options, views, cuda_graphs, _tell, max_pixels, side
-    _, failed = predict_files(opened, images, out, *settings)
-    return 2 if failed else 0
-
-
-def _tell(picture: Predicted) -> None:
-    """Prints what became of a picture, in a line."""
-    if picture.error is not None:
-        print(f"segkern predict: error: {picture.error}", file=sys.stderr)
-        return
-    nothing = "nothing scored above the threshold; a lower --threshold shows more"
-    print(f"{picture.path}: {picture.result.summary() or nothing}; written: {picture.json}")
 
 
 def demo(
@@ -345,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         with _processes(arguments) as first, nullcontext() if first else redirect_stdout(None):
-            return _called(arguments)
+            return _called(arguments, debug)
     except KeyboardInterrupt as stop:
         return _ended(130, f"\nsegkern: {stop or 'stopped'}", stop)
     except (*_USER_ERRORS, RuntimeError, FloatingPointError) as error:
@@ -364,14 +206,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _processes(arguments: list[str]) -> Iterator[bool]:
     """Joins the processes of a command that several may run together; gives whether this is the
     first of them."""
-    with joined() if arguments[:1] == ["train"] else nullcontext(ALONE) as processes:
+    several = arguments[:1] and arguments[0] in ("train", "evaluate", "predict")
+    with joined() if several else nullcontext(ALONE) as processes:
         yield processes.first
 
 
-def _called(arguments: list[str]) -> int:
+def _called(arguments: list[str], debug: bool) -> int:
     """Runs a command."""
     app = tyro.extras.SubcommandApp()
-    others = evaluate, predict, explain, data_command(arguments, data), convert, demo, info
+    whole = ["--debug"] * debug + arguments
+    measuring = (in_processes(command, whole) for command in (evaluate, predict))
+    others = *measuring, explain, data_command(arguments, data), convert, demo, info
     others += export, quantize, prune, serve
     for command in (train_command(arguments), *others):
         app.command(command)

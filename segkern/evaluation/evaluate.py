@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from heapq import heappop, heappush
+from heapq import heappop, heappush, nlargest
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,14 @@ from torch.utils.data import DataLoader
 from ..inference.segment import Input, check, find
 from ..io.atomic_files import writable_folder, write_json
 from ..models.protocol import ModelConfig, SegmentationModel
+from ..runtime.processes import ALONE
+from ..runtime.shared_work import Together, by_first, group
 from ..structures.segmentation import Segmentation
 from ..structures.settings import Options, Views, one_of
 from .instance import Instances
 from .panoptic import Panoptic
 from .semantic import Semantic
+from .shares import Shares, as_list, put_together
 
 WORST = 8  # images are named and drawn
 
@@ -50,8 +53,12 @@ def evaluate(
     views: Views | None = None,
     max_detections: int = 100,
     size: int | tuple[int, int] | dict[str, int] | None = None,
+    shared: bool = True,
 ) -> dict:
     """Runs the model over a data set and measures the results.
+
+    Where torch.distributed has a group of several processes, all of them call it, each measures
+    its share, and all get what one process would get, to the last bit of every figure.
 
     Args:
         model: such as a `Mask2Former`, with as many labels as the data set has classes; its mode
@@ -76,6 +83,7 @@ def evaluate(
         max_detections: instance results of a class in an image that count, the best ones; COCO's
             100. More than that makes None of `top_k` as many, or the model would give no more.
         size: of images, in place of the model's, as `segment` takes it; needs samples with image.
+        shared: false lets this process measure all by itself, though it is one of several.
 
     Returns:
         plain types, None where nothing occurs that could be measured: images, seconds,
@@ -96,7 +104,10 @@ def evaluate(
         ValueError: an option out of range or not for this model, no image, a model with another
             number of labels, samples without what a task or the scales need, or `out` is a folder.
         OSError: `out` cannot be written; found before the model runs.
+        Exception: what went wrong in another process.
     """
+    processes = group() if shared else ALONE
+    several = processes.count > 1
     loose = Options(threshold, overlap_threshold, top_k)
     options = one_of("evaluate", options, loose)
     views = one_of("evaluate", views, Views(window, stride, scales, flip))
@@ -109,7 +120,7 @@ def evaluate(
     if max_detections < 1:
         raise ValueError(f"evaluate: max_detections must be at least 1, got {max_detections}")
     wanted = options_of(tasks, options, max_detections)
-    loader, source = _loader(dataset, limit, batch_size, num_workers)
+    source = _source(dataset, limit)
     total = len(source) if limit is None else min(limit, len(source))
     classes, stuff = check_dataset(source, model.config, tasks)
     if out is not None:
@@ -123,47 +134,63 @@ def evaluate(
     }
     meters = {task: kinds[task](len(classes), stuff) for task in tasks}
     worst: list[tuple] = []  # a heap, the best of them on top
-    images, start = 0, time.perf_counter()
-    with _bar(progress) as bar:
-        job = bar.add_task("evaluate", total=total)
-        for samples in loader:
-            samples = samples[: total - images]
-            place = images
-            for i, results in found(model, samples, wanted, views, stuff, cuda_graphs, size):
-                scores = {task: meters[task].update(x, samples[i]) for task, x in results.items()}
-                index = _index(samples[i], place + i, source is dataset)
-                _remember(worst, scores[tasks[0]], place + i, index, samples[i])
-                images += 1
-                bar.advance(job)
-            if images >= total:
-                break
-    if not images:
-        raise ValueError("evaluate: the data set is empty")
-    seconds = time.perf_counter() - start
-    value = {
-        "images": images,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(images / seconds, 2),
-        "tasks": list(tasks),
-    }
-    rows = [
-        {"label_id": k, "name": name, "isthing": k not in stuff} for k, name in enumerate(classes)
-    ]
-    for meter in meters.values():
-        value |= meter.compute(rows)
-    if "instance" in tasks:
-        value["max_detections"] = max_detections
-    value["classes"] = rows
-    value["worst"] = [row for *_, row in sorted(worst, key=lambda x: (-x[0], -x[1]))]
-    absent = [row["name"] for row in rows if not row.pop("occurs")]
+    turns: list[int] = []  # of each image measured here the number of its batch
+    start = time.perf_counter()
+    with Together(processes) as work:
+        if several:
+            batches = Shares(processes, dataset, total, batch_size, num_workers)
+            mine = batches.samples
+        else:
+            batches, mine = _batches(dataset, total, batch_size, num_workers), total
+        with _bar(progress and processes.first) as bar:
+            job = bar.add_task("evaluate", total=mine)
+            for turn, place, samples in batches:
+                if work.failed():
+                    break
+                for i, results in found(model, samples, wanted, views, stuff, cuda_graphs, size):
+                    scores = {
+                        task: meters[task].update(x, samples[i]) for task, x in results.items()
+                    }
+                    index = _index(samples[i], place + i, source is dataset)
+                    _remember(worst, scores[tasks[0]], place + i, index, samples[i])
+                    turns.append(turn)
+                    bar.advance(job)
+    if several:
+        turns, worst = put_together(processes, meters, turns, worst)
+
+    def figures() -> dict:
+        if not turns:
+            raise ValueError("evaluate: the data set is empty")
+        seconds = time.perf_counter() - start
+        value = {
+            "images": len(turns),
+            "seconds": round(seconds, 3),
+            "images_per_second": round(len(turns) / seconds, 2),
+            "tasks": list(tasks),
+        }
+        rows = [
+            {"label_id": k, "name": name, "isthing": k not in stuff}
+            for k, name in enumerate(classes)
+        ]
+        for meter in meters.values():
+            value |= meter.compute(rows)
+        if "instance" in tasks:
+            value["max_detections"] = max_detections
+        value["classes"] = rows
+        value["worst"] = [row for *_, row in nlargest(WORST, worst)]
+        absent.extend(row["name"] for row in rows if not row.pop("occurs"))
+        if out is not None:
+            write_json(out, value)
+        return value
+
+    absent: list[str] = []
+    value = by_first(processes, figures)
     if absent and (limit is None or limit >= len(source)):
         warnings.warn(
             f"evaluate: {len(absent)} of {len(classes)} classes occur nowhere in the data: "
             f"{some_of(absent)}; the means are those of the others",
             stacklevel=2,
         )
-    if out is not None:
-        write_json(out, value)
     return value
 
 
@@ -280,25 +307,32 @@ def _size(sample: dict) -> tuple[int, int]:
     return np.shape(sample["masks"])[1:] if "masks" in sample else np.shape(sample["semantic"])
 
 
-def _loader(dataset, limit: int | None, batch_size: int, num_workers: int):
-    """A loader of lists of samples, and the data set that knows its classes."""
+def _source(dataset, limit: int | None):
+    """The data set that knows its classes."""
     if limit is not None and limit < 1:
         raise ValueError(f"evaluate: limit must be at least 1, got {limit}")
-    if isinstance(dataset, DataLoader):
-        return dataset, dataset.dataset
-    indices = range(len(dataset) if limit is None else min(limit, len(dataset)))
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=indices,
-        num_workers=num_workers,
-        collate_fn=_as_list,
-    )
-    return loader, dataset
+    return dataset.dataset if isinstance(dataset, DataLoader) else dataset
 
 
-def _as_list(samples: list[dict]) -> list[dict]:
-    return samples
+def _batches(
+    dataset, total: int, batch_size: int, num_workers: int
+) -> Iterator[tuple[int, int, list[dict]]]:
+    """Number of a batch, place of its first sample, and its samples, up to `total` of them."""
+    loader = dataset
+    if not isinstance(dataset, DataLoader):
+        loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=range(total),
+            num_workers=num_workers,
+            collate_fn=as_list,
+        )
+    place = 0
+    for turn, samples in enumerate(loader):
+        yield turn, place, samples[: total - place]
+        place += len(samples)
+        if place >= total:
+            break
 
 
 def _bar(visible: bool) -> Progress:

@@ -37,6 +37,9 @@ class Instances:
         most: results of a class in an image that count, the best ones.
     """
 
+    # what adds up over images, and lists with an entry an image
+    counted, listed = ("objects", "crowds", "confusion"), ("results",)
+
     def __init__(self, classes: int, stuff: Sequence[int], most: int = 100):
         self.coco = import_extra("pycocotools.mask")
         self.run = import_extra("pycocotools.cocoeval").COCOeval(iouType="segm")
@@ -45,7 +48,7 @@ class Instances:
         self.objects = np.zeros(classes, np.int64)  # true ones, without crowds
         self.crowds = np.zeros(classes, np.int64)
         self.confusion = np.zeros((classes + 1, classes + 1), np.int64)
-        self.results: list[np.ndarray] = []
+        self.results: list[np.ndarray] = []  # of equal scores the first image's ranks first
 
     def update(self, result: Segmentation, sample: dict) -> float | None:
         """Counts an image in.

@@ -20,14 +20,22 @@ import numpy as np
 from ..structures.segmentation import Segmentation
 from .optional import mean_or_none, or_none, ratio_or_none
 
+# IoU and Dice of matches are above 1/2, so that as float64 they are whole multiples of 1 / _UNIT:
+# summed as integers they give the same in any order
+_UNIT = 2**53
+
 
 class Panoptic:
     """PQ, and matches of true things with whatever segment covers them."""
 
+    # what adds up over images, and lists with an entry an image
+    counted, listed = ("iou", "tp", "fp", "fn", "dice", "confusion"), ()
+
     def __init__(self, classes: int, stuff: Sequence[int]):
         self.stuff = stuff
-        self.iou, self.tp, self.fp, self.fn = np.zeros((4, classes))
-        self.dice = np.zeros(classes)  # sums over the matches of each true class
+        self.tp, self.fp, self.fn = np.zeros((3, classes), np.int64)
+        # sums over the matches of each class, of the true class, as integers of any size
+        self.iou, self.dice = np.zeros((2, classes), object)
         self.confusion = np.zeros((classes + 1, classes + 1), np.int64)
 
     def update(self, result: Segmentation, sample: dict) -> float | None:
@@ -51,13 +59,14 @@ class Panoptic:
 
         match = same & (iou > 0.5) & ~crowd
         p, t = match.nonzero()
+        overlap = iou[p, t]
+        _add(self.iou, t_labels[t], overlap)
         figures = (
-            np.bincount(t_labels[t], iou[p, t], K),
             np.bincount(t_labels[t], minlength=K),
             np.bincount(p_labels[counted & ~match.any(1)], minlength=K),
             np.bincount(t_labels[seen & ~match.any(0)], minlength=K),
         )
-        for total, x in zip((self.iou, self.tp, self.fp, self.fn), figures):
+        for total, x in zip((self.tp, self.fp, self.fn), figures):
             total += x
 
         things = seen & ~np.isin(t_labels, self.stuff)
@@ -68,9 +77,9 @@ class Panoptic:
         extra = counted & ~match.any(1) & ~np.isin(p_labels, self.stuff)
         np.add.at(self.confusion, (K, p_labels[extra]), 1)
         dice = 2 * both[p, t] / (p_area[p] - void[p] + t_area[t])
-        self.dice += np.bincount(t_labels[t], dice, K)
-        iou, tp, fp, fn = (x.sum() for x in figures)
-        return ratio_or_none(iou, tp + 0.5 * fp + 0.5 * fn)
+        _add(self.dice, t_labels[t], dice)
+        tp, fp, fn = (x.sum() for x in figures)
+        return ratio_or_none(overlap.sum(), tp + 0.5 * fp + 0.5 * fn)
 
     def compute(self, rows: list[dict]) -> dict:
         """PQ and the confusion of segments.
@@ -82,10 +91,11 @@ class Panoptic:
             those of all.
         """
         total = self.tp + 0.5 * self.fp + 0.5 * self.fn
+        iou, dice = ((x / _UNIT).astype(np.float64) for x in (self.iou, self.dice))
         figures = np.full((3, len(total)), np.nan)  # pq, sq, rq
         occurs = total > 0
-        figures[0, occurs] = self.iou[occurs] / total[occurs]
-        figures[1, occurs] = self.iou[occurs] / np.maximum(self.tp[occurs], 1)
+        figures[0, occurs] = iou[occurs] / total[occurs]
+        figures[1, occurs] = iou[occurs] / np.maximum(self.tp[occurs], 1)
         figures[2, occurs] = self.tp[occurs] / total[occurs]
         matches, found = self.confusion[:-1, :-1], self.confusion[:-1].sum(1)
         right, matched = matches.diagonal(), matches.sum(1)
@@ -95,7 +105,7 @@ class Panoptic:
             row["instances"] = int(found[k])
             row["occurs"] = row.get("occurs", False) or bool(self.tp[k] + self.fn[k])
             row["class_accuracy"] = ratio_or_none(right[k], matched[k])
-            row["dice"] = ratio_or_none(self.dice[k], matched[k])
+            row["dice"] = ratio_or_none(dice[k], matched[k])
         is_stuff = np.isin(np.arange(len(total)), self.stuff)
 
         def means(chosen):
@@ -109,11 +119,16 @@ class Panoptic:
             "things": means(~is_stuff),
             "stuff": means(is_stuff),
             "class_accuracy": ratio_or_none(right.sum(), matched.sum()),
-            "dice": ratio_or_none(self.dice.sum(), matched.sum()),
+            "dice": ratio_or_none(self.dice.sum() / _UNIT, matched.sum()),
             "matched": int(matched.sum()),
             "instances": int(found.sum()),
             "confusion": self.confusion.tolist(),
         }
+
+
+def _add(total: np.ndarray, labels: np.ndarray, values: np.ndarray) -> None:
+    """Adds values in (1/2, 1] to the sums of their labels, without rounding."""
+    np.add.at(total, labels, (values * _UNIT).astype(np.int64).astype(object))
 
 
 def truth_map(sample: dict, stuff: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

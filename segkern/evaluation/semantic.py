@@ -18,10 +18,23 @@ from .optional import import_extra, mean_or_none, or_none, ratio_or_none
 class Semantic:
     """Figures from torchmetrics' confusion matrix of the pixels not void."""
 
+    # what adds up over images, and lists with an entry an image
+    counted, listed = ("pixels",), ()
+
     def __init__(self, classes: int, stuff: Sequence[int]):
         matrix = import_extra("torchmetrics.classification").MulticlassConfusionMatrix
         self.classes = classes
-        self.matrix = matrix(classes, validate_args=False)
+        # what processes counted `evaluate` adds up
+        self.matrix = matrix(classes, validate_args=False, sync_on_compute=False)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """[K, K] int64: truth by prediction."""
+        return self.matrix.confmat.cpu().numpy()
+
+    @pixels.setter
+    def pixels(self, value: np.ndarray) -> None:
+        self.matrix.confmat = torch.from_numpy(value)
 
     def update(self, result: Segmentation, sample: dict) -> float | None:
         """Counts an image in.

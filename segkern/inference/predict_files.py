@@ -1,4 +1,4 @@
-"""Segments pictures in files: an overlay, a label map and a JSON of segments for each."""
+"""Segments pictures: an overlay, a label map and a JSON of segments for each."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 
 from ..io.atomic_files import writable_folder, write_json
-from ..io.images import picture_suffixes
 from ..io.overlay import save_label_map, save_picture
+from ..io.picture_list import Place, listed, read_place
 from ..models.protocol import SegmentationModel
 from ..ops.segment_map import THRESHOLD
+from ..runtime.shared_work import Together, by_first, group
 from ..structures.segmentation import Segmentation
 from ..structures.settings import Options, Views
 from .segment import check_one, segment
@@ -21,7 +22,7 @@ class Predicted(NamedTuple):
     """What became of a picture.
 
     Attributes:
-        path: of the picture.
+        path: of the picture; of one in an archive or on the network its name there.
         result: its segments; None where it failed.
         json: the JSON file written; the other two stand beside it.
         error: what went wrong, a line that names the picture.
@@ -44,15 +45,19 @@ def predict_files(
     report: Callable[[Predicted], None] | None = None,
     max_pixels: int | None = None,
     size: int | tuple[int, int] | dict[str, int] | None = None,
+    lists: Sequence[str | Path] = (),
+    recursive: bool = False,
 ) -> tuple[list[Path], list[tuple[Path, str]]]:
     """Segments every picture and writes NAME_overlay.png, NAME_labels.png and NAME.json for each.
 
     A picture that cannot be read, or is too large for the memory, does not keep the others from
-    being written. Two of the same name get NAME and NAME_2.
+    being written. Two of the same name get NAME and NAME_2. Where torch.distributed has a group of
+    several processes, all of them call it, and each takes its share of the pictures.
 
     Args:
         model: such as a `Mask2Former`.
-        paths: pictures, and folders whose pictures are taken (not those of folders inside).
+        paths, lists, recursive: pictures, folders, archives and lists of them, as
+            `io.picture_list.listed` takes them.
         out_dir: is made if it is not there.
         task: "panoptic", "instance" or "semantic"; None for the first that the model can do.
         options: of the results; threshold is 0.8 for instances, too, if none is given.
@@ -62,64 +67,64 @@ def predict_files(
         max_pixels, size: as in `segment`.
 
     Returns:
-        the JSON files written, and the pictures that failed with the reasons.
+        the JSON files written by this process, and its pictures that failed with the reasons.
 
     Raises:
         TypeError, ValueError: an option out of range or not for this task or model, no path, a
             folder without pictures, or `out_dir` holds some of them.
         OSError: nothing can be written to `out_dir`; found before the model runs.
+        Exception: what went wrong in another process.
     """
     task = check_one("predict", model, task, options, views)
     model.config.input.sized("predict", size)
     if task == "instance" and options.threshold is None:
         options = replace(options, threshold=THRESHOLD)
-    pictures = image_files(paths)
-    if Path(out_dir).resolve() in {folder.resolve() for folder in {p.parent for p in pictures}}:
+    places = pictures(paths, lists, recursive)
+    folders = {Path(place.path).parent for place in places}
+    if Path(out_dir).resolve() in {folder.resolve() for folder in folders}:
         raise ValueError(f"predict: {out_dir} holds the pictures themselves; choose another --out")
-    folder = writable_folder(out_dir)
+    processes = group()
+    folder = by_first(processes, lambda: writable_folder(out_dir))
+    read = {"max_pixels": max_pixels, "channels": model.config.input.channels}
+    given = {"options": options, "views": views, "cuda_graphs": cuda_graphs, "size": size}
     written, failed = [], []
-    for path, name in zip(pictures, _names(pictures)):
-        try:
-            given = {"options": options, "views": views, "cuda_graphs": cuda_graphs}
-            result = segment(model, path, task, max_pixels=max_pixels, size=size, **given)
-            save_picture(folder / f"{name}_overlay.png", result.plot())
-            save_label_map(folder / f"{name}_labels.png", result)
-            write_json(folder / f"{name}.json", {"image": path.name, **result.to_json()})
-            written.append(folder / f"{name}.json")
-            outcome = Predicted(path, result, written[-1])
-        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            reason = reason if str(path) in reason else f"{path}: {reason}"
-            failed.append((path, reason))
-            outcome = Predicted(path, error=reason)
-        if report is not None:
-            report(outcome)
+    with Together(processes) as work:
+        names = enumerate(zip(places, _names(Path(place.name) for place in places)))
+        for number, (place, name) in names:
+            if number % processes.count != processes.rank:
+                continue
+            if work.failed():
+                break
+            path = Path(place.image)
+            try:
+                result = segment(model, read_place(place, **read), task, **given)
+                save_picture(folder / f"{name}_overlay.png", result.plot())
+                save_label_map(folder / f"{name}_labels.png", result)
+                write_json(folder / f"{name}.json", {"image": place.name, **result.to_json()})
+                written.append(folder / f"{name}.json")
+                outcome = Predicted(path, result, written[-1])
+            except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                reason = reason if str(place) in reason else f"{place}: {reason}"
+                failed.append((path, reason))
+                outcome = Predicted(path, error=reason)
+            if report is not None:
+                report(outcome)
     return written, failed
 
 
-def image_files(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as given, and of each folder the files with a suffix that PIL knows, sorted.
-
-    Hidden files of a folder, whose names begin with a dot, are passed over: systems and cameras
-    leave some that have a picture's suffix and are none.
+def pictures(
+    paths: Iterable[str | Path], lists: Iterable[str | Path] = (), recursive: bool = False
+) -> list[Place]:
+    """All that `io.picture_list.listed` gives.
 
     Raises:
         ValueError: no path, or a folder without pictures.
     """
-    known = picture_suffixes()
-    out = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            out.append(path)
-            continue
-        shown = (p for p in path.iterdir() if not p.name.startswith("."))
-        found = sorted(p for p in shown if p.suffix.lower() in known and p.is_file())
-        if not found:
-            raise ValueError(f"folder {path} holds no image")
-        out += found
-    if not out:
+    places = list(listed(paths, lists, recursive))
+    if not places:
         raise ValueError("predict: no image given")
-    return out
+    return places
 
 
 def _names(paths: Iterable[Path]) -> Iterator[str]:

@@ -10,6 +10,8 @@ import torch
 from ..evaluation.evaluate import evaluate
 from ..io.atomic_files import write_json
 from ..models import SegmentationModel
+from ..runtime.processes import ALONE, Processes
+from ..runtime.shared_work import by_first
 from ..structures.settings import Options
 from .config import METRICS, TrainConfig
 
@@ -26,13 +28,24 @@ class Validation:
         folder: of the run.
         start: steps done before, from which `waited` counts.
         own: what `folder` holds as best counts, unless it is from later steps.
+        processes: that all call this together, with the same model: each measures its share, and
+            the first keeps the best. Alone, a process measures all, though it be one of several.
 
     Raises:
         ValueError: `folder`/best is not what training writes.
     """
 
-    def __init__(self, data, config: TrainConfig, folder: Path, start: int, own: bool):
+    def __init__(
+        self,
+        data,
+        config: TrainConfig,
+        folder: Path,
+        start: int,
+        own: bool,
+        processes: Processes = ALONE,
+    ):
         self.data, self.config, self.folder = data, config, folder / BEST
+        self.processes = processes
         self.metric = config.best_metric or METRICS[config.task][0]
         held = _to_surpass(folder, self.metric, start) if own else None
         self.best, self.best_step = held or (None, start)
@@ -53,16 +66,18 @@ class Validation:
                 options=Options(config.threshold if config.task == "panoptic" else None),
                 progress=False,
                 cuda_graphs=False,  # their memory is the next step's
+                shared=self.processes.count > 1,
             )
         if config.task == "panoptic" and value["things"]["pq"] is not None:
             value["pq"] = value["things"]["pq"]
         found = {name: value[name] for name in METRICS[config.task] if value[name] is not None}
-        figures = ", ".join(f"{k} {x:.3f}" for k, x in found.items())
-        text = f"step {step}: {figures or 'the held-out images have nothing to measure'}"
+        told = ", ".join(f"{k} {x:.3f}" for k, x in found.items())
+        text = f"step {step}: {told or 'the held-out images have nothing to measure'}"
         x = found.get(self.metric)
         if x is not None and (self.best is None or x > self.best):
             self.best, self.best_step = x, step
-            self._keep(model, {"step": step, "metric": self.metric, **found})
+            figures = {"step": step, "metric": self.metric, **found}
+            by_first(self.processes, lambda: self._keep(model, figures))
             text += f", the best {self.metric} so far"
         return {name.replace("_", " "): x for name, x in found.items()}, text
 

@@ -1,9 +1,10 @@
-"""Two processes of one group, for tests of what several do together."""
+"""Processes of one group, for tests of what several do together."""
 
 import contextlib
 import datetime
 import queue
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,38 +14,59 @@ import torch.multiprocessing as mp
 
 
 def in_two_processes(work: Callable[[int], object], folder: Path, patience: int = 150) -> dict:
-    """What a function returns in each of two processes of a gloo group, by rank.
+    """What a function returns in each of two processes of a gloo group, by rank; as
+    `in_processes`."""
+    return in_processes(work, folder, 2, patience)
+
+
+def in_processes(
+    work: Callable[[int], object], folder: Path, count: int, patience: int = 300
+) -> dict:
+    """What a function returns in each of several processes of a gloo group, by rank.
 
     Args:
         work: takes the rank; a module's own, as the processes import it. It returns plain types: a
             tensor's file would be gone with its process.
-        folder: empty, where the two find each other.
+        folder: empty, where they find each other.
+        count: of processes.
         patience: seconds that it may take.
     """
     context = mp.get_context("spawn")
     results = context.Queue()
     workers = [
-        context.Process(target=_member, args=(work, rank, folder / "store", results))
-        for rank in (0, 1)
+        context.Process(target=_member, args=(work, rank, count, folder / "store", results))
+        for rank in range(count)
     ]
     for worker in workers:
         worker.start()
     found, limit = {}, time.monotonic() + patience
-    while len(found) < len(workers):
-        with contextlib.suppress(queue.Empty):
-            found |= dict([results.get(timeout=1)])
-        assert not any(worker.exitcode for worker in workers), "a process failed"
-        assert time.monotonic() < limit, "a process hangs"
+    try:
+        while len(found) < count:
+            with contextlib.suppress(queue.Empty):
+                rank, value, fault = results.get(timeout=1)
+                assert fault is None, f"process {rank}: {fault}"
+                found[rank] = value
+            dead = [rank for rank, worker in enumerate(workers) if worker.exitcode]
+            assert not dead, f"process {dead[0]} ended with {workers[dead[0]].exitcode}"
+            assert time.monotonic() < limit, "a process hangs"
+    except BaseException:
+        for worker in workers:
+            worker.kill()
+        raise
     for worker in workers:
-        worker.join(30)
+        worker.join(150)
         assert worker.exitcode == 0
     return found
 
 
-def _member(work, rank, file, results):
+def _member(work, rank, count, file, results):
     torch.set_num_threads(1)
     wait = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{file}", timeout=wait, rank=rank, world_size=2)
-    results.put((rank, work(rank)))
+    dist.init_process_group("gloo", f"file://{file}", timeout=wait, rank=rank, world_size=count)
+    try:
+        results.put((rank, work(rank), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise
     dist.barrier()
     dist.destroy_process_group()

@@ -1,0 +1,49 @@
+"""Commands that start themselves in several processes."""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import signature
+
+from ..runtime.launch import launch
+from ..runtime.processes import started
+from ..runtime.shared_work import end_with_launcher
+
+
+def in_processes(command: Callable, arguments: Sequence[str]) -> Callable:
+    """The command, which runs in as many processes as its option `processes` says, or in those
+    that a launcher started.
+
+    Args:
+        command: takes `processes`.
+        arguments: of the whole command line, for the others.
+    """
+
+    @wraps(command)
+    def run(*given, **options):
+        count = signature(command).bind(*given, **options).arguments.get("processes", 1)
+        name = command.__name__
+        if count < 1:
+            raise ValueError(f"{name}: --processes must be at least 1, got {count}")
+        if count > 1 and started() > 1:
+            raise ValueError(
+                f"{name}: --processes must be left out where a launcher has started {started()} "
+                f"(WORLD_SIZE), got {count}"
+            )
+        if count > 1:
+            return launch(_without(arguments), count)
+        if started() > 1:
+            end_with_launcher()
+        return command(*given, **options)
+
+    return run
+
+
+def _without(arguments: Sequence[str]) -> list[str]:
+    """Without the option that was followed."""
+    own, left = [], iter(arguments)
+    for argument in left:
+        if argument == "--processes":
+            next(left)
+        elif not argument.startswith("--processes="):
+            own.append(argument)
+    return own

@@ -1,0 +1,130 @@
+"""`segkern predict` into shards: the command, several processes, a kill in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segkern import recipes
+from segkern.cli import main
+from segkern.inference.predict_files import predict_files
+from segkern.inference.predict_many import predict_many
+from segkern.models import Mask2Former
+from support.models import Squares
+from support.processes import in_processes
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model that is not trained, and pictures of three sizes, one of which is cut off."""
+    folder = tmp_path_factory.mktemp("predict")
+    settings = replace(recipes.digits().model, num_queries=5, decoder_layers=1)
+    Mask2Former(settings).save_pretrained(folder / "model")
+    (folder / "in").mkdir()
+    for i in range(COUNT):
+        size = ((48, 48, 3), (40, 64, 3), (64, 33, 3))[i % 3]
+        pixels = np.random.default_rng(i).integers(0, 256, size, np.uint8)
+        Image.fromarray(pixels).save(folder / f"in/{i:02d}.jpg")
+    cut = folder / "in/07.jpg"
+    cut.write_bytes(cut.read_bytes()[:400])
+    return folder
+
+
+def command(inputs, out, *more):
+    given = ["predict", str(inputs / "in"), "--model", str(inputs / "model"), "--out", str(out)]
+    return [*given, "--threshold", "0", "--format", "jsonl", "--shard-size", "2", *more]
+
+
+def content(out):
+    return {path.name: path.read_bytes() for path in Path(out).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(inputs):
+    """What one process writes that nothing stops."""
+    assert main(command(inputs, inputs / "whole")) == 2
+    return content(inputs / "whole")
+
+
+def test_the_command_tells_what_failed_and_its_exit_code_says_so(inputs, whole, capsys, tmp_path):
+    shards = [f"shard-{i:06d}.jsonl" for i in range(COUNT // 2)]
+    others = ["job.json", "pictures.jsonl", "errors.jsonl", "errors-000003.jsonl"]
+    assert sorted(whole) == sorted([*shards, *others])
+    (failed,) = map(json.loads, whole["errors.jsonl"].splitlines())
+    assert failed["image"] == str(inputs / "in/07.jpg")
+    lines = [json.loads(line) for name in shards for line in whole[name].splitlines()]
+    assert [line["number"] for line in lines] == [i for i in range(COUNT) if i != 7]
+    assert all(line["segments"] for line in lines)
+    assert main(command(inputs, inputs / "whole")) == 2  # again: all is there
+    told = capsys.readouterr()
+    assert told.out.count("2 pictures") == COUNT // 2
+    assert told.out.count("as it was") == COUNT // 2
+    assert f"1 of {COUNT} pictures have no result: {inputs / 'whole/errors.jsonl'}" in told.err
+    assert content(inputs / "whole") == whole
+    good = ["predict", str(inputs / "in/00.jpg"), "--model", str(inputs / "model")]
+    assert main([*good, "--out", str(tmp_path / "out"), "--format", "parquet"]) == 0
+    for bad, message in (
+        (["--shard-size", "0"], "shard_size must be"),
+        (["--processes", "0"], "--processes must be at least 1, got 0"),
+    ):
+        assert main(command(inputs, tmp_path / "bad", *bad)) == 2
+        assert message in capsys.readouterr().err
+
+
+def shared(rank):
+    """Into one folder, given by the environment; what this process did."""
+    folder, done = Path(os.environ["SEGKERN_TEST_FOLDER"]), []
+    given = Squares(), [folder / "in"]
+    told = predict_many(*given, folder / "three", shard_size=2, report=lambda s: done.append(s))
+    written, failed = predict_files(*given, folder / "files")
+    return told, [shard.path.name for shard in done], [p.name for p in written], len(failed)
+
+
+@pytest.mark.slow
+def test_three_processes_write_what_one_does(inputs, tmp_path, monkeypatch):
+    (tmp_path / "in").symlink_to(inputs / "in")
+    monkeypatch.setenv("SEGKERN_TEST_FOLDER", str(tmp_path))
+    (tmp_path / "group").mkdir()
+    found = in_processes(shared, tmp_path / "group", 3)
+    one = predict_many(Squares(), [tmp_path / "in"], tmp_path / "one", shard_size=2)
+    assert one == (COUNT, 1)
+    assert [found[rank][0] for rank in range(3)] == [one] * 3
+    for rank in range(3):
+        mine = [f"shard-{i:06d}.jsonl" for i in range(rank, COUNT // 2, 3)]
+        assert found[rank][1] == mine
+    assert content(tmp_path / "three") == content(tmp_path / "one")
+    names = sorted(name for rank in range(3) for name in found[rank][2])
+    assert names == [f"{i:02d}.json" for i in range(COUNT) if i != 7]
+    assert sum(found[rank][3] for rank in range(3)) == 1
+
+
+@pytest.mark.slow
+def test_killed_processes_are_gone_on_with(inputs, whole, tmp_path):
+    """Their launcher is killed, which cannot end them itself."""
+    out = tmp_path / "out"
+    start = [sys.executable, "-m", "segkern", *command(inputs, out, "--processes", "2")]
+    with subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as launcher:
+        until = time.monotonic() + 240
+        while len(list(out.glob("shard-*"))) < 2 and launcher.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        launcher.send_signal(signal.SIGKILL)
+    before = content(out)
+    time.sleep(5)
+    after = content(out)
+    done = {name for name in after if name.startswith("shard-")}
+    assert 2 <= len(done) < COUNT // 2
+    assert len(after) <= len(before) + 4  # what was being written
+    assert all(whole[name] == after[name] for name in done)
+    assert main(command(inputs, out)) == 2
+    assert content(out) == whole
