@@ -59,9 +59,7 @@ def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer | MuonAnd
     """The optimizer of a `TrainConfig`; its rates are tensors."""
     groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
-        whole = not hasattr(
-            groups[0]["params"][0], "to_local"
-        )  # none is fused for DTensor
+        whole = not hasattr(groups[0]["params"][0], "to_local")  # none is fused for DTensor
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=whole or None)
     if config.optimizer == "muon":
         return MuonAndAdamW(groups, config.momentum)
