@@ -181,7 +181,8 @@ def trained(folder, way=None):
     log = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     figures = [line.get("metrics") for line in log]
     files = sorted(p.name for p in folder.iterdir())
-    return numbers(run.model), figures, files, run.steps, run.images_per_second * run.seconds
+    images = round(run.images_per_second * run.seconds)
+    return numbers(run.model), figures, files, run.steps, images
 
 
 def work(folder, rank):
