@@ -14,6 +14,7 @@ from segkern.data import DigitsConfig
 from segkern.models import Mask2Former, Mask2FormerConfig
 from segkern.training import checkpoint
 from segkern.training.config import TrainConfig
+from support.small_models import tokens
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +258,27 @@ def test_config_survives_a_checkpoint(tmp_path):
 
 
 REAL = recipes.digits  # before the fixture puts the small one in its place
+
+
+@pytest.mark.slow
+def test_export_says_what_it_wrote(tmp_path, capsys):
+    torch.manual_seed(0)
+    tokens().save_pretrained(tmp_path / "model")
+    file = tmp_path / "out" / "model.onnx"
+    command = ["export", str(tmp_path / "model"), str(file), "--fixed", "--post", "semantic"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "task semantic; gives labels; 1 at a time, 32 x 32" in said
+    assert "for pixels [1, 3, 32, 32]: labels 0.0e+00" in said
+    assert f"written: {file}" in said
+    assert [p.name for p in file.parent.iterdir()] == ["model.onnx"]
+    for more, words in (
+        (["--one-size"], "give --fixed or --one-size, got both"),
+        (["--bundle"], "are for a file"),
+        (["--bound", "-1"], "must equal the model to -1"),
+        (["--task", "panoptic"], "post must be the task"),
+    ):
+        assert main([*command, *more]) == 2
+        assert words in capsys.readouterr().err
+    assert main([*command[:2], str(tmp_path / "model.tflite")]) == 2
+    assert "path must end in .onnx, .xml, .pt2" in capsys.readouterr().err

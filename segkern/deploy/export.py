@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._sympy.numbers import int_oo
 
 from ..io.atomic_files import writable_folder
 from ..models.protocol import SegmentationModel
@@ -152,7 +153,7 @@ def export(
         file = folder / path.name
         write_onnx(program, file.with_suffix(".onnx"), graph, batches, sides, opset)
         if path.suffix == ".xml":
-            write_openvino(file.with_suffix(".onnx"), file)
+            write_openvino(file.with_suffix(".onnx"), file, graph)
         found = ()
         if check:
             inputs = samples(model, size, batch or 1, batches, sides)
@@ -206,6 +207,9 @@ def traced(
         batch: of them, where it is fixed.
         batches: any number of pictures.
         sides: any sides.
+
+    Raises:
+        ValueError: a graph for some numbers or sides alone.
     """
     channels = graph.model.config.input.channels
     if sides:  # sizes of one, or equal ones, would be taken for constants
@@ -218,7 +222,23 @@ def traced(
     shapes = {INPUT: dict.fromkeys(any_, torch.export.Dim.DYNAMIC)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(graph, (pixels,), dynamic_shapes=shapes if any_ else None)
+        program = torch.export.export(graph, (pixels,), dynamic_shapes=shapes if any_ else None)
+    _expect_free(program, any_, type(graph.model).__name__)
+    return program
+
+
+def _expect_free(program: torch.export.ExportedProgram, axes: list[int], name: str) -> None:
+    """Raises ValueError where a decision of the model's, made when it was recorded, holds for some
+    sizes alone."""
+    (pixels,) = (n for n in program.graph.nodes if n.op == "placeholder" and n.name == INPUT)
+    for axis in axes:
+        size = pixels.meta["val"].shape[axis]
+        known = program.range_constraints.get(size.node.expr)
+        if known is not None and (known.upper != int_oo or known.lower > _LEAST):
+            raise ValueError(
+                f"export: dynamic must leave axis {axis} of the pixels fixed for this {name}, "
+                f"whose graph holds from {known.lower} to {known.upper} alone"
+            )
 
 
 def samples(

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +52,7 @@ def write_onnx(
     """
     axes = {0: "batch"} if batches else {}
     axes |= {2: "height", 3: "width"} if sides else {}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), _quiet():
         made = torch.onnx.export(
             program,
             input_names=[INPUT],
@@ -67,11 +68,28 @@ def write_onnx(
     made.save(path)
 
 
-def write_openvino(onnx: Path, path: Path) -> None:
-    """Writes an ONNX file as OpenVINO's representation, in float32: .xml and .bin."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what PyTorch's exporter and its optimizer say of operators that they leave alone."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def write_openvino(onnx: Path, path: Path, graph: Graph) -> None:
+    """Writes an ONNX file as OpenVINO's representation, in float32: .xml and .bin. What it is
+    stands under "segkern" in its runtime information."""
     import openvino
 
-    openvino.save_model(openvino.convert_model(onnx), path, compress_to_fp16=False)
+    made = openvino.convert_model(onnx)
+    made.set_rt_info(json.dumps(describe(graph)), ["segkern"])
+    openvino.save_model(made, path, compress_to_fp16=False)
 
 
 def describe(graph: Graph) -> dict:

@@ -66,8 +66,7 @@ def panoptic(
     own = (x >= 0).sum(2)
     won = none.scatter_add(1, winner, torch.ones_like(winner))
     areas = none.scatter_add(1, winner, inside.long())
-    # won / own >= overlap; of an empty mask that wins, as of infinity
-    enough = won.double() >= overlap * own.double()
+    enough = won.double() / own.double() >= overlap  # of an empty mask that wins infinity is
     found = kept & (areas > 0) & enough
     flags = _flags(stuff, K, labels) if stuff else None
     numbers = merge_segments(found, labels, flags)

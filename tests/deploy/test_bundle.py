@@ -173,7 +173,7 @@ def test_pictures_become_the_pixels_that_segment_makes(settings, size):
     model.config = replace_input(model_config(2), InputConfig(**fields))
     colours = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
     image = Image.fromarray(colours.repeat(20, 0).repeat(20, 1)).resize(size[::-1])
-    segment(model.eval(), np.asarray(image), "semantic")
+    segment(model.eval(), np.array(image), "semantic")
     (want,) = model.seen
     takes = json.loads(json.dumps(_settings(model, "semantic", Options())))
     have = predict_alone.padded(predict_alone.pixels_of(image, takes), takes)
@@ -205,7 +205,7 @@ def test_pictures_are_read_upright_and_on_white(tmp_path):
 def test_what_cannot_be_bundled_is_named(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("kept")
-    with pytest.raises(FileExistsError, match="folder must be new or empty, .*full is not"):
+    with pytest.raises(FileExistsError, match=r"folder must be new or empty, .*full is not"):
         bundle(tokens(), tmp_path / "full")
     with pytest.raises(ValueError, match="task must be 'semantic' for a Segmenter"):
         bundle(pixels(), tmp_path / "new", "instance")

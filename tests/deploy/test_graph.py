@@ -42,7 +42,7 @@ def test_semantic_is_that_of_postprocess(logits):
 
 
 @pytest.mark.parametrize("stuff", [(), (0, 2), (0, 1, 2, 3)])
-@pytest.mark.parametrize("options", [Options(), Options(0.3, 0.05), Options(0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("options", [Options(), Options(0.2, 0.5), Options(0.0, 0.0)], ids=str)
 def test_panoptic_is_that_of_postprocess(logits, stuff, options):
     ids, segments, labels, scores = results.panoptic(*logits, stuff, options)
     for b, one in enumerate(found(logits, "panoptic", stuff, options)):
