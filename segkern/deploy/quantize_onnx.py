@@ -147,19 +147,22 @@ def _folded(model):
 
 
 def _split(graph) -> None:
-    """Computes each Split of a constant by given sizes, which constant folding leaves."""
+    """Computes each Split of a constant, which constant folding leaves."""
     from onnx import numpy_helper
 
     values = {x.name: x for x in graph.initializer}
     left = []
     for node in graph.node:
         constant = node.op_type == "Split" and all(name in values for name in node.input)
-        if not constant or len(node.input) < 2:
+        if not constant:
             left.append(node)
             continue
-        whole, sizes = (numpy_helper.to_array(values[name]) for name in node.input)
+        whole, *sizes = (numpy_helper.to_array(values[name]) for name in node.input)
         axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-        for name, part in zip(node.output, np.split(whole, np.cumsum(sizes)[:-1], axis)):
+        count = len(node.output)
+        equal = [-(-whole.shape[axis] // count)] * count  # the last may be less
+        places = np.cumsum(sizes[0] if sizes else equal)[:-1]
+        for name, part in zip(node.output, np.split(whole, places, axis)):
             graph.initializer.append(numpy_helper.from_array(part.copy(), name))
     del graph.node[:]
     graph.node.extend(left)

@@ -135,7 +135,7 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def pixels(scenes):
-    return [scenes["semantic"][i]["pixel_values"][None] for i in range(4)]
+    return [torch.as_tensor(scenes["semantic"][i]["pixel_values"])[None] for i in range(4)]
 
 
 @pytest.fixture(scope="module")
