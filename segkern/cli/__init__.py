@@ -1,5 +1,5 @@
-"""The command line: train, evaluate, predict, explain, data, convert, export, quantize, prune, serve,
-demo, info.
+"""The command line: train, evaluate, predict, explain, data, convert, export, quantize, prune,
+serve, demo, info.
 
 Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C.
 """

@@ -24,18 +24,32 @@ def in_processes(command: Callable, arguments: Sequence[str]) -> Callable:
         name = command.__name__
         if count < 1:
             raise ValueError(f"{name}: --processes must be at least 1, got {count}")
-        if count > 1 and started() > 1:
-            raise ValueError(
-                f"{name}: --processes must be left out where a launcher has started {started()} "
-                f"(WORLD_SIZE), got {count}"
-            )
         if count > 1:
-            return launch(_without(arguments), count)
+            return launched(name, arguments, count)
         if started() > 1:
             end_with_launcher()
         return command(*given, **options)
 
     return run
+
+
+def launched(name: str, arguments: Sequence[str], processes: int) -> int:
+    """Runs a command line in so many processes, each without the option that says so.
+
+    Args:
+        name: of the command.
+        arguments: of the whole command line.
+        processes: at least 2.
+
+    Returns:
+        the exit code.
+    """
+    if started() > 1:
+        raise ValueError(
+            f"{name}: --processes must be left out where a launcher has started {started()} "
+            f"(WORLD_SIZE), got {processes}"
+        )
+    return launch(_without(arguments), processes)
 
 
 def _without(arguments: Sequence[str]) -> list[str]:

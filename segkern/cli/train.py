@@ -14,13 +14,12 @@ from .. import recipes
 from ..data import find_format
 from ..models import open_model
 from ..runtime.device import usable_device
-from ..runtime.launch import launch
-from ..runtime.processes import started
 from ..training import checkpoint
 from ..training.config import TrainConfig
 from ..training.loop import stored_config
 from ..training.loop import train as run_train
 from ..training.validation import BEST, best_of
+from .several import launched
 
 # options of train that are read before the others, whose defaults depend on them
 _FIRST = ("--recipe", "--resume", "--preset", "--init")
@@ -97,11 +96,6 @@ def train_command(arguments: list[str]) -> Callable:
 
 def _launched(config: TrainConfig, arguments: list[str], processes: int) -> int:
     """Runs the command in several processes, and what they would all refuse is refused once."""
-    if started() > 1:
-        raise ValueError(
-            f"train: --processes must be left out where a launcher has started {started()} "
-            f"(WORLD_SIZE), got {processes}"
-        )
     if config.batch_size % processes:
         raise ValueError(
             f"train: batch_size must be a multiple of the {processes} processes that share the "
@@ -113,13 +107,7 @@ def _launched(config: TrainConfig, arguments: list[str], processes: int) -> int:
             "train: --processes must be no more than the GPUs of this machine "
             f"({torch.cuda.device_count()}), got {processes}"
         )
-    own, left = [], iter(arguments)
-    for argument in left:
-        if argument == "--processes":
-            next(left)
-        elif not argument.startswith("--processes="):
-            own.append(argument)
-    return launch(own, processes)
+    return launched("train", arguments, processes)
 
 
 def _takes(recipe: str | None, argument: str, needed: bool = False) -> bool:
