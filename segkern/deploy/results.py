@@ -102,7 +102,7 @@ def instance(
     if stuff:
         found = ~_flags(stuff, K, labels)[labels]
     scores = (scores * quality.gather(1, queries)).where(found, -1)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    scores, order = scores.topk(rows)  # all of them: ONNX has no sort that is stable
     queries, labels, found = (t.gather(1, order) for t in (queries, labels, found))
     found = found & (scores >= least)
     place = queries[..., None, None].expand(-1, -1, *masks.shape[2:])
