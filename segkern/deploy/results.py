@@ -102,9 +102,19 @@ def instance(
     if stuff:
         found = ~_flags(stuff, K, labels)[labels]
     scores = (scores * quality.gather(1, queries)).where(found, -1)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    queries, labels, found = (t.gather(1, order) for t in (queries, labels, found))
+    order = _descending(scores)
+    scores, queries, labels, found = (t.gather(1, order) for t in (scores, queries, labels, found))
     found = found & (scores >= least)
     place = queries[..., None, None].expand(-1, -1, *masks.shape[2:])
     chosen = covered.gather(1, place) & found[..., None, None]
     return chosen, labels.where(found, -1), scores.where(found, 0)
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """Places [B, N] of scores from the highest on, of equal ones the first before: ONNX has no
+    sort that is stable."""
+    place = torch.arange(scores.shape[1], device=scores.device)
+    mine, other = scores[:, :, None], scores[:, None]
+    before = (other > mine) | ((other == mine) & (place < place[:, None]))
+    rank = before.sum(2)
+    return torch.zeros_like(rank).scatter(1, rank, place.expand_as(rank))
