@@ -70,7 +70,8 @@ int main(int argc, char** argv) try {
     if (share > 0) std::printf("class %ld: %.4f\n", static_cast<long>(label), share);
   }
   if (argc > 4) {
-    const auto bytes = torch::jit::pickle_save(c10::List<at::Tensor>(results));
+    const std::vector<c10::IValue> kept(results.begin(), results.end());
+    const auto bytes = torch::jit::pickle_save(c10::ivalue::Tuple::create(kept));
     std::ofstream(argv[4], std::ios::binary).write(bytes.data(), bytes.size());
   }
 } catch (const c10::Error& error) {
