@@ -21,16 +21,17 @@ from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import torch
 from _measure import DEVICE, OPTIONS, Work, pick
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))  # support.serving
-
 import segkern
-from support.serving import command, file_of, in_thread, picture, quick_model
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # support.serving
+# without the packages of the extra `serve` there is nothing to measure
+serving = pytest.importorskip("support.serving")
+httpx = pytest.importorskip("httpx")
 
 BATCHES = {"segkern": 8, "one by one": 1}
 AT_ONCE = 16
@@ -59,17 +60,17 @@ def model_folder() -> Path:
 def server(batch: int) -> str:
     """The address of a server with batches of so many pictures."""
     if OPTIONS.small:
-        return _open.enter_context(in_thread(quick_model, batch=batch)).url
+        return _open.enter_context(serving.in_thread(serving.quick_model, batch=batch)).url
     folder = model_folder().parent / str(batch)
     folder.mkdir()
-    return _open.enter_context(command(model_folder(), folder, "--batch", str(batch))).url
+    return _open.enter_context(serving.command(model_folder(), folder, "--batch", str(batch))).url
 
 
 @cache
 def files() -> tuple[bytes, ...]:
     """Pictures of each size."""
     _, sizes = settings()
-    return tuple(file_of(picture(*size), "JPEG") for size in sizes)
+    return tuple(serving.file_of(serving.picture(*size), "JPEG") for size in sizes)
 
 
 def burst(url: str) -> list[float]:

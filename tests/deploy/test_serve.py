@@ -33,6 +33,7 @@ from support.serving import (
     file_of,
     in_thread,
     picture,
+    png_head,
     quick_model,
     send,
     wait_until,
@@ -234,6 +235,14 @@ def test_paths_and_methods_that_are_none(server):
     odd = httpx.get(f"{server.url}/a%0Ab", headers={"X-Request-ID": "x\ty"})
     assert odd.status_code == 404
     assert re.fullmatch("[0-9a-f]{32}", odd.headers["x-request-id"])
+
+
+def test_pixels_are_counted_by_the_head(server):
+    """The rest of the file, which is not there, is not asked for."""
+    for width, status, reason in ((501, 413, "501 x 400 pixels, at most 200000"), (500, 422, "")):
+        answer = post(server, data=png_head(width, 400))
+        assert answer.status_code == status
+        assert reason in answer.json()["detail"]
 
 
 def test_pages_of_other_sites_cannot_post(server):

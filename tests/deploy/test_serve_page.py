@@ -2,16 +2,21 @@
 drawn, listed, named and hidden."""
 
 import base64
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from segkern.io import rle
 from segkern.io.overlay import colour
 from support.browser import look
 from support.models import Squares, half_bright
 from support.serving import file_of, in_thread
 
+# three classes of noise
+MASKS = np.random.default_rng(0).integers(0, 3, (40, 50)) * (np.arange(50) // 7 % 3 != 1)
+SEGMENTS = [{"segmentation": code} for code in rle.encode(MASKS, [0, 1, 2])]
 # what the tests' code has at hand
 TOOLS = """
 const $ = id => document.getElementById(id);
@@ -80,8 +85,9 @@ LOOKS = (
   drop(file("%(picture)s", "half.png", "image/png"));
   await until(listed, "segments");
   const root = document.documentElement, ink = window.getComputedStyle(document.body);
+  const mine = [...window.places(%(result)s, 50, 40)];
   const colours = { ink: ink.color, paper: ink.backgroundColor };
-  return { instances: legend(), wide: root.scrollWidth, ...colours };
+  return { mine, instances: legend(), wide: root.scrollWidth, ...colours };
 })();""",
 )
 
@@ -114,6 +120,7 @@ def server():
 def seen(server, number, folder, **more):
     text = base64.b64encode(file_of(half_bright())).decode()
     given = {"picture": text, "broken": base64.b64encode(b"no picture at all").decode()}
+    given["result"] = json.dumps({"size": list(MASKS.shape), "segments": SEGMENTS})
     return look(f"{server.url}/", TOOLS + LOOKS[number] % given, folder, **more)
 
 
@@ -154,6 +161,9 @@ def test_a_dropped_picture_is_segmented(server, tmp_path):
 def test_on_a_phone_in_the_dark(server, tmp_path):
     found, shot = seen(server, 1, tmp_path, width=390, dark=True)
     Image.fromarray(shot).save(tmp_path / "phone.png")
+    # the page's own reading of run lengths, the first on top
+    whole = rle.decode([s["segmentation"] for s in SEGMENTS[::-1]], [3, 2, 1], MASKS.shape)
+    assert found["mine"] == whole.ravel().tolist()
     assert found["instances"] == [["square", "50 %"]]
     assert found["wide"] == 390  # nothing to scroll sideways
     ink, paper = ([int(x) for x in found[k][4:-1].split(",")] for k in ("ink", "paper"))
