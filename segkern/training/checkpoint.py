@@ -34,6 +34,17 @@ def name_of(step: int) -> str:
     return f"{step:07d}"
 
 
+def unnamed(folder: str | Path, step: int) -> Path:
+    """Where a checkpoint is written, before it is whole and has its name."""
+    return Path(folder) / FOLDER / f".{name_of(step)}"
+
+
+def begun(folder: str | Path) -> bool:
+    """Whether a first checkpoint was begun in the folder of a run, and none is whole: what lies
+    beside it is of a run that was stopped then."""
+    return not held(folder) and any((Path(folder) / FOLDER).glob(".*"))
+
+
 def held(folder: str | Path) -> list[Path]:
     """Whole checkpoints of a run, the oldest first; last.pt is older than any in checkpoints/."""
     found = [p for p in (Path(folder) / FOLDER).glob("*") if re.fullmatch(r"\d{7,}", p.name)]

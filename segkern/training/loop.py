@@ -134,7 +134,8 @@ def _train(
     own = resume is not None and checkpoint.folder_of(resume).resolve() == folder.resolve()
     checkpoints = checkpoint.held(folder)  # whole ones: of a first one that was stopped none is
     held = sorted({path.name if path.is_file() else checkpoint.FOLDER for path in checkpoints})
-    held += [name for name in (BEST, "model") if (folder / name).exists()]
+    others = (BEST,) if checkpoint.begun(folder) else (BEST, "model")
+    held += [name for name in others if (folder / name).exists()]
     if held and not own and not config.overwrite and processes.first:
         go_on = f"go on with --resume {folder}, " if checkpoints else ""
         raise ValueError(

@@ -79,6 +79,7 @@ class Saver:
         about |= {"config": self.config.to_dict(), **self.given, "step": step, "seconds": seconds}
         about["launch"] = launch()
         if self.processes.first:  # before, so that it is never older than a last checkpoint
+            checkpoint.unnamed(self.folder, step).mkdir(parents=True, exist_ok=True)
             shown.save_pretrained(self.folder / "model")
         self._write(tensors, about, step, run.step.device)
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 EVERY = 2  # steps between checkpoints
 
 
-def run(folder, processes, steps, budget=None, at_once=True, limit=100):
+def run(folder, processes, steps, budget=None, at_once=True, limit=300):
     """Trains in child processes, which go on with what is there.
 
     Args:
@@ -125,7 +126,7 @@ def killed(folder, processes, kills, at_once):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=580,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout + done.stderr)
@@ -139,6 +140,22 @@ def killed(folder, processes, kills, at_once):
         logs.append({json.loads(x)["step"]: json.loads(x)["loss"] for x in lines})
     assert logs[1].items() <= logs[0].items()
     assert not list((folder / "killed/run/checkpoints").glob(".*"))
+
+
+def test_a_run_that_was_killed_in_its_first_checkpoint_starts_anew(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver.Saver, "_write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(light(tmp_path, steps=1), progress=False)
+    assert (tmp_path / "model").is_dir()
+    assert loop.train(light(tmp_path, steps=1), progress=False).steps == 1
+    for path in checkpoint.held(tmp_path):
+        shutil.rmtree(path)  # by hand: the model is all that is left of a run, and stays
+    with pytest.raises(ValueError, match=r"holds a run \(model\): choose another --output"):
+        loop.train(light(tmp_path, steps=1), progress=False)
 
 
 def test_a_killed_run(tmp_path):

@@ -74,7 +74,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS", str(tmp_path))
     (tmp_path / "group").mkdir()
     loop.train(setting(tmp_path / "one"), progress=False)
-    for wrong, shards in in_two_processes(work, tmp_path / "group").values():
+    for wrong, shards in in_two_processes(work, tmp_path / "group", patience=400).values():
         assert wrong == {"ddp": [], "fsdp": []}
         assert shards == ["__0_0.distcp", "__1_0.distcp"]
     for kind in KINDS:
