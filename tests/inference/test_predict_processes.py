@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from segkern import recipes
@@ -51,7 +52,8 @@ def content(out):
 
 @pytest.fixture(scope="module")
 def whole(inputs):
-    """What one process writes that nothing stops."""
+    """What one process writes that nothing stops; with a thread, as those that are launched."""
+    torch.set_num_threads(1)
     assert main(command(inputs, inputs / "whole")) == 2
     return content(inputs / "whole")
 
@@ -113,7 +115,8 @@ def test_killed_processes_are_gone_on_with(inputs, whole, tmp_path):
     """Their launcher is killed, which cannot end them itself."""
     out = tmp_path / "out"
     start = [sys.executable, "-m", "segkern", *command(inputs, out, "--processes", "2")]
-    with subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as launcher:
+    env, none = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.DEVNULL
+    with subprocess.Popen(start, env=env, stdout=none, stderr=none) as launcher:
         until = time.monotonic() + 240
         while len(list(out.glob("shard-*"))) < 2 and launcher.poll() is None:
             assert time.monotonic() < until
@@ -126,5 +129,6 @@ def test_killed_processes_are_gone_on_with(inputs, whole, tmp_path):
     assert 2 <= len(done) < COUNT // 2
     assert len(after) <= len(before) + 4  # what was being written
     assert all(whole[name] == after[name] for name in done)
+    torch.set_num_threads(1)
     assert main(command(inputs, out)) == 2
     assert content(out) == whole
