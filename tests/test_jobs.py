@@ -67,8 +67,9 @@ def test_jobs_train_and_go_on(name, tmp_path, monkeypatch):
     assert main(asked.training_script_args) == 2
     ((config, resume),) = trained
     assert (str(config.data.root), config.output, resume) == (str(data), run, None)
-    run.mkdir()
-    (run / "last.pt").touch()
+    (run / "checkpoints/.0000005").mkdir(parents=True)  # of a write that was killed
+    assert torchruns().training_script_args[:2] == ["train", "--data.root"]
+    (run / "checkpoints/0000005").mkdir()
     assert torchruns().training_script_args == ["train", "--resume", str(run)]
 
 

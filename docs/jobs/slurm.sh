@@ -15,7 +15,7 @@ set -euo pipefail
 DATA=${DATA:?the folder of the data}
 RUN=${RUN:?the folder of the run}
 
-if [ -e "$RUN/last.pt" ]; then
+if ls "$RUN"/checkpoints/[0-9]* > /dev/null 2>&1; then
   train=(train --resume "$RUN")
 else
   train=(train --data.root "$DATA" --output "$RUN")
