@@ -41,7 +41,7 @@ PARTS = {  # by kind
 }
 # parts that lose most by fewer bits or weights: where attention looks is a matter of fractions of
 # a pixel, the words of a task are numbers up to 49407; the class head of every model is one, too
-SENSITIVE = ("*.sampling_offsets.*", "*.task_mlp.*", "*norm*")
+SENSITIVE = ("*.sampling_offsets.*", "*.task_mlp.*")
 
 
 def with_layers(model: SegmentationModel, layers: int) -> SegmentationModel:
