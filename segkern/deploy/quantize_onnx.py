@@ -209,7 +209,9 @@ def to_int8(
         path: where to.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
+    add_pre_process_metadata(source.model)  # or it asks for what `prepared` did
     quantize_static(
         source.model,
         path,

@@ -40,7 +40,8 @@ PARTS = {  # by kind
     "eomt": Parts(("query.weight",)),
 }
 # parts that lose most by fewer bits or weights: where attention looks is a matter of fractions of
-# a pixel, the words of a task are numbers up to 49407; the class head of every model is one, too
+# a pixel, the words of a task are numbers up to 49407; the class head of every model is one, too.
+# Norms are no products: what one of them is composed into is as good as any other weight
 SENSITIVE = ("*.sampling_offsets.*", "*.task_mlp.*")
 
 
