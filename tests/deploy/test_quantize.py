@@ -122,7 +122,7 @@ def segformer():
 @pytest.fixture(scope="module")
 def mask2former():
     torch.manual_seed(0)
-    wide = {"dim_feedforward": 1024, "encoder_feedforward_dim": 1024, "decoder_layers": 1}
+    wide = {"dim_feedforward": 1024, "encoder_feedforward_dim": 1024, "decoder_layers": 2}
     tiny = Mask2FormerConfig.tiny(11)
     return spread(Mask2Former(replace(tiny, id2label=NAMES, stuff=(10,), **wide)))
 
