@@ -52,7 +52,7 @@ def write_onnx(
     """
     axes = {0: "batch"} if batches else {}
     axes |= {2: "height", 3: "width"} if sides else {}
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         made = torch.onnx.export(
             program,
             input_names=[INPUT],
@@ -69,7 +69,7 @@ def write_onnx(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what PyTorch's exporter and its optimizer say of operators that they leave alone."""
     logger = logging.getLogger("onnxscript")
     level = logger.level

@@ -64,8 +64,8 @@ def quantize(
 ) -> list[dict]:
     """Writes a model with fewer bits, and measures the file beside the model.
 
-    Sensitive parts stay in float32 in int8 files: sampling offsets, the words of a task, the class
-    head and all norms, and what is no product with a weight or convolution.
+    Sensitive parts stay in float32 in files: sampling offsets, the words of a task, the class
+    head, and what is no product with a weight or convolution, such as norms.
 
     Args:
         model: in float32 on the CPU; is not changed.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .formats import quiet
 from .graph import INPUT
 
 _OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # their second input is the weight
@@ -136,18 +137,21 @@ def _folded(model):
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants
 
-    for _ in range(2):  # what depends on a split is computed after it
+    found = True
+    while found:  # what depends on a split is computed after it, another split among it
         made = ir.serde.deserialize_model(model)
-        fold_constants(made, input_size_limit=_UNLIMITED, output_size_limit=_UNLIMITED)
+        with quiet():
+            fold_constants(made, input_size_limit=_UNLIMITED, output_size_limit=_UNLIMITED)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(made)
         common.RemoveUnusedNodesPass()(made)
         model = ir.serde.serialize_model(made)
-        _split(model.graph)
+        found = _split(model.graph)
     return model
 
 
-def _split(graph) -> None:
-    """Computes each Split of a constant, which constant folding leaves."""
+def _split(graph) -> bool:
+    """Computes each Split of a constant, which constant folding leaves; says whether there was
+    one."""
     from onnx import numpy_helper
 
     values = {x.name: x for x in graph.initializer}
@@ -164,8 +168,10 @@ def _split(graph) -> None:
         places = np.cumsum(sizes[0] if sizes else equal)[:-1]
         for name, part in zip(node.output, np.split(whole, places, axis)):
             graph.initializer.append(numpy_helper.from_array(part.copy(), name))
+    found = len(left) < len(graph.node)
     del graph.node[:]
     graph.node.extend(left)
+    return found
 
 
 def _axis(node, dimensions: int) -> int:
@@ -203,7 +209,9 @@ def to_int8(
         path: where to.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
+    add_pre_process_metadata(source.model)  # or it asks for what `prepared` did
     quantize_static(
         source.model,
         path,

@@ -169,7 +169,7 @@ def test_the_share_of_zeros_is_exact_and_sensitive_parts_stay(share, everywhere)
 
 def test_what_is_written_opens_again_and_its_table_is_that_of_the_file(models, scenes, tmp_path):
     model, out = models["Mask2Former"], tmp_path / "small"
-    settings = {"dataset": scenes, "limit": 4, "runs": 1, "progress": False}
+    settings = {"dataset": scenes, "limit": 2, "runs": 1, "progress": False}
     report = segkern.prune(model, out, layers=2, queries=4, zeros=0.6, **settings)
     stored = json.loads((out / "pruning.json").read_text())
     assert stored == report
@@ -180,8 +180,8 @@ def test_what_is_written_opens_again_and_its_table_is_that_of_the_file(models, s
     zeros = sum(int((w == 0).sum()) for w in weights_of_layers(opened).values())
     assert zeros == report["zeros"]["count"] == round(0.6 * report["zeros"]["of"])
     before, after = report["rows"]
-    whole = segkern.evaluate(model, scenes, limit=4, batch_size=1, progress=False)
-    small = segkern.evaluate(opened, scenes, limit=4, batch_size=1, progress=False)
+    whole = segkern.evaluate(model, scenes, limit=2, batch_size=1, progress=False)
+    small = segkern.evaluate(opened, scenes, limit=2, batch_size=1, progress=False)
     for row, value in ((before, whole), (after, small)):
         assert {k: row[k] for k in ("pq", "ap", "miou")} == {
             k: value[k] for k in ("pq", "ap", "miou")
@@ -272,7 +272,8 @@ def test_models_of_pixels_are_pruned_to_zeros(tmp_path):
     assert segkern.segment(open_model(tmp_path / "out"), image).segmentation.shape == (40, 60)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_goes_on_with_the_pruned_sizes_and_keeps_zeros(
     models, scenes, optimizer, tmp_path
 ):
