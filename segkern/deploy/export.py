@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._sympy.numbers import int_oo
 
 from ..io.atomic_files import writable_folder
@@ -90,7 +90,8 @@ def export(
         size: (h, w) of the pictures; None is the size of the model's own crops or windows.
         batch: pictures at a time, where that is fixed; None is 1.
         dynamic: True takes any number of pictures and, where the model does, of any sides that
-            are multiples of its divisor; "batch" any number of one size; "sides" as True, or an
+            are multiples of its divisor (rows and columns beyond the last multiple are left
+            out); "batch" any number of one size; "sides" as True, or an
             error where the model has one size; False neither.
         grid_sample: deformable attention by GridSample in place of gathers: quicker in ONNX
             Runtime and OpenVINO, but TensorRT has been seen to compile it wrongly.
@@ -197,6 +198,24 @@ def one_size(graph: Graph, size: tuple[int, int]) -> str | None:
     return None
 
 
+class _Multiples(nn.Module):
+    """A graph for any sides that knows them as d n: it takes floor(h / d) d rows of h, and as many
+    columns of w.
+
+    Of a bare h the size of a map at stride 32 is a floor of floors, and PyTorch takes minutes to
+    see that two such are equal; those of d n are n times a number."""
+
+    def __init__(self, graph: Graph, divisor: int):
+        super().__init__()
+        self.whole, self.divisor = graph, divisor
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        for axis in (2, 3):
+            side = pixel_values.shape[axis] // self.divisor * self.divisor
+            pixel_values = pixel_values.narrow(axis, 0, side)
+        return self.whole(pixel_values)
+
+
 def traced(
     graph: Graph, size: tuple[int, int], batch: int = 1, batches: bool = True, sides: bool = True
 ) -> torch.export.ExportedProgram:
@@ -211,19 +230,20 @@ def traced(
     Raises:
         ValueError: a graph for some numbers or sides alone.
     """
-    channels = graph.model.config.input.channels
+    channels, name = graph.model.config.input.channels, type(graph.model).__name__
     if sides:  # sizes of one, or equal ones, would be taken for constants
         divisor = graph.model.config.input.divisor
         least = -(-_LEAST // divisor) * divisor
         size = max(size[0], least), max(size[1], least)
         size = size if size[0] != size[1] else (size[0], size[1] + divisor)
+        graph = _Multiples(graph, divisor)
     pixels = torch.zeros(2 if batches else batch, channels, *size)
     any_ = [axis for axis, free in enumerate((batches, False, sides, sides)) if free]
     shapes = {INPUT: dict.fromkeys(any_, torch.export.Dim.DYNAMIC)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(graph, (pixels,), dynamic_shapes=shapes if any_ else None)
-    _expect_free(program, any_, type(graph.model).__name__)
+    _expect_free(program, any_, name)
     return program
 
 
