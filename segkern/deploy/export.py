@@ -10,6 +10,7 @@ model, and only then take their names: what is missed leaves nothing behind.
 Letters: B image, h w size of the picture as the model takes it.
 """
 
+import bisect
 import os
 import shutil
 import tempfile
@@ -21,7 +22,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from sympy import Eq, Ne
+from sympy.core.relational import Relational
 from torch import Tensor, nn
+from torch.fx.experimental.sym_node import SymNode
 from torch.utils._sympy.numbers import int_oo
 
 from ..io.atomic_files import writable_folder
@@ -35,6 +39,7 @@ from .graph import INPUT, Form, Graph, expect_size
 
 SUFFIXES = (".onnx", ".xml", ".pt2")
 _LEAST = 128  # a side that is traced: a map of one row would be one for good
+_LARGE = 1 << 20  # a side that no picture has
 
 
 @dataclass(frozen=True)
@@ -230,9 +235,9 @@ def traced(
     Raises:
         ValueError: a graph for some numbers or sides alone.
     """
-    channels, name = graph.model.config.input.channels, type(graph.model).__name__
+    takes, name = graph.model.config.input, type(graph.model).__name__
+    channels, divisor = takes.channels, takes.divisor
     if sides:  # sizes of one, or equal ones, would be taken for constants
-        divisor = graph.model.config.input.divisor
         least = -(-_LEAST // divisor) * divisor
         size = max(size[0], least), max(size[1], least)
         size = size if size[0] != size[1] else (size[0], size[1] + divisor)
@@ -243,22 +248,44 @@ def traced(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(graph, (pixels,), dynamic_shapes=shapes if any_ else None)
-    _expect_free(program, any_, name)
+    _expect_free(program, any_, name, divisor)
     return program
 
 
-def _expect_free(program: torch.export.ExportedProgram, axes: list[int], name: str) -> None:
+def _expect_free(
+    program: torch.export.ExportedProgram, axes: list[int], name: str, divisor: int
+) -> None:
     """Raises ValueError where a decision of the model's, made when it was recorded, holds for some
     sizes alone."""
     (pixels,) = (n for n in program.graph.nodes if n.op == "placeholder" and n.name == INPUT)
     for axis in axes:
-        size = pixels.meta["val"].shape[axis]
-        known = program.range_constraints.get(size.node.expr)
-        if known is not None and (known.upper != int_oo or known.lower > _LEAST):
+        size = pixels.meta["val"].shape[axis].node
+        known = program.range_constraints.get(size.expr)
+        lower, upper = (known.lower, known.upper) if known is not None else (0, int_oo)
+        if axis > 0:
+            upper = min(upper, _most(size, divisor))
+        if upper != int_oo or lower > _LEAST:
             raise ValueError(
                 f"export: dynamic must leave axis {axis} of the pixels fixed for this {name}, "
-                f"whose graph holds from {known.lower} to {known.upper} alone"
+                f"whose graph holds from {lower} to {upper} alone"
             )
+
+
+def _most(size: SymNode, divisor: int):
+    """The largest side, a multiple of the divisor, for which all decisions about it hold; they are
+    about the whole multiple in it, which is no range that PyTorch keeps."""
+    least, most = -(-_LEAST // divisor), _LARGE // divisor
+    for guard in size.shape_env.guards:
+        bound = isinstance(guard.expr, Relational) and not isinstance(guard.expr, (Eq, Ne))
+        if not bound or guard.expr.free_symbols != {size.expr}:
+            continue
+
+        def broken(n: int, expr=guard.expr) -> bool:
+            return not expr.subs(size.expr, n * divisor)
+
+        if broken(most):
+            most = least + bisect.bisect(range(least, most), 0, key=broken) - 1
+    return int_oo if most == _LARGE // divisor else most * divisor
 
 
 def samples(

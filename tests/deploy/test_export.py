@@ -127,7 +127,7 @@ def test_a_graph_for_any_sides_leaves_out_what_is_no_multiple():
     d = graph.model.config.input.divisor
     assert d > 1
     (x,) = samples(graph, [(1, 33 * d + 1, 40 * d - 1)])
-    (labels,) = program.module()(x)
+    (labels,) = program.module(check_guards=False)(x)  # as other runtimes do
     assert labels.shape == (1, 33 * d, 39 * d)
     assert torch.equal(labels, run(graph, x[:, :, : 33 * d, : 39 * d])["labels"])
 
@@ -263,13 +263,13 @@ def test_masks_of_equal_scores_may_come_in_either_order():
 
 
 def test_a_graph_for_some_sizes_alone_is_not_taken_for_one_for_all():
-    graph = Graph(model_of("Segmenter"))
+    graph = Graph(model_of("Segmenter"))  # of multiples of 16: the last one below 500 is 496
 
     def forward(pixel_values):
         return (pixel_values * 2 if pixel_values.shape[2] < 500 else pixel_values,)
 
     graph.forward = forward
-    with pytest.raises(ValueError, match=r"axis 2 .* for this Segmenter, .* to 499 alone"):
+    with pytest.raises(ValueError, match=r"axis 2 .* for this Segmenter, .* to 496 alone"):
         export.traced(graph, (128, 128))
     assert export.traced(graph, (128, 128), sides=False)
 
