@@ -130,11 +130,10 @@ def upscale(x, weight, bias, taps, scale, shift, eps, embeddings):
 def window_attn(qkv, qkv_bias, bias, window, shift, scale):
     """Windows as a dimension; where a map is padded its tokens are the projection's bias."""
     (B, h, w), (H, D) = qkv.shape[:3], qkv.shape[4:]
-    down, right = -h % window, -w % window
-    tokens = F.pad(qkv.flatten(3), (0, 0, 0, right, 0, down)) + qkv_bias.flatten()
+    y, x = ((side + window - 1) // window * window for side in (h, w))  # multiples to PyTorch, too
+    tokens = F.pad(qkv.flatten(3), (0, 0, 0, x - w, 0, y - h)) + qkv_bias.flatten()
     if shift:
         tokens = tokens.roll((-shift, -shift), (1, 2))
-    y, x = h + down, w + right
     tokens = _windows(tokens, window).unflatten(3, (3, H, D))  # [B, N, S, 3, H, D]
     q, k, v = tokens.permute(3, 0, 1, 4, 2, 5).unbind(0)  # each [B, N, H, S, D]
     scores = (q * scale) @ k.mT + bias

@@ -10,6 +10,7 @@ model, and only then take their names: what is missed leaves nothing behind.
 Letters: B image, h w size of the picture as the model takes it.
 """
 
+import bisect
 import os
 import shutil
 import tempfile
@@ -21,7 +22,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from sympy import Eq, Ne
+from sympy.core.relational import Relational
+from torch import Tensor, nn
+from torch.fx.experimental.sym_node import SymNode
 from torch.utils._sympy.numbers import int_oo
 
 from ..io.atomic_files import writable_folder
@@ -35,6 +39,7 @@ from .graph import INPUT, Form, Graph, expect_size
 
 SUFFIXES = (".onnx", ".xml", ".pt2")
 _LEAST = 128  # a side that is traced: a map of one row would be one for good
+_LARGE = 1 << 20  # a side that no picture has
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ def export(
         size: (h, w) of the pictures; None is the size of the model's own crops or windows.
         batch: pictures at a time, where that is fixed; None is 1.
         dynamic: True takes any number of pictures and, where the model does, of any sides that
-            are multiples of its divisor; "batch" any number of one size; "sides" as True, or an
+            are multiples of its divisor (rows and columns beyond the last multiple are left
+            out); "batch" any number of one size; "sides" as True, or an
             error where the model has one size; False neither.
         grid_sample: deformable attention by GridSample in place of gathers: quicker in ONNX
             Runtime and OpenVINO, but TensorRT has been seen to compile it wrongly.
@@ -197,6 +203,24 @@ def one_size(graph: Graph, size: tuple[int, int]) -> str | None:
     return None
 
 
+class _Multiples(nn.Module):
+    """A graph for any sides that knows them as d n: it takes floor(h / d) d rows of h, and as many
+    columns of w.
+
+    Of a bare h the size of a map at stride 32 is a floor of floors, and PyTorch takes minutes to
+    see that two such are equal; those of d n are n times a number."""
+
+    def __init__(self, graph: Graph, divisor: int):
+        super().__init__()
+        self.whole, self.divisor = graph, divisor
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        for axis in (2, 3):
+            side = pixel_values.shape[axis] // self.divisor * self.divisor
+            pixel_values = pixel_values.narrow(axis, 0, side)
+        return self.whole(pixel_values)
+
+
 def traced(
     graph: Graph, size: tuple[int, int], batch: int = 1, batches: bool = True, sides: bool = True
 ) -> torch.export.ExportedProgram:
@@ -211,34 +235,57 @@ def traced(
     Raises:
         ValueError: a graph for some numbers or sides alone.
     """
-    channels = graph.model.config.input.channels
+    takes, name = graph.model.config.input, type(graph.model).__name__
+    channels, divisor = takes.channels, takes.divisor
     if sides:  # sizes of one, or equal ones, would be taken for constants
-        divisor = graph.model.config.input.divisor
         least = -(-_LEAST // divisor) * divisor
         size = max(size[0], least), max(size[1], least)
         size = size if size[0] != size[1] else (size[0], size[1] + divisor)
+        graph = _Multiples(graph, divisor)
     pixels = torch.zeros(2 if batches else batch, channels, *size)
     any_ = [axis for axis, free in enumerate((batches, False, sides, sides)) if free]
     shapes = {INPUT: dict.fromkeys(any_, torch.export.Dim.DYNAMIC)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(graph, (pixels,), dynamic_shapes=shapes if any_ else None)
-    _expect_free(program, any_, type(graph.model).__name__)
+    _expect_free(program, any_, name, divisor)
     return program
 
 
-def _expect_free(program: torch.export.ExportedProgram, axes: list[int], name: str) -> None:
+def _expect_free(
+    program: torch.export.ExportedProgram, axes: list[int], name: str, divisor: int
+) -> None:
     """Raises ValueError where a decision of the model's, made when it was recorded, holds for some
     sizes alone."""
     (pixels,) = (n for n in program.graph.nodes if n.op == "placeholder" and n.name == INPUT)
     for axis in axes:
-        size = pixels.meta["val"].shape[axis]
-        known = program.range_constraints.get(size.node.expr)
-        if known is not None and (known.upper != int_oo or known.lower > _LEAST):
+        size = pixels.meta["val"].shape[axis].node
+        known = program.range_constraints.get(size.expr)
+        lower, upper = (known.lower, known.upper) if known is not None else (0, int_oo)
+        if axis > 0:
+            upper = min(upper, _most(size, divisor))
+        if upper != int_oo or lower > _LEAST:
             raise ValueError(
                 f"export: dynamic must leave axis {axis} of the pixels fixed for this {name}, "
-                f"whose graph holds from {known.lower} to {known.upper} alone"
+                f"whose graph holds from {lower} to {upper} alone"
             )
+
+
+def _most(size: SymNode, divisor: int):
+    """The largest side, a multiple of the divisor, for which all decisions about it hold; they are
+    about the whole multiple in it, which is no range that PyTorch keeps."""
+    least, most = -(-_LEAST // divisor), _LARGE // divisor
+    for guard in size.shape_env.guards:
+        bound = isinstance(guard.expr, Relational) and not isinstance(guard.expr, (Eq, Ne))
+        if not bound or guard.expr.free_symbols != {size.expr}:
+            continue
+
+        def broken(n: int, expr=guard.expr) -> bool:
+            return not expr.subs(size.expr, n * divisor)
+
+        if broken(most):
+            most = least + bisect.bisect(range(least, most), 0, key=broken) - 1
+    return int_oo if most == _LARGE // divisor else most * divisor
 
 
 def samples(

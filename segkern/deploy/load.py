@@ -28,7 +28,17 @@ class Loaded:
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """The results by name, for [B, C, h, w] float32, normalised and padded."""
+        """The results by name, for [B, C, h, w] float32, normalised and padded.
+
+        Raises:
+            ValueError: h or w is no multiple of `about["divisor"]`.
+        """
+        divisor = self.about["divisor"]
+        if pixel_values.ndim != 4 or any(side % divisor for side in pixel_values.shape[2:]):
+            raise ValueError(
+                f"load: pixel_values must be [B, C, h, w], h and w multiples of {divisor}, got "
+                f"{list(pixel_values.shape)}"
+            )
         return dict(zip(self.about["outputs"], self.run(pixel_values), strict=True))
 
 

@@ -163,3 +163,26 @@ def test_an_op_without_a_decomposition_is_named():
     program = torch.export.export(Sampling(), (randn(1, 2, 4, 4),))
     with pytest.raises(ValueError, match=r"no decomposition of segkern\.resize_argmax"):
         decomposed(program)
+
+
+class Windows(torch.nn.Module):
+    """Shifted windows of 7 x 7 on a map of every fourth pixel."""
+
+    def forward(self, x):
+        h, w = (side // 32 * 32 for side in x.shape[2:])
+        x = x.narrow(2, 0, h).narrow(3, 0, w)[:, :, ::4, ::4].permute(0, 2, 3, 1)
+        qkv = torch.cat([x] * 4, 3).unflatten(3, (3, 2, 2))
+        return ops.window_attn(qkv, torch.ones(3, 2, 2), torch.ones(2, 49, 49), 7, 3)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_windows_of_a_map_of_any_sides():
+    """One that fills its windows, too."""
+    free, model = torch.export.Dim.DYNAMIC, Windows()
+    shapes = ({0: free, 2: free, 3: free},)
+    program = torch.export.export(model, (torch.zeros(2, 3, 128, 160),), dynamic_shapes=shapes)
+    module = decomposed(program).module(check_guards=False)  # as other runtimes do
+    for B, h, w in ((1, 128, 160), (3, 64, 96), (2, 224, 224)):
+        x = randn(B, 3, h, w)
+        assert_close(module(x), model(x))

@@ -9,46 +9,21 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 import segkern
 from segkern.deploy import compare, export, formats
 from segkern.deploy.decompositions import decomposed
 from segkern.deploy.graph import Graph, run
 from segkern.structures.settings import Options
-from support.small_models import (
-    convolutions,
-    levels,
-    pixels,
-    pyramid,
-    queries,
-    sequence,
-    tasks,
-    tokens,
-)
+from support.small_models import EXPORTED
 
 BOUND = 1e-4
-SWIN = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 4)}
-DINAT = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
-DINAT |= {"kernel_size": 3, "dilations": ((2,), (1,), (1,), (1,))}
-MODELS = {
-    "Mask2Former, ResNet": queries,
-    "Mask2Former, Swin": lambda: queries(backbone="swin_tiny", backbone_options=SWIN),
-    "Mask2Former, DiNAT": lambda: queries(backbone="dinat_mini", backbone_options=DINAT),
-    "MaskFormer": pyramid,
-    "OneFormer": tasks,
-    "Segmenter": pixels,
-    "SegFormer": levels,
-    "Seq2Seg, semantic": sequence,
-    "Seq2Seg, instance": lambda: sequence(head="instance"),
-    "U-Net, semantic": convolutions,
-    "U-Net, instance": lambda: convolutions(head="instance"),
-    "EoMT": tokens,
-}
 
 
 def model_of(kind):
     torch.manual_seed(0)
-    return MODELS[kind]()
+    return EXPORTED[kind]()
 
 
 def opened(path):
@@ -102,18 +77,19 @@ def written(graph, folder, size, batches, sides, grid_sample=False):
     return files
 
 
+# levels, stages of a transformer, positions, windows that move: what makes a graph for any sides
+# differ. All kinds are in the table of tools/export_table.py
+ANY_SIDES = ("Mask2Former, ResNet", "MaskFormer", "Segmenter", "SegFormer", "U-Net, instance")
+RECORDED = ("Mask2Former, Swin", "Mask2Former, DiNAT")  # as files they take half a minute each
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [kind for kind in EXPORTED if kind not in ANY_SIDES])
 def test_files_for_any_number_of_pictures_equal_the_model(kind, tmp_path):
     """Deformable attention by GridSample here, by gathers below."""
     graph, (h, w) = Graph(model_of(kind)), (32, 32) if kind == "EoMT" else (96, 128)
     for path in written(graph, tmp_path, (h, w), True, False, grid_sample=True):
         assert_equal_to_the_model(path, graph, [(1, h, w), (3, h, w)])
-
-
-# what makes a graph for any sides differ: levels, positions, windows, paddings. It takes PyTorch a
-# minute to record a Swin or DiNAT so
-ANY_SIDES = ("Mask2Former, ResNet", "Segmenter", "SegFormer", "U-Net, instance")
 
 
 @pytest.mark.slow
@@ -126,9 +102,39 @@ def test_files_for_pictures_of_any_sides_equal_the_model(kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["Mask2Former, Swin", "Seq2Seg, instance"])
-def test_files_for_pictures_of_one_size_equal_the_model(kind, tmp_path):
+@pytest.mark.parametrize("kind", RECORDED)
+def test_a_graph_for_any_sides_knows_its_maps_as_multiples(kind):
+    """Sizes that are floors of floors take PyTorch minutes; it runs on sizes that it has not
+    seen."""
     graph = Graph(model_of(kind))
+    program = export.traced(graph, (128, 128))
+    floors = {
+        atom
+        for node in program.graph.nodes
+        for side in getattr(node.meta.get("val"), "shape", ())
+        if isinstance(side, torch.SymInt)
+        for atom in side.node.expr.atoms(FloorDiv)
+    }
+    assert {atom.args[1] for atom in floors} == {graph.model.config.input.divisor}
+    for x in samples(graph, [(1, 160, 96), (3, 96, 224)]):
+        have = dict(zip(graph.form.outputs, program.module()(x), strict=True))
+        assert_same({name: value.detach().numpy() for name, value in have.items()}, run(graph, x))
+
+
+def test_a_graph_for_any_sides_leaves_out_what_is_no_multiple():
+    graph = Graph(model_of("U-Net, semantic"), post="semantic")
+    program = export.traced(graph, (128, 128))
+    d = graph.model.config.input.divisor
+    assert d > 1
+    (x,) = samples(graph, [(1, 33 * d + 1, 40 * d - 1)])
+    (labels,) = program.module(check_guards=False)(x)  # as other runtimes do
+    assert labels.shape == (1, 33 * d, 39 * d)
+    assert torch.equal(labels, run(graph, x[:, :, : 33 * d, : 39 * d])["labels"])
+
+
+@pytest.mark.slow
+def test_files_for_pictures_of_one_size_equal_the_model(tmp_path):
+    graph = Graph(model_of("Seq2Seg, instance"))
     for path in written(graph, tmp_path, (96, 128), False, False):
         assert_equal_to_the_model(path, graph, [(1, 96, 128)])
 
@@ -257,13 +263,13 @@ def test_masks_of_equal_scores_may_come_in_either_order():
 
 
 def test_a_graph_for_some_sizes_alone_is_not_taken_for_one_for_all():
-    graph = Graph(model_of("Segmenter"))
+    graph = Graph(model_of("Segmenter"))  # of multiples of 16: the last one below 500 is 496
 
     def forward(pixel_values):
         return (pixel_values * 2 if pixel_values.shape[2] < 500 else pixel_values,)
 
     graph.forward = forward
-    with pytest.raises(ValueError, match=r"axis 2 .* for this Segmenter, .* to 499 alone"):
+    with pytest.raises(ValueError, match=r"axis 2 .* for this Segmenter, .* to 496 alone"):
         export.traced(graph, (128, 128))
     assert export.traced(graph, (128, 128), sides=False)
 

@@ -314,7 +314,10 @@ def test_a_file_that_differs_is_not_written(program, tmp_path, monkeypatch):
 
 
 def test_bad_files_and_arguments(program, tmp_path, monkeypatch):
-    _, graph = program
+    written, graph = program
+    message = r"h and w multiples of 16, got \[1, 3, 32, 30\]"
+    with pytest.raises(ValueError, match=message):
+        load(written)(torch.zeros(1, 3, 32, 30))
     with pytest.raises(FileNotFoundError, match=r"load: no file .*none.pt2"):
         load(tmp_path / "none.pt2")
     text = tmp_path / "text.pt2"

@@ -77,3 +77,22 @@ def tokens(num_labels=3, **changes):
     sizes = {"image_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_blocks": 1}
     sizes |= {"num_attention_heads": 2, "intermediate_size": 64, "num_queries": 4}
     return EoMT(EoMTConfig(num_labels, **(sizes | changes)))
+
+
+SWIN = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 4)}
+DINAT = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
+DINAT |= {"kernel_size": 3, "dilations": ((2,), (1,), (1,), (1,))}
+EXPORTED = {  # what differs in an export: kinds, heads and backbones
+    "Mask2Former, ResNet": queries,
+    "Mask2Former, Swin": lambda: queries(backbone="swin_tiny", backbone_options=SWIN),
+    "Mask2Former, DiNAT": lambda: queries(backbone="dinat_mini", backbone_options=DINAT),
+    "MaskFormer": pyramid,
+    "OneFormer": tasks,
+    "Segmenter": pixels,
+    "SegFormer": levels,
+    "Seq2Seg, semantic": sequence,
+    "Seq2Seg, instance": lambda: sequence(head="instance"),
+    "U-Net, semantic": convolutions,
+    "U-Net, instance": lambda: convolutions(head="instance"),
+    "EoMT": tokens,
+}

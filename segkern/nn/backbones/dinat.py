@@ -251,7 +251,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, h, w, C]
         for block in self.blocks:
-            drawn = drop_path.draw(block.drop_path, len(x), x.device, block.training)
+            drawn = drop_path.draw(block.drop_path, x.shape[0], x.device, block.training)
             if self.checkpointing and self.training:
                 # nothing random is inside: a generator's state cannot be read in a CUDA graph
                 x = checkpoint(block, x, *drawn, use_reentrant=False, preserve_rng_state=False)
