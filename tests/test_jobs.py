@@ -10,6 +10,7 @@ import yaml
 from torch.distributed import run as torchrun
 
 from segkern.cli import main
+from segkern.training import checkpoint
 from support.own_pictures import write_shapes
 
 JOBS = Path(__file__).parent.parent / "docs/jobs"
@@ -67,8 +68,10 @@ def test_jobs_train_and_go_on(name, tmp_path, monkeypatch):
     assert main(asked.training_script_args) == 2
     ((config, resume),) = trained
     assert (str(config.data.root), config.output, resume) == (str(data), run, None)
-    run.mkdir()
-    (run / "last.pt").touch()
+    (run / "checkpoints/.0000002").mkdir(parents=True)  # killed in its first checkpoint
+    assert torchruns().training_script_args == asked.training_script_args
+    checkpoint.unnamed(run, 2).rename(run / "checkpoints" / checkpoint.name_of(2))
+    assert checkpoint.held(run)
     assert torchruns().training_script_args == ["train", "--resume", str(run)]
 
 

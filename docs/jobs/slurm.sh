@@ -15,12 +15,12 @@ set -euo pipefail
 DATA=${DATA:?the folder of the data}
 RUN=${RUN:?the folder of the run}
 
-if [ -e "$RUN/last.pt" ]; then
+if compgen -G "$RUN/checkpoints/[0-9]*" > /dev/null; then
   train=(train --resume "$RUN")
 else
   train=(train --data.root "$DATA" --output "$RUN")
 fi
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 exec srun --kill-on-bad-exit=1 torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
   --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$first:29400" \
