@@ -187,7 +187,9 @@ def either(request, monkeypatch):
 
 def test_how_often_a_run_is_saved_changes_nothing_in_it(tmp_path, either):
     runs = [
-        train(light(tmp_path / str(every), checkpoint_every=every, ema=0.9), progress=False)
+        train(
+            light(tmp_path / str(every), steps=3, checkpoint_every=every, ema=0.9), progress=False
+        )
         for every in (9, 1)
     ]
     same(*(run.model.state_dict() for run in runs))

@@ -11,6 +11,7 @@ from test_loop import config
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from segkern.data import Digits
 from segkern.data.collate import Batch
 from segkern.models.smaller import weights_of_layers
 from segkern.runtime.processes import ALONE, joined
@@ -172,19 +173,28 @@ def scales(rank, processes, way):
     return found
 
 
+class Counted(Digits):
+    """Scenes that note which of them were asked for."""
+
+    def __getitem__(self, index):
+        self.__dict__.setdefault("asked", []).append(index)
+        return super().__getitem__(index)
+
+
 def trained(folder, way=None):
-    """Of a run with evaluations and an average: weights, figures, files, and steps, which patience
-    ends."""
-    setting = config(folder, ema=0.5, evaluate_every=2, evaluate_scenes=20, best_metric="dice")
+    """Of a run with evaluations and an average: weights, scenes that were measured here, figures,
+    files, and steps, which patience ends."""
+    setting = config(folder, ema=0.5, evaluate_every=2, evaluate_scenes=20, best_metric="miou")
     setting = replace(setting, freeze=("backbone",), patience=1, steps=9, lr=0.0, log_every=2)
     setting = replace(setting, parallel=way or "ddp")
     setting.model.dropout = 0.0
-    run = train(setting, progress=False)
+    scenes = Counted(setting.data, "val")
+    run = train(setting, progress=False, val_dataset=scenes)
     log = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     figures = [line.get("metrics") for line in log]
     files = sorted(p.name for p in folder.iterdir())
     images = round(run.images_per_second * run.seconds)
-    return numbers(run.model), figures, files, run.steps, images
+    return numbers(run.model), scenes.asked, figures, files, run.steps, images
 
 
 def zeros_kept(processes, way):
@@ -323,13 +333,15 @@ def test_all_measure_and_all_stop(found, way, alone):
     """`train` in a group of the caller's own, which measures two batches of scenes, one each; an
     evaluation without a better figure ends it."""
     want = alone
+    assert want[1] == 2 * [*range(20)]
     for rank in (0, 1):
-        weights, *others = found[rank]["run", way]
+        weights, asked, figures, files, *others = found[rank]["run", way]
         near(weights, want[0], 1e-5)
-        assert others == [*want[1:]]
-        assert others[0].count(None) < len(others[0])
-    assert found[0]["run", way][2] == ["best", "checkpoints", "log.jsonl", "model"]
-    assert found[0]["run", way][3] == 4
+        assert asked == 2 * [*(range(16), range(16, 20))[rank]]
+        assert [figures, files, *others] == [*want[2:]]
+        assert figures.count(None) < len(figures)
+        assert files == ["best", "checkpoints", "log.jsonl", "model"]
+        assert others[0] == 4
 
 
 @pytest.mark.slow
