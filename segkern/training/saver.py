@@ -181,9 +181,17 @@ class Saver:
                 _remove(path)
 
     def _remove_leftovers(self) -> None:
-        """What a write or a removal that was stopped has left goes, by the first process."""
-        if self.processes.first:
-            for path in (self.folder / checkpoint.FOLDER).glob(".*"):
+        """What a write or a removal that was stopped has left goes, by the first process; while no
+        checkpoint is whole an empty folder stays, which says that one was begun: without it model/
+        would be taken for that of a run."""
+        if not self.processes.first:
+            return
+        begun = checkpoint.begun(self.folder)
+        for path in (self.folder / checkpoint.FOLDER).glob(".*"):
+            if begun:
+                for part in path.glob("*"):
+                    part.unlink(missing_ok=True)
+            else:
                 shutil.rmtree(path, ignore_errors=True)
 
 

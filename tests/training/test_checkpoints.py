@@ -270,7 +270,11 @@ def test_a_full_disk_leaves_what_was_there(setting, monkeypatch, either, at, bef
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert names(setting) == [f"000000{step}" for step in before]
-    assert sorted(p.name for p in (setting.output / "checkpoints").iterdir()) == names(setting)
+    folder = setting.output / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == (names(setting) or [".0000006"])
+    assert checkpoint.begun(setting.output) == (not before)
+    if not before:
+        assert not any((folder / ".0000006").iterdir())
     if before:
         assert resumable(setting.output, setting)["step"] == 4
 
