@@ -110,7 +110,7 @@ def test_two_processes_share_the_samples_of_shards(sets, tmp_path):
     train(config(tmp_path / "one", shards, steps=6), progress=False)
     (tmp_path / "group").mkdir()
     run = partial(half, tmp_path / "two", shards)
-    said = in_two_processes(run, tmp_path / "group")
+    said = in_two_processes(run, tmp_path / "group", patience=400)
     assert said[1] == ""
     assert said[0].count("1 of 6 pictures of the pass could not be read: ") == 2
     one, two = (dict(losses(tmp_path / name)) for name in ("one", "two"))
