@@ -32,7 +32,7 @@ class Shares:
         self, processes: Processes, dataset, total: int, batch_size: int, num_workers: int
     ):
         if isinstance(dataset, DataLoader):
-            _check(dataset, processes.count)
+            check_loader(dataset, processes.count)
             source, num_workers = dataset.dataset, dataset.num_workers
             # each process might shuffle in an order of its own
             batches = by_first(processes, lambda: [list(b) for b in dataset.batch_sampler])
@@ -66,17 +66,24 @@ def as_list(samples: list[dict]) -> list[dict]:
     return samples
 
 
-def _check(loader: DataLoader, count: int) -> None:
+def check_loader(loader: DataLoader, count: int, name: str = "evaluate: dataset") -> None:
+    """Raises ValueError where processes cannot share the batches of a loader.
+
+    Args:
+        loader: of the caller.
+        count: of the processes, at least 2.
+        name: of the argument, which begins the message.
+    """
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         raise ValueError(
-            "evaluate: dataset must be samples by index, or a DataLoader over such in batches, "
+            f"{name} must be samples by index, or a DataLoader over such in batches, "
             f"where {count} processes share them, got a DataLoader over a "
             f"{type(loader.dataset).__name__} (batch_size {loader.batch_size})"
         )
     samplers = loader.sampler, getattr(loader.batch_sampler, "sampler", None)
     if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
         raise ValueError(
-            "evaluate: dataset must be a DataLoader without DistributedSampler, which repeats "
+            f"{name} must be a DataLoader without DistributedSampler, which repeats "
             "samples: the batches are shared out here"
         )
 

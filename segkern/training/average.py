@@ -9,7 +9,9 @@ start; with it a run of any length may have a decay near 1.
 from copy import deepcopy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from .parallel import own_part
 
 
 class Average:
@@ -28,12 +30,7 @@ class Average:
     def update(self, step: int) -> None:
         """Takes the weights after `step` steps in."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        own, new = ([_held(p) for p in m.parameters()] for m in (self.model, self.source))
+        own, new = ([own_part(p) for p in m.parameters()] for m in (self.model, self.source))
         torch._foreach_lerp_(own, new, share)
         for mine, theirs in zip(self.model.buffers(), self.source.buffers()):
             mine.copy_(theirs)
-
-
-def _held(parameter: Tensor) -> Tensor:
-    """What this process holds of it, where it is a DTensor of several."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -13,7 +13,7 @@ from inspect import signature
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -77,6 +77,11 @@ class RunningStatistics:
         dist.all_reduce(found)
         parts = (found / self.count).split([x.numel() for x in self.kept])
         torch._foreach_copy_(self.kept, [x.view_as(y) for x, y in zip(parts, self.kept)])
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, where it is a DTensor of several; in its memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def reseed(seed: int, step: int, rank: int) -> None:

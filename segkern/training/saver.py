@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..runtime.processes import ALONE, Processes
 from . import checkpoint
 from .config import TrainConfig
+from .parallel import own_part
 from .state import Trainee, gathered
 
 # bytes of the tensors of a process from which a CPU's training goes on meanwhile; a smaller state
@@ -107,7 +108,7 @@ class Saver:
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         settings = {"storage_writer": writer, "planner": planner, "process_group": self.group}
         settings["no_dist"] = self.group is None
-        size = sum(x.numel() * x.element_size() for x in map(_own_part, tensors.values()))
+        size = sum(x.numel() * x.element_size() for x in map(own_part, tensors.values()))
         if device == "cuda" or size >= LARGE:
             self.writing = dcp.async_save(tensors, **settings), step
         else:
@@ -151,7 +152,7 @@ class Saver:
         spoilt = [
             name
             for name, value in tensors.items()
-            if name.startswith("model.") and not _own_part(value).isfinite().all()
+            if name.startswith("model.") and not own_part(value).isfinite().all()
         ]
         if spoilt:
             found = FloatingPointError(
@@ -180,9 +181,17 @@ class Saver:
                 _remove(path)
 
     def _remove_leftovers(self) -> None:
-        """What a write or a removal that was stopped has left goes, by the first process."""
-        if self.processes.first:
-            for path in (self.folder / checkpoint.FOLDER).glob(".*"):
+        """What a write or a removal that was stopped has left goes, by the first process; while no
+        checkpoint is whole an empty folder stays, which says that one was begun: without it model/
+        would be taken for that of a run."""
+        if not self.processes.first:
+            return
+        begun = checkpoint.begun(self.folder)
+        for path in (self.folder / checkpoint.FOLDER).glob(".*"):
+            if begun:
+                for part in path.glob("*"):
+                    part.unlink(missing_ok=True)
+            else:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -212,8 +221,3 @@ def restarted(folder: Path) -> Path | None:
     if not found or checkpoint.settings(found[-1]).get("launch") != launch():
         return None
     return found[-1]
-
-
-def _own_part(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor."""
-    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,8 +29,9 @@ class Validation:
         folder: of the run.
         start: steps done before, from which `waited` counts.
         own: what `folder` holds as best counts, unless it is from later steps.
-        processes: that all call this together, with the same model: each measures its share, and
-            the first keeps the best. Alone, a process measures all, though it be one of several.
+        processes: that all make and call this together, with the same model: each measures its
+            share, and the first keeps the best. Alone, a process measures all, though it be one of
+            several.
 
     Raises:
         ValueError: `folder`/best is not what training writes.
@@ -45,9 +47,11 @@ class Validation:
         processes: Processes = ALONE,
     ):
         self.data, self.config, self.folder = data, config, folder / BEST
-        self.processes = processes
+        self.processes = replace(processes, group=processes.patient)  # while the best is written
         self.metric = config.best_metric or METRICS[config.task][0]
-        held = _to_surpass(folder, self.metric, start) if own else None
+        held = None
+        if own:  # one reads for all: a shared folder may show each another state
+            held = by_first(self.processes, lambda: _to_surpass(folder, self.metric, start))
         self.best, self.best_step = held or (None, start)
 
     def __call__(self, model: SegmentationModel, step: int) -> tuple[dict[str, float], str]:

@@ -18,6 +18,7 @@ from test_loop import same
 
 from segkern.data import Digits
 from segkern.training import checkpoint, loop, saver
+from segkern.training.step import Step
 from support.runs import light
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def _child(folder, rank, processes, steps, budget, at_once):
 
         if budget is not None and mine and budget < 0:
             threading.Thread(target=kills_itself, args=(0.0,), daemon=True).start()
-        step = loop.Step.__call__
+        step = Step.__call__
 
         def first(self, *arguments):
             if not began:
@@ -77,7 +78,7 @@ def _child(folder, rank, processes, steps, budget, at_once):
                     threading.Thread(target=kills_itself, args=(began[0],), daemon=True).start()
             return step(self, *arguments)
 
-        loop.Step.__call__ = first
+        Step.__call__ = first
         output = folder / "run"
         setting = light(output, steps=steps, checkpoint_every=EVERY, ema=0.9)
         found = checkpoint.held(output)

@@ -79,7 +79,7 @@ def test_two_processes_follow_one(alone, tmp_path):
     follows(lines(tmp_path), alone)
     assert errors == ""
     assert out.count("trained 50 steps") == 1  # the first process alone speaks
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "log.jsonl", "model"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "log.jsonl", "model"]
     open_model(tmp_path / "model")
 
 

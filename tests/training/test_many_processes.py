@@ -11,7 +11,9 @@ from test_loop import config
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from segkern.data import Digits
 from segkern.data.collate import Batch
+from segkern.models.smaller import weights_of_layers
 from segkern.runtime.processes import ALONE, joined
 from segkern.structures.labels import void_of
 from segkern.structures.targets import Targets
@@ -21,9 +23,10 @@ from segkern.training.config import TrainConfig
 from segkern.training.distributed import together
 from segkern.training.loop import train
 from segkern.training.optimizer import build_optimizer
-from segkern.training.parallel import replicated
+from segkern.training.parallel import own_part, replicated
 from segkern.training.sharded import shard, units
 from segkern.training.step import Step, TrainingLoss
+from segkern.training.zeros import Zeros
 from support.inputs import random_targets
 from support.processes import in_two_processes
 from support.small_models import (
@@ -170,19 +173,55 @@ def scales(rank, processes, way):
     return found
 
 
+class Counted(Digits):
+    """Scenes that note which of them were asked for."""
+
+    def __getitem__(self, index):
+        self.__dict__.setdefault("asked", []).append(index)
+        return super().__getitem__(index)
+
+
 def trained(folder, way=None):
-    """Of a run with evaluations and an average: weights, figures, files, and steps, which patience
-    ends."""
-    setting = config(folder, ema=0.5, evaluate_every=2, evaluate_scenes=2, best_metric="dice")
+    """Of a run with evaluations and an average: weights, scenes that were measured here, figures,
+    files, and steps, which patience ends."""
+    setting = config(folder, ema=0.5, evaluate_every=2, evaluate_scenes=20, best_metric="miou")
     setting = replace(setting, freeze=("backbone",), patience=1, steps=9, lr=0.0, log_every=2)
     setting = replace(setting, parallel=way or "ddp")
     setting.model.dropout = 0.0
-    run = train(setting, progress=False)
+    scenes = Counted(setting.data, "val")
+    run = train(setting, progress=False, val_dataset=scenes)
     log = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     figures = [line.get("metrics") for line in log]
     files = sorted(p.name for p in folder.iterdir())
     images = round(run.images_per_second * run.seconds)
-    return numbers(run.model), figures, files, run.steps, images
+    return numbers(run.model), scenes.asked, figures, files, run.steps, images
+
+
+def zeros_kept(processes, way):
+    """Of a model whose first weight alone has zeros, in the part of the first process: where it is
+    0 after two steps, and how many tensors moved. One without zeros is refused in all."""
+    model = still("Segmenter")
+    name, weight = next(iter(weights_of_layers(model).items()))
+    with torch.no_grad():
+        for other in weights_of_layers(model).values():
+            other[other == 0] = 1e-3
+        weight.view(-1)[:3] = 0
+    before, loss = numbers(model), TrainingLoss(model)
+    if way == "fsdp":
+        shard(loss, processes)
+    else:
+        loss = replicated(loss)
+    step = Step(model, build_optimizer(model, TrainConfig(lr=0.01)), 0.0, "fp32", False, loss)
+    step.zeros = Zeros(model, processes)
+    for _ in range(2):
+        step(images((2,)), 0.01)
+    after = numbers(model)
+    moved = sum(not np.array_equal(after[key], before[key]) for key in after)
+    with torch.no_grad():
+        own_part(dict(model.named_parameters())[name]).fill_(1)
+    with pytest.raises(ValueError, match="keep_zeros must be False for a model that starts"):
+        Zeros(model, processes)
+    return np.flatnonzero(after[name] == 0).tolist(), moved
 
 
 def work(folder, rank):
@@ -207,6 +246,7 @@ def work(folder, rank):
                 found[kind, way] = numbers(model), numbers(average), losses
         for way in ("ddp", "fsdp"):
             found["scales", way] = scales(rank, processes, way)
+            found["zeros", way] = zeros_kept(processes, way)
             found["run", way] = trained(folder / way, way)
         with pytest.raises(ValueError, match="must be adamw or sgd where parallel is fsdp, got m"):
             train(config(folder / "muon", optimizer="muon", parallel="fsdp"))
@@ -275,15 +315,33 @@ def test_a_gradient_that_overflows_in_one_process_is_left_out_in_all(found, way)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_one_measures_and_all_stop(found, way, tmp_path):
-    """`train` in a group of the caller's own; an evaluation without a better figure ends it."""
-    want = trained(tmp_path / "alone")
+def test_zeros_stay_in_all_processes(found, way):
     for rank in (0, 1):
-        weights, *others = found[rank]["run", way]
+        zeros, moved = found[rank]["zeros", way]
+        assert zeros == [0, 1, 2]
+        assert moved > 10
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_all_measure_and_all_stop(found, way, alone):
+    """`train` in a group of the caller's own, which measures two batches of scenes, one each; an
+    evaluation without a better figure ends it."""
+    want = alone
+    assert want[1] == 2 * [*range(20)]
+    for rank in (0, 1):
+        weights, asked, figures, files, *others = found[rank]["run", way]
         near(weights, want[0], 1e-5)
-        assert others == [*want[1:]]
-    assert found[0]["run", way][2] == ["best", "last.pt", "log.jsonl", "model"]
-    assert found[0]["run", way][3] == 4
+        assert asked == 2 * [*(range(16), range(16, 20))[rank]]
+        assert [figures, files, *others] == [*want[2:]]
+        assert figures.count(None) < len(figures)
+        assert files == ["best", "checkpoints", "log.jsonl", "model"]
+        assert others[0] == 4
 
 
 @pytest.mark.slow

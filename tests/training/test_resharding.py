@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from segkern.runtime.processes import Processes
 from segkern.training import checkpoint, loop, shard_writer
+from segkern.training import run as preparation
 from segkern.training.saver import Saver
 from segkern.training.shard_writer import Writer
 from segkern.training.state import gathered, restore
@@ -52,7 +53,7 @@ def on_from(folder, source, name, **changes):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "restore", checked)
+        patch.setattr(preparation, "restore", checked)
         loop.train(setting(folder / name, **changes), resume=path, progress=False)
     return wrong
 

@@ -55,10 +55,11 @@ def test_only_a_restart_of_the_same_start_goes_on(tmp_path, monkeypatch):
 SCRIPT = """
 import os, signal, sys
 from segkern.training import loop
+from segkern.training.step import Step
 from support.runs import light
 folder, rank = sys.argv[1], os.environ["RANK"]
 first, made = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", []
-step = loop.Step.__call__
+step = Step.__call__
 
 def counted(self, *arguments):
     made.append(1)
@@ -66,7 +67,7 @@ def counted(self, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *arguments)
 
-loop.Step.__call__ = counted
+Step.__call__ = counted
 loop.train(light(folder, steps=8, checkpoint_every=2), progress=False)
 print(f"process {rank} made {len(made)} steps")
 """

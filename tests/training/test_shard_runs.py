@@ -1,17 +1,23 @@
 """Training from shards: the run from the files with the same order, also resumed, and what it
 says of pictures that it cannot read."""
 
+import contextlib
+import io
 import json
+import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
-import torch
+from test_loop import same
 
 from segkern.cli import main
 from segkern.data import ViewConfig, build_dataset
 from segkern.models import Mask2FormerConfig
+from segkern.training import checkpoint
 from segkern.training.config import TrainConfig
 from segkern.training.loop import train
+from support.processes import in_two_processes
 from support.shards import rewrite, shards_of, write_numbered
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -73,13 +79,11 @@ def test_losses_are_those_of_the_files(sets, tmp_path):
     train(config(run, shards), resume=run, progress=False)
     found = dict(losses(run))
     assert [found[step] for step, _ in wanted] == [loss for _, loss in wanted]
-    a, b = (torch.load(tmp_path / x / "last.pt", weights_only=False) for x in ("files", "shards"))
-    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    same(*(checkpoint.load(tmp_path / x)["tensors"] for x in ("files", "shards")))
 
 
-def test_a_run_says_at_the_end_of_a_pass_what_it_could_not_read(sets, tmp_path, capsys):
-    root = tmp_path / "shards"
-    source, _ = sets
+def spoil_first(source, root):
+    """Shards whose first picture is none."""
     shards = shards_of(source, root)
     name = build_dataset(shards, "train").shards[0].file
 
@@ -87,6 +91,35 @@ def test_a_run_says_at_the_end_of_a_pass_what_it_could_not_read(sets, tmp_path, 
         return [(name, b"none" if name == "000000001.png" else data) for name, data in held]
 
     rewrite(root / name, spoilt)
+    return shards
+
+
+def half(folder, shards, rank):
+    """What a process of two prints while it trains."""
+    warnings.simplefilter("ignore")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train(config(folder, shards, steps=6, workers=1, sync_batch_norm=True))
+    return " ".join(said.getvalue().split())
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_samples_of_shards(sets, tmp_path):
+    """Two passes: the losses are those of one process, and the first says what either could not
+    read."""
+    shards = spoil_first(sets[0], tmp_path / "shards")
+    train(config(tmp_path / "one", shards, steps=6), progress=False)
+    (tmp_path / "group").mkdir()
+    run = partial(half, tmp_path / "two", shards)
+    said = in_two_processes(run, tmp_path / "group", patience=400)
+    assert said[1] == ""
+    assert said[0].count("1 of 6 pictures of the pass could not be read: ") == 2
+    one, two = (dict(losses(tmp_path / name)) for name in ("one", "two"))
+    assert [*one] == [1, 2, 3, 4, 5, 6]
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_a_run_says_at_the_end_of_a_pass_what_it_could_not_read(sets, tmp_path, capsys):
+    shards = spoil_first(sets[0], tmp_path / "shards")
     capsys.readouterr()
     train(config(tmp_path / "run", shards, steps=3))
     printed = " ".join(capsys.readouterr().out.split())
