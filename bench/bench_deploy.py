@@ -44,7 +44,7 @@ def build(name, size):
         impls[name] = _run(openers(path), images, size)
     for name, path in ((IMPLS[2], whole), (IMPLS[4], small)):
         try:
-            write_openvino(path, path.with_suffix(".xml"))
+            write_openvino(path, path.with_suffix(".xml"), graph)
         except ImportError as missing:
             impls[name] = f"{missing.name} is not installed"
         else:

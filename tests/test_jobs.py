@@ -10,7 +10,6 @@ import yaml
 from torch.distributed import run as torchrun
 
 from segkern.cli import main
-from segkern.training import checkpoint
 from support.own_pictures import write_shapes
 
 JOBS = Path(__file__).parent.parent / "docs/jobs"
