@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ from typing import Literal
 import torch
 from sympy import Eq, Ne
 from sympy.core.relational import Relational
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.sym_node import SymNode
 from torch.utils._sympy.numbers import int_oo
 
@@ -203,24 +204,6 @@ def one_size(graph: Graph, size: tuple[int, int]) -> str | None:
     return None
 
 
-class _Multiples(nn.Module):
-    """A graph for any sides that knows them as d n: it takes floor(h / d) d rows of h, and as many
-    columns of w.
-
-    Of a bare h the size of a map at stride 32 is a floor of floors, and PyTorch takes minutes to
-    see that two such are equal; those of d n are n times a number."""
-
-    def __init__(self, graph: Graph, divisor: int):
-        super().__init__()
-        self.whole, self.divisor = graph, divisor
-
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        for axis in (2, 3):
-            side = pixel_values.shape[axis] // self.divisor * self.divisor
-            pixel_values = pixel_values.narrow(axis, 0, side)
-        return self.whole(pixel_values)
-
-
 def traced(
     graph: Graph, size: tuple[int, int], batch: int = 1, batches: bool = True, sides: bool = True
 ) -> torch.export.ExportedProgram:
@@ -241,7 +224,8 @@ def traced(
         least = -(-_LEAST // divisor) * divisor
         size = max(size[0], least), max(size[1], least)
         size = size if size[0] != size[1] else (size[0], size[1] + divisor)
-        graph = _Multiples(graph, divisor)
+        graph = copy(graph)
+        graph.multiples = True
     pixels = torch.zeros(2 if batches else batch, channels, *size)
     any_ = [axis for axis, free in enumerate((batches, False, sides, sides)) if free]
     shapes = {INPUT: dict.fromkeys(any_, torch.export.Dim.DYNAMIC)}

@@ -97,6 +97,7 @@ class Graph(nn.Module):
         self.model = evaluated(model)
         self.options = given.over(getattr(model.config, "options", {}).get(task))
         self.form = Form(task, post, _names(model, post))
+        self.multiples = False  # what no multiple of the divisor has room for is left out
 
     @property
     def example(self) -> tuple[int, int]:
@@ -105,6 +106,13 @@ class Graph(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """The results, in the order of `form.outputs`."""
+        if self.multiples:
+            # of a bare h the size of a map at stride 32 is a floor of floors, and PyTorch takes
+            # minutes to see that two such are equal; those of d n are n times a number
+            divisor = self.model.config.input.divisor
+            for axis in (2, 3):
+                side = pixel_values.shape[axis] // divisor * divisor
+                pixel_values = pixel_values.narrow(axis, 0, side)
         extra = self.model.inputs(self.form.task, pixel_values.shape[0])
         found = self.model.predict(pixel_values, *extra)
         size = pixel_values.shape[2:]

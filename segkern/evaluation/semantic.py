@@ -34,6 +34,7 @@ class Semantic:
 
     @pixels.setter
     def pixels(self, value: np.ndarray) -> None:
+        """Puts the counts of all processes in place of its own."""
         self.matrix.confmat = torch.from_numpy(value)
 
     def update(self, result: Segmentation, sample: dict) -> float | None:

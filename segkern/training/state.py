@@ -130,6 +130,8 @@ def restore(state: dict, run: Trainee, name: str | Path) -> tuple[int, float]:
     """
     from ..weights import shards
 
+    for part in run.optimizers:
+        part.zero_grad()  # of a model that was trained before: such an optimizer gets no moments
     path, own = checkpoint.find(name), gathered(run)[0]
     if path.is_dir():
         found, groups = shards.empty_tensors(path, "meta"), state["groups"]

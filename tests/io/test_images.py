@@ -1,5 +1,6 @@
 """Pictures in files as other programs write them: bands, pages, turns, palettes, sizes."""
 
+import os
 import struct
 import warnings
 from io import BytesIO
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkern.inference.predict_files import image_files
+from segkern.inference.predict_files import pictures
 from segkern.inference.segment import segment
 from segkern.io.images import open_image, picture_suffixes, read_image, read_pixels
 from support.models import Squares, half_bright
@@ -194,12 +195,12 @@ def test_hidden_files_of_a_folder_are_passed_over(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     for name in ("._b.png", ".DS_Store", "Thumbs.db", ".hidden.jpg", "scan.h5", "film.mpg", "x"):
         (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2")
-    assert [p.name for p in image_files([tmp_path])] == ["A.JPG", "b.png"]
-    assert image_files([tmp_path / ".hidden.jpg"])  # who names it gets it
+    assert [os.path.basename(p.path) for p in pictures([tmp_path])] == ["A.JPG", "b.png"]
+    assert pictures([tmp_path / ".hidden.jpg"])  # who names it gets it
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/.a.png").write_bytes(b"")
     with pytest.raises(ValueError, match="holds no image"):
-        image_files([tmp_path / "bare"])
+        pictures([tmp_path / "bare"])
     assert picture_suffixes() >= {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp"}
 
 
