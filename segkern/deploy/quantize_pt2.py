@@ -102,6 +102,9 @@ def _fold(module: fx.GraphModule) -> dict[str, frozenset[str]]:
     values: dict[fx.Node, Tensor] = {}
     names = {}
     for node in list(module.graph.nodes):
+        if node.target == torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)  # of a weight it would keep the float32 one
+            continue
         inputs = node.all_input_nodes
         if node.op == "get_attr":
             known[node] = names[node.target] = frozenset({node.target.removeprefix(_PREFIX)})

@@ -167,6 +167,7 @@ def test_the_share_of_zeros_is_exact_and_sensitive_parts_stay(share, everywhere)
         assert not any(part in name for name in weights)
 
 
+@pytest.mark.slow
 def test_what_is_written_opens_again_and_its_table_is_that_of_the_file(models, scenes, tmp_path):
     model, out = models["Mask2Former"], tmp_path / "small"
     settings = {"dataset": scenes, "limit": 2, "runs": 1, "progress": False}

@@ -41,7 +41,6 @@ MODELS = {
     "U-Net": convolutions,
     "EoMT": tokens,
 }
-QUICK = ("U-Net",)
 ALONE = """
 import sys, torch
 sys.modules["segkern"] = None  # an import would raise
@@ -122,10 +121,9 @@ def test_the_kernels_are_in_a_file_and_run_without_segkern(program):
     assert_same(load(path)(x).values(), run(graph, x), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k not in QUICK)) for k in MODELS]
-)
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_program_runs_without_segkern(kind, dynamic, tmp_path):
     graph, path = graph_of(MODELS[kind]), tmp_path / "model.pt2"
     size, sizes = (96, 64), [(1, 96, 64)]
@@ -274,6 +272,7 @@ except FileNotFoundError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_file_without_its_library_says_so(program, tmp_path):
     """In a segkern that has no kernels; with the library beside it the file runs there, too."""
     path, _ = program
