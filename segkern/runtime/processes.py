@@ -153,6 +153,9 @@ def _join() -> None:
             "must be set, too: start them with torchrun or --processes, or unset WORLD_SIZE"
         )
     store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
+    if (again := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
+        # the store may be that of the last group, with the addresses of its processes
+        store = dist.PrefixStore(f"start {again}", store)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
