@@ -14,7 +14,7 @@ INSTALL = install --disable-pip-version-check -q
 KERNELS = segkern/_C_cpu.abi3.so
 SOURCES = setup.py tools/toolchain.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: setup demo test check sdist slow interpret avx2 sanitize emulate racecheck oldest gate lint docs bench gpu clean
+.PHONY: setup demo test check sdist slow long interpret avx2 sanitize emulate racecheck oldest gate lint docs bench gpu clean
 setup: $(KERNELS)
 
 # the constraints first, so that building against the installed torch needs no isolation
@@ -64,7 +64,11 @@ sdist: setup
 
 slow: setup
 	$(PARALLEL) tests/kernels/test_triton.py -m "slow and not gpu"
-	$(PARALLEL) --dist loadscope tests --ignore tests/kernels/test_triton.py -m "slow and not gpu"
+	$(PARALLEL) --dist loadscope tests --ignore tests/kernels/test_triton.py -m "slow and not long and not gpu"
+
+# what takes minutes more: every model as a file of every form, compiled packages, more kills
+long: setup
+	$(PARALLEL) tests -m "long and not gpu"
 
 tests_of = $(wildcard $(patsubst %,tests/*/test_%.py,$(basename $(notdir $(1)))))
 OPS = $(call tests_of,$(filter-out segkern/ops/_%,$(wildcard segkern/ops/*.py)))
@@ -74,7 +78,7 @@ CUDA_OPS = $(call tests_of,$(wildcard csrc/cuda/*.cu))
 # the Triton kernels in place of the C++ ones, in Triton's interpreter (its bfloat16 products are
 # wrong); compiled kernels are in tests/kernels/test_triton.py
 interpret: setup
-	TRITON_INTERPRET=1 $(PARALLEL) $(TRITON_OPS) -m "not slow and not gpu and not cpu_only" -k "not bfloat16 and not opcheck and not compile"
+	TRITON_INTERPRET=1 $(PARALLEL) $(TRITON_OPS) -m "not slow and not gpu and not cpu_only" -k "not bfloat16 and not float64 and not opcheck and not compile"
 
 # $(call library,KIND,SETTINGS): builds a library of test kernels in build/KIND, and checks that it
 # is the one that is loaded; $(PYTEST_KIND) runs tests on it

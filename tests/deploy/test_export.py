@@ -84,6 +84,7 @@ RECORDED = ("Mask2Former, Swin", "Mask2Former, DiNAT")  # as files they take hal
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [kind for kind in EXPORTED if kind not in ANY_SIDES])
 def test_files_for_any_number_of_pictures_equal_the_model(kind, tmp_path):
     """Deformable attention by GridSample here, by gathers below."""
@@ -102,6 +103,7 @@ def test_files_for_pictures_of_any_sides_equal_the_model(kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", RECORDED)
 def test_a_graph_for_any_sides_knows_its_maps_as_multiples(kind):
     """Sizes that are floors of floors take PyTorch minutes; it runs on sizes that it has not

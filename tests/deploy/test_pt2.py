@@ -122,7 +122,10 @@ def test_the_kernels_are_in_a_file_and_run_without_segkern(program):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize(
+    "dynamic",
+    [pytest.param(False, id="fixed", marks=pytest.mark.long), pytest.param(True, id="dynamic")],
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_program_runs_without_segkern(kind, dynamic, tmp_path):
     graph, path = graph_of(MODELS[kind]), tmp_path / "model.pt2"
@@ -191,7 +194,9 @@ PACKAGES = {  # model, dynamic, pictures of which numbers and sides, kernels tha
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", PACKAGES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.long] * (k != "Segmenter")) for k in PACKAGES]
+)
 def test_a_package_runs_from_python_and_from_c(kind, example, tmp_path):
     build, dynamic, sizes, kernels = PACKAGES[kind]
     graph, path = graph_of(build), tmp_path / "model.pt2"

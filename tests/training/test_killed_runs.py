@@ -164,6 +164,9 @@ def test_a_killed_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "at_once"), [(1, False), (2, True)], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("processes", "at_once"),
+    [pytest.param(1, False, id="one", marks=pytest.mark.long), pytest.param(2, True, id="two")],
+)
 def test_a_run_that_is_killed_ten_times(tmp_path, processes, at_once):
     killed(tmp_path, processes, 10, at_once)
