@@ -94,6 +94,7 @@ def test_files_for_any_number_of_pictures_equal_the_model(kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ANY_SIDES)
 def test_files_for_pictures_of_any_sides_equal_the_model(kind, tmp_path):
     """One, two and three pictures, each of other sides."""
@@ -135,6 +136,7 @@ def test_a_graph_for_any_sides_leaves_out_what_is_no_multiple():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_files_for_pictures_of_one_size_equal_the_model(tmp_path):
     graph = Graph(model_of("Seq2Seg, instance"))
     for path in written(graph, tmp_path, (96, 128), False, False):
@@ -177,6 +179,7 @@ def test_export_compares_what_it_wrote(kind, suffix, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
 @pytest.mark.parametrize("post", ["instance", "panoptic"])
 def test_results_are_part_of_a_file(post, suffix, tmp_path):
