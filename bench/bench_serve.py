@@ -39,6 +39,13 @@ _open = ExitStack()  # servers, until the process ends
 atexit.register(_open.close)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _closed():
+    """Servers end while Python still runs threads for them."""
+    yield
+    _open.close()
+
+
 def settings() -> tuple[int, list[tuple[int, int]]]:
     """Pictures of a burst, and their sizes (H, W)."""
     sizes = [(480, 640), (640, 480)]

@@ -93,6 +93,8 @@ def test_no_room_for_pixels():
         assert httpx.post(f"{server.url}/segment", files=[("a", HALF)] * 4, timeout=60).is_success
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_client_that_goes_away_takes_its_picture_with_it(gated, caplog):
     server, model = gated
     model.open.clear()

@@ -109,6 +109,8 @@ async def load(server, wanted, count, at_once, every):
         return await gather(work, at_once)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_load_is_answered_right(server, wanted):
     found = asyncio.run(load(server, wanted, 60, 16, every=6))
     assert found.count(200) == 50

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import segkern
-from segkern.training import checkpoint, loop
+from segkern.training import checkpoint
 from segkern.training.config import TrainConfig
 from segkern.training.loop import stored_config, train
 from segkern.training.state import gathered, restore
@@ -61,7 +61,7 @@ def test_a_run_resumes_with_all_of_its_state(run, monkeypatch):
         loaded.append(({k: v.clone() for k, v in tensors.items()}, about["groups"]))
         return found
 
-    monkeypatch.setattr(loop, "restore", restored)
+    monkeypatch.setattr("segkern.training.run.restore", restored)
     trained = train(config, resume=folder, progress=False)
     assert trained.steps == 4
     ((tensors, groups),) = loaded
