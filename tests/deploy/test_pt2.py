@@ -194,9 +194,8 @@ PACKAGES = {  # model, dynamic, pictures of which numbers and sides, kernels tha
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[pytest.mark.long] * (k != "Segmenter")) for k in PACKAGES]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", PACKAGES)
 def test_a_package_runs_from_python_and_from_c(kind, example, tmp_path):
     build, dynamic, sizes, kernels = PACKAGES[kind]
     graph, path = graph_of(build), tmp_path / "model.pt2"
@@ -251,6 +250,7 @@ def shares(results, size):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_example_says_what_is_wrong(example, tmp_path):
     none = tmp_path / "nothing.so"
     kernels = _library.PACKAGE / "_C_cpu.abi3.so"
