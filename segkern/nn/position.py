@@ -40,7 +40,9 @@ def sine_position(
     wavelength = 10000.0 ** (2 * pair / half)  # [C/4]
 
     def encode(n: int) -> Tensor:  # [n, C/2]
-        at = torch.arange(1, n + 1, device=device, dtype=exact) / (n + 1e-6) * (2 * math.pi)
+        at = torch.arange(1, n + 1, device=device, dtype=exact)
+        # by its last value: n + 1e-6 would be a symbol in a graph, which torch.export cannot save
+        at = at / (at[-1:] + 1e-6) * (2 * math.pi)
         angle = at[:, None] / wavelength
         return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
 

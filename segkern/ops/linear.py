@@ -171,7 +171,7 @@ def linear(
     autocast = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False
     flat, weight, *rest = alike("linear", **named)
     # an exported graph is for any number of rows, which the question would make one for good
-    few = INTEL and not _library.is_exported() and len(flat) < _FEW
+    few = INTEL and not _library.is_exported() and flat.shape[0] < _FEW
     pytorchs = device != "cpu" or autocast or x.dtype.itemsize < 4 or few
     if pytorchs and impl == "kernel":
         impl = "reference"

@@ -42,6 +42,7 @@ from .mask_bits import pack_bits, unpack_bits
 
 TASKS = ("panoptic", "instance", "semantic")
 THRESHOLD = 0.8  # of a panoptic segment, if none is given
+OVERLAP = 0.8  # likewise, the share of its own mask that it must win
 USED = {  # which tasks read an option
     "threshold": ("panoptic", "instance"),
     "overlap_threshold": ("panoptic",),
@@ -338,7 +339,7 @@ def segment_map(
         probabilities = tensors[0].to(exact).softmax(-1)
         if task == "panoptic":
             least = THRESHOLD if threshold is None else threshold
-            overlap = 0.8 if overlap_threshold is None else overlap_threshold
+            overlap = OVERLAP if overlap_threshold is None else overlap_threshold
             return _panoptic_rows(run, probabilities, maps, sizes, stuff, least, overlap)
         probabilities = probabilities[..., :-1]
         if task == "instance":
