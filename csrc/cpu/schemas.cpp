@@ -66,9 +66,11 @@ constexpr const char* kSchemas[] = {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(segkern, m) {
-  try {
-    for (const char* schema : kSchemas) m.def(schema);
-  } catch (const std::runtime_error&) {
-    // they are there, of another copy of this library or of Python
+  for (const char* schema : kSchemas) {
+    try {
+      m.def(schema);
+    } catch (const std::runtime_error&) {
+      // it is there, of another copy of this library or of Python
+    }
   }
 }

@@ -1,5 +1,5 @@
 // Segments a picture with an AOTInductor package that `segkern export` wrote, without Python.
-// segment libsegkern.so model.pt2 picture.ppm [results.pt]
+// segment ./libsegkern.so model.pt2 picture.ppm [results.pt]
 // The picture (binary PPM, 8 bits) has the size at which the model is to see it. Prints the share
 // of each class; results.pt takes the model's results, for torch.load.
 #include <ATen/ATen.h>
@@ -42,8 +42,17 @@ at::Tensor read(const char* path, const Metadata& about, int64_t& height, int64_
   return pixels.unsqueeze(0);
 }
 
+// Compiled code takes whatever it is given for what it was compiled for; 0 stands for any number
+void check(const at::Tensor& pixels, const Metadata& about) {
+  std::istringstream shape(about.at("shape"));
+  for (int64_t axis = 0, side = 0; shape >> side; ++axis)
+    TORCH_CHECK(side == 0 || side == pixels.size(axis), "axis ", axis, " of the pixels must be ",
+                side, ", got ", pixels.size(axis));
+}
+
 // The class of each place of the model's own maps, [m, n]
 at::Tensor classes(const std::vector<at::Tensor>& results) {
+  TORCH_CHECK(results.size() <= 2, "the file must give logits or --post semantic");
   if (!results[0].is_floating_point()) return results[0][0];            // --post semantic
   if (results.size() == 1) return results[0][0].argmax(0);              // class logits of pixels
   const at::Tensor weights = results[0][0].softmax(1).slice(1, 0, -1);  // without "no object"
@@ -52,12 +61,13 @@ at::Tensor classes(const std::vector<at::Tensor>& results) {
 }
 
 int main(int argc, char** argv) try {
-  TORCH_CHECK(argc > 3, "usage: segment libsegkern.so model.pt2 picture.ppm [results.pt]");
+  TORCH_CHECK(argc > 3, "usage: segment ./libsegkern.so model.pt2 picture.ppm [results.pt]");
   TORCH_CHECK(dlopen(argv[1], RTLD_NOW | RTLD_GLOBAL), "no kernels: ", dlerror());
   const c10::InferenceMode inference;
   torch::inductor::AOTIModelPackageLoader model(argv[2]);
   int64_t height = 0, width = 0;
   const at::Tensor pixels = read(argv[3], model.get_metadata(), height, width);
+  check(pixels, model.get_metadata());
   const std::vector<at::Tensor> results = model.run({pixels});
   at::Tensor found = classes(results);  // what lies in the padding is no part of the picture
   const auto inside = [&](int64_t axis, int64_t side) {
@@ -76,5 +86,8 @@ int main(int argc, char** argv) try {
   }
 } catch (const c10::Error& error) {
   std::cerr << "segment: " << error.what_without_backtrace() << "\n";
+  return 1;
+} catch (const std::exception& error) {  // such as metadata of somebody else's file
+  std::cerr << "segment: " << error.what() << "\n";
   return 1;
 }

@@ -52,7 +52,7 @@ def export(
             model takes them.
         one_size: any number of pictures of one size.
         grid_sample: deformable attention by GridSample, for ONNX Runtime and OpenVINO; not given,
-            by gathers, which TensorRT compiles rightly, too.
+            by gathers, as TensorRT has been seen to compile GridSample wrongly.
         threshold: least score of a segment, of --post panoptic and instance, and of a bundle.
         top_k: most masks, of --post instance, and of a bundle.
         opset: of ONNX.

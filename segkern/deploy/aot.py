@@ -22,9 +22,9 @@ from ..ops import _library
 from ..ops.linear import NUMBERS
 from .compare import Difference, compared, torch_run
 from .decompositions import norm_relu
-from .export import _aside, samples, traced
+from .export import aside, samples, traced
 from .formats import describe
-from .graph import Graph
+from .graph import INPUT, Graph
 from .load import ABOUT, LIBRARY, load
 
 _linear = torch.ops.segkern.linear.default
@@ -66,9 +66,9 @@ def export_pt2(
     if why is not None:
         raise ImportError(f"export: a .pt2 file holds segkern's kernels, but {why}")
     made = with_kernels(traced(graph, size, batch, batches, sides))
-    with _aside(path) as folder:
+    with aside(path) as folder:
         file = folder / path.name
-        (_write_program if program else _write_package)(made, file, _metadata(graph))
+        (write_program if program else _write_package)(made, file, metadata(graph, made))
         found = ()
         if check:
             inputs = samples(graph.model, size, batch, batches, sides)
@@ -102,17 +102,21 @@ def _feed_forward(
     return _linear(hidden, weight2, bias2, NUMBERS["none"], residual, False)[0]
 
 
-def _metadata(graph: Graph) -> dict[str, str]:
+def metadata(graph: Graph, program: ExportedProgram) -> dict[str, str]:
     """What a file says of itself: all as JSON, and as plain numbers what a program in C++ needs
-    to make pixels of a picture."""
-    takes = graph.model.config.input
-    numbers = {"mean": takes.mean, "std": takes.std, "padding": takes.padding}
-    numbers["divisor"] = (takes.divisor,)
+    to make pixels of a picture. The shape of the pixels has None, or 0 in plain numbers, where any
+    number goes."""
+    (pixels,) = (n for n in program.graph.nodes if n.op == "placeholder" and n.name == INPUT)
+    shape = [n if isinstance(n, int) else None for n in pixels.meta["val"].shape]
+    about = describe(graph) | {"shape": shape}
+    numbers = {name: about[name] for name in ("mean", "std", "padding")}
+    numbers |= {"divisor": [about["divisor"]], "shape": [n or 0 for n in shape]}
     plain = {name: " ".join(map(str, values)) for name, values in numbers.items()}
-    return {ABOUT: json.dumps(describe(graph))} | plain
+    return {ABOUT: json.dumps(about)} | plain
 
 
-def _write_program(program: ExportedProgram, file: Path, metadata: dict[str, str]) -> None:
+def write_program(program: ExportedProgram, file: Path, metadata: dict[str, str]) -> None:
+    """Writes a program with `metadata`, as `load` opens it."""
     torch.export.save(program, file, extra_files=metadata)
 
 

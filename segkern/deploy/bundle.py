@@ -1,16 +1,14 @@
 """A folder that segments pictures without segkern and without PyTorch: model.onnx, how pictures
 become its pixels, the names of its labels, and a predict.py that reads the three."""
 
-import os
 import shutil
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..inference.segment import check_one
-from ..io.atomic_files import writable_folder, write_json
+from ..io.atomic_files import new_place, write_json
 from ..models.protocol import SegmentationModel
-from ..ops.segment_map import THRESHOLD
+from ..ops.segment_map import OVERLAP, THRESHOLD
 from ..structures.logits import PixelLogits
 from ..structures.settings import Options, Views
 from .compare import BOUND
@@ -28,19 +26,21 @@ def bundle(
     """Writes a model with all that a picture's way through it needs.
 
     `python FOLDER/predict.py PICTURE ...` needs numpy, pillow and onnxruntime, and gives what
-    `segment` gives, up to the rounding of its resizes.
+    `segkern predict` gives, up to the rounding of its resizes.
 
     Args:
         model: as for `export`; for pictures of three channels.
         folder: is made; there is nothing yet, or an empty folder.
         task: "panoptic", "instance" or "semantic"; None is the first that the model can do.
-        options: thresholds and `top_k`, which predict.py then uses; None is as in `segment`.
+        options: thresholds and `top_k`, which predict.py then uses; None is as in `segkern
+            predict`.
         opset, bound: as of `export`.
 
     Raises:
         ImportError: a package that the export needs is missing.
-        OSError: the folder cannot be written to, or is not empty.
-        TypeError, ValueError: as of `export`, or a model of another number of channels.
+        OSError: the folder cannot be written to.
+        TypeError, ValueError: as of `export`, a model of another number of channels, or a folder
+            that is not empty.
     """
     folder = Path(folder)
     given = options or Options()
@@ -50,11 +50,8 @@ def bundle(
         raise ValueError(
             f"export: a bundle reads pictures of 3 channels, the model takes {takes.channels}"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"export: folder must be new or empty, {folder} is not")
-    writable_folder(folder.parent)
-    aside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder.parent))
-    try:
+    with new_place("export: folder", folder) as aside:
+        aside.mkdir()
         settings = _settings(model, task, given)
         sides = takes.window is None
         size = None if sides else (takes.window, takes.window)
@@ -68,33 +65,22 @@ def bundle(
         write_json(aside / "preprocessing.json", settings)
         source = Path(__file__).with_name("predict_alone.py")
         shutil.copyfile(source, aside / "predict.py")
-        aside.chmod(0o777 & ~_umask())
-        os.replace(aside, folder)  # of an empty folder, too
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return replace(made, path=folder / "model.onnx")
-
-
-def _umask() -> int:
-    """The process's mask, which temporary folders do not follow."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _settings(model: SegmentationModel, task: str, options: Options) -> dict:
     """What predict.py reads: the model's input, and the options of the task, none left open."""
     config = model.config
     found = options.over(getattr(config, "options", {}).get(task))
+    overlap = found.overlap_threshold
     settings = asdict(config.input)
     del settings["crop"]
-    least = THRESHOLD if task == "panoptic" else 0.0
     return settings | {
         "form": "pixels" if config.logits is PixelLogits else "queries",
         "task": task,
         "stuff": sorted(config.labels.stuff),
-        "threshold": least if found.threshold is None else found.threshold,
-        "overlap_threshold": 0.8 if found.overlap_threshold is None else found.overlap_threshold,
+        "threshold": THRESHOLD if found.threshold is None else found.threshold,
+        "overlap_threshold": OVERLAP if overlap is None else overlap,
         "top_k": found.top_k or 100,
         "resize": found.resize,
     }

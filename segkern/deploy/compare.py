@@ -71,10 +71,10 @@ def compared(
 
 
 def _expect_shape(name: str, have: np.ndarray, want: np.ndarray, path: Path) -> None:
-    if have.shape != want.shape:
+    if have.shape != want.shape or have.dtype != want.dtype:
         raise ValueError(
-            f"export: {path} must give {name} of shape {list(want.shape)}, got "
-            f"{list(have.shape)}; nothing was written"
+            f"export: {path} must give {name} of shape {list(want.shape)} {want.dtype}, got "
+            f"{list(have.shape)} {have.dtype}; nothing was written"
         )
 
 

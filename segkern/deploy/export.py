@@ -99,8 +99,8 @@ def export(
             are multiples of its divisor (rows and columns beyond the last multiple are left
             out); "batch" any number of one size; "sides" as True, or an
             error where the model has one size; False neither.
-        grid_sample: deformable attention by GridSample in place of gathers: quicker in ONNX
-            Runtime and OpenVINO, but TensorRT has been seen to compile it wrongly.
+        grid_sample: deformable attention by GridSample in place of gathers, for ONNX Runtime and
+            OpenVINO: TensorRT has been seen to compile it wrongly.
         check: run the file and compare; False only where its runtime is not at hand.
         options: thresholds and top_k of a post; None is as in `segment`.
         opset: of ONNX, 18 to 23.
@@ -136,7 +136,7 @@ def export(
     if program and path.suffix != ".pt2":
         raise ValueError(f"export: program is for .pt2 files, got {path}")
     graph = Graph(model, task, post, options)
-    _expect_plain(model)
+    expect_plain("export", model)
     size = tuple(graph.example if size is None else size)
     expect_size(model, size)
     needed(path.suffix, PACKAGES[path.suffix])
@@ -152,38 +152,30 @@ def export(
         sides = why is None
     batches = dynamic is not False
     if path.suffix == ".pt2":
-        return _export_pt2(graph, path, size, batch, batches, sides, check, bound, program)
-    program = traced(graph, size, batch or 1, batches, sides)
-    program = decomposed(program, grid_sample)
-    kept = tuple(size) if not sides else None
-    with _aside(path) as folder:
-        file = folder / path.name
-        write_onnx(program, file.with_suffix(".onnx"), graph, batches, sides, opset)
-        if path.suffix == ".xml":
-            write_openvino(file.with_suffix(".onnx"), file, graph)
+        from .aot import export_pt2
+
+        found = export_pt2(graph, path, size, batch or 1, batches, sides, check, bound, program)
+    else:
+        recorded = decomposed(traced(graph, size, batch or 1, batches, sides), grid_sample)
         found = ()
-        if check:
-            inputs = samples(model, size, batch or 1, batches, sides)
-            found = compared(graph, openers(file), inputs, bound, path)
-    return Exported(path, graph.form, None if batches else batch or 1, kept, found)
+        with aside(path) as folder:
+            file = folder / path.name
+            write_onnx(recorded, file.with_suffix(".onnx"), graph, batches, sides, opset)
+            if path.suffix == ".xml":
+                write_openvino(file.with_suffix(".onnx"), file, graph)
+            if check:
+                inputs = samples(model, size, batch or 1, batches, sides)
+                found = compared(graph, openers(file), inputs, bound, path)
+    kept, count = None if sides else size, None if batches else batch or 1
+    return Exported(path, graph.form, count, kept, tuple(found))
 
 
-def _export_pt2(
-    graph: Graph, path: Path, size, batch, batches, sides, check, bound, program
-) -> Exported:
-    from .aot import export_pt2
-
-    found = export_pt2(graph, path, size, batch or 1, batches, sides, check, bound, program)
-    kept = None if sides else tuple(size)
-    return Exported(path, graph.form, None if batches else batch or 1, kept, tuple(found))
-
-
-def _expect_plain(model: SegmentationModel) -> None:
+def expect_plain(caller: str, model: SegmentationModel) -> None:
     """Raises ValueError for a model in another dtype or place than a file for all has."""
     weight = next(model.parameters())
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         raise ValueError(
-            "export: model must be in float32 on the CPU (model.float().cpu()), got "
+            f"{caller}: model must be in float32 on the CPU (model.float().cpu()), got "
             f"{weight.dtype} on {weight.device}"
         )
 
@@ -295,7 +287,7 @@ def _nearby(side: int, divisor: int) -> int:
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[Path]:
+def aside(path: Path) -> Iterator[Path]:
     """A folder beside the target, whose files of the target's name take their places when the
     block ends well: first what stands beside the file, then the file."""
     kept = {path.name, f"{path.name}.data"}

@@ -93,7 +93,8 @@ def write_openvino(onnx: Path, path: Path, graph: Graph) -> None:
 
 
 def describe(graph: Graph) -> dict:
-    """What a file is: model, task, post, results, labels, and how pictures become pixels."""
+    """What a file is: model, task, post, results, labels, and how pictures become pixels; padding
+    is a value for each channel, of normalised pixels."""
     config, form = graph.model.config, graph.form
     names = config.labels.names
     takes = config.input
@@ -107,6 +108,7 @@ def describe(graph: Graph) -> dict:
         "stuff": sorted(config.labels.stuff),
         "mean": list(takes.mean),
         "std": list(takes.std),
+        "padding": list(takes.padding),
         "divisor": takes.divisor,
     }
 

@@ -9,6 +9,7 @@ from ..models.protocol import ModelConfig
 from ..structures.logits import PixelLogits, QueryLogits
 from .compare import Run, torch_run
 from .formats import openers
+from .load import load
 
 
 class FileModel(nn.Module):
@@ -40,8 +41,5 @@ class FileModel(nn.Module):
 
 def open_file(path: Path, config: ModelConfig, stride: int = 1) -> FileModel:
     """Opens a file of logits, .onnx or .pt2 of torch.export, in its runtime on the CPU."""
-    if path.suffix != ".pt2":
-        return FileModel(config, openers(path), stride)
-    import torchao.quantization.pt2e  # noqa: F401  (registers what stands in int8 programs)
-
-    return FileModel(config, torch_run(torch.export.load(path).module(check_guards=False)), stride)
+    run = torch_run(load(path).run) if path.suffix == ".pt2" else openers(path)
+    return FileModel(config, run, stride)

@@ -19,6 +19,9 @@ from PIL import Image, ImageOps
 def read(path):
     """A picture [H, W, 3] uint8, upright, on white where it is transparent."""
     image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off at 255
+        deep = np.asarray(image, np.float32).clip(0, 65535)
+        image = Image.fromarray((deep / 65535 * 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -218,24 +221,36 @@ def overlay(found, image):
     return Image.fromarray(out.astype(np.uint8))
 
 
+def names_of(paths):
+    """Names of results: stems, made unique by _2, _3 and so on."""
+    names = {}
+    for path in paths:
+        name, number = path.stem, 1
+        while name.casefold() in names:
+            number += 1
+            name = f"{path.stem}_{number}"
+        names[name.casefold()] = name
+    return list(names.values())
+
+
 def main():
     """Segments the pictures that the command line names."""
     import onnxruntime
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pictures", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, default=Path("results"))
     given, here = parser.parse_args(), Path(__file__).parent
     takes = json.loads((here / "preprocessing.json").read_text(encoding="utf-8"))
     names = json.loads((here / "labels.json").read_text(encoding="utf-8"))
     session = onnxruntime.InferenceSession(str(here / "model.onnx"))
     given.out.mkdir(parents=True, exist_ok=True)
-    for path in given.pictures:
+    for path, name in zip(given.pictures, names_of(given.pictures)):
         image = read(path)
         found = segments_of(lambda x: session.run(None, {"pixel_values": x}), image, takes)
-        target = given.out / f"{path.stem}.json"
+        target = given.out / f"{name}.json"
         target.write_text(json.dumps(as_json(found, image, takes, names)), encoding="utf-8")
-        overlay(found, image).save(given.out / f"{path.stem}.overlay.png")
+        overlay(found, image).save(given.out / f"{name}.overlay.png")
         print(f"{path}: {len(found)} segments; written: {target}")
 
 

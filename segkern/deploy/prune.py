@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from ..evaluation.evaluate import check_dataset, found, options_of
 from ..inference.segment import check
-from ..io.atomic_files import write_json
+from ..io.atomic_files import new_place, write_json
 from ..models import open_model, smaller
 from ..models.protocol import SegmentationModel
 from ..runtime.modes import evaluated
 from ..structures.logits import QueryLogits
 from ..structures.settings import Options, Views
 from .figures import Measure, sizes
-from .new_place import new_place
 
 FILE = "pruning.json"  # in the folder of the model
 
@@ -87,7 +86,7 @@ def prune(
         raise ValueError(f"prune: zeros must be a share in (0, 1), got {zeros}")
     names = smaller.weights_of_layers(cut, keep)
     measure = Measure(dataset, tasks, limit, options, runs, progress)
-    with new_place("prune", Path(out)) as temporary:
+    with new_place("prune: out", out) as temporary:
         if queries is not None:
             kept = used_queries(cut, dataset, tasks, queries - smaller.parts_of(cut).fixed, limit)
             cut, report["queries"] = smaller.with_queries(cut, kept), kept

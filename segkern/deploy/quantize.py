@@ -7,25 +7,24 @@ before; one that loses more than is allowed is not written.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..evaluation.evaluate import check_dataset, found, options_of
 from ..inference.segment import check
-from ..io.atomic_files import write_json
+from ..io.atomic_files import new_place, write_json
 from ..models import open_model, smaller
 from ..models.protocol import SegmentationModel
 from ..ops._checks import expect_integer
 from ..structures.logits import PixelLogits
 from ..structures.settings import Options, Views
 from . import quantize_onnx, quantize_pt2
+from .aot import metadata, write_program
 from .compare import BOUND, compared
 from .decompositions import decomposed
-from .export import one_size, samples, traced
+from .export import expect_plain, one_size, samples, traced
 from .figures import FIGURES, Measure, sizes
 from .formats import PACKAGES, needed, openers, write_onnx
 from .graph import Graph
-from .new_place import new_place
 from .opened import open_file
 from .prune import Watched
 
@@ -103,12 +102,12 @@ def quantize(
     _check(model, out, method, pictures, max_drop)
     options = Options() if options is None else options
     tasks = check("quantize", model, tasks, options, Views())
-    if model.inputs(tasks[0], 1):
+    if out.suffix in _SUFFIXES and model.inputs(tasks[0], 1):
         tasks = tasks[:1]
     check_dataset(dataset, model.config, tasks, "quantize: dataset")
     smaller.weights_of_layers(model, keep)  # refuses patterns that fit nothing
     measure = Measure(dataset, tasks, limit, options, runs, progress)
-    with new_place("quantize", out) as temporary:
+    with new_place("quantize: out", out) as temporary:
         rows = [measure("model", model)]
         if out.suffix not in _SUFFIXES:
             written = _folder(model, temporary)
@@ -151,12 +150,7 @@ def _check(
     expect_integer("quantize: pictures", pictures)
     if not 0 <= max_drop <= 1:
         raise ValueError(f"quantize: max_drop must be in [0, 1], got {max_drop}")
-    weight = next(model.parameters())
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
-        raise ValueError(
-            "quantize: model must be in float32 on the CPU (model.float().cpu()), got "
-            f"{weight.dtype} on {weight.device}"
-        )
+    expect_plain("quantize", model)
     needed(out.suffix, ("torchao",) if out.suffix == ".pt2" else PACKAGES.get(out.suffix, ()))
 
 
@@ -222,10 +216,11 @@ def _pt2(
     graph = Graph(model, task)
     size = graph.example
     sides = one_size(graph, size) is None
-    torch.export.save(traced(graph, size, sides=sides), whole)
+    program = traced(graph, size, sides=sides)
+    write_program(program, whole, metadata(graph, program))
     alone = method == "int8-weights"
     program = quantize_pt2.to_int8(graph, keep, seen, size, sides, alone)
-    torch.export.save(program, path)
+    write_program(program, path, metadata(graph, program))
 
 
 def _expect_kept(rows: list[dict], tasks: Sequence[str], max_drop: float, out: Path) -> None:

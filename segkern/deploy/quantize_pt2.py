@@ -1,8 +1,8 @@
 """Programs of torch.export with int8 weights and activations, or int8 weights alone.
 
 The recipe is torchao's PT2E with the types and observers of its quantiser for Inductor on x86:
-products and convolutions between pairs of quantise and dequantise, which torch.compile fuses into
-int8 kernels. Run as they are, the pairs cost time. That quantiser itself tells products by the
+products and convolutions between pairs of quantise and dequantise, made for torch.compile to fuse.
+Run as they are, the pairs cost time. That quantiser itself tells products by the
 modules that they were traced from, and the ops that segkern's stand for come from none.
 """
 

@@ -9,7 +9,7 @@ Letters: B image, Q query, K class, N row, h w size of the picture.
 import torch
 from torch import Tensor
 
-from ..ops.segment_map import FARTHEST, THRESHOLD, merge_segments
+from ..ops.segment_map import FARTHEST, OVERLAP, THRESHOLD, merge_segments
 from ..structures.settings import Options
 
 
@@ -54,7 +54,7 @@ def panoptic(
         int64, -1 for none, and scores [B, Q], 0 for none.
     """
     least = THRESHOLD if options.threshold is None else options.threshold
-    overlap = 0.8 if options.overlap_threshold is None else options.overlap_threshold
+    overlap = OVERLAP if options.overlap_threshold is None else options.overlap_threshold
     K = classes.shape[2] - 1
     scores, labels = classes.softmax(-1).max(-1)
     kept = (labels < K) & (scores > least)

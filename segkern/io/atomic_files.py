@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, then renamed."""
+"""Files and folders that are whole or not there: written under a temporary name, then renamed."""
 
 import json
 import os
@@ -36,6 +36,42 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+@contextmanager
+def new_place(argument: str, target: str | Path) -> Iterator[Path]:
+    """Gives a path of the same name in a temporary folder beside `target`, to write a file or a
+    folder to; moves what is there when the block ends well.
+
+    Args:
+        argument: what `target` is called in messages, such as "convert: target".
+        target: nothing, or an empty folder; its folder is made if it is not there.
+
+    Yields:
+        the path, in whose folder other temporary files may lie, too. If the block raises, nothing
+        stays.
+
+    Raises:
+        ValueError: there is something at `target`, before or after.
+        OSError: the folder cannot be written to.
+    """
+    target = Path(target)
+    expect_free(argument, target)
+    near = next(path for path in target.absolute().parents if path.exists())
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=near) as temporary:
+        inside = Path(temporary) / target.name
+        yield inside
+        expect_free(argument, target, inside.is_dir())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(inside, target)  # an empty folder gives way to a folder
+
+
+def expect_free(argument: str, path: Path, folder: bool = True) -> None:
+    """Raises ValueError where there is something; an empty folder gives way to another, and to
+    nothing else."""
+    gives_way = folder and path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if os.path.lexists(path) and not gives_way:
+        raise ValueError(f"{argument} must not be there yet, got {path}")
 
 
 def write_json(path: str | Path, value) -> None:

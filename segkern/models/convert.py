@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..io.atomic_files import expect_free
 from ..weights import unpickling
 from ..weights.folders import FILES, SUFFIXES, find_folder, is_model
 from ..weights.hf_folders import read_weights
@@ -121,7 +122,7 @@ def convert(
     if format == "original" and not hasattr(model, "save_original"):
         raise ValueError(f"convert: a {model.config.kind} has no original format that is known")
     _check_name(target, model.config.kind, format)
-    _check_free(target, folder=target.suffix not in SUFFIXES)
+    expect_free("convert: target", target, target.suffix not in SUFFIXES)
     near = next(path for path in target.absolute().parents if path.exists())
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=near) as temporary:
         inside = Path(temporary) / "out" / target.name
@@ -131,7 +132,7 @@ def convert(
             settings, difference = _proved(model, inside)
         written = list(inside.parent.iterdir())
         for path in written:
-            _check_free(target.parent / path.name, path.is_dir())
+            expect_free("convert: target", target.parent / path.name, path.is_dir())
         kind = model.config.kind
         del model  # the next takes as much memory
         with warnings.catch_warnings():  # which came when the real one was opened and written
@@ -152,13 +153,6 @@ def _check_name(target: Path, kind: str, format: str) -> None:
         raise ValueError(
             f"convert: target must {rule} for the {format} format of a {kind}, got {target}"
         )
-
-
-def _check_free(path: Path, folder: bool) -> None:
-    """An empty folder gives way to another, and to nothing else."""
-    gives_way = folder and path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-    if os.path.lexists(path) and not gives_way:
-        raise ValueError(f"convert: target must not be there yet, got {path}")
 
 
 @contextmanager

@@ -5,6 +5,7 @@
 
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatch
 from typing import NamedTuple
@@ -196,4 +197,4 @@ def _made(
 
 def copied(model: SegmentationModel) -> SegmentationModel:
     """Another model with the same settings and weights, in eval mode."""
-    return _made(model, model.state_dict())
+    return deepcopy(model).eval()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from segkern.cli import main
 from segkern.deploy import predict_alone
 from segkern.deploy.bundle import _settings, bundle
 from segkern.inference.segment import segment
+from segkern.io.images import read_image
 from segkern.structures.settings import InputConfig, Options
 from support.models import Squares, model_config
 from support.small_models import convolutions, pixels, tokens
@@ -83,7 +85,7 @@ def test_a_bundle_predicts_without_torch(picture, tmp_path, capsys):
     model = segkern.open_model(tmp_path / "model")
     assert_same(found, segment(model, picture, "panoptic", threshold=0.1))
     assert main(command) == 2
-    assert "folder must be new or empty" in capsys.readouterr().err
+    assert "folder must not be there yet" in capsys.readouterr().err
 
 
 class Runner:
@@ -120,7 +122,11 @@ CASES = {
         "panoptic",
         {"threshold": 0.0, "overlap_threshold": 0.0},
     ),
-    "instance": (lambda: convolutions(head="instance"), "instance", {"top_k": 5}),
+    "instance": (
+        lambda: convolutions(head="instance"),
+        "instance",
+        {"top_k": 5, "threshold": 0.0},
+    ),
     "instance with stuff": (
         lambda: convolutions(head="instance", stuff=(1,)),
         "instance",
@@ -141,6 +147,12 @@ def test_its_way_from_logits_to_segments_is_that_of_segment(case, picture):
     names = {str(k): v for k, v in (model.config.labels.names or {}).items()}
     result = predict_alone.as_json(found, image, takes, names)
     assert_same(result, segment(model, picture, task, **given))
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_thresholds_are_those_of_segkern_predict(task):
+    takes = _settings(convolutions(head="instance"), task, Options())
+    assert (takes["threshold"], takes["overlap_threshold"]) == (0.8, 0.8)
 
 
 def test_nothing_found_is_an_empty_list(picture):
@@ -200,12 +212,22 @@ def test_pictures_are_read_upright_and_on_white(tmp_path):
     exif[274] = 6
     turned.save(tmp_path / "b.jpg", exif=exif)
     assert predict_alone.read(tmp_path / "b.jpg").size == (4, 6)
+    deep = np.array([[0, 300, 30000, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    have = np.asarray(predict_alone.read(tmp_path / "deep.png"))
+    want = read_image(tmp_path / "deep.png").float().permute(1, 2, 0).numpy()
+    assert np.abs(have - 255 * want).max() <= 0.5
+
+
+def test_pictures_of_one_name_have_results_of_their_own():
+    paths = [Path(name) for name in ("a/1.jpg", "b/1.jpg", "1_2.jpg", "c/1.PNG")]
+    assert predict_alone.names_of(paths) == ["1", "1_2", "1_2_2", "1_3"]
 
 
 def test_what_cannot_be_bundled_is_named(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("kept")
-    with pytest.raises(FileExistsError, match=r"folder must be new or empty, .*full is not"):
+    with pytest.raises(ValueError, match=r"folder must not be there yet, got .*full"):
         bundle(tokens(), tmp_path / "full")
     with pytest.raises(ValueError, match="task must be 'semantic' for a Segmenter"):
         bundle(pixels(), tmp_path / "new", "instance")

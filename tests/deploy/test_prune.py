@@ -251,7 +251,7 @@ def test_what_cannot_be_pruned_is_told_and_nothing_is_written(
 
 def test_nothing_is_written_over(models, tmp_path):
     (tmp_path / "kept.txt").write_text("mine")
-    with pytest.raises(ValueError, match="out must be a new file or folder"):
+    with pytest.raises(ValueError, match="out must not be there yet"):
         segkern.prune(models["Mask2Former"], tmp_path, layers=1)
     assert (tmp_path / "kept.txt").read_text() == "mine"
 
@@ -333,4 +333,4 @@ def test_the_commands_prune_and_train_on(models, tmp_path, capsys):
     model = open_model(run)
     assert (model.config.decoder_layers, model.config.num_queries) == (2, 5)
     assert main(["prune", whole, small, "--layers", "1"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "out must not be there yet" in capsys.readouterr().err
