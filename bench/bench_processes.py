@@ -2,8 +2,8 @@
 
 Each process has one thread and as many images a step whatever their number, so that two make the
 step of twice the batch; "one process" over "segkern" is the share of the time in which work is
-done: 1.00 would be perfect. "two runs" are as many processes that know nothing of each other: what
-the machine itself costs two. A step begins with reading its images, which all processes do at once.
+done: 1.00 would be perfect. "two runs" are two processes that know nothing of each other: what
+they cost each other anyhow. A step begins with reading its images, which all do at once.
 """
 
 import os
@@ -31,19 +31,15 @@ class Processes:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        shared = {
-            "WORLD_SIZE": count if together else 1,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        shared["WORLD_SIZE"] = str(count if together else 1)
         command = [sys.executable, SCRIPT, case, str(images)]
         self.all = [
             subprocess.Popen(
                 [*command, f"{self.folder.name}/{0 if together else rank}"],
                 env=os.environ
-                | {"OMP_NUM_THREADS": "1"}
-                | {name: str(rank if together else 0) for name in ("RANK", "LOCAL_RANK")}
-                | {name: str(value) for name, value in shared.items()},
+                | shared
+                | {name: str(rank if together else 0) for name in ("RANK", "LOCAL_RANK")},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
