@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_LEFT = re.compile(r"\.[0-9a-f]{32}(\.\w+)?")  # the temporary names of `atomic`
 
 
 @contextmanager
@@ -36,6 +39,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def remove_left(folder: str | Path) -> None:
+    """Removes what `atomic` leaves in a folder where it is killed; nobody may write there now."""
+    for path in Path(folder).iterdir():
+        if _LEFT.fullmatch(path.name):
+            path.unlink()
 
 
 def write_json(path: str | Path, value) -> None:
