@@ -7,6 +7,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from segkern import recipes
 from segkern.cli import main
 from segkern.data import Digits, DigitsConfig
+from segkern.evaluation import evaluate as evaluation
 from segkern.evaluation.evaluate import evaluate
 from segkern.evaluation.panoptic import truth_map
 from segkern.evaluation.shares import as_list
@@ -85,6 +87,10 @@ def several(rank):
         "alone": measured(scenes, shared=False),
         "validated": validated(scenes, folder),
     }
+    made = mock.patch.object(evaluation, "writable_folder", wraps=evaluation.writable_folder)
+    with made as calls:
+        found["written"] = measured(scenes, limit=1, out=folder / "figures/one.json")
+    found["looks"] = calls.call_count
     for name, spoil in (("bad", 20), ("worse", 3)):
         broken = alike(random_scenes(COUNT))
         broken.samples[spoil].pop("masks")
@@ -121,6 +127,12 @@ def test_two_processes_measure_what_one_does(name, two):
     assert json.loads(want)["images"] == (limit or COUNT)
     assert two[0][name] == want
     assert two[1][name] == want
+
+
+def test_the_first_process_alone_makes_the_folder(two, run):
+    assert [two[rank]["looks"] for rank in (0, 1)] == [1, 0]
+    written = json.loads((run / "figures/one.json").read_text())
+    assert figures(written) == two[0]["written"] == two[1]["written"] == two[0]["few"]
 
 
 def test_validation_in_training_is_shared_and_the_first_keeps_the_best(two, run):
