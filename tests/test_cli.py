@@ -1,5 +1,6 @@
 """The command line: every command once, and one clear line for every error."""
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -266,7 +267,7 @@ REAL = recipes.digits  # before the fixture puts the small one in its place
 
 
 @pytest.mark.slow
-def test_export_says_what_it_wrote(tmp_path, capsys):
+def test_export_says_what_it_wrote(tmp_path, capsys, monkeypatch):
     torch.manual_seed(0)
     tokens().save_pretrained(tmp_path / "model")
     file = tmp_path / "out" / "model.onnx"
@@ -280,10 +281,16 @@ def test_export_says_what_it_wrote(tmp_path, capsys):
     for more, words in (
         (["--one-size"], "give --fixed or --one-size, got both"),
         (["--bundle"], "are for a file"),
-        (["--bound", "-1"], "must equal the model to -1"),
         (["--task", "panoptic"], "post must be the task"),
     ):
         assert main([*command, *more]) == 2
         assert words in capsys.readouterr().err
     assert main([*command[:2], str(tmp_path / "model.tflite")]) == 2
     assert "path must end in .onnx, .xml, .pt2" in capsys.readouterr().err
+
+    def differs(*_, bound, **__):
+        raise ValueError(f"must equal the model to {bound}")
+
+    monkeypatch.setattr(importlib.import_module("segkern.cli.export"), "write_file", differs)
+    assert main([*command, "--bound", "0.5"]) == 2
+    assert "must equal the model to 0.5" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from ..recipes.check_data import check_data, show_data
 from ..recipes.compare import LEVELS, compare, markdown
 from ..recipes.demo import demo as run_demo
 from ..runtime.processes import ALONE, code_before, joined, lost_another, said_before
+from .arguments import Model
 from .evaluate import evaluate
 from .export import export
 from .predict import predict
@@ -36,9 +37,6 @@ from .shard import data_command
 from .train import train_command
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
-_Model = Annotated[
-    str, tyro.conf.arg(help="folder of a run or a model, or a name on the Hugging Face hub")
-]
 _DESCRIPTION = "Segmentation on kernels of its own. --debug shows where an error arose."
 
 
@@ -82,7 +80,7 @@ def demo(
 
 def explain(
     image: tyro.conf.Positional[Path],
-    model: _Model,
+    model: Model,
     at: tuple[float, float] = (0.5, 0.5),
     out: Path = Path("explain.png"),
     max_pixels: int | None = None,
@@ -159,7 +157,7 @@ def data(
         split: of show.
         count: of samples that are drawn.
         size: of show: height and width of the views; not given, the recipe's.
-        workers: of check: processes that read; not given, one a core.
+        workers: of check: processes that read; not given, one a core, at most 16.
     """
     settings, line = find_format(root) if layout is None else (FolderConfig(root, layout), None)
     print(line or f"{root}: data of kind folder ({layout})")
@@ -186,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [a for a in arguments if a != "--debug"]
     lines, warnings.formatwarning = warnings.formatwarning, _warning
     try:
-        with _processes(arguments) as first, nullcontext() if first else redirect_stdout(None):
+        with _processes(arguments) as prints, nullcontext() if prints else redirect_stdout(None):
             return _called(arguments, debug)
     except KeyboardInterrupt as stop:
         return _ended(130, f"\nsegkern: {stop or 'stopped'}", stop)
@@ -204,11 +202,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _processes(arguments: list[str]) -> Iterator[bool]:
-    """Joins the processes of a command that several may run together; gives whether this is the
-    first of them."""
-    several = arguments[:1] and arguments[0] in ("train", "evaluate", "predict")
+    """Joins the processes of a command that several may run together; gives whether this one
+    prints: the first of them, and of predict each what became of its own pictures."""
+    command = arguments[0] if arguments else ""
+    several = command in ("train", "evaluate", "predict")
     with joined() if several else nullcontext(ALONE) as processes:
-        yield processes.first
+        yield processes.first or command == "predict"
 
 
 def _called(arguments: list[str], debug: bool) -> int:

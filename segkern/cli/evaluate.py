@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 
 from .. import recipes
-from ..data import Digits, Folder, Pictures, Shards, Streets
+from ..data import Digits, Streets
 from ..data.folder import Layout
 from ..evaluation.evaluate import evaluate as run_evaluate
 from ..evaluation.optional import import_extra
@@ -19,21 +19,18 @@ from ..ops.segment_map import TASKS
 from ..recipes.evaluate_run import run_folder, source_of, write_report
 from ..runtime.shared_work import group
 from ..structures.settings import Options, Views
-
-_Task = Literal[TASKS]
-_Model = Annotated[
-    str, tyro.conf.arg(help="folder of a run or a model, or a name on the Hugging Face hub")
-]
+from .arguments import Model, Task
+from .measured import tasks_on
 
 
 def evaluate(
-    model: Annotated[_Model, tyro.conf.Positional],
+    model: Annotated[Model, tyro.conf.Positional],
     level: Literal["easy", "hard", "mixed"] | None = None,
     split: Literal["val", "test"] | None = None,
     size: tuple[int, int] | None = None,
     seed: int | None = None,
     scenes: int | None = None,
-    tasks: tuple[_Task, ...] = TASKS,
+    tasks: tuple[Task, ...] = TASKS,
     threshold: float | None = None,
     data: str | None = None,
     layout: Layout | None = None,
@@ -94,11 +91,7 @@ def evaluate(
     if isinstance(source, (Digits, Streets)):
         scenes = 400 if scenes is None else scenes
     if tasks == TASKS:
-        tasks = opened.config.tasks
-        if isinstance(source, Folder):
-            tasks = ("semantic",)
-        elif isinstance(source, (Pictures, Shards)) and not source.semantic:
-            tasks = ("instance",)
+        tasks = tasks_on(opened, source)
     if threshold is None and isinstance(source, Digits) and "panoptic" in tasks:
         threshold = recipes.DIGITS_THRESHOLD
     options, views = Options(threshold), Views(window, stride, scales, flip)

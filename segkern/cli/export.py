@@ -10,14 +10,14 @@ from ..deploy.compare import BOUND
 from ..deploy.export import export as write_file
 from ..deploy.graph import POSTS
 from ..models import open_model
-from ..ops.segment_map import TASKS
 from ..structures.settings import Options
+from .arguments import Task
 
 
 def export(
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
-    task: Literal[TASKS] | None = None,
+    task: Task | None = None,
     post: Literal[POSTS] | None = None,
     size: tuple[int, int] | None = None,
     batch: int | None = None,

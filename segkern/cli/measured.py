@@ -1,9 +1,8 @@
 """The data on which commands measure a model before and after: as `segkern evaluate` finds it."""
 
-from pathlib import Path
 from typing import NamedTuple
 
-from ..data import Digits, Folder, Pictures, Streets, build_dataset, find_format
+from ..data import Digits, Folder, Pictures, Shards, Streets, build_dataset, find_format
 from ..models import SegmentationModel
 from ..recipes import DIGITS_THRESHOLD
 from ..recipes.evaluate_run import data_of_run, source_of
@@ -31,14 +30,14 @@ class Data(NamedTuple):
 
 
 def data_for(
-    name: str, opened: SegmentationModel, data: Path | None, limit: int | None, **given
+    name: str, opened: SegmentationModel, data: str | None, limit: int | None, **given
 ) -> Data:
     """The folder that is given, what the run trained on, or scenes of digits.
 
     Args:
         name: of the model.
         opened: the model.
-        data: folder of pictures, or None.
+        data: folder of pictures or address of shards; None where none is given.
         limit: the first so many images; None for all, or 100 scenes.
         given: settings of scenes, such as their split.
 
@@ -47,24 +46,29 @@ def data_for(
     """
     source, title = source_of(name, opened, data, None, None, given)
     scenes = isinstance(source, (Digits, Streets))
-    tasks, threshold = opened.config.tasks, None
-    if isinstance(source, Folder):
-        tasks = ("semantic",)
-    elif isinstance(source, Pictures) and not source.semantic:
-        tasks = ("instance",)
+    tasks, threshold = tasks_on(opened, source), None
     if isinstance(source, Digits) and "panoptic" in tasks:
         threshold = DIGITS_THRESHOLD
     limit = _SCENES if limit is None and scenes else limit
     return Data(source, title, tasks, limit, Options(threshold))
 
 
-def training_data(name: str, data: Path | None, source):
+def tasks_on(opened: SegmentationModel, source) -> tuple[str, ...]:
+    """Of what a model can do, that for which a data set has the truth."""
+    if isinstance(source, Folder):
+        return ("semantic",)
+    if isinstance(source, (Pictures, Shards)) and not source.semantic:
+        return ("instance",)
+    return opened.config.tasks
+
+
+def training_data(name: str, data: str | None, source):
     """The training split of what a model is measured on, whole images; `source` itself where there
     is no such split.
 
     Args:
         name: of the model.
-        data: the folder that was given, or None.
+        data: as `data_for` takes it.
         source: what `data_for` found.
     """
     settings = find_format(data)[0] if data is not None else data_of_run(name, False)

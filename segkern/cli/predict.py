@@ -2,28 +2,23 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 import tyro
 
 from ..inference.predict_files import Predicted, pictures, predict_files
 from ..inference.predict_many import ERRORS, Shard, predict_many
 from ..models import open_model
-from ..ops.segment_map import TASKS
-from ..runtime.shared_work import group
+from ..runtime.shared_work import by_first, group
 from ..structures.settings import Options, Views
-
-_Task = Literal[TASKS]
-_Model = Annotated[
-    str, tyro.conf.arg(help="folder of a run or a model, or a name on the Hugging Face hub")
-]
+from .arguments import Model, Task
 
 
 def predict(
     images: tyro.conf.Positional[tuple[str, ...]],
-    model: _Model = "demo",
+    model: Model = "demo",
     out: Path = Path("predictions"),
-    task: _Task | None = None,
+    task: Task | None = None,
     threshold: float | None = None,
     window: int | None = None,
     stride: int | None = None,
@@ -36,9 +31,9 @@ def predict(
     lists: Annotated[tuple[Path, ...], tyro.conf.arg(name="list")] = (),
     recursive: bool = False,
     format: Literal["files", "jsonl", "parquet"] = "files",
-    shard_size: int = 1000,
-    batch_size: int = 4,
-    threads: int = 2,
+    shard_size: int | None = None,
+    batch_size: int | None = None,
+    threads: int | None = None,
     retry: bool = False,
     processes: int = 1,
 ) -> int:
@@ -69,17 +64,25 @@ def predict(
         lists: text files with a path, an address (http://, https://) or an archive a line.
         recursive: take the pictures of folders in folders, too.
         format: files for three files a picture, jsonl or parquet for shards.
-        shard_size: pictures in a shard.
-        batch_size: with shards, pictures of one size that go through the model together.
-        threads: with shards, those that read pictures while the model runs.
+        shard_size: pictures in a shard; not given, 1000.
+        batch_size: with shards, pictures of one size that go through the model together; not
+            given, 4.
+        threads: with shards, those that read pictures while the model runs; not given, 2.
         retry: with shards, do finished ones with errors again.
         processes: on this machine, which share the pictures, on GPUs one each. torchrun starts
             them on several machines, without this option.
     """
     if not images and not lists:
         raise ValueError("predict: no image given")
+    shards = {"shard_size": shard_size, "batch_size": batch_size, "threads": threads}
+    shards = {name: value for name, value in shards.items() if value is not None}
+    shards |= {"retry": True} if retry else {}
     if format == "files":
-        pictures(images, lists, recursive)  # before a model is opened, maybe from the network
+        if shards:
+            option = next(iter(shards)).replace("_", "-")
+            raise ValueError(f"predict: --{option} is for shards: give --format jsonl or parquet")
+        # before a model is opened, maybe from the network
+        by_first(group(), lambda: len(pictures(images, lists, recursive)))
     if model == "demo" and not Path(model).is_dir():
         raise ValueError("no folder demo: run `segkern demo` first or give --model")
     opened = open_model(model).to(group().device(device))
@@ -91,8 +94,8 @@ def predict(
     if format == "files":
         _, failed = predict_files(*settings, _tell, **chosen)
         return 2 if failed else 0
-    shards = {"batch_size": batch_size, "threads": threads, "retry": retry, "report": _tell_shard}
-    count, failed = predict_many(*settings, format, shard_size, **shards, **chosen)
+    shards |= {"format": format, "report": _tell_shard}
+    count, failed = predict_many(*settings, **shards, **chosen)
     if group().first and failed:
         text = f"{failed} of {count} pictures have no result: {out / ERRORS} says why"
         print(f"segkern predict: error: {text}", file=sys.stderr)
@@ -102,13 +105,18 @@ def predict(
 def _tell_shard(shard: Shard) -> None:
     """Prints what became of a shard, in a line."""
     failed = f", {shard.failed} without a result" if shard.failed else ""
-    print(f"{shard.path}: {shard.pictures} pictures{failed}{', as it was' if shard.kept else ''}")
+    _say(f"{shard.path}: {shard.pictures} pictures{failed}{', as it was' if shard.kept else ''}")
 
 
 def _tell(picture: Predicted) -> None:
     """Prints what became of a picture, in a line."""
     if picture.error is not None:
-        print(f"segkern predict: error: {picture.error}", file=sys.stderr)
+        _say(f"segkern predict: error: {picture.error}", sys.stderr)
         return
     nothing = "nothing scored above the threshold; a lower --threshold shows more"
-    print(f"{picture.path}: {picture.result.summary() or nothing}; written: {picture.json}")
+    _say(f"{picture.image}: {picture.result.summary() or nothing}; written: {picture.json}")
+
+
+def _say(line: str, file: TextIO | None = None) -> None:
+    """Prints a line at once and in one piece, as other processes print to the same place."""
+    print(f"{line}\n", end="", file=file, flush=True)

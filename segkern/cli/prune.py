@@ -22,7 +22,7 @@ def prune(
     zeros: float | None = None,
     everywhere: bool = False,
     keep: tuple[str, ...] = (),
-    data: Path | None = None,
+    data: str | None = None,
     limit: int | None = None,
     device: str = "auto",
 ) -> None:
@@ -42,8 +42,8 @@ def prune(
         everywhere: that share in each tensor, and not of all together.
         keep: patterns of names of weights that stay, such as "backbone.*"; sampling offsets, the
             task's words and the class head always do.
-        data: folder whose val split is measured on; not given, the run's data, or scenes of
-            digits.
+        data: folder, or address of shards, whose val split is measured on; not given, the run's
+            data, or scenes of digits.
         limit: the first so many images; not given, all, or 100 scenes.
         device: "cpu", "cuda", or "auto" for cuda where there are kernels for it.
     """

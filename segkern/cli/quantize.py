@@ -18,7 +18,7 @@ def quantize(
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     method: Literal[METHODS] = "int8",
-    data: Path | None = None,
+    data: str | None = None,
     pictures: int = 32,
     keep: tuple[str, ...] = (),
     max_drop: float = 0.01,
@@ -35,8 +35,8 @@ def quantize(
         out: .onnx for ONNX Runtime and others, .pt2 for torch.export, or, of bf16, a folder; there
             is nothing yet.
         method: int8, weights and activations; int8-weights, weights alone; bf16, weights alone.
-        data: folder whose val split is measured on, and whose train split gives the ranges of
-            activations; not given, the run's data, or scenes of digits.
+        data: folder, or address of shards, whose val split is measured on, and whose train split
+            gives the ranges of activations; not given, the run's data, or scenes of digits.
         pictures: of the train split that give the ranges.
         keep: patterns of names of weights that stay in float32, such as "backbone.*"; sampling
             offsets, the task's words, the class head and norms always do.

@@ -9,8 +9,8 @@ import tyro
 from ..data import FolderConfig, find_format
 from ..data.folder import Layout
 from ..data.write_shards import size_in_bytes
-from ..ops.segment_map import TASKS
 from ..recipes.shard_data import shard_data
+from .arguments import Task
 
 
 def data_command(arguments: list[str], others: Callable) -> Callable:
@@ -20,10 +20,10 @@ def data_command(arguments: list[str], others: Callable) -> Callable:
 
     def data(
         action: tyro.conf.Positional[Literal["shard"]],
-        source: tyro.conf.Positional[Path],
+        source: tyro.conf.Positional[str],
         target: tyro.conf.Positional[Path],
         size: str = "500MB",
-        task: Literal[TASKS] | None = None,
+        task: Task | None = None,
         layout: Layout | None = None,
         shuffle: bool = False,
         workers: int | None = None,
@@ -41,7 +41,7 @@ def data_command(arguments: list[str], others: Callable) -> Callable:
             layout: of a folder of maps of classes; not given, the format is told from the files.
             shuffle: write the pictures in an order that chance drew, for a set that is sorted, by
                 city or by scene, and larger than what training shuffles together (--data.buffer).
-            workers: processes that read; not given, one a core.
+            workers: processes that read; not given, one a core, at most 16.
         """
         most = size_in_bytes(size)
         found, line = find_format(source) if layout is None else (FolderConfig(source, layout), "")

@@ -154,10 +154,8 @@ class Shards:
         self.stuff = index.stuff
         self._apart = index.task == "semantic" or config.task == "semantic"  # each class a segment
         self._of_things = index.task == "panoptic" and config.task == "instance"
-        names, self._labels = (
-            index.classes,
-            {k: k for k in self._known},
-        )  # of a label in files ours
+        names = index.classes
+        self._labels = {k: k for k in self._known}  # of a label in files ours
         if self._apart:
             self.things, self.stuff = (), tuple(self._known)
         elif self._of_things:
@@ -168,7 +166,9 @@ class Shards:
         self.semantic, self.passes = config.task != "instance", views is not None
         self.first = np.cumsum([0, *(shard.samples for shard in self.shards)])
         self.told: set[str] = set()
-        self._lost: dict[int, tuple[int, str, float]] = {}  # of a shard from where, why, how long
+        self._lost: dict[
+            int, tuple[int, str, float]
+        ] = {}  # of a shard from where, why, until when
         self._passes: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._block: tuple = None, None
         self.faults = [] if is_url(config.root) else self._absent()
@@ -237,7 +237,7 @@ class Shards:
                 tell(f"{error}; a picture after it stands for it", self.told)
                 at = (at + 1) % len(self)
                 if isinstance(error, LostShard):
-                    if time.monotonic() >= until:
+                    if k < since or time.monotonic() >= until:  # it was asked for
                         self._lost[shard] = k, str(error), time.monotonic() + _LEFT_ALONE
                     at = self._instead(shard, k)
                 continue

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..io import rle
-from ..io.atomic_files import atomic, writable_folder, write_json
+from ..io.atomic_files import atomic, remove_left, writable_folder, write_json
 from ..io.images import read_head
 from .labelme import embedded
 from .pictures import Pictures
@@ -28,7 +28,6 @@ from .sample import IdMaps, coco_masks
 from .shard_files import INDEX, SEG, STATE, TASKS, Index, Shard
 from .views import ViewConfig
 
-_LEFT = re.compile(r"\.[0-9a-f]{32}\.(tar|idx)")  # what a kill leaves of `atomic`
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -150,9 +149,7 @@ def _resumed(folder: Path, fingerprint: dict) -> dict:
     for name, size in kept.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise ValueError(f"{folder / name}: must be as it was written: start in a new folder")
-    for path in folder.iterdir():
-        if _LEFT.fullmatch(path.name):
-            path.unlink()
+    remove_left(folder)
     return written
 
 

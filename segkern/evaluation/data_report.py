@@ -70,7 +70,7 @@ def examine(dataset, title: str = "data", workers: int | None = None, progress: 
     Args:
         dataset: as above.
         title: of the progress bar.
-        workers: processes; None takes a process a core.
+        workers: processes; None takes a process a core, at most 16.
         progress: show a bar.
 
     Returns:

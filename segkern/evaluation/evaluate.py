@@ -124,9 +124,7 @@ def evaluate(
     total = len(source) if limit is None else min(limit, len(source))
     classes, stuff = check_dataset(source, model.config, tasks)
     if out is not None:
-        if Path(out).is_dir():
-            raise ValueError(f"evaluate: out must be a file, got the folder {out}")
-        writable_folder(Path(out).parent)
+        by_first(processes, lambda: _writable(Path(out)))
     kinds = {
         "panoptic": Panoptic,
         "instance": partial(Instances, most=max_detections),
@@ -192,6 +190,13 @@ def evaluate(
             stacklevel=2,
         )
     return value
+
+
+def _writable(out: Path) -> None:
+    """Raises ValueError or OSError where no figures can be written there."""
+    if out.is_dir():
+        raise ValueError(f"evaluate: out must be a file, got the folder {out}")
+    writable_folder(out.parent)
 
 
 def options_of(tasks: Sequence[str], options: Options, max_detections: int) -> dict[str, Options]:

@@ -5,30 +5,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from ..io.atomic_files import writable_folder, write_json
 from ..io.overlay import save_label_map, save_picture
 from ..io.picture_list import Place, listed, read_place
+from ..io.sources import is_url
 from ..models.protocol import SegmentationModel
 from ..ops.segment_map import THRESHOLD
 from ..runtime.shared_work import Together, by_first, group
 from ..structures.segmentation import Segmentation
 from ..structures.settings import Options, Views
-from .segment import check_one, segment
+from .segment import FAILURES, check_one, reason_of, segment
 
 
 class Predicted(NamedTuple):
     """What became of a picture.
 
     Attributes:
-        path: of the picture; of one in an archive or on the network its name there.
+        image: the picture's path, address, or name in its archive.
         result: its segments; None where it failed.
         json: the JSON file written; the other two stand beside it.
         error: what went wrong, a line that names the picture.
     """
 
-    path: Path
+    image: str
     result: Segmentation | None = None
     json: Path | None = None
     error: str | None = None
@@ -47,7 +46,7 @@ def predict_files(
     size: int | tuple[int, int] | dict[str, int] | None = None,
     lists: Sequence[str | Path] = (),
     recursive: bool = False,
-) -> tuple[list[Path], list[tuple[Path, str]]]:
+) -> tuple[list[Path], list[tuple[str, str]]]:
     """Segments every picture and writes NAME_overlay.png, NAME_labels.png and NAME.json for each.
 
     A picture that cannot be read, or is too large for the memory, does not keep the others from
@@ -79,12 +78,19 @@ def predict_files(
     model.config.input.sized("predict", size)
     if task == "instance" and options.threshold is None:
         options = replace(options, threshold=THRESHOLD)
-    places = pictures(paths, lists, recursive)
-    folders = {Path(place.path).parent for place in places}
-    if Path(out_dir).resolve() in {folder.resolve() for folder in folders}:
-        raise ValueError(f"predict: {out_dir} holds the pictures themselves; choose another --out")
-    processes = group()
-    folder = by_first(processes, lambda: writable_folder(out_dir))
+    processes, folder = group(), Path(out_dir)
+
+    def begin() -> list[Place]:
+        places = pictures(paths, lists, recursive)
+        folders = {Path(place.path).parent for place in places if not is_url(place.path)}
+        if folder.resolve() in {own.resolve() for own in folders}:
+            raise ValueError(
+                f"predict: {folder} holds the pictures themselves; choose another --out"
+            )
+        writable_folder(folder)
+        return places
+
+    places = by_first(processes, begin)  # what a folder holds may change between two looks
     read = {"max_pixels": max_pixels, "channels": model.config.input.channels}
     given = {"options": options, "views": views, "cuda_graphs": cuda_graphs, "size": size}
     written, failed = [], []
@@ -95,19 +101,17 @@ def predict_files(
                 continue
             if work.failed():
                 break
-            path = Path(place.image)
             try:
                 result = segment(model, read_place(place, **read), task, **given)
                 save_picture(folder / f"{name}_overlay.png", result.plot())
                 save_label_map(folder / f"{name}_labels.png", result)
                 write_json(folder / f"{name}.json", {"image": place.name, **result.to_json()})
                 written.append(folder / f"{name}.json")
-                outcome = Predicted(path, result, written[-1])
-            except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                reason = reason if str(place) in reason else f"{place}: {reason}"
-                failed.append((path, reason))
-                outcome = Predicted(path, error=reason)
+                outcome = Predicted(place.image, result, written[-1])
+            except FAILURES as error:
+                reason = reason_of(str(place), error)
+                failed.append((place.image, reason))
+                outcome = Predicted(place.image, error=reason)
             if report is not None:
                 report(outcome)
     return written, failed

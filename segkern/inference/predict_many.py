@@ -9,7 +9,6 @@ stopped.
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..io.ahead import ahead
-from ..io.atomic_files import atomic, writable_folder, write_json
+from ..io.atomic_files import atomic, remove_left, writable_folder, write_json
 from ..io.picture_list import Place, listed, parsed, read_list, read_place, write_list
 from ..models.protocol import SegmentationModel
 from ..ops._checks import expect_integer
@@ -30,13 +29,11 @@ from ..runtime.shared_work import Together, by_first, group
 from ..structures.segmentation import Segmentation
 from ..structures.settings import Options, Views
 from .result_shards import FORMATS, errors_name, import_arrow, shard_name, writer
-from .segment import check_one, segment
+from .segment import FAILURES, check_one, reason_of, segment
 
 JOB, LIST, ERRORS = "job.json", "pictures.jsonl", "errors.jsonl"
 _TOGETHER = 2  # batches whose pictures are held at once, and grouped by size
 _PIXELS = 2**25  # that they may have
-_LEFT = re.compile(r"\.[0-9a-f]{32}\.(json|jsonl|parquet)")  # what a killed run was writing
-_ERRORS = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 class Shard(NamedTuple):
@@ -123,7 +120,6 @@ def predict_many(
         "inputs": inputs,
         "lists": lists,
         "recursive": recursive,
-        "weights": _digest(model),
         "task": task,
         "options": asdict(options),
         "views": asdict(views),
@@ -134,7 +130,7 @@ def predict_many(
         "shard_size": shard_size,
     }
     processes, folder = group(), Path(out_dir)
-    by_first(processes, lambda: _begin(folder, job, listed(inputs, lists, recursive)))
+    by_first(processes, lambda: _begin(folder, model, job, listed(inputs, lists, recursive)))
     given = {"options": options, "views": views, "cuda_graphs": cuda_graphs, "size": size}
     find = partial(segment, model, task=task, batch_size=batch_size, **given)
     read = partial(read_place, max_pixels=max_pixels, channels=model.config.input.channels)
@@ -162,19 +158,19 @@ def predict_many(
 
 
 def _digest(model: SegmentationModel) -> str:
-    """Tells weights from others."""
-    found = hashlib.blake2b(digest_size=16)
+    """Tells a model's settings and weights from others."""
+    found = hashlib.blake2b(repr(model.config).encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 
-def _begin(folder: Path, job: dict, places: Iterator[Place]) -> None:
+def _begin(folder: Path, model: SegmentationModel, job: dict, places: Iterator[Place]) -> None:
     """Writes what the job is and its pictures, or checks that it is the one that was begun."""
-    job = json.loads(json.dumps(job))  # as it is read again
     path = folder / JOB
     writable_folder(folder)
+    job = json.loads(json.dumps({"model": _digest(model)} | job))  # as it is read again
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name in job if job[name] != before.get(name)]
@@ -184,9 +180,7 @@ def _begin(folder: Path, job: dict, places: Iterator[Place]) -> None:
                 f"predict: {folder} holds the results of another job, whose {name} is "
                 f"{before.get(name)!r}, here {job[name]!r}: choose another --out"
             )
-        for left in folder.iterdir():
-            if _LEFT.fullmatch(left.name):
-                left.unlink()
+        remove_left(folder)
         return
     if next(folder.glob("shard-*"), None) is not None:
         raise ValueError(f"predict: {folder} holds shards without {JOB}: choose another --out")
@@ -205,7 +199,11 @@ def _write(
     find: Callable,
     most: int,
 ) -> int:
-    """Writes a shard; returns how many pictures of it have no result."""
+    """Writes a shard and its errors; returns how many pictures of it have no result.
+
+    A shard that is there has the errors that are: one of an earlier try goes before them, so that
+    a kill in between leaves none, which is written anew.
+    """
     bad = []
     with writer(path, format) as write:
         for some in _grouped(found, most):
@@ -219,12 +217,12 @@ def _write(
                     bad.append((number, place, result))
             write([rows[number] for number, *_ in pictures if number in rows])
             bad += [item for item in some if not isinstance(item[2], Tensor)]
+        path.unlink(missing_ok=True)
+        errors.unlink(missing_ok=True)
         if bad:
             with atomic(errors) as temporary, temporary.open("w", encoding="utf-8") as file:
                 for number, place, error in sorted(bad, key=lambda item: item[0]):
                     file.write(f"{json.dumps(_failure(number, place, error))}\n")
-    if not bad:
-        errors.unlink(missing_ok=True)  # of a try before
     return len(bad)
 
 
@@ -232,7 +230,7 @@ def _grouped(found: Iterator, most: int) -> Iterator[list[tuple[int, Place, Tens
     """Pictures that are worked on at once: those that follow each other, as far as memory goes."""
     some, pixels = [], 0
     for number, (place, picture) in found:
-        if isinstance(picture, Exception) and not isinstance(picture, _ERRORS):
+        if isinstance(picture, Exception) and not isinstance(picture, FAILURES):
             raise picture
         more = picture[0].numel() if isinstance(picture, Tensor) else 0
         if some and (len(some) >= most or pixels + more > _PIXELS):
@@ -248,7 +246,7 @@ def _results(find: Callable, pictures: Sequence[tuple]) -> list[Segmentation | E
     """A result or an error for each; where all together fail, one by one."""
     try:
         return find([picture for *_, picture in pictures]) if pictures else []
-    except _ERRORS:
+    except FAILURES:
         pass
     return [_tried(find, picture) for *_, picture in pictures]
 
@@ -256,15 +254,13 @@ def _results(find: Callable, pictures: Sequence[tuple]) -> list[Segmentation | E
 def _tried(find: Callable, picture: Tensor) -> Segmentation | Exception:
     try:
         return find(picture)
-    except _ERRORS as error:
+    except FAILURES as error:
         return error
 
 
 def _failure(number: int, place: Place, error: Exception) -> dict:
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    reason = reason if str(place) in reason else f"{place}: {reason}"
     told = {"number": number, "image": _text(place.image), "archive": _text(place.archive)}
-    return told | {"error": _text(reason)}
+    return told | {"error": _text(reason_of(str(place), error))}
 
 
 def _text(name: str | None) -> str | None:

@@ -27,6 +27,14 @@ from .postprocess import Found, find_maps, results, semantic
 from .query_windows import query_label_maps
 from .sliding_window import PIXELS_AT_ONCE, label_maps, predict
 
+FAILURES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)  # of a picture, not of all
+
+
+def reason_of(picture: str, error: Exception) -> str:
+    """Why a picture has no result, in a line that names it."""
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return reason if picture in reason else f"{picture}: {reason}"
+
 
 def segment(
     model: SegmentationModel,

@@ -146,7 +146,7 @@ class Pipeline:
         )
 
         def read(source, name: str) -> torch.Tensor:
-            opened = open_source(source, name, timeout, max_bytes, max_pixels)
+            opened = open_source(source, name, timeout, max_bytes)
             return read_image(opened, name, max_pixels, self.model.config.input.channels)
 
         def batches(sources: Iterator) -> Iterator[list[Found]]:

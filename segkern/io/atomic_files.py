@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_LEFT = re.compile(r"\.[0-9a-f]{32}(\.\w+)?")  # the temporary names of `atomic`
 
 
 @contextmanager
@@ -72,6 +75,13 @@ def expect_free(argument: str, path: Path, folder: bool = True) -> None:
     gives_way = folder and path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if os.path.lexists(path) and not gives_way:
         raise ValueError(f"{argument} must not be there yet, got {path}")
+
+
+def remove_left(folder: str | Path) -> None:
+    """Removes what `atomic` leaves in a folder where it is killed; nobody may write there now."""
+    for path in Path(folder).iterdir():
+        if _LEFT.fullmatch(path.name):
+            path.unlink()
 
 
 def write_json(path: str | Path, value) -> None:

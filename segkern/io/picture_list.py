@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .atomic_files import atomic
 from .images import picture_suffixes, read_image
-from .sources import is_url, open_source
+from .sources import NamedBytes, is_url, open_source
 
 _AT_ONCE = 2**17  # names that are sorted in memory
 
@@ -63,18 +63,16 @@ def read_place(place: Place, max_pixels: int | None = None, channels: int = 3) -
     """
     if place.error is not None:
         raise ValueError(place.error)
-    source, name = Path(place.path), str(place)
     if place.member is not None:
         with open(place.path, "rb") as file:
             file.seek(place.offset)
             data = file.read(place.size)
         if len(data) < place.size:
             raise ValueError(f"{place}: cut off after {len(data)} of {place.size} bytes")
-        source = open_source(data, name, max_pixels=max_pixels)
-    elif is_url(place.path):
-        name = "image"
-        source = open_source(place.path, name, max_pixels=max_pixels)
-    return read_image(source, name, max_pixels, channels)
+        source = NamedBytes(data, str(place))
+    else:
+        source = open_source(place.path) if is_url(place.path) else place.path
+    return read_image(source, str(place), max_pixels, channels)
 
 
 def listed(

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from io import BytesIO
 from urllib.parse import quote
 
-from .images import open_image
-
 TIMEOUT = 30.0  # seconds
 MAX_BYTES = 2**26  # of a picture's file: 64 MiB
 WAITS = (0.5, 2.0, 8.0)  # seconds before a server is asked again
@@ -23,13 +21,7 @@ def is_url(source) -> bool:
     return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
-def open_source(
-    source,
-    name: str = "image",
-    timeout: float = TIMEOUT,
-    max_bytes: int = MAX_BYTES,
-    max_pixels: int | None = None,
-):
+def open_source(source, name: str = "image", timeout: float = TIMEOUT, max_bytes: int = MAX_BYTES):
     """What `io.images.read_image` takes, from any source of a picture.
 
     Args:
@@ -39,37 +31,32 @@ def open_source(
         name: begins the message of an error.
         timeout: seconds to wait for a server, and that what it sends may then take.
         max_bytes: that a server may send.
-        max_pixels: as in `io.images.open_image`.
 
     Returns:
-        a PIL image, upright, or `source`.
+        the bytes of the picture's file, not decoded, as `NamedBytes`; or `source`.
 
     Raises:
         TypeError: a file open as text.
         OSError: the address cannot be fetched.
-        ValueError: more than `max_bytes`, no base64, a file that is closed or open for writing, or
-            not an image that PIL can read.
+        ValueError: more than `max_bytes`, no base64, or a file that is closed or open for writing.
     """
     if is_url(source):
-        data = fetch(source, name, timeout, max_bytes)
-        name = f"{name}: {source}"
-    elif isinstance(source, str) and source[:5].lower() == "data:":
-        data = _decoded(source, name)
-    elif isinstance(source, (bytes, bytearray, memoryview)):
-        data = bytes(source)
-    elif hasattr(source, "read"):
-        try:
-            data = source.read()
-        except ValueError as error:
-            raise ValueError(f"{name}: a file must be open for reading: {error}") from error
-        if not isinstance(data, (bytes, bytearray)):
-            raise TypeError(
-                f"{name}: a file must be open in binary mode, reading it gave "
-                f"{type(data).__name__}"
-            )
-    else:
+        return NamedBytes(fetch(source, name, timeout, max_bytes), f"{name}: {source}")
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return NamedBytes(_decoded(source, name), name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return NamedBytes(bytes(source), name)
+    if not hasattr(source, "read"):
         return source
-    return open_image(NamedBytes(data, name), max_pixels)
+    try:
+        data = source.read()
+    except ValueError as error:
+        raise ValueError(f"{name}: a file must be open for reading: {error}") from error
+    if not isinstance(data, (bytes, bytearray)):
+        raise TypeError(
+            f"{name}: a file must be open in binary mode, reading it gave {type(data).__name__}"
+        )
+    return NamedBytes(data, name)
 
 
 def fetch(

@@ -19,7 +19,7 @@ def check_data(config: DataConfig, out: Path, count: int = 12, workers: int | No
         config: of the data set.
         out: folder to write to.
         count: of samples to draw.
-        workers: processes that read; None takes one a core.
+        workers: processes that read; None takes one a core, at most 16.
 
     Returns:
         whether the train split can be used.

@@ -35,7 +35,8 @@ def shard_data(
         target: folder to write to.
         size: bytes of a shard.
         task: where the set holds several; None takes that of the config.
-        shuffle, workers: as `write_shards` takes them; None takes a process a core.
+        shuffle, workers: as `write_shards` takes them; None takes a process a core, at most
+            16.
 
     Raises:
         ValueError: it is none of files, has no such task or no train split, or see `write_shards`.

@@ -1,5 +1,6 @@
 """Pictures of more than three channels: from a TIFF to the first convolution, and from disk."""
 
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,8 @@ import segkern
 from segkern.data import CocoConfig, FolderConfig, ReadConfig, Wrapped, build_dataset, collate
 from segkern.evaluation.evaluate import evaluate
 from segkern.inference.predict_files import predict_files
+from segkern.io import sources
+from segkern.io.picture_list import listed, read_place
 from segkern.models import (
     Mask2Former,
     Mask2FormerConfig,
@@ -145,6 +148,22 @@ def test_the_whole_way(name, folder, tmp_path):
     assert (len(written), failed) == (1, [])
     val = build_dataset(datasets(folder)["maps"], "val")
     assert 0 <= evaluate(again, val, (task,), progress=False)["miou"] <= 1
+
+
+def test_bands_come_from_archives_addresses_and_bytes(tmp_path, monkeypatch):
+    path = write_tiff(tmp_path / "a.tif", bands())
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(path, "a.tif")
+    monkeypatch.setattr(sources, "fetch", lambda *_: path.read_bytes())
+    address = tmp_path / "list.txt"
+    address.write_text("https://host/a.tif\n")
+    wanted = torch.from_numpy(bands()).movedim(2, 0)
+    places = list(listed([path, tmp_path / "a.tar"], [address]))
+    assert [place.image for place in places] == [str(path), "a.tif", "https://host/a.tif"]
+    for place in places:
+        assert torch.equal(read_place(place, channels=C), wanted)
+    run = segkern.pipeline(Mask2Former(mask2former()).eval())
+    assert run(path.read_bytes(), threshold=0.0) == run(bands(), threshold=0.0)
 
 
 def test_data_is_checked_and_shown(folder, tmp_path, capsys):

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import random
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -214,25 +215,32 @@ class Harmful:
         raise AssertionError("a member was unpickled")
 
 
-def test_nothing_is_unpickled_and_no_name_is_a_path(root, tmp_path, monkeypatch):
-    """Members of other kinds do not matter; links and names that lead elsewhere do nothing."""
-    monkeypatch.chdir(tmp_path)
+def test_nothing_is_unpickled_and_no_name_is_a_path(written, tmp_path, monkeypatch):
+    """Members of other kinds do not matter; names that lead elsewhere do nothing."""
+    root, work = tmp_path / "a/shards", tmp_path / "a/work"
+    shutil.copytree(written, root)
+    work.mkdir()
+    monkeypatch.chdir(work)
     held = pickle.dumps(Harmful())
 
     def change(rows):
         out = []
         for name, data in rows:
-            out.append((f"../../../{name}", data))
+            out.append((f"../{name}" if name.endswith("png") else f"{tmp_path}/{name}", data))
             if name.endswith("json"):
-                out += [(name.replace("json", kind), held) for kind in ("pyd", "pickle", "pth")]
+                out += [(f"../{name[:-4]}{kind}", held) for kind in ("pyd", "pickle", "pth")]
         return out
 
-    before = {path.name for path in tmp_path.parent.iterdir()}
-    rewrite(root / "train-00000.tar", change)
+    path = root / "train-00000.tar"
+    rewrite(path, change)
+    before = set(tmp_path.rglob("*"))
     shards = opened(root)
     assert [shards[i]["id"] for i in range(3)] == [0, 1, 2]
-    assert {path.name for path in tmp_path.parent.iterdir()} == before
-    assert not list(tmp_path.rglob("*.pickle"))
+    assert set(tmp_path.rglob("*")) == before
+    with tarfile.open(path) as tar:  # whoever takes them as paths writes there
+        tar.extractall(filter="fully_trusted")
+    made = {found.parent for found in set(tmp_path.rglob("*")) - before}
+    assert made == {tmp_path, tmp_path / "a"}
 
 
 def link(rows):

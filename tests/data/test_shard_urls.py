@@ -1,6 +1,7 @@
 """Shards on a server on this machine: by parts, again where it is busy, and what is lost."""
 
 import contextlib
+import importlib
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +15,7 @@ from segkern.data import Order, build_dataset, find_format, shards
 from segkern.io import sources
 from segkern.io.sources import fetch, fetch_patiently
 from segkern.training.config import TrainConfig
+from support.models import Squares
 from support.shards import shards_of, write_numbered
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -92,9 +94,9 @@ def test_samples_are_those_of_the_folder(server, written):
             assert np.array_equal(sample["image"], other["image"])
             assert np.array_equal(np.asarray(sample["masks"]), np.asarray(other["masks"]))
     # of a tar no more than the samples was fetched, each once
-    parts = [span for name, span in server.asked if name.endswith(".tar")]
-    assert None not in parts
-    assert len(set(parts)) <= len(parts) == N
+    parts = [(name, span) for name, span in server.asked if name.endswith(".tar")]
+    assert all(span for _, span in parts)
+    assert len(set(parts)) == len(parts) == N
 
 
 def test_a_busy_server_is_asked_again(server):
@@ -124,6 +126,18 @@ def test_a_server_that_stays_broken_loses_a_shard(server, monkeypatch):
     assert data[2, 0]["id"] == 2
 
 
+def test_a_sample_before_those_that_are_lost_is_asked_for_once(server):
+    data = build_dataset(find_format(server.address)[0], "train")
+    for k in (3, 1):  # the second lies before what is known to be lost
+        server.faults += [500] * 4
+        assert "500" in data[k, 0]["unread"]
+    asked = [name for name, _ in server.asked].count("train-00000.tar")
+    assert asked == 2 * 4
+    for k in (1, 2, 3):
+        assert "500" in data[k, 0]["unread"]
+    assert [name for name, _ in server.asked].count("train-00000.tar") == asked
+
+
 def test_training_takes_an_address(server, monkeypatch):
     asked = []
 
@@ -136,6 +150,19 @@ def test_training_takes_an_address(server, monkeypatch):
     assert (config.data.kind, config.data.root) == ("shards", server.address)
     assert config.model.id2label == {0: "box", 1: "ground"}
     assert TrainConfig.from_dict(config.to_dict()).data == config.data
+
+
+def test_prune_measures_on_an_address(server, monkeypatch):
+    asked, prune = [], importlib.import_module("segkern.cli.prune")
+
+    def run(opened, out, layers, queries, zeros, everywhere, keep, source, *rest):
+        asked.append(source)
+        raise ValueError("no more is wanted")
+
+    monkeypatch.setattr(prune, "open_model", lambda name: Squares())
+    monkeypatch.setattr(prune, "run_prune", run)
+    assert main(["prune", "model", "out", "--data", server.address, "--device", "cpu"]) == 2
+    assert [source.config.root for source in asked] == [server.address]
 
 
 def test_what_is_not_there_is_not_asked_for_again(server):

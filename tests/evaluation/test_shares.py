@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from segkern import recipes
 from segkern.cli import main
 from segkern.data import Digits, DigitsConfig
+from segkern.evaluation import evaluate as evaluation
 from segkern.evaluation.evaluate import evaluate
 from segkern.evaluation.panoptic import truth_map
 from segkern.evaluation.shares import as_list
@@ -84,7 +84,12 @@ def several(rank):
         "shuffled": measured(shuffled(scenes, rank)),
         "alone": measured(scenes, shared=False),
         "validated": validated(scenes, folder),
+        "digits": digits(),
     }
+    made = mock.patch.object(evaluation, "writable_folder", wraps=evaluation.writable_folder)
+    with made as calls:
+        found["written"] = measured(scenes, limit=1, out=folder / "figures/one.json")
+    found["looks"] = calls.call_count
     for name, spoil in (("bad", 20), ("worse", 3)):
         broken = alike(random_scenes(COUNT))
         broken.samples[spoil].pop("masks")
@@ -106,26 +111,32 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(run, tmp_path_factory):
+def three(run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEGKERN_TEST_FOLDER", str(run))
-        return in_processes(several, tmp_path_factory.mktemp("two"), 2)
+        return in_processes(several, tmp_path_factory.mktemp("three"), 3)
 
 
 @pytest.mark.parametrize("name", ["all", "some", "few", "shuffled", "alone"])
-def test_two_processes_measure_what_one_does(name, two):
+def test_three_processes_measure_what_one_does(name, three):
     scenes = alike(random_scenes(COUNT))
     source = shuffled(scenes) if name == "shuffled" else scenes
     limit = {"some": 11, "few": 1}.get(name)
     want = measured(source, limit=limit)
     assert json.loads(want)["images"] == (limit or COUNT)
-    assert two[0][name] == want
-    assert two[1][name] == want
+    assert [three[rank][name] for rank in range(3)] == [want] * 3
 
 
-def test_validation_in_training_is_shared_and_the_first_keeps_the_best(two, run):
-    metrics, text = two[0]["validated"]
-    assert two[1]["validated"] == (metrics, text)
+def test_the_first_process_alone_makes_the_folder(three, run):
+    assert [three[rank]["looks"] for rank in range(3)] == [1, 0, 0]
+    written = figures(json.loads((run / "figures/one.json").read_text()))
+    assert [three[rank]["written"] for rank in range(3)] == [written] * 3
+    assert written == three[0]["few"]
+
+
+def test_validation_in_training_is_shared_and_the_first_keeps_the_best(three, run):
+    metrics, text = three[0]["validated"]
+    assert [three[rank]["validated"] for rank in (1, 2)] == [(metrics, text)] * 2
     assert text.startswith("step 7: pq 0.")
     assert text.endswith(", the best pq so far")
     assert sorted(path.name for path in (run / "best").iterdir()) == ["metrics.json", "of 0"]
@@ -133,14 +144,14 @@ def test_validation_in_training_is_shared_and_the_first_keeps_the_best(two, run)
     assert metrics["pq"] == want["things"]["pq"]
 
 
-def test_an_error_of_one_process_is_raised_by_all(two):
+def test_an_error_of_one_process_is_raised_by_all(three):
     for name in ("bad", "worse"):
-        assert two[0][name] == two[1][name]
-        assert two[0][name].startswith("ValueError: evaluate: tasks must be ('semantic',) for")
+        assert three[0][name] == three[1][name] == three[2][name]
+        assert three[0][name].startswith("ValueError: evaluate: tasks must be ('semantic',) for")
 
 
-def test_a_sampler_that_repeats_samples_is_refused(two):
-    assert "without DistributedSampler, which repeats samples" in two[0]["sampler"]
+def test_a_sampler_that_repeats_samples_is_refused(three):
+    assert "without DistributedSampler, which repeats samples" in three[0]["sampler"]
 
 
 def test_sums_do_not_depend_on_the_order():
@@ -180,35 +191,32 @@ class PaintedDigits:
         return {k: v for k, v in scene.items() if k != "image"} | {"pixel_values": pixels}
 
 
-def digits(rank):
-    """Figures of predictions with faults on 400 scenes, and of a model on 40."""
+def digits():
+    """Figures of predictions with faults on 120 scenes, and of a model on 12."""
     torch.manual_seed(0)
     model = Mask2Former(replace(Mask2FormerConfig.tiny(11), num_queries=8, decoder_layers=1))
     model.config.stuff = (10,)
     scenes = Digits(DigitsConfig(task="panoptic"), "val")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        painted = evaluate(Painted(9, 11), PaintedDigits(400), progress=False)
-        modelled = evaluate(model, scenes, limit=40, progress=False, threshold=0.0)
+        painted = evaluate(Painted(9, 11), PaintedDigits(120), progress=False)
+        modelled = evaluate(model, scenes, limit=12, progress=False, threshold=0.0)
     for name in ("pq", "dice", "ap", "boundary_ap", "mask_f1", "miou"):
         assert 0.01 < painted[name] < 0.95
     assert painted["best_threshold"] is not None
-    assert modelled["instances"] > 40
+    assert modelled["instances"] > 12
     return figures(painted), figures(modelled)
 
 
-@pytest.mark.slow
-def test_400_scenes_are_measured_alike_by_one_two_and_three_processes(tmp_path):
-    torch.set_num_threads(1)
-    want = digits(0)
-    assert json.loads(want[0])["images"] == 400
-    for count in (2, 3):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        found = in_processes(digits, folder, count)
-        assert len(found) == count
-        for value in found.values():
-            assert value == want
+def test_scenes_are_measured_alike_by_one_and_three_processes(three):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of the three has
+    try:
+        want = digits()
+    finally:
+        torch.set_num_threads(threads)
+    assert json.loads(want[0])["images"] == 120
+    assert [three[rank]["digits"] for rank in range(3)] == [want] * 3
 
 
 @pytest.fixture(scope="module")
@@ -233,20 +241,21 @@ def data(tmp_path_factory):
     return folder
 
 
-def told(data, name, out):
-    """What the command writes in two processes, and its exit code."""
+def told(data, name, out, capfd):
+    """What the command writes in two processes, which this one starts, and its exit code."""
     options = ["--data", str(data / name), "--layout", "plain", "--out", str(out)]
     command = ["evaluate", str(data / "model"), *options]
-    start = [sys.executable, "-m", "segkern", *command, "--processes", "2"]
-    return command, subprocess.run(start, capture_output=True, text=True, timeout=300)
+    capfd.readouterr()
+    return command, main([*command, "--processes", "2"]), capfd.readouterr()
 
 
 @pytest.mark.slow
-def test_the_command_measures_in_processes_of_its_own(data, tmp_path):
-    command, several = told(data, "good", tmp_path / "two.json")
-    assert several.returncode == 0, several.stderr
-    assert several.stdout.count("40 images") == 1
-    assert several.stdout.count("written: ") == 1
+def test_the_command_measures_in_processes_of_its_own(data, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command, code, said = told(data, "good", tmp_path / "two.json", capfd)
+    assert code == 0, said.err
+    assert said.out.count("40 images") == 1
+    assert said.out.count("written: ") == 1
     assert main([*command[:-1], str(tmp_path / "one.json")]) == 0
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
     assert one["images"] == 40
@@ -255,12 +264,12 @@ def test_the_command_measures_in_processes_of_its_own(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bad_picture_of_one_process_ends_all_and_is_told_once(data, tmp_path):
-    _, several = told(data, "bad", tmp_path / "bad.json")
-    assert several.returncode == 2
-    lines = [line for line in several.stderr.splitlines() if "error" in line]
+def test_a_bad_picture_of_one_process_ends_all_and_is_told_once(data, tmp_path, capfd):
+    _, code, said = told(data, "bad", tmp_path / "bad.json", capfd)
+    assert code == 2
+    lines = [line for line in said.err.splitlines() if "error" in line]
     assert len(lines) == 1
     assert lines[0].startswith("segkern: error: ")
     assert "images/val/38.png: not a readable image" in lines[0]
-    assert "Traceback" not in several.stderr
+    assert "Traceback" not in said.err
     assert not (tmp_path / "bad.json").exists()

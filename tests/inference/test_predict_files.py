@@ -1,6 +1,7 @@
 """Pictures in files to overlays, label maps and JSON, one failure keeping no other from it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from segkern.data import Digits, DigitsConfig
 from segkern.evaluation.evaluate import evaluate
 from segkern.inference.predict_files import predict_files
 from segkern.inference.segment import segment
+from segkern.io import sources
 from segkern.models import Mask2Former, Mask2FormerConfig
 from segkern.structures.settings import Options
 from support.models import Squares, half_bright
@@ -66,15 +68,32 @@ def test_predict_names_the_bad_file_and_does_the_others(tmp_path):
         Squares(),
         [folder, tmp_path / "gone.png"],
         tmp_path / "out",
-        report=lambda picture: seen.append((picture.path.name, picture.error)),
+        report=lambda picture: seen.append((Path(picture.image).name, picture.error)),
     )
     assert len(written) == 5
-    assert [p.name for p, _ in failed] == ["b.png", "gone.png"]
+    assert [Path(image).name for image, _ in failed] == ["b.png", "gone.png"]
     assert failed[0][1] == f"{folder / 'b.png'}: not an image that PIL can read"
     assert failed[1][1] == f"{tmp_path / 'gone.png'}: no such file"
     assert [name for name, why in seen if why] == ["b.png", "gone.png"]
     assert len(seen) == 7
     assert not list((tmp_path / "out").glob("b*"))
+
+
+def test_addresses_stay_as_they_are(tmp_path, monkeypatch):
+    folder = folder_of_pictures(tmp_path / "in")
+
+    def fetch(url, *_):
+        if "gone" in url:
+            raise OSError("404")
+        return (folder / "a.png").read_bytes()
+
+    monkeypatch.setattr(sources, "fetch", fetch)
+    urls = ["https://host//a%20b.png?size=1/2", "https://host/gone.png"]
+    seen = []
+    written, failed = predict_files(Squares(), urls, tmp_path / "out", report=seen.append)
+    assert [picture.image for picture in seen] == urls
+    assert [path.name for path in written] == ["a b.json"]
+    assert failed == [(urls[1], f"{urls[1]}: 404")]
 
 
 def test_predict_does_not_write_among_the_pictures(tmp_path):

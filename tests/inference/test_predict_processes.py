@@ -2,12 +2,14 @@
 
 import json
 import os
-import signal
+import select
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,13 +18,16 @@ from PIL import Image
 
 from segkern import recipes
 from segkern.cli import main
+from segkern.inference import predict_files as files
+from segkern.inference import predict_many as many
 from segkern.inference.predict_files import predict_files
 from segkern.inference.predict_many import predict_many
 from segkern.models import Mask2Former
+from segkern.runtime.processes import Processes
 from support.models import Squares
 from support.processes import in_processes
 
-COUNT = 40
+COUNT = 20  # pictures; a shard has two
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +44,25 @@ def inputs(tmp_path_factory):
         Image.fromarray(pixels).save(folder / f"in/{i:02d}.jpg")
     cut = folder / "in/07.jpg"
     cut.write_bytes(cut.read_bytes()[:400])
+    names = sorted(path.name for path in (folder / "in").iterdir())
+    (folder / "list.txt").write_text("".join(f"{folder / 'in' / name}\n" for name in names))
     return folder
 
 
 def command(inputs, out, *more):
-    given = ["predict", str(inputs / "in"), "--model", str(inputs / "model"), "--out", str(out)]
-    return [*given, "--threshold", "0", "--format", "jsonl", "--shard-size", "2", *more]
+    given = ["predict", "--list", str(inputs / "list.txt"), "--model", str(inputs / "model")]
+    return [
+        *given,
+        "--out",
+        str(out),
+        "--threshold",
+        "0",
+        "--format",
+        "jsonl",
+        "--shard-size",
+        "2",
+        *more,
+    ]
 
 
 def content(out):
@@ -84,13 +102,34 @@ def test_the_command_tells_what_failed_and_its_exit_code_says_so(inputs, whole, 
         assert message in capsys.readouterr().err
 
 
+def test_every_process_says_what_became_of_its_pictures(inputs, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("segkern.cli.joined", lambda: nullcontext(Processes(rank=1, count=2)))
+    given = ["predict", str(inputs / "in/00.jpg"), "--model", str(inputs / "model")]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith(f"{inputs / 'in/00.jpg'}: ")
+
+
+def test_options_of_shards_are_for_shards(inputs, capsys):
+    given = ["predict", str(inputs / "in"), "--model", str(inputs / "model")]
+    for option in ("--shard-size", "--batch-size", "--threads", "--retry"):
+        assert main([*given, option, *["2"] * (option != "--retry")]) == 2
+        assert f"predict: {option} is for shards: give --format" in capsys.readouterr().err
+
+
 def shared(rank):
     """Into one folder, given by the environment; what this process did."""
     folder, done = Path(os.environ["SEGKERN_TEST_FOLDER"]), []
+    counted = [
+        mock.patch.object(module, name, wraps=getattr(module, name))
+        for module, name in ((many, "listed"), (many, "_digest"), (files, "listed"))
+    ]
     given = Squares(), [folder / "in"]
-    told = predict_many(*given, folder / "three", shard_size=2, report=lambda s: done.append(s))
-    written, failed = predict_files(*given, folder / "files")
-    return told, [shard.path.name for shard in done], [p.name for p in written], len(failed)
+    with ExitStack() as stack:
+        calls = [stack.enter_context(one) for one in counted]
+        told = predict_many(*given, folder / "three", shard_size=2, report=done.append)
+        written, failed = predict_files(*given, folder / "files")
+    did = [shard.path.name for shard in done], [p.name for p in written], len(failed)
+    return told, *did, [one.call_count for one in calls]
 
 
 @pytest.mark.slow
@@ -109,27 +148,54 @@ def test_three_processes_write_what_one_does(inputs, tmp_path, monkeypatch):
     names = sorted(name for rank in range(3) for name in found[rank][2])
     assert names == [f"{i:02d}.json" for i in range(COUNT) if i != 7]
     assert sum(found[rank][3] for rank in range(3)) == 1
+    assert [found[rank][4] for rank in range(3)] == [[1, 1, 1], [0, 0, 0], [0, 0, 0]]
+
+
+def reading(pipe, launcher):
+    """The end of a pipe to write to, once another process has begun to read it."""
+    until = time.monotonic() + 240
+    while True:
+        with suppress(OSError):  # ENXIO: nobody reads
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        assert launcher.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
 def test_killed_processes_are_gone_on_with(inputs, whole, tmp_path):
-    """Their launcher is killed, which cannot end them itself."""
-    out = tmp_path / "out"
+    """Their launcher is killed, which cannot end them itself, while each of them waits for a
+    picture: a pipe that nobody writes to."""
+    out, shards = tmp_path / "out", (6, 7)
+    pipes = [inputs / f"in/{2 * shard:02d}.jpg" for shard in shards]
+    pictures = [pipe.rename(tmp_path / pipe.name) for pipe in pipes]
     start = [sys.executable, "-m", "segkern", *command(inputs, out, "--processes", "2")]
     env, none = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.DEVNULL
-    with subprocess.Popen(start, env=env, stdout=none, stderr=none) as launcher:
-        until = time.monotonic() + 240
-        while len(list(out.glob("shard-*"))) < 2 and launcher.poll() is None:
-            assert time.monotonic() < until
-            time.sleep(0.002)
-        launcher.send_signal(signal.SIGKILL)
-    before = content(out)
-    time.sleep(5)
-    after = content(out)
-    done = {name for name in after if name.startswith("shard-")}
-    assert 2 <= len(done) < COUNT // 2
-    assert len(after) <= len(before) + 4  # what was being written
-    assert all(whole[name] == after[name] for name in done)
+    ends = select.poll()
+    try:
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        with (
+            (tmp_path / "said").open("wb") as said,
+            subprocess.Popen(start, env=env, stdout=said, stderr=none) as launcher,
+        ):
+            try:
+                opened = [reading(pipe, launcher) for pipe in pipes]
+            finally:
+                launcher.kill()
+        for end in opened:  # which says when the last that reads it has ended
+            ends.register(end, 0)
+            assert ends.poll(240_000)
+            ends.unregister(end)
+            os.close(end)
+    finally:
+        for pipe, picture in zip(pipes, pictures):
+            picture.replace(pipe)
+    done = sorted(path.name for path in out.glob("shard-*"))
+    assert done == [f"shard-{i:06d}.jsonl" for i in range(6)]
+    assert all(whole[name] == (out / name).read_bytes() for name in done)
+    lines = sorted((tmp_path / "said").read_text().splitlines())
+    assert [line.partition(": 2 pictures")[0] for line in lines] == [f"{out / x}" for x in done]
     torch.set_num_threads(1)
     assert main(command(inputs, out)) == 2
     assert content(out) == whole

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import segkern
+from segkern.io.images import read_pixels
 from segkern.io.sources import fetch, open_source
 from support.models import Squares, half_bright
 
@@ -109,7 +110,7 @@ def server():
     "path", ["picture", "unsized", "moved", "picture/ä ö.png", "picture/%20?a=b&c"]
 )
 def test_addresses_that_hold_a_picture(server, path):
-    image = open_source(f"{server}/{path}")
+    image = read_pixels(open_source(f"{server}/{path}"))
     assert np.array_equal(image, half_bright())
 
 
@@ -142,10 +143,12 @@ REFUSED = {
 def test_addresses_that_are_refused(server, path, kind, message):
     start = time.monotonic()
     with pytest.raises(kind, match=message):
-        open_source(
-            f"{server}/{path}",
-            timeout=0.2 if path in ("silent", "drops") else 5,
-            max_bytes=100_000,
+        read_pixels(
+            open_source(
+                f"{server}/{path}",
+                timeout=0.2 if path in ("silent", "drops") else 5,
+                max_bytes=100_000,
+            )
         )
     assert time.monotonic() - start < 5
 
@@ -192,7 +195,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_data_uris(way):
-    assert np.array_equal(open_source(WAYS[way]()), half_bright())
+    assert np.array_equal(read_pixels(open_source(WAYS[way]())), half_bright())
 
 
 def test_data_uris_of_other_letters():
@@ -214,4 +217,4 @@ def test_what_reads_as_a_bytearray():
         def read(self):
             return bytearray(PICTURE)
 
-    assert np.array_equal(open_source(File()), half_bright())
+    assert np.array_equal(read_pixels(open_source(File())), half_bright())
