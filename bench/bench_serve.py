@@ -12,7 +12,6 @@ With `--small`, and without a process each, it only shows that this works.
 
 import argparse
 import asyncio
-import atexit
 import statistics
 import sys
 import tempfile
@@ -35,13 +34,12 @@ httpx = pytest.importorskip("httpx")
 
 BATCHES = {"segkern": 8, "one by one": 1}
 AT_ONCE = 16
-_open = ExitStack()  # servers, until the process ends
-atexit.register(_open.close)
+_open = ExitStack()  # servers
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _closed():
-    """Servers end while Python still runs threads for them."""
+    """Servers end with the file."""
     yield
     _open.close()
 

@@ -34,6 +34,7 @@ def open_image(
     max_pixels: int | None = None,
     upright: bool = True,
     formats: Sequence[str] | None = None,
+    count_pages: bool = True,
 ) -> Image.Image:
     """Reads a picture whole, turned upright as its EXIF tag says.
 
@@ -47,6 +48,8 @@ def open_image(
             filling the memory.
         upright: false leaves it as its pixels lie in the file.
         formats: those that it may have, as Pillow names them, such as "JPEG"; None for all.
+        count_pages: false does not look for others, which takes long where a small file has very
+            many, and says nothing of them.
 
     Raises:
         TypeError: max_pixels is no integer.
@@ -63,7 +66,7 @@ def open_image(
                 raise Image.DecompressionBombError(
                     f"{width} x {height} pixels, more than max_pixels = {max_pixels}"
                 )
-            if others := _other_pages(image):
+            if count_pages and (others := _other_pages(image)):
                 warnings.warn(
                     f"{path}: the first page alone is read; left out: {others}", stacklevel=2
                 )
@@ -111,6 +114,26 @@ def read_head(
             raw, turned = read_bands(path, max_pixels)[0].shape[:2], 1
     turned = turned if turned in range(1, 9) else 1
     return raw, raw[::-1] if turned >= 5 else raw, turned
+
+
+def size_in_head(
+    path: str | Path | BinaryIO, formats: Sequence[str] | None = None
+) -> tuple[int, int]:
+    """The size (H, W) of a picture as its pixels lie in the file, by its head alone, also where it
+    is beyond Pillow's limit.
+
+    Args:
+        path: of the file, or the file, open in binary mode.
+        formats: as of `open_image`.
+
+    Raises:
+        ValueError: no image that PIL can read; names the file.
+    """
+    try:
+        with _unlimited(True):
+            return Image.open(path, formats=formats).size[::-1]
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: not an image that PIL can read") from error
 
 
 @contextmanager
@@ -178,7 +201,10 @@ def read_image(
         ValueError: another shape, empty, NaN, out of range, or a file that is no image.
     """
     if isinstance(image, (str, Path)) or hasattr(image, "read"):
-        image = open_image(image, max_pixels) if channels == 3 else _bands(image, max_pixels)
+        if channels == 3:
+            image = open_image(image, max_pixels)
+        else:
+            image = _bands(image, max_pixels, channels)
     if isinstance(image, Image.Image):
         if channels != 3:
             raise ValueError(
@@ -395,10 +421,10 @@ def _narrow_white(high: float, name: str) -> int:
     return white
 
 
-def _bands(path: str | Path | BinaryIO, max_pixels: int | None) -> np.ndarray:
+def _bands(path: str | Path | BinaryIO, max_pixels: int | None, channels: int) -> np.ndarray:
     """The bands of a TIFF, [H, W, C] uint8, or float32 in [0, 1]; floats up to 255 or 65535 are
     scaled as integers of 8 and 16 bits are."""
-    pixels, white = read_bands(path, max_pixels)
+    pixels, white = read_bands(path, max_pixels, channels)
     if pixels.dtype == np.uint8:
         return pixels
     high = float(pixels.max(initial=0))

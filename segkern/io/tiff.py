@@ -11,8 +11,9 @@ Letters: C band, H W size.
 import io
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -21,45 +22,103 @@ _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _KIND = 256, 257, 258, 259, 254
 _STRIPS, _BANDS, _STRIP_ROWS, _PLANES, _PREDICTOR = 273, 277, 278, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _FORMAT, MOST = 322, 323, 324, 339, 281
 _PLAIN, _DEFLATE = (1,), (8, 32946)
+_ONE_KIND = "its pages must be of one size and kind"
 _NOT_A_PICTURE = 5  # bits of the kind of a page: 1 a smaller copy, 4 a mask
+_MOST_PAGES = 4096  # also of those that are passed over: a small file may have millions
+
+
+def read_size(path: str | Path | BinaryIO, channels: int | None = None) -> tuple[int, int, int]:
+    """Height, width and bands of a TIFF, by its directories alone, however large it is.
+
+    Args:
+        path: of the file, or the file, open in binary mode.
+        channels: bands that are wanted: of a file with more, those are counted until there are
+            more.
+
+    Raises:
+        ValueError: no such file, no TIFF, damaged, pages of several sizes, or thousands of pages;
+            names the file.
+    """
+    with _said_of(path):
+        found = _opened(path, channels)
+    return *found.size, found.bands
 
 
 def read_bands(
-    path: str | Path | BinaryIO, max_pixels: int | None = None
+    path: str | Path | BinaryIO, max_pixels: int | None = None, channels: int | None = None
 ) -> tuple[np.ndarray, int | None]:
     """All bands of a TIFF, as its pixels lie in the file.
 
     Args:
         path: of the file, or the file, open in binary mode.
         max_pixels: width times height that it may have; None takes Pillow's limit.
+        channels: C that is wanted; None takes any. Files with others are not decoded.
 
     Returns:
         [H, W, C] uint8, uint16 or float32, and the white that the file states, or None.
 
     Raises:
-        ValueError: no such file, no TIFF, damaged, too large, pages of several sizes or kinds, or
-            of a kind that is not read here; names the file.
+        ValueError: no such file, no TIFF, damaged, too large, other channels, pages of several
+            sizes or kinds, or of a kind that is not read here; names the file.
     """
     most = max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
-    pages, white = [], None
-    try:
-        data = path.read() if hasattr(path, "read") else Path(path).read_bytes()
-        for number, tags in enumerate(_directories(data)):
-            if tags.get(_KIND, 0) & _NOT_A_PICTURE:
-                continue
-            if tags[_WIDTH] * tags[_HEIGHT] > most:
-                raise ValueError(
-                    f"{tags[_WIDTH]} x {tags[_HEIGHT]} pixels, more than {most}: raise max_pixels"
-                )
-            pages.append(_page(path, data, number, tags))
+    with _said_of(path):
+        found, white = _opened(path, channels), None
+        height, width = found.size
+        if height * width > most:
+            raise ValueError(f"{width} x {height} pixels, more than {most}: raise max_pixels")
+    if channels not in (None, found.bands):
+        more = " or more" if found.bands > channels else ""
+        raise ValueError(f"{path}: must have {channels} channels, got {found.bands}{more}")
+    pages = []
+    with _said_of(path):
+        for number, tags in found.pages:
+            pages.append(_page(path, found.data, number, tags))
             white = white or _first(tags.get(MOST))
-        if not pages or len({(page.shape[:2], page.dtype) for page in pages}) != 1:
-            raise ValueError("its pages must be of one size and kind")
+        if len({(page.shape[:2], page.dtype) for page in pages}) != 1:
+            raise ValueError(_ONE_KIND)
+    return np.concatenate(pages, 2), white
+
+
+class _Opened(NamedTuple):
+    """A file, the numbers and tags of its pages, and what they say."""
+
+    data: bytes
+    pages: list[tuple[int, TiffImagePlugin.ImageFileDirectory_v2]]
+    size: tuple[int, int]
+    bands: int
+
+
+@contextmanager
+def _said_of(path: str | Path | BinaryIO) -> Iterator[None]:
+    """What is wrong is said of the file."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except Exception as error:  # of damaged files the parsers raise whatever they stumble over
         raise ValueError(f"{path}: not a TIFF whose bands can be read ({error!s:.120})") from error
-    return np.concatenate(pages, 2), white
+
+
+def _opened(path: str | Path | BinaryIO, channels: int | None) -> _Opened:
+    data = path.read() if hasattr(path, "read") else Path(path).read_bytes()
+    pages, sizes, bands = [], set(), 0
+    for number, tags in enumerate(_directories(data)):
+        if number == _MOST_PAGES:
+            raise ValueError(f"more than {_MOST_PAGES} pages")
+        if tags.get(_KIND, 0) & _NOT_A_PICTURE:
+            continue
+        pages.append((number, tags))
+        size = tags[_HEIGHT], tags[_WIDTH], tags.get(_BANDS, 1)
+        if any(type(x) is not int or x < 1 for x in size):
+            raise ValueError(f"height, width and bands must be at least 1, got {size}")
+        sizes.add(size[:2])
+        bands += size[2]
+        if channels is not None and bands > channels:
+            break
+    if len(sizes) != 1:
+        raise ValueError(_ONE_KIND)
+    return _Opened(data, pages, sizes.pop(), bands)
 
 
 def _directories(data: bytes) -> Iterator[TiffImagePlugin.ImageFileDirectory_v2]:
@@ -98,7 +157,7 @@ def _page(path: str | Path | BinaryIO, data: bytes, number: int, tags) -> np.nda
     else:
         h, w, offsets, lengths = min(tags.get(_STRIP_ROWS, H), H), W, _STRIPS, 279
     out = np.zeros((planes, H, W, C // planes), dtype)
-    places = [(p, y, x) for p in range(planes) for y in range(0, H, h) for x in range(0, W, w)]
+    places = ((p, y, x) for p in range(planes) for y in range(0, H, h) for x in range(0, W, w))
     for (p, y, x), start, length in zip(places, tags[offsets], tags[lengths], strict=True):
         part = data[start : start + length]
         rows = h if tiled else min(h, H - y)

@@ -33,17 +33,15 @@ import goals
 import gpu
 
 ROOT = Path(__file__).parents[2]
-ALONE = "bench_deploy.py"  # the runtimes that it opens do not end well beside those of the others
+ALONE = "bench_deploy.py"  # writes and calibrates files before it times them: slow
 FILES = sorted(p.name for p in (ROOT / "bench").glob("bench_*.py") if p.name != ALONE)
 NUMBERS = ("p20_ms", "p50_ms", "p80_ms", "runs", "ratio", "threads", "first_ms", "copy_gbs")
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """(what was printed, the benchmarks in the JSON) of all files in their smallest case."""
-    path = tmp_path_factory.mktemp("bench") / "bench.json"
-    command = [sys.executable, "-m", "pytest", "bench", "--small", "-rs", "-s"]
-    command += ["--ignore", f"bench/{ALONE}"]
+def run_bench(folder, *files):
+    """(what was printed, the benchmarks in the JSON) of files in their smallest case."""
+    path = folder / "bench.json"
+    command = [sys.executable, "-m", "pytest", *files, "--small", "-rs", "-s"]
     # a worker of pytest-xdist tells pytest-benchmark to measure nothing
     env = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -54,23 +52,29 @@ def ran(tmp_path_factory):
     return run.stdout, json.loads(path.read_text())["benchmarks"]
 
 
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Of all files but the one that is alone."""
+    return run_bench(tmp_path_factory.mktemp("bench"), "bench", "--ignore", f"bench/{ALONE}")
+
+
 def test_every_file_has_benchmarks(ran):
     assert sorted({Path(b["fullname"].split("::")[0]).name for b in ran[1]}) == FILES
 
 
 @pytest.mark.slow
-def test_files_of_a_model_are_timed():
-    env = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "pytest", f"bench/{ALONE}", "--small", "-rs"]
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "5 passed" in run.stdout
+def test_files_of_a_model_are_timed(tmp_path):
+    assert_whole(run_bench(tmp_path, f"bench/{ALONE}")[1])
 
 
 def test_rows_are_whole(ran):
+    assert_whole(ran[1])
+
+
+def assert_whole(benchmarks):
+    """Each group has rows of segkern and of a peer, with all their figures."""
     groups = {}
-    for benchmark in ran[1]:
+    for benchmark in benchmarks:
         row = benchmark["extra_info"]
         assert list(row) == _measure.COLUMNS
         assert all(float(row[name]) >= 0 for name in NUMBERS)
@@ -80,6 +84,7 @@ def test_rows_are_whole(ran):
         median = 1e3 * benchmark["stats"]["median"]
         assert float(row["p50_ms"]) == pytest.approx(median, abs=2e-3, rel=1e-2)
         groups.setdefault(benchmark["group"], []).append(row)
+    assert groups
     for rows in groups.values():
         assert rows[0]["impl"] == "segkern"
         assert rows[0]["ratio"] == "1.00"

@@ -1,8 +1,10 @@
 """Micro-batches and limits of the service: no room, no time, another model, clients that leave."""
 
-import asyncio
 import logging
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import numpy as np
@@ -14,29 +16,12 @@ from segkern.deploy.serve.models import Models, Served
 from segkern.deploy.serve.pictures import Body, decode
 from segkern.structures.settings import Options
 from support.models import Squares, half_bright
-from support.serving import (
-    assert_same,
-    file_of,
-    in_thread,
-    leave,
-    picture,
-    quick_model,
-    wait_until,
-)
-
-HALF = file_of(half_bright())
-JPEG = file_of(picture(90, 120), "JPEG")
-PNG = {"Content-Type": "image/png"}
+from support.serving import HALF, assert_same, file_of, in_thread, picture, post, wait_until
 
 
-@pytest.fixture(scope="module")
-def model():
-    return quick_model()
-
-
-def post(server, query="", data=HALF, **more):
-    more = {"headers": PNG, "timeout": 60} | more
-    return httpx.post(f"{server.url}/segment?{query}", content=data, **more)
+def form(server, count):
+    """Asks for the segments of so many pictures at once."""
+    return httpx.post(f"{server.url}/segment", files=[("a", HALF)] * count, timeout=60)
 
 
 class Gated(Squares):
@@ -48,66 +33,97 @@ class Gated(Squares):
         self.open.set()
 
     def predict(self, pixel_values):
-        assert self.open.wait(30)
         self.batches.append(len(pixel_values))
+        assert self.open.wait(60)
         return super().predict(pixel_values)
 
 
-@pytest.fixture
-def gated():
-    """A server with little room, and its model."""
+@contextmanager
+def gated(**settings):
+    """A server, and its model, which does not work yet."""
     model = Gated()
-    with in_thread(lambda: model, queue=3, batch=2, timeout=1.5, wait_ms=1) as server:
+    with in_thread(lambda: model, **{"batch": 2, "timeout": 60} | settings) as server:
         model.batches.clear()
-        yield server, model
+        model.open.clear()
+        try:
+            yield server, model
+        finally:
+            model.open.set()
+
+
+def test_no_room_for_pictures():
+    with gated(queue=3) as (server, model), ThreadPoolExecutor(3) as pool:
+        held = server.app.state.places.taken
+        found = [pool.submit(post, server) for _ in range(3)]
+        wait_until(lambda: held["pictures"] == 3)
+        busy = post(server)
+        assert (busy.status_code, busy.headers["retry-after"]) == (429, "1")
+        assert "3 pictures are under way" in busy.json()["detail"]
+        never = form(server, 4)
+        assert never.status_code == 413
+        assert "at most 3 pictures, got 4" in never.json()["detail"]
         model.open.set()
-
-
-def test_no_answer_in_time_and_no_room(gated):
-    server, model = gated
-    model.open.clear()
-    found = []
-    asking = [threading.Thread(target=lambda: found.append(post(server))) for _ in range(3)]
-    for thread in asking:
-        thread.start()
-    wait_until(lambda: server.app.state.places.taken["pictures"] == 3)
-    busy = post(server)
-    assert (busy.status_code, busy.headers["retry-after"]) == (429, "1")
-    assert "3 pictures are under way" in busy.json()["detail"]
-    for thread in asking:
-        thread.join()
-    assert [x.status_code for x in found] == [504] * 3
-    assert found[0].json()["detail"] == "no answer within 1.5 seconds"
-    model.open.set()
-    wait_until(lambda: server.app.state.places.taken == {"pictures": 0, "pixels": 0})
-    assert post(server).status_code == 200
-    assert len(model.batches) <= 3  # those that were given up before their batch did not run
+        assert [x.result().status_code for x in found] == [200] * 3
+        wait_until(lambda: held == {"pictures": 0, "pixels": 0})
 
 
 def test_no_room_for_pixels():
-    with in_thread(Squares, max_pixels=2400) as server:
-        assert post(server).status_code == 200
-        five = httpx.post(f"{server.url}/segment", files=[("a", HALF)] * 5, timeout=60)
-        assert five.status_code == 429
-        assert "pixels are under way" in five.json()["detail"]
-        assert httpx.post(f"{server.url}/segment", files=[("a", HALF)] * 4, timeout=60).is_success
+    with gated(max_pixels=2400) as (server, model), ThreadPoolExecutor(1) as pool:
+        never = form(server, 5)
+        assert never.status_code == 413
+        assert "at most 9600 pixels, got 12000" in never.json()["detail"]
+        found = pool.submit(form, server, 4)
+        wait_until(lambda: server.app.state.places.taken["pixels"] == 9600)
+        busy = post(server)
+        assert busy.status_code == 429
+        assert "9600 pixels are under way" in busy.json()["detail"]
+        model.open.set()
+        assert found.result().status_code == 200
 
 
-@pytest.mark.slow
-@pytest.mark.long
-def test_a_client_that_goes_away_takes_its_picture_with_it(gated, caplog):
-    server, model = gated
-    model.open.clear()
-    first = threading.Thread(target=lambda: post(server))
-    first.start()
-    wait_until(lambda: server.app.state.places.taken["pictures"] == 1)
-    with caplog.at_level(logging.INFO, "segkern.serve"):
-        asyncio.run(leave(server.url, HALF, after=0.3))
-        wait_until(lambda: server.app.state.places.taken["pictures"] <= 1)
-        wait_until(lambda: "status=499" in caplog.text)
-    model.open.set()
-    first.join()
-    assert sum(model.batches) == 1
+def test_no_answer_in_time():
+    """While the model has other work; what was given up is not done when it is free."""
+    with gated(timeout=0.5) as (server, model):
+        batches = server.app.state.batches
+        other = batches.put(next(jobs(model, 1)))
+        wait_until(lambda: model.batches == [1])
+        for _ in range(2):
+            late = post(server)
+            assert late.status_code == 504
+            assert late.json()["detail"] == "no answer within 0.5 seconds"
+        assert len(batches) == 0
+        model.open.set()
+        assert other.result(60).together == 1
+    assert model.batches == [1]
+
+
+def test_what_waits_for_the_model_goes_together():
+    with gated() as (server, model), ThreadPoolExecutor(3) as pool:
+        found = [pool.submit(post, server)]
+        wait_until(lambda: model.batches == [1])
+        found += [pool.submit(post, server) for _ in range(2)]
+        wait_until(lambda: len(server.app.state.batches) == 2)
+        model.open.set()
+        assert [x.result().status_code for x in found] == [200] * 3
+        assert model.batches == [1, 2]
+
+
+def test_a_client_that_goes_away_takes_its_picture_with_it(caplog):
+    """While the model has other work."""
+    head = "POST /segment HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: "
+    with gated() as (server, model), ThreadPoolExecutor(1) as pool:
+        batches = server.app.state.batches
+        other = pool.submit(post, server)
+        wait_until(lambda: model.batches == [1])
+        with caplog.at_level(logging.INFO, "segkern.serve"):
+            with server.connect() as line:
+                line.sendall(f"{head}{len(HALF)}\r\n\r\n".encode() + HALF)
+                wait_until(lambda: len(batches) == 1)
+            wait_until(lambda: "status=499" in caplog.text)
+        assert len(batches) == 0
+        model.open.set()
+        assert other.result().status_code == 200
+    assert model.batches == [1]
 
 
 # --- batches --------------------------------------------------------------------------------
@@ -123,7 +139,7 @@ def jobs(model, count, size=(40, 60), task="panoptic", options=None, generation=
 
 def test_batches_are_of_equal_pictures_and_give_what_each_gives_alone(model):
     calls, predict = [], model.predict
-    batches = Batches(4, 0.5)
+    batches = Batches(4, 3600)
     try:
         every = [
             *jobs(model, 5),
@@ -134,10 +150,10 @@ def test_batches_are_of_equal_pictures_and_give_what_each_gives_alone(model):
         model.predict = lambda x: calls.append(len(x)) or predict(x)
         order = [0, 5, 8, 10, 1, 6, 9, 11, 2, 7, 3, 4]  # they come mixed
         futures = {i: batches.put(every[i]) for i in order}
-        found = [futures[i].result(60) for i in range(12)]
     finally:
-        del model.predict
         batches.close()
+        del model.predict
+    found = [futures[i].result() for i in range(12)]
     assert sorted(calls) == [1, 2, 2, 3, 4]
     assert [x.together for x in found] == [4] * 4 + [1] + [3] * 3 + [2] * 4
     for job, done in zip(every, found):
@@ -147,13 +163,22 @@ def test_batches_are_of_equal_pictures_and_give_what_each_gives_alone(model):
         assert_same(done.result.to_json(), wanted.to_json())
 
 
-def test_a_full_batch_does_not_wait_and_a_lone_picture_waits_no_longer(model):
-    batches = Batches(2, 0.3)
+def test_a_full_batch_does_not_wait(model):
+    batches = Batches(2, 3600)
     try:
         full = [batches.put(job) for job in jobs(model, 2)]
-        assert max(f.result(60).queued for f in full) < 0.3
-        (alone,) = (batches.put(job) for job in jobs(model, 1))
-        assert 0.3 <= alone.result(60).queued < 5
+        assert [f.result(60).together for f in full] == [2, 2]
+    finally:
+        batches.close()
+
+
+def test_a_lone_picture_waits_no_longer_than_it_is_told(model):
+    batches = Batches(2, 0.3)
+    try:
+        (alone,) = jobs(model, 1)
+        start = time.monotonic()
+        assert batches.put(alone).result(60).queued >= 0.3
+        assert alone.arrived >= start  # in the queue, whenever it was made
     finally:
         batches.close()
     with pytest.raises(RuntimeError, match="closed"):

@@ -26,6 +26,7 @@ from support.serving import (
     file_of,
     gather,
     picture,
+    post,
     quick_model,
     wait_until,
 )
@@ -37,9 +38,9 @@ QUERIES = {
     "task=instance&top_k=3": {"task": "instance", "top_k": 3},
     "task=semantic": {"task": "semantic"},
 }
-LIMITS = ("--receive-timeout", "2", "--timeout", "60", "--max-bytes", str(2**22), "--queue", "32")
+LIMITS = ("--receive-timeout", "5", "--timeout", "60", "--max-bytes", str(2**22), "--queue", "32")
 KEY = {"X-API-Key": "a-key-of-tests"}
-GROWTH = 40  # megabytes: what the C library and Python keep moves by some
+GROWTH = 30  # megabytes: what the C library and Python keep moves by some
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +111,22 @@ async def load(server, wanted, count, at_once, every):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_load_is_answered_right(server, wanted):
     found = asyncio.run(load(server, wanted, 60, 16, every=6))
     assert found.count(200) == 50
-    figures = httpx.get(f"{server.url}/metrics", headers=KEY).text
-    assert 'segkern_requests_total{path="/segment",status="200"} 50.0' in figures
-    assert "segkern_pictures_held 0.0" in figures
+
+    def counted():
+        """Of what was answered; a client that went away may have been, too."""
+        text = httpx.get(f"{server.url}/metrics", headers=KEY).text
+        held = "segkern_pictures_held 0.0" in text
+        return held and re.search(r'total{path="/segment",status="200"} 5[01]\.0', text)
+
+    wait_until(counted)
     log = server.log.read_text()
     assert "Traceback" not in log
     line = next(x for x in log.splitlines() if "status=200" in x and "path=/segment" in x)
     for name in ("id", "bytes", "pictures", "pixels", "batch", *STAGES, "total"):
         assert f" {name}=" in line
-    assert int(re.search(r"segkern_batch_pictures_bucket{le=\"1.0\"} (\d+)", figures)[1]) < 50
 
 
 async def during(server, wanted, act, count=60):
@@ -179,12 +183,12 @@ def test_sigterm_under_load_answers_what_was_accepted(server, wanted):
         server.process.send_signal(signal.SIGTERM)
 
     before = server.log.read_text().count("\n")
-    done = asyncio.run(during(server, wanted, end))
+    done = asyncio.run(during(server, wanted, end, 600))  # most of them find the port closed
     assert server.process.wait(60) == 0
     lines = server.log.read_text().splitlines()[before:]
     statuses = [re.search(r"status=(\d+)", x)[1] for x in lines if "path=/segment" in x]
     assert statuses == ["200"] * done.count(200)  # it has seen no other
-    assert 8 < done.count(200) < 60
+    assert 8 <= done.count(200) < 600
     assert lines[-1].endswith("event=end")
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
@@ -195,11 +199,11 @@ def test_long_load_does_not_grow(folder, wanted, tmp_path, record_property):
     with command(folder, tmp_path, *LIMITS, SEGKERN_API_KEY=KEY["X-API-Key"]) as server:
         asyncio.run(load(server, wanted, 200, 16, every=20))
         before, start = server.memory(), time.monotonic()
-        found = asyncio.run(load(server, wanted, 2000, 16, every=20))
+        found = asyncio.run(load(server, wanted, 1000, 16, every=20))
         after, seconds = server.memory(), time.monotonic() - start
-        assert found.count(200) == 1900
+        assert found.count(200) == 950
         assert "Traceback" not in server.log.read_text()
-    text = f"{before:.0f} MB after 200 requests, {after:.0f} MB after 2,200; {seconds:.0f} s"
+    text = f"{before:.0f} MB after 200 requests, {after:.0f} MB after 1,200; {seconds:.0f} s"
     print(f"\n{text}")
     record_property("memory", text)
     assert after < before + GROWTH, text
@@ -210,25 +214,31 @@ def test_several_processes_share_a_port(folder, wanted, tmp_path):
     options = (*LIMITS, "--workers", "2")
     with command(folder, tmp_path, *options, SEGKERN_API_KEY=KEY["X-API-Key"]) as server:
 
-        def figures():
-            return httpx.get(f"{server.url}/metrics", headers=KEY, timeout=60).text
+        def opened(generation):
+            return server.log.read_text().count(f"event=model generation={generation} ")
 
-        wait_until(lambda: server.log.read_text().count("event=model generation=1") == 2, 300)
+        def figure(text):
+            figures = httpx.get(f"{server.url}/metrics", headers=KEY, timeout=60).text
+            return f"{text}\n" in figures
+
+        wait_until(lambda: opened(1) == 2, 300)
         for i in range(8):  # connections of their own, which either may take
-            with httpx.Client(base_url=server.url, headers=KEY, timeout=60) as client:
-                kind, data, results = wanted[i]
-                answer = client.post("/segment", content=data, headers={"Content-Type": kind})
-                assert_same(answer.json(), results[""])
-        assert 'path="/segment",status="200"} 8.0' in figures()  # of both together
-        assert "segkern_model_generation 1.0" in figures()
-        assert httpx.post(f"{server.url}/reload", headers=KEY, timeout=60).status_code == 200
+            kind, data, results = wanted[i]
+            answer = post(server, data=data, headers={"Content-Type": kind, **KEY})
+            assert_same(answer.json(), results[""])
+        # of both together
+        wait_until(lambda: figure('segkern_requests_total{path="/segment",status="200"} 8.0'))
+        wait_until(lambda: figure("segkern_model_generation 1.0"))
+        answer = httpx.post(f"{server.url}/reload", headers=KEY, timeout=60)
+        assert (answer.status_code, answer.json()["generation"]) == (200, 2)
         # the least of both: the one that was not asked has another model, too
-        wait_until(lambda: "segkern_model_generation 2.0" in figures())
+        wait_until(lambda: figure("segkern_model_generation 2.0"))
         # one that dies has a successor
-        dead = psutil.Process(server.process.pid).children()[-1]
-        dead.kill()
-        wait_until(lambda: server.log.read_text().count("event=model generation=1") == 3, 300)
-        wait_until(lambda: "segkern_model_generation 1.0" in figures())
+        workers = psutil.Process(server.process.pid).children()
+        [x for x in workers if "spawn_main" in " ".join(x.cmdline())][-1].kill()
+        wait_until(lambda: opened(1) == 3, 300)
+        wait_until(lambda: figure("segkern_model_generation 1.0"))
+        assert (opened(2), opened(3)) == (2, 0)  # each once
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
         assert server.log.read_text().splitlines()[-1].endswith("event=end")

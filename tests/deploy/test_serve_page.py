@@ -70,6 +70,8 @@ LOOKS = (
   $("automatic").click();
   await until(listed, "segments again");
   $("tasks").children[2].click();
+  window.listed();  // the results that are there are still those of the last task
+  found.before = $("summary").innerText;
   await until(() => listed() && $("summary").innerText.includes("label"), "labels");
   found.semantic = [legend(), $("scored").hidden];
   drop(file("%(broken)s", "b.png", "image/png"));
@@ -77,6 +79,20 @@ LOOKS = (
   found.error = [$("error").innerText, legend().length];
   drop(file("%(picture)s", "half.png", "image/png"));
   await until(listed, "segments at last");
+  // of two pictures, one right after the other, the first takes longer to decode
+  const images = window.HTMLImageElement.prototype, decode = images.decode;
+  let go, first;
+  images.decode = function () {
+    images.decode = decode;
+    return first = new Promise(done => { go = done; }).then(() => decode.call(this));
+  };
+  drop(file("%(wide)s", "wide.png", "image/png"));
+  drop(file("%(picture)s", "half.png", "image/png"));
+  await until(listed, "segments of the second");
+  go();
+  await first;
+  await new Promise(done => setTimeout(done));
+  found.second = [$("segments").width, $("segments").height, $("busy").hidden];
   return found;
 })();""",
     """return (async () => {
@@ -119,7 +135,12 @@ def server():
 
 def seen(server, number, folder, **more):
     text = base64.b64encode(file_of(half_bright())).decode()
-    given = {"picture": text, "broken": base64.b64encode(b"no picture at all").decode()}
+    wide = base64.b64encode(file_of(half_bright(20, 90))).decode()
+    given = {
+        "picture": text,
+        "wide": wide,
+        "broken": base64.b64encode(b"no picture at all").decode(),
+    }
     given["result"] = json.dumps({"size": list(MASKS.shape), "segments": SEGMENTS})
     return look(f"{server.url}/", TOOLS + LOOKS[number] % given, folder, **more)
 
@@ -146,6 +167,8 @@ def test_a_dropped_picture_is_segmented(server, tmp_path):
     assert found["off"][hidden][3] == 0
     assert found["off"][1 - hidden][3] > 0
     assert (found["off"][3] is None) == (hidden == 0)
+    assert found["before"].startswith("2 segments")
+    assert found["second"] == [60, 40, True]
     assert found["none"] == [False, "100 %", [0, 0, 0, 0]]
     assert {row[0] for row in found["semantic"][0]} == {"square", "ground"}
     assert found["semantic"][1] is True

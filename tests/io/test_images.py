@@ -227,6 +227,15 @@ def test_large_pictures_are_read_where_max_pixels_says_so(tmp_path, low_limit):
             open_image(path, bad)
 
 
+def test_other_pages_are_not_looked_for_where_they_do_not_matter(tmp_path, recwarn):
+    first, second = (Image.new("L", (7, 5), grey) for grey in (0, 255))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
+    assert open_image(tmp_path / "a.gif", count_pages=False).size == (7, 5)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="left out: 1"):
+        open_image(tmp_path / "a.gif")
+
+
 def test_open_files_of_known_formats_are_read(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     path = tmp_path / "a.png"

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from segkern.io.images import read_head, read_image
-from segkern.io.tiff import read_bands
+from segkern.io.tiff import read_bands, read_size
+from support.tiffs import tiff
 
 H, W, C = 5, 7, 6
 
@@ -17,58 +18,6 @@ H, W, C = 5, 7, 6
 def values(dtype=np.uint8, shape=(H, W, C)):
     top = 1 if dtype == np.float32 else np.iinfo(dtype).max
     return (np.random.default_rng(0).random(shape) * top).astype(dtype)
-
-
-def tiff(
-    pixels,
-    order="<",
-    planar=False,
-    deflate=False,
-    predictor=1,
-    tile=0,
-    rows=0,
-    more=(),
-    packed=b"",
-):
-    """A TIFF of one page, its bands by pixel or by plane; `packed` stands for each part."""
-    height, width, bands = pixels.shape
-    kind = 3 if pixels.dtype.kind == "f" else 1
-    planes = np.moveaxis(pixels, 2, 0)[..., None] if planar else pixels[None]
-    parts = []
-    for plane in planes:
-        h, w = (tile, tile) if tile else (rows or height, width)
-        for y in range(0, height, h):
-            for x in range(0, width, w):
-                part = plane[y : y + h, x : x + w]
-                if tile:
-                    part = np.pad(part, ((0, h - len(part)), (0, w - part.shape[1]), (0, 0)))
-                if predictor == 2:
-                    part = np.diff(part, axis=1, prepend=part[:, :1] * 0).astype(part.dtype)
-                data = part.astype(part.dtype.newbyteorder(order)).tobytes()
-                parts.append(packed or (zlib.compress(data) if deflate else data))
-    tags = {
-        256: [width], 257: [height], 258: [8 * pixels.dtype.itemsize] * bands,
-        259: [8 if deflate else 1], 262: [1], 277: [bands], 278: [rows or height],
-        284: [2 if planar else 1], 317: [predictor], 339: [kind] * bands,
-    }  # fmt: skip
-    tags |= {322: [tile], 323: [tile]} if tile else {}
-    body, offsets = b"", []
-    for part in parts:
-        offsets.append(8 + len(body))
-        body += part + b"\0" * (len(part) % 2)
-    places = (324, 325) if tile else (273, 279)
-    tags |= dict(zip(places, (offsets, [len(part) for part in parts])))
-    tags |= dict(more)
-    directory, tail = struct.pack(order + "H", len(tags)), b""
-    start = 8 + len(body) + 2 + 12 * len(tags) + 4
-    for tag, numbers in sorted(tags.items()):
-        packed = struct.pack(f"{order}{len(numbers)}I", *numbers)
-        if len(numbers) > 1:
-            tail += packed
-            packed = struct.pack(order + "I", start + len(tail) - len(packed))
-        directory += struct.pack(order + "HHI", tag, 4, len(numbers)) + packed
-    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(body))
-    return head + body + directory + b"\0" * 4 + tail
 
 
 LAYOUTS = {
@@ -142,6 +91,7 @@ BAD = {
     "deflated badly": (tiff(values(), deflate=True).replace(b"x\x9c", b"xx"), "not a TIFF"),
     "64 bits": (tiff(values(np.float32), more={258: [64] * C}.items()), "bits 64, format 3"),
     "fax": (tiff(values(), more={259: [4]}.items()), "not a TIFF whose bands can be read"),
+    "no width": (tiff(values(), more={256: [0]}.items()), "must be at least 1, got"),
     "too large": (tiff(values(), more={256: [10**6], 257: [10**6]}.items()), "raise max_pixels"),
 }
 
@@ -157,14 +107,31 @@ def test_bad_files(case, tmp_path):
 
 
 def test_other_numbers_of_channels_are_refused(tmp_path):
-    (tmp_path / "a.tif").write_bytes(tiff(values()))
-    for image, channels in ((tmp_path / "a.tif", 5), (values(), 5), (values()[..., 0], 2)):
+    for image, channels in ((values(), 5), (values()[..., 0], 2)):
         with pytest.raises(ValueError, match=f"with {channels} channels and not empty, got"):
             read_image(image, channels=channels)
     with pytest.raises(
         ValueError, match="must be a TIFF, array or tensor of 5 channels, got a PIL"
     ):
         read_image(Image.new("RGB", (4, 4)), channels=5)
+
+
+@pytest.mark.parametrize(("channels", "got"), [(5, "6 or more"), (7, "6")])
+def test_files_of_other_channels_are_not_decoded(channels, got, tmp_path):
+    damaged = tiff(values(), deflate=True).replace(b"x\x9c", b"xx")
+    (tmp_path / "a.tif").write_bytes(damaged)
+    assert read_size(tmp_path / "a.tif") == (H, W, C)
+    with pytest.raises(ValueError, match=f"a.tif: must have {channels} channels, got {got}$"):
+        read_image(tmp_path / "a.tif", channels=channels)
+
+
+def test_of_very_many_pages_none_are_read(tmp_path):
+    """A directory that leads to the next, thousands of times, and no page of them a picture."""
+    entry = struct.pack("<HHHII", 1, 254, 4, 1, 1)
+    pages = [entry + struct.pack("<I", 8 + 18 * (i + 1)) for i in range(5000)]
+    (tmp_path / "a.tif").write_bytes(b"II" + struct.pack("<HI", 42, 8) + b"".join(pages))
+    with pytest.raises(ValueError, match="more than 4096 pages"):
+        read_size(tmp_path / "a.tif")
 
 
 def test_a_part_gives_no_more_than_what_belongs_there(tmp_path):

@@ -5,6 +5,7 @@ import asyncio
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,8 @@ from segkern.deploy.serve.app import create_app
 from segkern.deploy.serve.models import Models
 from segkern.io import rle
 from segkern.models import Mask2Former, Mask2FormerConfig
+
+from .models import half_bright
 
 NAMES = {0: "ground", 1: "cat", 2: "dog", 3: "bird", 4: "fish"}
 
@@ -60,6 +63,11 @@ def file_of(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
+HALF = file_of(half_bright())
+JPEG = file_of(picture(90, 120), "JPEG")
+PNG = {"Content-Type": "image/png"}
+
+
 def assert_same(found: dict, wanted: dict) -> None:
     """Whether an answer is a result's `to_json`, but for the rounding of another batch."""
     assert (found["task"], found["size"]) == (wanted["task"], wanted["size"])
@@ -84,10 +92,17 @@ class Served(NamedTuple):
     Attributes:
         url: http://127.0.0.1:PORT.
         app: the application.
+        connections: those that are open.
     """
 
     url: str
     app: object
+    connections: set
+
+    def connect(self) -> socket.socket:
+        """A connection of a test's own."""
+        host, port = self.url.removeprefix("http://").split(":")
+        return socket.create_connection((host, int(port)), timeout=60)
 
 
 @contextmanager
@@ -109,7 +124,8 @@ def in_thread(opened: Callable, wrap: Callable = lambda app: app, **settings):
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", app)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield Served(url, app, server.server_state.connections)
     finally:
         server.should_exit = True
         thread.join(60)
@@ -181,6 +197,12 @@ def wait_until(test: Callable, seconds: float = 60):
 
 
 # --- clients --------------------------------------------------------------------------------
+
+
+def post(server: Served | Command, query: str = "", data: bytes = HALF, **more) -> httpx.Response:
+    """Asks for the segments of a picture; `more` is httpx's."""
+    more = {"headers": PNG, "timeout": 60} | more
+    return httpx.post(f"{server.url}/segment?{query}", content=data, **more)
 
 
 async def send(
@@ -255,9 +277,8 @@ async def broken(url: str, kind: str, more: str = "") -> tuple[int, bytes]:
     def sized(data: bytes, name: str = "image/png") -> str:
         return f"{more}Content-Type: {name}\r\nContent-Length: {len(data)}"
 
-    jpeg = file_of(picture(90, 120), "JPEG")
     bodies = {
-        "truncated": (jpeg[: len(jpeg) // 2], "image/jpeg"),
+        "truncated": (JPEG[: len(JPEG) // 2], "image/jpeg"),
         "huge picture": (png_head(40_000, 40_000), "image/png"),
         "text as picture": (b"once upon a time", "image/png"),
         "text": (b"once upon a time", "text/plain"),
@@ -274,10 +295,10 @@ async def broken(url: str, kind: str, more: str = "") -> tuple[int, bytes]:
         part = b"100000\r\n" + MEGABYTE + b"\r\n"
         return await send(url, head, [part] * 100)
     if kind == "slow":
-        return await send(url, sized(jpeg), [jpeg[i : i + 1] for i in range(400)], 0.05)
+        return await send(url, sized(JPEG), [JPEG[i : i + 1] for i in range(400)], 0.05)
     assert kind == "gone"
-    await leave(url, jpeg, 0.02, more)
-    await leave(url, jpeg, 0.0, more)
+    await leave(url, JPEG, 0.02, more)
+    await leave(url, JPEG, 0.0, more)
     return 0, b""
 
 

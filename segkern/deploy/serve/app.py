@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -87,30 +87,31 @@ def reloader(models: Models, metrics: Metrics) -> Callable:
 @asynccontextmanager
 async def _running(app: FastAPI, config: ServeConfig, models: Models, metrics: Metrics):
     loop, state, tasks = asyncio.get_running_loop(), app.state, set()
-    if models.current is None:
-        await loop.run_in_executor(None, models.load)
-    metrics.generation.set(models.current.generation)
-    state.batches = Batches(config.batch, config.wait_ms / 1e3, config.cuda_graphs)
-    state.places = Places(config.queue, _PIXELS_HELD * config.max_pixels)
-    state.decoding = ThreadPoolExecutor(config.pool, "segkern-decode")
-    state.encoding = ThreadPoolExecutor(config.pool, "segkern-encode")
 
     def hang_up() -> None:
         task = loop.create_task(reloader(models, metrics)())
         tasks.add(task)  # the loop keeps no task alive by itself
         task.add_done_callback(tasks.discard)
 
-    signalled = threading.current_thread() is threading.main_thread()
-    if signalled:
-        loop.add_signal_handler(signal.SIGHUP, hang_up)
-    try:
+    # what follows ends here, in this thread: an interpreter that ends starts no others
+    with ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            # before the model is opened: one that comes meanwhile opens it once more
+            loop.add_signal_handler(signal.SIGHUP, hang_up)
+            stack.callback(loop.remove_signal_handler, signal.SIGHUP)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # a worker starts without
+        if models.current is None:
+            await loop.run_in_executor(None, models.load)
+        elif models.stale:
+            hang_up()
+        metrics.generation.set(models.current.generation)
+        state.places = Places(config.queue, _PIXELS_HELD * config.max_pixels)
+        for name in ("encoding", "decoding"):
+            pool = ThreadPoolExecutor(config.pool, f"segkern-{name}")
+            setattr(state, name, stack.enter_context(pool))
+        state.batches = Batches(config.batch, config.wait_ms / 1e3, config.cuda_graphs)
+        stack.callback(state.batches.close)
         yield
-    finally:
-        if signalled:
-            loop.remove_signal_handler(signal.SIGHUP)
-        await loop.run_in_executor(None, state.batches.close)
-        state.decoding.shutdown()
-        state.encoding.shutdown()
 
 
 def _invalid(request, error: RequestValidationError):

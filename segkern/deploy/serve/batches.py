@@ -7,7 +7,7 @@ size, or until it has waited long enough; what came first goes first.
 import logging
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from ...inference.segment import Input, find, size_in_model
 from ...structures.segmentation import Segmentation
 from ...structures.settings import Options, Views
 from .models import Served
-from .refused import full
+from .refused import Refused, full
 
 logger = logging.getLogger("segkern.serve")
 VIEWS = Views()
@@ -48,7 +48,7 @@ class Job:
         task, options: checked.
         picture: as the model takes it.
         future: of a `Done`.
-        arrived: on the clock of `time.monotonic`.
+        arrived: when it was put into the queue, on the clock of `time.monotonic`.
         key: equal for pictures that may go together.
 
     Raises:
@@ -60,7 +60,7 @@ class Job:
     options: Options
     picture: Input
     future: Future = field(default_factory=Future)
-    arrived: float = field(default_factory=time.monotonic)
+    arrived: float = field(init=False)
     key: Hashable = field(init=False)
 
     def __post_init__(self):
@@ -95,7 +95,7 @@ class Batches:
         return self._thread.is_alive() and not self._closing
 
     def put(self, job: Job) -> Future:
-        """Lets a picture wait; its future may be cancelled until its batch starts.
+        """Lets a picture wait, until its batch starts or it is given up.
 
         Raises:
             RuntimeError: the queue was closed.
@@ -103,9 +103,17 @@ class Batches:
         with self._changed:
             if self._closing:
                 raise RuntimeError("serve: the queue is closed")
+            job.arrived = time.monotonic()
             self._waiting.append(job)
             self._changed.notify()
         return job.future
+
+    def give_up(self, jobs: Sequence[Job]) -> None:
+        """Cancels those that still wait, and holds their pictures no longer."""
+        with self._changed:
+            self._waiting = [job for job in self._waiting if job not in jobs]
+        for job in jobs:
+            job.future.cancel()
 
     def close(self) -> None:
         """Takes no more, and returns when all that waits is done."""
@@ -125,7 +133,6 @@ class Batches:
         """The next batch; nothing when the queue is closed and empty."""
         with self._changed:
             while True:
-                self._waiting = [job for job in self._waiting if not job.future.cancelled()]
                 if not self._waiting and self._closing:
                     return []
                 due, now = None, time.monotonic()
@@ -187,8 +194,12 @@ class Places:
         """Room for "pictures" or "pixels", until the block ends.
 
         Raises:
-            Refused: there is none now.
+            Refused: there is none now, or there never is for so many.
         """
+        if count > self.most[what]:
+            raise Refused(
+                413, f"a request must have at most {self.most[what]} {what}, got {count}"
+            )
         with self._lock:
             if self.taken[what] + count > self.most[what]:
                 raise full(what, self.taken[what])

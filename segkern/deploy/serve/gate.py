@@ -12,6 +12,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .metrics import Metrics
@@ -82,11 +83,10 @@ class Gate:
         limit = trace.start + self.config.receive_timeout
         body = _Body(receive, headers, self.config.max_bytes, limit)
         answer = _Answer(send, body, trace)
-        counted = not body.ended
-        self._bodies += counted
         try:
             self._check(scope, headers, body)
-            await self.app(scope, body.receive, answer.send)
+            with self._counted(scope, body):
+                await self.app(scope, body.receive, answer.send)
         except Exception as error:
             if not isinstance(error, Refused):
                 logger.exception("event=error id=%s", trace.id)
@@ -94,7 +94,6 @@ class Gate:
             if answer.status is None:
                 await answer.refuse(error)
         finally:
-            self._bodies -= counted
             self._note(scope, body, answer, trace)
 
     def _check(self, scope, headers: dict[bytes, str], body: "_Body") -> None:
@@ -108,9 +107,20 @@ class Gate:
                 raise Refused(401, reason, {"WWW-Authenticate": "Bearer"})
         if scope["method"] == "POST" and headers.get(b"sec-fetch-site") == "cross-site":
             raise Refused(403, "requests from pages of other sites are not taken")
-        if self._bodies > self._most:
-            raise full("requests", self._most)
         body.check_length()
+
+    @contextmanager
+    def _counted(self, scope, body: "_Body"):
+        """Room for a body that comes in, until its request is answered. What is refused before, or
+        goes where no body is taken, is dropped as it comes and takes no room."""
+        counted = not body.ended and scope["path"] not in FREE
+        if counted and self._bodies >= self._most:
+            raise full("requests", self._most)
+        self._bodies += counted
+        try:
+            yield
+        finally:
+            self._bodies -= counted
 
     def _note(self, scope, body: "_Body", answer: "_Answer", trace: Trace) -> None:
         seconds, status = time.monotonic() - trace.start, answer.status or 499

@@ -36,11 +36,17 @@ class Models:
 
     Args:
         opened: opens the model anew.
+
+    Attributes:
+        current: None until there is one.
+        stale: set where a reload was asked for while the first was opened, before an application
+            takes care of it.
     """
 
     def __init__(self, opened: Callable[[], SegmentationModel]):
         self._opened, self._lock = opened, threading.Lock()
         self.current: Served | None = None
+        self.stale = False
 
     def load(self) -> Served:
         """Opens the model and puts it in place of the last, once it has segmented a picture.
@@ -51,7 +57,7 @@ class Models:
             whatever opening and running a model raises.
         """
         with self._lock:
-            start = time.perf_counter()
+            start, self.stale = time.perf_counter(), False
             model = self._opened()
             prove(model)
             generation = self.current.generation + 1 if self.current else 1

@@ -1,14 +1,14 @@
 """Pictures from clients: known formats alone, measured by their head before they are decoded."""
 
-import warnings
 from io import BytesIO
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ...inference.segment import Input
-from ...io.images import open_image, read_image, shown
+from ...io.images import open_image, read_image, shown, size_in_head
+from ...io.tiff import read_size
 from ...structures.settings import InputConfig
 from .batches import VIEWS
 from .refused import Refused
@@ -50,28 +50,36 @@ class Picture(NamedTuple):
     shown: Tensor | None
 
 
-def pixels_of(body: Body, max_pixels: int) -> int:
-    """Width times height, from the file's head.
+def pixels_of(body: Body, channels: int, max_pixels: int) -> int:
+    """Width times height, from the file's head; for each three bands once, where the model takes
+    bands of a TIFF.
+
+    Args:
+        body: the file.
+        channels: that the model takes.
+        max_pixels: the most that is taken.
 
     Raises:
         Refused: not of `FORMATS`, or too large.
     """
+    known, bands = FORMATS if channels == 3 else ("TIFF",), 3
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its limit is ours
-            width, height = Image.open(body, formats=FORMATS).size
-    except Image.DecompressionBombError as error:
-        raise Refused(413, f"{body}: too many pixels, at most {max_pixels} are taken") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        known = ", ".join(FORMATS)
+        if channels == 3:
+            height, width = size_in_head(body, FORMATS)
+        else:
+            height, width, bands = read_size(body, channels)
+    except ValueError as error:
         if not body.getbuffer().nbytes:
             raise Refused(400, f"{body}: empty, a picture's file was expected") from error
-        raise Refused(415, f"{body}: not a picture that is taken ({known})") from error
-    if width * height > max_pixels:
+        reason = f"{body}: not a picture that is taken ({', '.join(known)})"
+        raise Refused(415, reason) from error
+    pixels = width * height * max(1, -(-bands // 3))
+    if pixels > max_pixels:
+        times = f" of {bands} bands" if bands > 3 else ""
         raise Refused(
-            413, f"{body}: {width} x {height} pixels, at most {max_pixels} pixels are taken"
+            413, f"{body}: {width} x {height} pixels{times}, at most {max_pixels} pixels are taken"
         )
-    return width * height
+    return pixels
 
 
 def decode(body: Body, settings: InputConfig, max_pixels: int, keep: bool) -> Picture:
@@ -94,7 +102,7 @@ def decode(body: Body, settings: InputConfig, max_pixels: int, keep: bool) -> Pi
     try:
         image = body
         if settings.channels == 3:
-            image = open_image(body, max_pixels, formats=FORMATS)
+            image = open_image(body, max_pixels, formats=FORMATS, count_pages=False)
         pixels = read_image(image, str(body), max_pixels, settings.channels)
         one = Input.of(pixels, settings, VIEWS)
     except (ValueError, TypeError, MemoryError) as error:

@@ -35,7 +35,7 @@ _REASONS = {
     400: "An empty or damaged form or file",
     401: "No key, or another",
     408: "The body came too slowly",
-    413: "Too many bytes or pixels",
+    413: "Too many bytes, pixels or pictures",
     415: "No picture that is taken",
     422: "A damaged picture, or an option that is out of range or not for this model",
     429: "Too much is under way; Retry-After says when to try again",
@@ -140,8 +140,9 @@ class _Work:
         with places.take("pictures", count):
             self.metrics.held.inc(count)
             try:
-                most = self.config.max_pixels
-                sizes = await self._decoding(pixels_of, [(body, most) for body in bodies])
+                settings, most = self.served.model.config.input, self.config.max_pixels
+                measured = [(body, settings.channels, most) for body in bodies]
+                sizes = await self._decoding(pixels_of, measured)
                 self.trace.notes |= {"pictures": count, "pixels": sum(sizes)}
                 with places.take("pixels", sum(sizes)):
                     return await self._answer(bodies)
@@ -179,8 +180,7 @@ class _Work:
             futures = [asyncio.wrap_future(self.state.batches.put(job)) for job in jobs]
             return await asyncio.gather(*futures)
         finally:
-            for job in jobs:
-                job.future.cancel()  # those that still wait, where one failed or all are given up
+            self.state.batches.give_up(jobs)  # where one failed, or nobody waits for them
 
     def _encoded(self, done: Sequence[Done], pictures: Sequence[Picture]) -> bytes:
         results = [x.result for x in done]
