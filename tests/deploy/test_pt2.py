@@ -140,7 +140,13 @@ def test_the_kernels_are_in_a_file_and_run_without_segkern(program):
     "dynamic",
     [pytest.param(False, id="fixed", marks=pytest.mark.long), pytest.param(True, id="dynamic")],
 )
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in ("OneFormer", "Segmenter") else pytest.mark.long)
+        for kind in MODELS
+    ],
+)
 def test_a_program_runs_without_segkern(kind, dynamic, tmp_path):
     graph, path = graph_of(MODELS[kind]), tmp_path / "model.pt2"
     size, sizes = (96, 64), [(1, 96, 64)]

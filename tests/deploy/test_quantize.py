@@ -441,15 +441,16 @@ def test_the_command_prints_a_table_and_refuses_with_exit_code_1(
     text = capsys.readouterr().out
     for word in ("mIoU", "ms an image", "MB", "float32 file", "int8", "written"):
         assert word in text
-    assert len(json.loads(report.read_text())["rows"]) == 3
+    rows = json.loads(report.read_text())["rows"]
+    assert len(rows) == 3
     assert main(command) == 2
     assert "out must not be there yet" in capsys.readouterr().err
     out.unlink()
 
-    def lost(rows, *_):
+    def lost(*_, **__):
         raise QualityLostError("quantize: miou falls by 0.5", rows)
 
-    monkeypatch.setattr("segkern.deploy.quantize._expect_kept", lost)
+    monkeypatch.setattr(sys.modules["segkern.cli.quantize"], "run_quantize", lost)
     assert main(command) == 1
     shown = capsys.readouterr()
     assert "float32 file" in shown.out

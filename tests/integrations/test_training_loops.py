@@ -286,7 +286,13 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unused", [False, True], ids=["plain", "find_unused_parameters"])
+@pytest.mark.parametrize(
+    "unused",
+    [
+        pytest.param(False, id="plain"),
+        pytest.param(True, id="find_unused_parameters", marks=pytest.mark.long),
+    ],
+)
 def test_torchrun(unused, expected, tmp_path):
     script = tmp_path / "work.py"
     places = {"here": str(Path(__file__).parent), "root": str(ROOT), "tests": str(ROOT / "tests")}
