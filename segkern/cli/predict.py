@@ -10,7 +10,7 @@ from ..inference.predict_files import Predicted, pictures, predict_files
 from ..inference.predict_many import ERRORS, Shard, predict_many
 from ..models import open_model
 from ..ops.segment_map import TASKS
-from ..runtime.shared_work import group
+from ..runtime.processes import of_group
 from ..structures.settings import Options, Views
 
 _Task = Literal[TASKS]
@@ -82,7 +82,7 @@ def predict(
         pictures(images, lists, recursive)  # before a model is opened, maybe from the network
     if model == "demo" and not Path(model).is_dir():
         raise ValueError("no folder demo: run `segkern demo` first or give --model")
-    opened = open_model(model).to(group().device(device))
+    opened = open_model(model).to(of_group().device(device))
     options, views = Options(threshold), Views(window, stride, scales, flip)
     side = size[0] if size is not None and len(size) == 1 else size
     limits = {"max_pixels": max_pixels, "size": side}
@@ -93,7 +93,7 @@ def predict(
         return 2 if failed else 0
     shards = {"batch_size": batch_size, "threads": threads, "retry": retry, "report": _tell_shard}
     count, failed = predict_many(*settings, format, shard_size, **shards, **chosen)
-    if group().first and failed:
+    if of_group().first and failed:
         text = f"{failed} of {count} pictures have no result: {out / ERRORS} says why"
         print(f"segkern predict: error: {text}", file=sys.stderr)
     return 2 if failed else 0

@@ -12,7 +12,8 @@ from ..io.overlay import save_label_map, save_picture
 from ..io.picture_list import Place, listed, read_place
 from ..models.protocol import SegmentationModel
 from ..ops.segment_map import THRESHOLD
-from ..runtime.shared_work import Together, by_first, group
+from ..runtime.processes import of_group
+from ..runtime.shared_work import Together, by_first
 from ..structures.segmentation import Segmentation
 from ..structures.settings import Options, Views
 from .segment import check_one, segment
@@ -83,7 +84,7 @@ def predict_files(
     folders = {Path(place.path).parent for place in places}
     if Path(out_dir).resolve() in {folder.resolve() for folder in folders}:
         raise ValueError(f"predict: {out_dir} holds the pictures themselves; choose another --out")
-    processes = group()
+    processes = of_group()
     folder = by_first(processes, lambda: writable_folder(out_dir))
     read = {"max_pixels": max_pixels, "channels": model.config.input.channels}
     given = {"options": options, "views": views, "cuda_graphs": cuda_graphs, "size": size}
