@@ -176,7 +176,7 @@ def open_model(
     return MODELS[kind].model.from_pretrained(path, **options)
 
 
-def kind_of(name: str | Path) -> str:
+def find_kind(name: str | Path) -> str:
     """The kind, a name in `MODELS`, of the model that `open_model` opens, without its weights.
 
     Raises:
