@@ -24,7 +24,8 @@ from ..ops import _library
 from ..recipes.check_data import check_data, show_data
 from ..recipes.compare import LEVELS, compare, markdown
 from ..recipes.demo import demo as run_demo
-from ..runtime.processes import ALONE, code_before, joined, lost_another, said_before
+from ..runtime.processes import ALONE, code_before, joined, lost_another, said_before, started
+from ..runtime.shared_work import end_with_launcher
 from .arguments import Model
 from .evaluate import evaluate
 from .export import export
@@ -206,6 +207,8 @@ def _processes(arguments: list[str]) -> Iterator[bool]:
     prints: the first of them, and of predict each what became of its own pictures."""
     command = arguments[0] if arguments else ""
     several = command in ("train", "evaluate", "predict")
+    if several and started() > 1:
+        end_with_launcher()
     with joined() if several else nullcontext(ALONE) as processes:
         yield processes.first or command == "predict"
 

@@ -17,7 +17,7 @@ from ..models import open_model
 from ..ops import _library
 from ..ops.segment_map import TASKS
 from ..recipes.evaluate_run import run_folder, source_of, write_report
-from ..runtime.shared_work import group
+from ..runtime.processes import of_group
 from ..structures.settings import Options, Views
 from .arguments import Model, Task
 from .measured import tasks_on
@@ -84,7 +84,7 @@ def evaluate(
         out = run / "evaluation" / "metrics.json"
     if out is not None:
         import_extra("matplotlib")  # missed now, and not after the figures are found
-    opened = open_model(model).to(group().device(device))
+    opened = open_model(model).to(of_group().device(device))
     given = {"size": size, "level": level, "seed": seed, "split": split}
     given = {name: value for name, value in given.items() if value is not None}
     source, title = source_of(model, opened, data, layout, max_pixels, given)
@@ -106,7 +106,7 @@ def evaluate(
         views=views,
         max_detections=max_detections,
     )
-    if not group().first:
+    if not of_group().first:
         return
     Console().print(table(value, title))
     if value.get("best_threshold") is not None:

@@ -9,7 +9,8 @@ import tyro
 from ..inference.predict_files import Predicted, pictures, predict_files
 from ..inference.predict_many import ERRORS, Shard, predict_many
 from ..models import open_model
-from ..runtime.shared_work import by_first, group
+from ..runtime.processes import of_group
+from ..runtime.shared_work import by_first
 from ..structures.settings import Options, Views
 from .arguments import Model, Task
 
@@ -82,10 +83,10 @@ def predict(
             option = next(iter(shards)).replace("_", "-")
             raise ValueError(f"predict: --{option} is for shards: give --format jsonl or parquet")
         # before a model is opened, maybe from the network
-        by_first(group(), lambda: len(pictures(images, lists, recursive)))
+        by_first(of_group(), lambda: len(pictures(images, lists, recursive)))
     if model == "demo" and not Path(model).is_dir():
         raise ValueError("no folder demo: run `segkern demo` first or give --model")
-    opened = open_model(model).to(group().device(device))
+    opened = open_model(model).to(of_group().device(device))
     options, views = Options(threshold), Views(window, stride, scales, flip)
     side = size[0] if size is not None and len(size) == 1 else size
     limits = {"max_pixels": max_pixels, "size": side}
@@ -96,7 +97,7 @@ def predict(
         return 2 if failed else 0
     shards |= {"format": format, "report": _tell_shard}
     count, failed = predict_many(*settings, **shards, **chosen)
-    if group().first and failed:
+    if of_group().first and failed:
         text = f"{failed} of {count} pictures have no result: {out / ERRORS} says why"
         print(f"segkern predict: error: {text}", file=sys.stderr)
     return 2 if failed else 0

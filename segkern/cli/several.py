@@ -6,7 +6,6 @@ from inspect import signature
 
 from ..runtime.launch import launch
 from ..runtime.processes import started
-from ..runtime.shared_work import end_with_launcher
 
 
 def in_processes(command: Callable, arguments: Sequence[str]) -> Callable:
@@ -26,8 +25,6 @@ def in_processes(command: Callable, arguments: Sequence[str]) -> Callable:
             raise ValueError(f"{name}: --processes must be at least 1, got {count}")
         if count > 1:
             return launched(name, arguments, count)
-        if started() > 1:
-            end_with_launcher()
         return command(*given, **options)
 
     return run

@@ -12,12 +12,12 @@ import tyro
 
 from .. import recipes
 from ..data import find_format
-from ..models import open_model
+from ..models import find_kind, open_model
 from ..runtime.device import usable_device
 from ..training import checkpoint
 from ..training.config import TrainConfig
-from ..training.loop import stored_config
 from ..training.loop import train as run_train
+from ..training.state import stored_config
 from ..training.validation import BEST, best_of
 from .several import launched
 
@@ -151,7 +151,7 @@ def _pruned(config: TrainConfig, init: str | None) -> TrainConfig:
 def _recipe_for(root: str, layout: bool, init: str | None) -> str:
     """The recipe of the model to start from, or, without one, for the data in a folder; a folder
     whose layout is given holds maps of classes."""
-    if init is not None and (kind := open_model(init).config.kind) in recipes.RECIPES:
+    if init is not None and (kind := find_kind(init)) in recipes.RECIPES:
         return kind
     found = None if layout else find_format(root)[0]
     maps = layout or "masks" not in found.targets or (found.kind, found.task) == _SHARDS_OF_MAPS

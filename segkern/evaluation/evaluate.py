@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from ..inference.segment import Input, check, find
 from ..io.atomic_files import writable_folder, write_json
 from ..models.protocol import ModelConfig, SegmentationModel
-from ..runtime.processes import ALONE
-from ..runtime.shared_work import Together, by_first, group
+from ..runtime.processes import ALONE, of_group
+from ..runtime.shared_work import Together, by_first
 from ..structures.segmentation import Segmentation
 from ..structures.settings import Options, Views, one_of
 from .instance import Instances
@@ -106,7 +106,7 @@ def evaluate(
         OSError: `out` cannot be written; found before the model runs.
         Exception: what went wrong in another process.
     """
-    processes = group() if shared else ALONE
+    processes = of_group() if shared else ALONE
     several = processes.count > 1
     loose = Options(threshold, overlap_threshold, top_k)
     options = one_of("evaluate", options, loose)

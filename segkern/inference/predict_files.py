@@ -11,7 +11,8 @@ from ..io.picture_list import Place, listed, read_place
 from ..io.sources import is_url
 from ..models.protocol import SegmentationModel
 from ..ops.segment_map import THRESHOLD
-from ..runtime.shared_work import Together, by_first, group
+from ..runtime.processes import of_group
+from ..runtime.shared_work import Together, by_first
 from ..structures.segmentation import Segmentation
 from ..structures.settings import Options, Views
 from .segment import FAILURES, check_one, reason_of, segment
@@ -78,7 +79,7 @@ def predict_files(
     model.config.input.sized("predict", size)
     if task == "instance" and options.threshold is None:
         options = replace(options, threshold=THRESHOLD)
-    processes, folder = group(), Path(out_dir)
+    processes, folder = of_group(), Path(out_dir)
 
     def begin() -> list[Place]:
         places = pictures(paths, lists, recursive)

@@ -25,7 +25,8 @@ from ..io.picture_list import Place, listed, parsed, read_list, read_place, writ
 from ..models.protocol import SegmentationModel
 from ..ops._checks import expect_integer
 from ..ops.segment_map import THRESHOLD
-from ..runtime.shared_work import Together, by_first, group
+from ..runtime.processes import of_group
+from ..runtime.shared_work import Together, by_first
 from ..structures.segmentation import Segmentation
 from ..structures.settings import Options, Views
 from .result_shards import FORMATS, errors_name, import_arrow, shard_name, writer
@@ -129,7 +130,7 @@ def predict_many(
         "format": format,
         "shard_size": shard_size,
     }
-    processes, folder = group(), Path(out_dir)
+    processes, folder = of_group(), Path(out_dir)
     by_first(processes, lambda: _begin(folder, model, job, listed(inputs, lists, recursive)))
     given = {"options": options, "views": views, "cuda_graphs": cuda_graphs, "size": size}
     find = partial(segment, model, task=task, batch_size=batch_size, **given)

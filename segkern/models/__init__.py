@@ -171,10 +171,25 @@ def open_model(
         "dtype": dtype,
     }
     options = {name: value for name, value in options.items() if value is not None}
+    place = Place(revision, cache_dir, token, local_files_only, subfolder)
+    kind, path = _found(name, place)
+    return MODELS[kind].model.from_pretrained(path, **options)
+
+
+def find_kind(name: str | Path) -> str:
+    """The kind, a name in `MODELS`, of the model that `open_model` opens, without its weights.
+
+    Raises:
+        ValueError: of no kind that segkern has.
+    """
+    return _found(name, Place())[0]
+
+
+def _found(name: str | Path, place: Place) -> tuple[str, Path]:
+    """The kind of a model, and its folder or file."""
     path = Path(name).expanduser()
     if is_single_file(path) and (kind := _kind_of_file(path)):
-        return MODELS[kind].model.from_pretrained(path, **options)
-    place = Place(revision, cache_dir, token, local_files_only, subfolder)
+        return kind, path
     folder = find_folder(name, place)
     kinds = [
         kind
@@ -188,8 +203,7 @@ def open_model(
             raise ValueError(
                 f"open_model: {name}: model_type must be one of {', '.join(MODELS)}, got {found}"
             )
-    kind = kinds[0]
-    return MODELS[kind].model.from_pretrained(folder, **options)
+    return kinds[0], folder
 
 
 def _kind_of_file(path: Path) -> str | None:

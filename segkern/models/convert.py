@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..io.atomic_files import expect_free
@@ -27,6 +26,7 @@ from ..weights import unpickling
 from ..weights.folders import FILES, SUFFIXES, find_folder, is_model
 from ..weights.hf_folders import read_weights
 from ..weights.pickling import dump_arrays
+from ..weights.state_dicts import write_tensors
 from . import MODELS, open_model
 from .protocol import SegmentationModel
 
@@ -295,8 +295,7 @@ def _write_marked(source: Path, folder: Path) -> list[str]:
         mark = torch.tensor(_FIRST + i, dtype=dtype) if _markable(value) else value
         marks[name] = mark.expand(value.shape) if _markable(value) else value
     if source.is_dir() and not (source / "variant.yml").is_file():
-        whole = {name: mark.contiguous() for name, mark in marks.items()}
-        save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "model.safetensors", marks)
         return list(state)
     path = source if source.is_file() else source / "checkpoint.pth"
     content = _content(path)

@@ -5,12 +5,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..io.atomic_files import atomic, write_json
 from ..weights.folders import find_folder
-from ..weights.state_dicts import on_disk, unwrapped
+from ..weights.state_dicts import unwrapped, write_tensors
 
 
 def write(folder: str | Path, kind: str, settings: dict, weights: dict[str, Tensor]) -> None:
@@ -27,7 +27,7 @@ def write(folder: str | Path, kind: str, settings: dict, weights: dict[str, Tens
     """
     folder = Path(folder)
     with atomic(folder / "model.safetensors") as temporary:
-        save_file(on_disk(weights), temporary, metadata={"format": "pt"})
+        write_tensors(temporary, weights)
     write_json(folder / "config.json", {"model_type": kind, **settings})
 
 

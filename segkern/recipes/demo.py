@@ -16,7 +16,8 @@ from ..io.overlay import save_picture
 from ..models import SegmentationModel, open_model
 from ..structures.settings import Options
 from ..training import checkpoint
-from ..training.loop import stored_config, train
+from ..training.loop import train
+from ..training.state import stored_config
 from .mask2former import DIGITS_THRESHOLD, digits
 
 

@@ -17,7 +17,7 @@ from ..models import SegmentationModel
 from ..structures.settings import Options, Views
 from ..training import checkpoint
 from ..training.log import FILE as LOG
-from ..training.loop import stored_config
+from ..training.state import stored_config
 from ..training.validation import BEST
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from .processes import NAMES, claimed
 
+_HANDED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # to processes that no terminal reaches
 _POLL = 0.05  # seconds
 _GRACE = 10.0  # seconds that the others have to end by themselves when one has failed
 _END = 30.0  # and then before they are killed
@@ -46,8 +47,9 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     workers: list[subprocess.Popen] = []
     before = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda n, _: _send(workers, n))
+        for number in _HANDED:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # of nohup
+                before[number] = signal.signal(number, lambda n, _: _send(workers, n))
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             # in a session of its own, or a terminal's Ctrl-C would come twice
@@ -88,7 +90,7 @@ def _told(failed: int, workers: list[subprocess.Popen], store: dist.Store) -> in
         said = store.check(["code"])
         return int(store.get("code")) if said else code
     number = signal.Signals(-code)
-    code = {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, 1)
+    code = 128 + number if number in _HANDED else 1
     if (before := claimed(store, code)) is not None:
         return before
     why = ", which may be for want of memory" if number == signal.SIGKILL else ""

@@ -7,7 +7,9 @@ WORLD_SIZE, MASTER_ADDR and MASTER_PORT. What they agree on goes over the CPU: n
 import contextlib
 import hashlib
 import os
+import platform
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,9 +24,19 @@ TIMEOUT = timedelta(minutes=10)  # after which a process that waits for another 
 _PATIENCE = timedelta(days=7)  # where the first process has work of its own, such as an evaluation
 NAMES = "segkern"  # before all names in the launcher's store
 _NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+_POLL = 0.02  # seconds
 _HEAD_START = 0.5  # seconds by which the first process is heard where all of them fail
 _LAST = 5.0  # and by which those are heard that fail by themselves
-_LOST = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "imeout", "NCCL")
+# of what gloo, NCCL and stores say where another has ended or does not answer: what else they say
+# is this process's own fault, such as an address in use
+_LOST = (
+    "closed by peer",
+    "closed by remote peer",
+    "reset by peer",
+    "Broken pipe",
+    "likely closed",
+)
+_LOST += ("imed out", "imeout", "remote process exit", "ncclRemoteError", "was aborted")
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class Processes:
         rank: of this process, from 0.
         count: of all, at least 1.
         local_rank: of this process among those of its machine.
+        local_count: of those.
         group: what all agree over on the CPU; None where this process is alone.
         patient: the same, which waits for days.
     """
@@ -42,6 +55,7 @@ class Processes:
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    local_count: int = 1
     group: "dist.ProcessGroup | None" = None
     patient: "dist.ProcessGroup | None" = None
 
@@ -86,22 +100,55 @@ class Processes:
         """The device of that name, of several GPUs this process's own.
 
         Raises:
-            ValueError: torch cannot use it, there are no kernels for it, or there are more
-                processes on this machine than GPUs.
+            ValueError: torch cannot use it, there are no kernels for it, there are more processes
+                on this machine than GPUs, or it is one GPU of several that all would take.
         """
         device = usable_device(name)
-        if self.count == 1 or device.type != "cuda" or device.index is not None:
+        if self.count == 1 or device.type != "cuda":
             return device
-        if self.local_rank >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        if device.index is not None:
+            if min(self.local_count, gpus) > 1:
+                raise ValueError(
+                    f"device must be cuda, without a number, where {self.local_count} processes "
+                    f"of a machine take a GPU each, got {name!r}"
+                )
+            return device
+        if self.local_rank >= gpus:
             raise ValueError(
-                "processes on a machine must be no more than its GPUs "
-                f"({torch.cuda.device_count()}), got one with LOCAL_RANK {self.local_rank}"
+                f"processes on a machine must be no more than its GPUs ({gpus}), got one with "
+                f"LOCAL_RANK {self.local_rank}"
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
 
 ALONE = Processes()
+
+
+class _Known:
+    """The group of all processes, and those of it as `of_group` found them."""
+
+    world: "dist.ProcessGroup | None" = None
+    processes = ALONE
+
+
+def of_group() -> Processes:
+    """The processes of torch.distributed's group; `ALONE` where there is none, or one of one.
+
+    All call it together the first time; what it returns then is kept while the group is there.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return ALONE
+    if _Known.world is not dist.group.WORLD:
+        groups = [dist.new_group(backend="gloo", timeout=wait) for wait in (TIMEOUT, _PATIENCE)]
+        rank, machines = dist.get_rank(), [""] * dist.get_world_size()
+        dist.all_gather_object(machines, platform.node(), group=groups[0])
+        local = os.environ.get("LOCAL_RANK") or machines[:rank].count(machines[rank])
+        together = os.environ.get("LOCAL_WORLD_SIZE") or machines.count(machines[rank])
+        found = Processes(rank, len(machines), int(local), int(together), *groups)
+        _Known.world, _Known.processes = dist.group.WORLD, found
+    return _Known.processes
 
 
 def started() -> int:
@@ -128,20 +175,15 @@ def joined() -> Iterator[Processes]:
         return
     if own:
         _join()
-    rank, count = dist.get_rank(), dist.get_world_size()
-    if count == 1:
-        yield ALONE
-        return
-    local = int(os.environ.get("LOCAL_RANK") or rank % max(torch.cuda.device_count(), 1))
-    groups = [dist.new_group(backend="gloo", timeout=wait) for wait in (TIMEOUT, _PATIENCE)]
     failed = True
     try:
-        yield Processes(rank, count, local, *groups)
+        yield of_group()
         failed = False
     finally:
         # NCCL may wait in vain for processes that have failed; they end with it
         if own and not (failed and torch.cuda.is_available()):
             dist.destroy_process_group()
+            _Known.world, _Known.processes = None, ALONE
 
 
 def _join() -> None:
@@ -153,13 +195,47 @@ def _join() -> None:
             "must be set, too: start them with torchrun or --processes, or unset WORLD_SIZE"
         )
     store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
-    if (again := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
-        # the store may be that of the last group, with the addresses of its processes
-        store = dist.PrefixStore(f"start {again}", store)
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        store = apart(store, rank, count)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     _Ends.store, _Ends.process = dist.PrefixStore(NAMES, store), os.getpid()
+
+
+def apart(store: "dist.Store", rank: int, count: int) -> "dist.Store":
+    """A part of a store that only those know who call this together. A group that torchrun starts
+    again may find the store of the last one, with the addresses of its processes, and no count of
+    restarts tells them apart: torchrun counts on each machine what failed there.
+
+    Each leaves a word of its own; the first answers each word with the name of the part, also
+    those left by the last group, until all have said that they heard it.
+
+    Raises:
+        RuntimeError: not all came in time.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"{NAMES}/came/{rank}", own)
+        store.wait([f"{NAMES}/answer/{own}"], TIMEOUT)
+        name = store.get(f"{NAMES}/answer/{own}").decode()
+        store.set(f"{NAMES}/heard/{name}/{rank}", "yes")
+        return dist.PrefixStore(name, store)
+    missing, limit = set(range(1, count)), time.monotonic() + TIMEOUT.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{NAMES}/came/{other}"]):
+                word = store.get(f"{NAMES}/came/{other}").decode()
+                store.set(f"{NAMES}/answer/{word}", own)
+            if store.check([f"{NAMES}/heard/{own}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > limit:
+            raise RuntimeError(
+                f"the processes of the run must come within {TIMEOUT}: timed out waiting for "
+                f"{', '.join(map(str, sorted(missing)))} of {count}"
+            )
+        time.sleep(_POLL)
+    return dist.PrefixStore(own, store)
 
 
 class _Ends:
@@ -187,11 +263,10 @@ def said_before(text: str) -> bool:
 def lost_another(error: BaseException) -> bool:
     """Whether an error only says that another process has ended or does not answer."""
     text = str(error)
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError)
-        and ("gloo" in text or "NCCL" in text)
-        and any(sign in text for sign in _LOST)
+    told = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
     )
+    return told and any(sign in text for sign in _LOST)
 
 
 def code_before(code: int, error: BaseException | None = None) -> int | None:

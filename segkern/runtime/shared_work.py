@@ -1,5 +1,5 @@
-"""Work that the processes of a group share: who they are, what all of them gather in the first,
-and an error of one that ends the work of all."""
+"""Work that the processes of a group share: what all of them gather in the first, and an error of
+one that ends the work of all. They wait for the slowest; one that died is noticed at once."""
 
 import ctypes
 import itertools
@@ -7,28 +7,13 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch.distributed as dist
 
-from .processes import ALONE, Processes
+from .processes import Processes
 
-_PATIENCE = timedelta(days=7)  # for the slowest; one that died is noticed at once
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl
 _stretches = itertools.count()
-_known: list = []  # the group of all processes, and those of it that work together
-
-
-def group() -> Processes:
-    """The processes of torch.distributed's group, which all ask for at the same time; `ALONE`
-    where there is none."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return ALONE
-    world = dist.group.WORLD
-    if not _known or _known[0] is not world:
-        made = dist.new_group(backend="gloo", timeout=_PATIENCE)  # over the CPU
-        _known[:] = world, Processes(dist.get_rank(), dist.get_world_size(), 0, made, made)
-    return _known[1]
 
 
 def end_with_launcher() -> None:
@@ -49,7 +34,7 @@ class Together:
                 ...
 
     Args:
-        processes: of `group`.
+        processes: of `of_group`.
     """
 
     def __init__(self, processes: Processes):
@@ -71,7 +56,7 @@ class Together:
         if error is not None:
             self._store.set(self._key, b"1")
         errors = [None] * self.processes.count
-        dist.all_gather_object(errors, _portable(error), self.processes.group)
+        dist.all_gather_object(errors, _portable(error), self.processes.patient)
         first = next((i for i, found in enumerate(errors) if found is not None), None)
         if first is not None and (error is None or first != self.processes.rank):
             raise errors[first] from error
@@ -91,7 +76,7 @@ def gathered(processes: Processes, value) -> list | None:
     if processes.count == 1:
         return [value]
     values = [None] * processes.count if processes.first else None
-    dist.gather_object(value, values, 0, processes.group)
+    dist.gather_object(value, values, 0, processes.patient)
     return values
 
 

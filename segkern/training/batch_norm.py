@@ -10,7 +10,7 @@ Source: Batch Normalization (Ioffe & Szegedy, ICML 2015); joined moments: Chan e
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
+from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -23,17 +23,22 @@ from ..runtime.processes import Processes
 
 @contextlib.contextmanager
 def synchronised(model: nn.Module, processes: Processes) -> Iterator[None]:
-    """Inside, batch norms in training take their moments over all processes, which all call the
-    model together; those in evaluation stay as they are.
+    """Inside, batch norms take their moments over all processes, which all call the model
+    together, while they are in training; in evaluation, and copies of the model there, each
+    process is by itself.
 
     Args:
         model: with whatever batch norms, also timm's with an activation behind.
         processes: of the run; without effect on one alone.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     norms = norms if processes.count > 1 else []
+
+    def forward(norm: _BatchNorm, x: Tensor) -> Tensor:
+        return _forward(norm, processes.count, x) if norm.training else type(norm).forward(norm, x)
+
     for norm in norms:
-        norm.forward = partial(_forward, norm, processes.count)
+        norm.forward = MethodType(forward, norm)  # of a copy it is the copy's
     try:
         yield
     finally:

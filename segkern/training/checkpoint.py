@@ -61,12 +61,16 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path.parent if path.name == ABOUT else path
-    if (re.fullmatch(r"\d{7,}", path.name) and path.is_dir()) or (path / ABOUT).is_file():
+    if (path / ABOUT).is_file():
         return path
-    found = held(path.parent if path.name == FOLDER else path)
-    if not found:
-        raise ValueError(f"{path}: no such checkpoint")
-    return found[-1]
+    if found := held(path):  # before its own name is looked at, which may be a number
+        return found[-1]
+    place = Path(os.path.abspath(path))  # of "0000500" inside checkpoints/, too
+    if re.fullmatch(r"\d{7,}", place.name) and place.parent.name == FOLDER and place.is_dir():
+        return path  # spoilt, as it does not say what it is
+    if place.name == FOLDER and (found := held(place.parent)):
+        return found[-1]
+    raise ValueError(f"{path}: no such checkpoint")
 
 
 def folder_of(path: str | Path) -> Path:
@@ -76,7 +80,10 @@ def folder_of(path: str | Path) -> Path:
         path = find(path)
     except ValueError:
         return path if path.is_dir() else path.parent
-    return path.parent.parent if path.parent.name == FOLDER else path.parent
+    if path.is_file() or path.parent.name == FOLDER:
+        return path.parent if path.is_file() else path.parent.parent
+    place = Path(os.path.abspath(path))
+    return place.parent.parent if place.parent.name == FOLDER else path.parent
 
 
 def settings(path: str | Path) -> dict:

@@ -64,7 +64,7 @@ def data_sets(
             warnings.warn(
                 f"train: {len(absent)} of {len(part.classes)} classes occur in no map of the "
                 f"{split} split (255 or 65535 stands for no class): {some_of(absent)}",
-                stacklevel=5,  # the caller of train
+                stacklevel=4,  # the caller of train
             )
     if getattr(config.model, "joint_tasks", False):
         stuff = getattr(data, "stuff", config.model.labels.stuff)

@@ -34,7 +34,6 @@ from .optimizer import backbone_share, learning_rate
 from .parallel import reseed
 from .run import Run, prepare
 from .saver import Saver
-from .state import stored_config as stored_config
 
 
 @dataclass

@@ -45,15 +45,6 @@ class MuonAndAdamW:
         for part in self.parts:
             part.step()
 
-    def state_dict(self) -> dict:
-        """The states of both, under "parts"."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Takes what `state_dict` gave."""
-        for part, found in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(found)
-
 
 def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer | MuonAndAdamW:
     """The optimizer of a `TrainConfig`; its rates are tensors."""

@@ -4,7 +4,6 @@ settings -> folder, checkpoint to go on from -> data -> model -> processes -> op
 -> weights and moments of the checkpoint -> first batch -> an earlier run in the folder goes
 """
 
-import copy
 import itertools
 import shutil
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch import nn
 from ..io.atomic_files import writable_folder
 from ..models import SegmentationModel, build_model, initialize
 from ..runtime.processes import Processes
+from ..runtime.shared_work import by_first
 from . import checkpoint
 from .average import Average
 from .config import TrainConfig
@@ -50,6 +50,7 @@ class Run:
         begun: a line on the weights that it starts with; None where there is nothing to say.
         batches: as `feed.batches`.
         validation: evaluations; None without.
+        queries: of the model, each of which finds one object; None where it has none.
         unmatched, unread: counts of what is lost.
         given: what its checkpoints say of data sets that the settings do not describe.
     """
@@ -67,14 +68,10 @@ class Run:
     begun: str | None
     batches: Iterator
     validation: Validation | None
+    queries: int | None
     unmatched: Unmatched
     unread: Unread
     given: dict
-
-    @property
-    def queries(self) -> int | None:
-        """Of the model, each of which finds one object; None where it has none."""
-        return getattr(self.config.model, "num_queries", None)
 
     def shown(self) -> nn.Module:
         """The whole model to evaluate and to save; called by all."""
@@ -106,8 +103,8 @@ def prepare(
     """Makes a run of what `train` was called with, whose errors it raises; called by all
     processes. Nothing of an earlier run in the folder is removed before all else is done."""
     config = _agreed(config, model, processes)
-    folder = writable_folder(config.output) if processes.first else config.output
-    resume = restarted(folder) or resume
+    folder = by_first(processes, lambda: writable_folder(config.output))
+    resume = restarted(folder, processes) or resume
     state = None if resume is None else resumable(resume, config)
     if state is not None:
         _check_resumed(state, config, resume, dataset, val_dataset)
@@ -123,7 +120,11 @@ def prepare(
     model, begun = _model(config, model, state is not None)
     model.to(device).train()
     cut = processes.count > 1 and config.parallel == "fsdp"  # each holds a part of the model
-    whole = copy.deepcopy(model).cpu() if cut else None
+    whole = None
+    if cut:
+        from .sharded import to_fill  # it takes long to import
+
+        whole = to_fill(model)
     frozen = freeze(model, config.freeze)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -137,6 +138,7 @@ def prepare(
     if held_out is not None:
         validation = Validation(held_out, config, folder, start, own, processes)
     own_val = val_dataset is not None or bool(state and state.get("own_val"))
+    queries = getattr(config.model, "num_queries", None)
     images, most = config.batch_size * config.accumulate, getattr(data, "most_unread", 1.0)
     run = Run(
         config=config,
@@ -152,7 +154,8 @@ def prepare(
         begun=begun,
         batches=itertools.chain([first], parts),
         validation=validation,
-        unmatched=Unmatched(getattr(config.model, "num_queries", None), len(data), processes),
+        queries=queries,
+        unmatched=Unmatched(queries, len(data), processes),
         unread=Unread(len(data), images, start, most, processes),
         given={"own_data": dataset is not None, "own_val": own_val},
     )

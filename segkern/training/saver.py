@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.processes import ALONE, Processes
+from ..runtime.shared_work import by_first
 from . import checkpoint
 from .config import TrainConfig
 from .parallel import own_part
@@ -57,6 +58,9 @@ class Saver:
             if error is None:
                 raise
             error.add_note(str(fault))
+        finally:
+            if self.group is not None and error is None:  # or others may still wait there
+                torch.distributed.destroy_process_group(self.group)
 
     def __call__(self, run: Trainee, shown: nn.Module, step: int, seconds: float) -> None:
         """Writes a checkpoint and model/; a checkpoint that is not written yet is waited for.
@@ -79,9 +83,10 @@ class Saver:
         self._check(tensors, step)
         about |= {"config": self.config.to_dict(), **self.given, "step": step, "seconds": seconds}
         about["launch"] = launch()
-        if self.processes.first:  # before, so that it is never older than a last checkpoint
-            checkpoint.unnamed(self.folder, step).mkdir(parents=True, exist_ok=True)
-            shown.save_pretrained(self.folder / "model")
+        try:  # before, so that it is never older than a last checkpoint
+            by_first(self.processes, lambda: self._show(shown, step))
+        except OSError as error:
+            raise self._failed(step, error, 0) from error
         self._write(tensors, about, step, run.step.device)
 
     def wait(self) -> None:
@@ -94,6 +99,11 @@ class Saver:
             return
         (future, step), self.writing = self.writing, None
         self._done(future.result, step)
+
+    def _show(self, shown: nn.Module, step: int) -> None:
+        """Writes model/, beside a checkpoint that is begun."""
+        checkpoint.unnamed(self.folder, step).mkdir(parents=True, exist_ok=True)
+        shown.save_pretrained(self.folder / "model")
 
     def _write(self, tensors: dict[str, Tensor], about: dict, step: int, device: str) -> None:
         import torch.distributed.checkpoint as dcp  # slow to import: with the first checkpoint
@@ -125,26 +135,35 @@ class Saver:
         try:
             write()
         except (CheckpointException, Exception) as error:
-            rank, cause = self.processes.rank, error
+            rank, cause = None, error
             if isinstance(error, CheckpointException):
                 rank, (cause, _) = next(iter(error.failures.items()))
-            text = str(getattr(cause, "strerror", None) or cause).partition("\n")[0]
-            if self.group is not None and cause is error:
-                text = f"a process of the group is gone: {text}"
-            elif self.group is not None:
-                text = f"process {rank}: {text}"
-            self._remove_leftovers()
-            found = checkpoint.held(self.folder)
-            remedy = "there is none before it"
-            if found:
-                remedy = f"{found[-1]} is whole: go on with --resume {found[-1]}"
-            kind = OSError if isinstance(cause, OSError) else RuntimeError
-            message = f"the checkpoint of step {step} could not be written to {self.folder}"
-            raise kind(f"{message} ({text}); {remedy}") from error
+            raise self._failed(step, cause, rank) from error
         if self.processes.first:
             for path in checkpoint.held(self.folder)[: -self.config.keep]:
                 _remove(path)
             self._remove_leftovers()
+
+    def _failed(self, step: int, cause: BaseException, rank: int | None) -> Exception:
+        """The error of a checkpoint that could not be written, which says what can be gone on
+        with; what is left of it goes.
+
+        Args:
+            cause: what went wrong.
+            rank: of the process where it did; None where that is gone.
+        """
+        text = str(getattr(cause, "strerror", None) or cause).partition("\n")[0]
+        if self.group is not None:
+            where = "a process of the group is gone" if rank is None else f"process {rank}"
+            text = f"{where}: {text}"
+        self._remove_leftovers()
+        found = checkpoint.held(self.folder)
+        remedy = "there is none before it"
+        if found:
+            remedy = f"{found[-1]} is whole: go on with --resume {found[-1]}"
+        kind = OSError if isinstance(cause, OSError) else RuntimeError
+        message = f"the checkpoint of step {step} could not be written to {self.folder}"
+        return kind(f"{message} ({text}); {remedy}")
 
     def _check(self, tensors: dict[str, Tensor], step: int) -> None:
         """Raises, in all processes, what is wrong in one of them before anything is written."""
@@ -212,11 +231,19 @@ def launch() -> str | None:
     return str(os.getppid()) if name == "none" else name
 
 
-def restarted(folder: Path) -> Path | None:
+def restarted(folder: Path, processes: Processes = ALONE) -> Path | None:
     """The checkpoint that a group which torchrun started again goes on from: the newest that an
-    earlier try of it wrote to `folder`; None in a first try, or where it wrote none."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) < 1:
-        return None
+    earlier try of it wrote to `folder`; None in a first try, or where it wrote none.
+
+    All processes call it, and the first looks for all: torchrun counts the restarts of each
+    machine, where its own processes failed.
+    """
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    return by_first(processes, lambda: _own(folder)) if processes.any(again) else None
+
+
+def _own(folder: Path) -> Path | None:
+    """The newest checkpoint of a run, where this start has written it."""
     found = [path for path in checkpoint.held(folder) if path.is_dir()]
     if not found or checkpoint.settings(found[-1]).get("launch") != launch():
         return None

@@ -8,6 +8,7 @@ Source: FSDP2 of torch (`fully_shard`); ZeRO (Rajbhandari et al., SC 2020), its 
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,16 @@ def shard(model: nn.Module, processes: Processes) -> None:
     for unit in units(model):
         fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def to_fill(model: nn.Module) -> nn.Module:
+    """A copy of a model on the CPU, in whose weights is anything: `fill` writes them, and until
+    then they take no memory."""
+    weights = {
+        id(p): nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad)
+        for p in model.parameters()
+    }
+    return deepcopy(model, weights).cpu()
 
 
 def fill(whole: nn.Module, model: nn.Module) -> nn.Module:

@@ -3,7 +3,6 @@
 import json
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,7 +46,7 @@ class Validation:
         processes: Processes = ALONE,
     ):
         self.data, self.config, self.folder = data, config, folder / BEST
-        self.processes = replace(processes, group=processes.patient)  # while the best is written
+        self.processes = processes
         self.metric = config.best_metric or METRICS[config.task][0]
         held = None
         if own:  # one reads for all: a shared folder may show each another state

@@ -6,12 +6,12 @@ import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import unpickling
 from .folders import read_json, write_json
-from .state_dicts import on_disk, unwrapped
+from .state_dicts import unwrapped, write_tensors
 
 SIZES_TOLD = "sizes_in_preprocessor"  # under "segkern" in config.json: the other file says them
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
@@ -94,13 +94,13 @@ def write_folder(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = on_disk(weights)
-    floats = {str(v.dtype).removeprefix("torch.") for v in state.values() if v.is_floating_point()}
+    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+    floats = {str(dtype).removeprefix("torch.") for dtype in dtypes}
     config = config | {"dtype": min(floats, default="float32")}
     config["segkern"] = config.get("segkern", {}) | {SIZES_TOLD: True}
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        save_file(state, temporary / _WEIGHTS[0], metadata={"format": "pt"})
+        write_tensors(temporary / _WEIGHTS[0], weights)
         write_json(temporary / "preprocessor_config.json", preprocessor)
         write_json(temporary / "config.json", config)
         mode = (temporary / "config.json").stat().st_mode  # safetensors' own is private

@@ -1,8 +1,12 @@
 """State dicts: what does not fit a model, how they are renamed and how they are written."""
 
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -23,6 +27,22 @@ def on_disk(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         written[name] = value.clone() if place in places else value
         places.add(place)
     return written
+
+
+def write_tensors(path: Path, weights: dict[str, Tensor]) -> None:
+    """Writes weights, as `on_disk` has them, to a safetensors file.
+
+    Raises:
+        OSError: it cannot be written, as where the disk is full.
+    """
+    try:
+        save_file(on_disk(weights), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which says the system's reason in its text alone
+        number = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        if number is None:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        code = int(number[1] or number[2])
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:

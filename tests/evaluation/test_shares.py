@@ -21,7 +21,7 @@ from segkern.evaluation.evaluate import evaluate
 from segkern.evaluation.panoptic import truth_map
 from segkern.evaluation.shares import as_list
 from segkern.models import Mask2Former, Mask2FormerConfig, Segmenter, SegmenterConfig
-from segkern.runtime.shared_work import group
+from segkern.runtime.processes import of_group
 from segkern.training.validation import Validation
 from support.painted import Painted, random_scenes
 from support.processes import in_processes
@@ -68,7 +68,7 @@ class Kept(Painted):
 def validated(scenes, folder):
     """What training reads of an evaluation that all processes make together."""
     config = replace(recipes.digits(task="panoptic"), evaluate_scenes=COUNT)
-    validation = Validation(scenes, config, folder, 0, False, group())
+    validation = Validation(scenes, config, folder, 0, False, of_group())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return validation(Kept(), 7)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import segkern
-from segkern.models import EoMT, EoMTConfig, initialize, open_model
+from segkern.models import EoMT, EoMTConfig, find_kind, initialize, open_model
 from support.small_models import (
     convolutions,
     levels,
@@ -59,6 +59,8 @@ def test_a_run_opens_by_its_folder_its_parts_and_their_files(build, tmp_path):
     best.save_pretrained(tmp_path / "best")
     assert equal(segkern.open_model(tmp_path), best) == []
     assert equal(segkern.open_model(tmp_path / "model"), newest) == []
+    (tmp_path / "best/model.safetensors").unlink()
+    assert find_kind(tmp_path) == newest.config.kind  # which the weights are not needed for
 
 
 @models

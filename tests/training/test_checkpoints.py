@@ -245,10 +245,40 @@ def raises_at(monkeypatch, place, name, error):
     monkeypatch.setattr(place, name, fails)
 
 
+def test_a_path_names_a_run_or_a_checkpoint(setting, tmp_path, monkeypatch):
+    """From wherever it is given, and whatever the folder of the run is called."""
+    for name in ("20261130", "checkpoints", "run"):
+        folder = tmp_path / name
+        folder.mkdir()
+        saved(setting, 1, 2, output=folder, keep=2)
+        first, second = checkpoint.held(folder)
+        assert checkpoint.find(folder) == second
+        assert checkpoint.folder_of(folder) == checkpoint.folder_of(first) == folder
+        for place, given in (
+            (folder, "."),
+            (folder, "checkpoints"),
+            (folder, "checkpoints/0000001"),
+            (first.parent, "."),
+            (first.parent, "0000001"),
+            (first, "."),
+        ):
+            monkeypatch.chdir(place)
+            want = first if "1" in given or place == first else second
+            assert checkpoint.find(given).resolve() == want
+            assert checkpoint.folder_of(given).resolve() == folder
+    (first / "state.json").unlink()
+    monkeypatch.chdir(first.parent)
+    with pytest.raises(ValueError, match=r"state.json is missing"):
+        checkpoint.settings("0000001")
+    (tmp_path / "1234567").mkdir()
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        checkpoint.find(tmp_path / "1234567")
+
+
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("at", ["tensors", "write_plain", "name_folder", "checksum"])
+@pytest.mark.parametrize("at", ["tensors", "write_plain", "name_folder", "checksum", "model"])
 @pytest.mark.parametrize("before", [(), (2, 4)], ids=["first", "third"])
 def test_a_full_disk_leaves_what_was_there(setting, monkeypatch, either, at, before):
     saved(setting, *before, keep=2)
@@ -257,12 +287,14 @@ def test_a_full_disk_leaves_what_was_there(setting, monkeypatch, either, at, bef
     if at == "tensors":
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
         reason = "File too large"
-    else:
+    elif at != "model":
         raises_at(monkeypatch, shard_writer, at, FULL)
     remedy = "there is none before it"
     if before:
         remedy = r".*/0000004 is whole: go on with --resume .*/0000004"
     monkeypatch.setattr(Small, "save_pretrained", lambda *_: None)
+    if at == "model":
+        raises_at(monkeypatch, Small, "save_pretrained", FULL)
     message = rf"step 6 could not be written to .* \({reason}\); {remedy}"
     try:
         with pytest.raises(OSError, match=message):

@@ -1,17 +1,13 @@
-"""Two processes on one machine: each may compute a loss alone, and a step is that of the joined
-batch."""
+"""What the parts of a batch count together; what two processes make of it is in
+test_many_processes.py."""
 
-import pytest
 import torch
 from test_step import network
-from torch.nn.parallel import DistributedDataParallel
 
 from segkern.models import Segmenter, SegmenterConfig
 from segkern.structures.targets import Targets
 from segkern.training.distributed import normalized
-from segkern.training.step import TrainingLoss
 from support.inputs import random_targets
-from support.processes import in_two_processes
 
 
 def image(rank, counts=(3, 1)):
@@ -71,43 +67,3 @@ def pixels(ranks):
     semantic[torch.tensor(ranks) == 1, 9:] = 255
     targets = Targets.from_lists(*random_targets([0] * len(ranks), 3, 64, 64))
     return model, x, targets._replace(semantic=semantic)
-
-
-def work(rank):
-    model = network()
-    for norm in model.modules():  # statistics of a part of the batch would differ
-        if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
-            norm.eval()
-    x, targets = image(rank)
-    if rank == 0:
-        model.loss(x, targets)  # alone, as rank 0 does that validates
-        model.criterion.seed.zero_()
-    loss = DistributedDataParallel(TrainingLoss(model), find_unused_parameters=True)
-    _, losses = loss(x, normalized(targets))
-    (losses["loss_mask"].sum() + losses["loss_dice"].sum()).backward()
-    found = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
-    model, x, targets = pixels([rank])
-    if rank == 0:
-        model.loss(x, targets)
-    loss = DistributedDataParallel(TrainingLoss(model))
-    loss(x, normalized(targets))[0].backward()
-    return found + [p.grad.tolist() for p in model.parameters()]
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_step_of_the_joined_batch(tmp_path):
-    found = in_two_processes(work, tmp_path)
-    model = network()
-    for norm in model.modules():
-        if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
-            norm.eval()
-    _, losses = model.loss(*joined())
-    # the mean over processes of each sum over the mean number: the joined sum over the number
-    (losses["loss_mask"].sum() + losses["loss_dice"].sum()).backward()
-    segmenter, x, targets = pixels([0, 1])
-    segmenter.loss(x, normalized(targets))[0].backward()
-    parameters = [*model.parameters(), *segmenter.parameters()]
-    for mine, other, p in zip(found[0], found[1], parameters, strict=True):
-        assert mine == other
-        if p.grad is not None:
-            torch.testing.assert_close(torch.tensor(mine), p.grad, rtol=1e-3, atol=1e-5)

@@ -21,9 +21,15 @@ from segkern.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 STEPS = 50
+ENDLESS = 100000  # steps of a run that a signal ends, however late it comes
 SMALL = ["--data.size", "32", "32", "--data.scenes", "7", "--device", "cpu", "--sync-batch-norm"]
 SMALL += ["--model.num-queries", "5", "--model.train-num-points", "32", "--no-tensorboard"]
-SMALL += ["--model.decoder-layers", "1", "--batch-size", "4", "--lr", "1e-3", "--log-every", "1"]
+SMALL += ["--model.decoder-layers", "1", "--batch-size", "4", "--log-every", "1"]
+# What rounding moves must stay small for 50 steps on any machine: AdamW makes whole steps of
+# gradients that are nothing but rounding, and points chosen by their loss change by a bit of it.
+# A rate that stays makes a short run the beginning of a longer one.
+SMALL += ["--optimizer", "sgd", "--model.importance-sample-ratio", "0", "--lr", "1e-4"]
+SMALL += ["--warmup", "0", "--schedule", "poly", "--power", "0"]
 
 
 def started(*arguments):
@@ -43,8 +49,10 @@ def ended(run, code=0):
 
 
 def lines(folder):
+    """Of the log, as far as they are whole."""
     log = folder / "log.jsonl"
-    return [json.loads(x) for x in log.read_text().splitlines()] if log.is_file() else []
+    text = log.read_text() if log.is_file() else ""
+    return [json.loads(x) for x in text.splitlines(keepends=True) if x.endswith("\n")]
 
 
 def until(run, folder, steps):
@@ -66,7 +74,7 @@ def alone(tmp_path_factory):
 
 
 def follows(log, alone):
-    assert [x["step"] for x in log] == [x["step"] for x in alone] == [*range(1, STEPS + 1)]
+    assert [x["step"] for x in log] == [*range(1, len(log) + 1)]
     for mine, other in zip(log, alone):
         assert mine["lr"] == other["lr"]
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4), mine["step"]
@@ -76,7 +84,9 @@ def follows(log, alone):
 @pytest.mark.slow
 def test_two_processes_follow_one(alone, tmp_path):
     out, errors = ended(started(*SMALL, "--output", tmp_path, "--steps", STEPS))
+    assert len(lines(tmp_path)) == len(alone) == STEPS
     follows(lines(tmp_path), alone)
+    assert alone[-1]["loss"] < 0.97 * alone[0]["loss"]
     assert errors == ""
     assert out.count("trained 50 steps") == 1  # the first process alone speaks
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "log.jsonl", "model"]
@@ -84,26 +94,19 @@ def test_two_processes_follow_one(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_in_parts_stops_after_one_step_and_goes_on(alone, tmp_path):
-    """Ctrl-C reaches the command alone, which hands it to its processes."""
-    options = ["--output", tmp_path, "--steps", STEPS, "--parallel", "fsdp"]
-    run = started(*SMALL, *options)
-    until(run, tmp_path, 10)
+def test_a_run_stops_after_one_step_goes_on_and_ends_with_the_first_that_does(alone, tmp_path):
+    """Ctrl-C reaches the command alone, which hands it to its processes. Later one of them is
+    killed, as by a machine without memory left, and all end."""
+    run = started(*SMALL, "--output", tmp_path, "--steps", ENDLESS, "--parallel", "fsdp")
+    until(run, tmp_path, 3)
     run.send_signal(signal.SIGINT)
     _, errors = ended(run, 130)
     step = checkpoint.load(tmp_path)["step"]
-    assert STEPS > step >= 10
-    assert errors.count(f"stopped after step {step} of {STEPS}; go on with: segkern train") == 1
+    assert step >= 3
+    assert errors.count(f"stopped after step {step} of {ENDLESS}; go on with: segkern train") == 1
     assert lines(tmp_path)[-1]["step"] == step
-    ended(started("--resume", tmp_path))
-    follows(lines(tmp_path), alone)
-
-
-@pytest.mark.slow
-def test_all_end_with_the_first_that_does(tmp_path):
-    """One of two is killed, as by a machine without memory left."""
-    run = started(*SMALL, "--output", tmp_path, "--steps", 100000)
-    until(run, tmp_path, 2)
+    run = started("--resume", tmp_path)
+    until(run, tmp_path, step + 3)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     found = []
     for child in map(int, children):
@@ -111,13 +114,11 @@ def test_all_end_with_the_first_that_does(tmp_path):
         found += [child] if b"RANK=1" in variables else []
     (second,) = found
     os.kill(second, signal.SIGKILL)
-    began = time.monotonic()
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode == 1
-    assert time.monotonic() - began < 60
+    _, errors = ended(run, 1)
     assert errors.count("segkern: error: ") == 1
     assert "process 1 of 2 was ended by SIGKILL" in errors
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+    follows(lines(tmp_path), alone)
 
 
 def test_what_all_would_refuse_is_refused_once(tmp_path, capsys, monkeypatch):

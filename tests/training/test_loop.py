@@ -16,7 +16,6 @@ import torch
 
 from segkern.data import Digits, DigitsConfig
 from segkern.models import Mask2Former, Mask2FormerConfig
-from segkern.recipes.mask2former import digits
 from segkern.training import checkpoint
 from segkern.training.config import TrainConfig
 from segkern.training.feed import batches
@@ -413,19 +412,6 @@ def test_ctrl_c_finishes_the_step_and_resume_goes_on(tmp_path):
     settings = TrainConfig.from_dict(state["config"])
     more = train(replace(settings, steps=step + 1), resume=tmp_path, progress=False)
     assert more.steps == step + 1
-
-
-@pytest.mark.slow
-def test_the_recipe_learns(tmp_path):
-    from segkern.evaluation.evaluate import evaluate
-
-    setting = digits("easy")
-    setting = replace(setting, output=tmp_path, steps=800, evaluate_every=0, threads=2)
-    run = train(setting, progress=False)
-    data = Digits(DigitsConfig(), "val")
-    value = evaluate(run.model, data, ("panoptic",), 100, threshold=0.5, progress=False)
-    assert value["things"]["pq"] > 0.5
-    assert value["stuff"]["pq"] > 0.95
 
 
 @pytest.mark.parametrize("void", ["background", "ignore"])

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from segkern.data import Digits
 from segkern.data.collate import Batch
 from segkern.models.smaller import weights_of_layers
-from segkern.runtime.processes import ALONE, joined
+from segkern.runtime.processes import ALONE, joined, of_group
 from segkern.structures.labels import void_of
 from segkern.structures.targets import Targets
 from segkern.training.average import Average
@@ -24,7 +24,7 @@ from segkern.training.distributed import together
 from segkern.training.loop import train
 from segkern.training.optimizer import build_optimizer
 from segkern.training.parallel import own_part, replicated
-from segkern.training.sharded import shard, units
+from segkern.training.sharded import fill, shard, to_fill, units
 from segkern.training.step import Step, TrainingLoss
 from segkern.training.zeros import Zeros
 from support.inputs import random_targets
@@ -228,6 +228,12 @@ def work(folder, rank):
     found = {}
     with joined() as processes:
         assert (processes.rank, processes.count) == (rank, 2)
+        assert (processes.local_rank, processes.local_count) == (rank, 2)
+        assert of_group() is processes  # no group is made twice
+        if rank == 0:  # as one that validates: nothing in a loss waits for another process
+            for kind in LONG:
+                part = images((1, 2))
+                built(kind).loss(part.pixel_values, part.targets)
         for case in cases():
             kind, counts, way = case
             part = images(COUNTS[counts], slice(rank, rank + 1))
@@ -342,6 +348,16 @@ def test_all_measure_and_all_stop(found, way, alone):
         assert figures.count(None) < len(figures)
         assert files == ["best", "checkpoints", "log.jsonl", "model"]
         assert others[0] == 4
+
+
+def test_a_model_to_fill_copies_no_weights():
+    whole = to_fill(nn.Linear(2, 3, device="meta"))  # of which there are none to copy
+    assert {p.device.type for p in whole.parameters()} == {"cpu"}
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    whole = to_fill(model)
+    assert whole[2].weight is whole[0].weight is not model[0].weight
+    near(numbers(fill(whole, model)), numbers(model), 0.0)
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ import torch
 import segkern
 from segkern.training import checkpoint
 from segkern.training.config import TrainConfig
-from segkern.training.loop import stored_config, train
-from segkern.training.state import gathered, restore
+from segkern.training.loop import train
+from segkern.training.state import gathered, restore, stored_config
 
 RUNS = json.loads((Path(__file__).parents[1] / "expected/runs_of_f87603a.json").read_text())
 

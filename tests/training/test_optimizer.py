@@ -115,10 +115,6 @@ def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest():
     u, _, v = torch.linalg.svd(grad, full_matrices=False)
     assert torch.linalg.svdvals(step).sub(1).abs().max() < 0.5  # five Newton-Schulz steps
     assert (step * (u @ v)).sum() / step.norm() / 64**0.5 > 0.95
-    again = build_optimizer(built, setting)
-    again.load_state_dict(optimizer.state_dict())
-    buffer = again.parts[0].state[parameter]["momentum_buffer"]
-    assert torch.equal(buffer, muon.state[parameter]["momentum_buffer"])
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "lion"}, {"momentum": -1.0}], ids=str)

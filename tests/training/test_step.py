@@ -125,22 +125,21 @@ def test_the_compiled_loss_has_the_gradients_of_the_eager_one():
 
 @pytest.mark.slow
 def test_kernels_and_references_train_alike(monkeypatch, tmp_path):
-    """200 steps on digits from three seeds: the ends lie within the seeds' own noise."""
+    """Step by step on digits, with an optimizer that does not amplify what rounding moves, and
+    without points that are chosen by it."""
     from segkern.data import DigitsConfig
     from segkern.ops import _library
 
-    def end(seed, impl):
-        if impl == "reference":
-            monkeypatch.setattr(_library, "use_kernel", lambda *_: False)
+    def losses(impl):
         model = Mask2FormerConfig.tiny(11)
-        model.train_num_points = 256
+        model.train_num_points, model.importance_sample_ratio = 64, 0.0
         settings = TrainConfig(
-            output=tmp_path / f"{impl}{seed}",
-            steps=200,
+            output=tmp_path / impl,
+            steps=30,
             batch_size=4,
-            lr=1e-3,
-            clip=0.1,
-            seed=seed,
+            lr=3e-3,
+            optimizer="sgd",
+            clip=1.0,
             log_every=1,
             tensorboard=False,
             data=DigitsConfig(level="easy"),
@@ -148,13 +147,12 @@ def test_kernels_and_references_train_alike(monkeypatch, tmp_path):
         )
         train(settings, progress=False)
         lines = (settings.output / "log.jsonl").read_text().splitlines()
-        losses = torch.tensor([json.loads(line)["loss"] for line in lines])
-        monkeypatch.undo()
-        return losses[:10].mean().item(), losses[-40:].mean().item()
+        return [json.loads(line)["loss"] for line in lines]
 
-    ends = {i: [end(seed, i) for seed in range(3)] for i in ("kernel", "reference")}
-    starts = [a for pairs in ends.values() for a, _ in pairs]
-    kernel, reference = (torch.tensor([b for _, b in ends[i]]) for i in ends)
-    noise = ((kernel.var() + reference.var()) / 2).sqrt()
-    assert max(kernel.max(), reference.max()) < 0.8 * min(starts), ends
-    assert (kernel.mean() - reference.mean()).abs() <= 2 * noise, ends
+    kernel = losses("kernel")
+    monkeypatch.setattr(_library, "use_kernel", lambda *_: False)
+    apart = sorted(abs(a - b) / b for a, b in zip(kernel, losses("reference")))
+    # a bit of a mask or a choice of queries may turn with a rounding, and moves a step's loss more
+    assert apart[len(apart) // 2] < 1e-3
+    assert apart[-1] > 0  # they are not the same
+    assert kernel[-1] < 0.97 * kernel[0]

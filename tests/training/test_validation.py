@@ -82,8 +82,11 @@ def test_absent_classes_are_said_in_training_and_evaluation(maps, tmp_path):
         Image.fromarray(255 * np.asarray(Image.open(path))).save(path)  # black and white
     with pytest.warns(
         UserWarning, match="1 of 2 classes occur in no map of the training .* white"
-    ):
+    ) as told:
         run = train(of_maps(maps, tmp_path / "run"), progress=False)
+    assert {warning.filename for warning in told if "occur in no map" in str(warning.message)} == {
+        __file__  # who called train
+    }
     with pytest.warns(UserWarning, match="1 of 2 classes occur nowhere in the data: white"):
         evaluate(run.model, Folder(FolderConfig(maps), "val"), progress=False)
 
