@@ -25,23 +25,14 @@ from segkern.deploy.graph import Graph
 from segkern.deploy.load import load
 from segkern.deploy.quantize import QualityLostError
 from segkern.io.images import prepare
-from segkern.models import (
-    Mask2Former,
-    Mask2FormerConfig,
-    SegFormer,
-    SegFormerConfig,
-    open_model,
-)
+from segkern.models import Mask2Former, Mask2FormerConfig, SegFormer, SegFormerConfig, open_model
 from segkern.models.smaller import SENSITIVE
 from segkern.structures.logits import PixelLogits
 from support.models import model_config
 
 NAMES = dict(enumerate([*map(str, range(10)), "background"]))
 QUICK = {"limit": 2, "runs": 1, "progress": False, "pictures": 3}
-
-
-ALONE = """
-import sys, torch
+ALONE = """import sys, torch
 from segkern.deploy.load import load
 path, x, y = sys.argv[1:]
 torch.save(load(path)(torch.load(x))["logits"], y)
