@@ -177,7 +177,7 @@ def open_model(
 
 
 def find_kind(name: str | Path) -> str:
-    """The kind, a name in `MODELS`, of the model that `open_model` opens, without its weights.
+    """The kind, a name in `MODELS`, of the model that `open_model` opens; no weights are read.
 
     Raises:
         ValueError: of no kind that segkern has.
