@@ -1,12 +1,13 @@
 """neighborhood_attn against plain PyTorch, which gathers the K x K keys of each pixel.
 
 The cases are the four stages of DiNAT-T at 512 x 512, the first two near and far, and DiNAT-L's
-third with the kernel of the published segmentation models.
+third with the kernel of the published segmentation models. "the block's products" are the linear
+layers of a block of its first stage at 640 x 640, beside which the attention should be small.
 """
 
 import pytest
 import torch
-from _measure import PASSES, Work, pick, repeated, short, step
+from _measure import DEVICE, PASSES, Work, pick, repeated, short, step
 
 from segkern.ops import neighborhood_attn
 from segkern.ops.neighborhood_attn import neighborhood_attn_reference
@@ -52,3 +53,35 @@ def test_neighborhood_attn(case, direction, impl, measured):
         impl,
         lambda: build(*case, direction != "forward"),
     )
+
+
+WIDE = pick((10, 2, 3, 1), (160, 6, 11, 1), (160, 6, 11, 1))  # side, H, K, t
+
+
+def beside_products():
+    side, H, K, t = WIDE
+    inputs = neighborhood_attn_inputs(1, side, side, H, D, K, dtype=ONE)
+    q, k, v, bias = (x.to(DEVICE) for x in inputs[:4])
+    C, x = H * D, q.flatten(3)
+    sizes = (C, 3 * C), (C, C), (C, 2 * C), (2 * C, C)
+    layers = [torch.nn.Linear(*size, device=DEVICE) for size in sizes]
+    wide = torch.randn(1, side, side, 2 * C, device=DEVICE)
+
+    def products():
+        with torch.no_grad():
+            for layer in layers:
+                layer(wide if layer.in_features > C else x)
+
+    return Work(
+        {
+            "segkern": lambda: neighborhood_attn(q, k, v, bias, K, t),
+            "the block's products": products,
+        }
+    )
+
+
+@pytest.mark.parametrize("impl", ["segkern", "the block's products"])
+def test_neighborhood_attn_beside_products(impl, measured):
+    side, H, K, t = WIDE
+    case = f"beside products, B=1 {side}x{side} H={H} K={K} t={t}"
+    measured("neighborhood_attn", case, "float32", impl, beside_products)

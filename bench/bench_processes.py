@@ -19,7 +19,10 @@ from _measure import DEVICE, Work, pick
 from _train_steps import CASES
 
 IMPLS = {"segkern": (2, True), "one process": (1, True), "two runs": (2, False)}
-IMAGES = pick({CASES[0]: 2}, {CASES[0]: 8, CASES[1]: 2}, {})  # of a step in each process
+SMALL, LARGE = CASES
+STEPS = pick(  # case, images of a step in each process
+    [(SMALL, 2)], [(SMALL, 8), (SMALL, 16), (LARGE, 2), (LARGE, 8)], []
+)
 SCRIPT = Path(__file__).with_name("_train_steps.py")
 
 
@@ -77,6 +80,8 @@ def started():
 
 def build(case, images, started):
     impls = {}
+    while started:  # those of the case before
+        started.pop().end()
     for name, (count, together) in IMPLS.items():
         impls[name] = Processes(case, images, count, together)
         started.append(impls[name])
@@ -87,8 +92,8 @@ def build(case, images, started):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="made for two cores")
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("case", IMAGES)
+@pytest.mark.parametrize("case", STEPS, ids=lambda c: f"{c[0]} B={c[1]}")
 def test_processes(case, impl, measured, started):
-    images = IMAGES[case]
+    case, images = case
     name = f"training step B={images} a process"
     measured(f"processes {case}", name, "float32", impl, partial(build, case, images, started))
