@@ -62,9 +62,12 @@ sdist: setup
 	  build/sdist/*.tar.gz
 	cd build/sdist && venv/bin/python ../../tools/smoke.py && venv/bin/segkern info
 
+# files of a few tests that take long come first, or a core would wait at the end
+DEAR = tests/training tests/recipes tests/bench tests/deploy
+REST = $(filter-out $(DEAR),$(patsubst %/,%,$(wildcard tests/*/ tests/test_*.py)))
 slow: setup
 	$(PARALLEL) tests/kernels/test_triton.py -m "slow and not gpu"
-	$(PARALLEL) --dist loadscope tests --ignore tests/kernels/test_triton.py -m "slow and not long and not gpu"
+	$(PARALLEL) --dist loadscope --no-loadscope-reorder $(DEAR) $(REST) --ignore tests/kernels/test_triton.py -m "slow and not long and not gpu"
 
 # what takes minutes more: every model as a file of every form, compiled packages, more kills
 long: setup
