@@ -63,6 +63,7 @@ at::Tensor classes(const std::vector<at::Tensor>& results) {
 int main(int argc, char** argv) try {
   TORCH_CHECK(argc > 3, "usage: segment ./libsegkern.so model.pt2 picture.ppm [results.pt]");
   TORCH_CHECK(dlopen(argv[1], RTLD_NOW | RTLD_GLOBAL), "no kernels: ", dlerror());
+  TORCH_CHECK(std::ifstream(argv[2]), "no file ", argv[2]);
   const c10::InferenceMode inference;
   torch::inductor::AOTIModelPackageLoader model(argv[2]);
   int64_t height = 0, width = 0;
