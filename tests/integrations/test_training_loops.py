@@ -257,7 +257,7 @@ def test_transformers_trainer_joins_what_it_evaluates(tmp_path):
 
 
 PROCESS = """
-import json, os, sys
+import gc, json, os, sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -281,6 +281,9 @@ for batch in batches():
 total = sum(p.double().sum() for p in model.parameters()).item()
 with open({folder!r} + f"/{{rank}}.json", "w") as file:
     json.dump([losses, total], file)
+dist.barrier()
+del model, steps, out, loss
+gc.collect()  # or the reducer would hold the group until Python has no threads to end it with
 dist.destroy_process_group()
 """
 
