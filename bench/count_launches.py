@@ -107,10 +107,10 @@ UNREAD = {"point_mask_loss_backward": {6}}  # arguments of which only the shape 
 class Rates:
     """Of a GPU: bytes and operations a second, and the seconds of a small launch."""
 
-    bandwidth: float
-    half: float
-    single: float
-    launch: float
+    bandwidth: float = 4.3e12
+    half: float = 800e12
+    single: float = 55e12
+    launch: float = 2e-6
 
 
 @dataclass
@@ -386,10 +386,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs="+", default=[1024], help="height [width]")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", default="bf16", choices=PRECISIONS)
-    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s")
-    parser.add_argument("--half", type=float, default=800, help="TFLOP/s in half precision")
-    parser.add_argument("--single", type=float, default=55, help="TFLOP/s in float32")
-    parser.add_argument("--launch", type=float, default=2, help="us of a small launch")
+    parser.add_argument("--bandwidth", type=float, default=Rates.bandwidth / 1e12, help="TB/s")
+    parser.add_argument(
+        "--half", type=float, default=Rates.half / 1e12, help="TFLOP/s in half precision"
+    )
+    parser.add_argument(
+        "--single", type=float, default=Rates.single / 1e12, help="TFLOP/s in float32"
+    )
+    parser.add_argument(
+        "--launch", type=float, default=Rates.launch / 1e-6, help="us of a small launch"
+    )
     parser.add_argument("--rows", type=int, default=25)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--against", type=Path)

@@ -163,7 +163,7 @@ def counted(backbone: str, size: int, images: int) -> Model:
     config = Mask2FormerConfig.preset(backbone)
     with torch.device("meta"):
         model = Mask2Former(config)
-    rates = count_launches.Rates(4.3e12, 800e12, 55e12, 2e-6)
+    rates = count_launches.Rates()
     count = count_launches.counted(config, "training step", (size, size), images, "bf16", rates)
     return Model(
         parameters=sum(p.numel() for p in model.parameters()),

@@ -35,8 +35,12 @@ _LOST = (
     "reset by peer",
     "Broken pipe",
     "likely closed",
+    "imed out",
+    "imeout",
+    "remote process exit",
+    "ncclRemoteError",
+    "was aborted",
 )
-_LOST += ("imed out", "imeout", "remote process exit", "ncclRemoteError", "was aborted")
 
 
 @dataclass(frozen=True)
