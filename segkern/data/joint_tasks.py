@@ -15,6 +15,7 @@ from torch import Tensor
 from ..structures.targets import TASKS
 from .sample import IdMaps, Sample, generator_of
 
+EVEN = (1.0,) * len(TASKS)  # shares of the tasks
 _STREAM = 7  # of the draws, apart from that of the views
 
 
@@ -26,6 +27,7 @@ class JointTasks:
         dataset: with segments of things, and of stuff where there is any.
         stuff: labels without instances.
         seed: of the draws.
+        shares: how often each task of `TASKS` is drawn, in proportion; 0 for never.
 
     Attributes:
         classes: of the data set.
@@ -35,8 +37,9 @@ class JointTasks:
 
     passes = True
 
-    def __init__(self, dataset, stuff: Sequence[int], seed: int):
+    def __init__(self, dataset, stuff: Sequence[int], seed: int, shares: Sequence[float] = EVEN):
         self.dataset, self.stuff, self.seed = dataset, tuple(stuff), seed
+        self.shares = torch.tensor(shares, dtype=torch.float64)
         self.classes = dataset.classes
         self.shuffled = getattr(dataset, "shuffled", None)
         self.most_unread = getattr(dataset, "most_unread", 1.0)
@@ -61,7 +64,7 @@ class JointTasks:
     def _drawn(self, sample: Sample, place: tuple[int, int]) -> Sample:
         index, epoch = place
         generator = generator_of(self.seed + _STREAM, epoch, index)
-        task = int(torch.randint(len(TASKS), (), generator=generator))
+        task = int(torch.multinomial(self.shares, 1, generator=generator))
         return of_task(sample, TASKS[task], self.stuff)
 
 

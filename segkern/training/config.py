@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..data import DataConfig, DigitsConfig, data_config
+from ..data.joint_tasks import EVEN
 from ..models import Config, default_config, model_config
 from ..structures.logits import PixelLogits
 from .step import PRECISIONS
@@ -88,6 +89,8 @@ class TrainConfig:
         threshold: least score of a segment in evaluation, 0 to 1.
         void: what pixels without a label and crowds are to a model that finds masks: "background",
             as in the paper's code, or "ignore", without weight in matching and loss.
+        task_shares: how often a model that learns all tasks together, as a oneformer does, sees a
+            picture for each, in proportion: panoptic, instance, semantic.
         tensorboard: write curves for it, too, where it is installed.
         data: the data set.
         model: the model.
@@ -133,6 +136,7 @@ class TrainConfig:
     evaluate_scenes: int = 100
     threshold: float = 0.8
     void: Literal["background", "ignore"] = "background"
+    task_shares: tuple[float, float, float] = EVEN
     tensorboard: bool = True
     data: DataConfig = field(default_factory=DigitsConfig)
     model: Config = field(default_factory=default_config)
@@ -141,6 +145,7 @@ class TrainConfig:
         self.output = Path(self.output)
         self.init = None if self.init is None else str(self.init)
         self.freeze = tuple(self.freeze)
+        self.task_shares = tuple(self.task_shares)
         if self.fresh_head and self.init is None:
             raise ValueError("TrainConfig: fresh_head must be False without init, got True")
         if not 0 < self.backbone_level_decay <= 1:
@@ -157,6 +162,12 @@ class TrainConfig:
             )
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"TrainConfig: threshold must be in [0, 1], got {self.threshold}")
+        shares = self.task_shares
+        if len(shares) != 3 or not all(0 <= x < float("inf") for x in shares) or not any(shares):
+            raise ValueError(
+                "TrainConfig: task_shares must be three finite numbers >= 0, not all of them 0, "
+                f"got {shares}"
+            )
         for names, least in (
             ("steps batch_size accumulate log_every checkpoint_every keep evaluate_scenes", 1),
             ("lr min_lr backbone_lr_factor momentum weight_decay power warmup clip seed", 0),

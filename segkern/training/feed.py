@@ -68,7 +68,7 @@ def data_sets(
             )
     if getattr(config.model, "joint_tasks", False):
         stuff = getattr(data, "stuff", config.model.labels.stuff)
-        data = JointTasks(data, stuff, config.seed)
+        data = JointTasks(data, stuff, config.seed, config.task_shares)
     return data, held_out
 
 

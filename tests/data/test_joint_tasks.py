@@ -81,6 +81,13 @@ def test_tasks_are_drawn_evenly_by_seed_pass_and_sample():
     assert [JointTasks(scenes, (10,), 4)[place]["task"] for place in places[:40]] != drawn[:40]
 
 
+def test_tasks_are_drawn_by_their_shares():
+    scenes = Digits(DigitsConfig(size=(32, 32), scenes=40))
+    data = JointTasks(scenes, (10,), 3, shares=(1, 3, 0))
+    drawn = Counter(data[i, epoch]["task"] for epoch in range(5) for i in range(40))
+    assert set(drawn) == {0, 1} and 125 < drawn[1] < 175
+
+
 def test_a_batch_names_the_task_of_each_image():
     data = JointTasks(Digits(DigitsConfig(size=(32, 32), scenes=40)), (10,), seed=0)
     assert data.passes
