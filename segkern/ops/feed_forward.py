@@ -14,7 +14,8 @@ FLOPs: 4 R C F forward, 10 R C F backward; bytes: 2 R C and 2 C F values.
 Source: Attention Is All You Need (Vaswani et al., NeurIPS 2017), section 3.3; keeping inputs only:
 Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
 The matrix products are those of `linear`: on a CPU its kernel adds the bias and activates while a
-piece of the hidden block is in the first cache; elsewhere PyTorch's.
+piece of the hidden block is in the first cache, in half precision it is oneDNN's; elsewhere
+PyTorch's.
 """
 
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _library
 from ._checks import expect, got
+from ._half_linear import half_dtype, half_linear
 from .linear import INTEL, NUMBERS, linear_op_
 
 _aten = torch.ops.aten
@@ -101,6 +103,14 @@ def _forward(
 ) -> Tensor:  # [R, C]
     activation = "gelu" if gelu else "relu"
     blocks = list(_blocks(x, len(weight1)))
+    half = half_dtype(x, weight1, weight2)
+    if half is not None:
+        parts = []
+        for rows in blocks:
+            hidden = half_linear(half, x[rows], weight1, bias1, activation)
+            beside = None if residual is None else residual[rows]
+            parts.append(half_linear(half, hidden, weight2, bias2, "none", beside))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     memory = x.new_empty(blocks[0].stop if blocks else 0, len(weight1))  # of every block in turn
     for rows in blocks:

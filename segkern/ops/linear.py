@@ -11,7 +11,8 @@ hundreds of rows, so that no copy of W is kept: nothing is stale when W changes,
 at the same speed as inference, and no memory is held. The sums over K come in pieces of 256, which
 also rounds less. PyTorch's product (MKL) takes its path for AVX2 on AMD's CPUs; on Intel's it is
 as fast, and the products of backward and of few rows are left to it there.
-Elsewhere, and in half precision, the products are PyTorch's, with the ends as ops of their own.
+In half precision it is oneDNN's product on a CPU, with activation or residual inside where there
+are no gradients. Elsewhere the products are PyTorch's, with the ends as ops of their own.
 Backward: dx = dz W, dW = dz^T x, db = sum of dz; dz = dy act'(x W^T + b), whose argument is kept
 for gelu; a ReLU's result tells as much where no residual was added.
 FLOPs: 2 M K N forward, 4 M K N backward; bytes: M (K + N) and K N values.
@@ -29,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _library
 from ._checks import alike, expect, got
+from ._half_linear import half_dtype, half_linear
 
 _aten = torch.ops.aten
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
@@ -141,8 +143,9 @@ def linear(
         bias: [N], if any.
         activation: "none", "relu" or "gelu" (with the error function, not its tanh approximation).
         residual: [..., N], added last, if any. Gradients flow to all four tensors.
-        impl: "kernel", or "reference" for PyTorch's product, which also runs in half precision,
-            under autocast and for CUDA tensors: it uses the matrix units there.
+        impl: "kernel", or "reference" for PyTorch's product, which also runs for CUDA tensors and
+            where half precision has gradients, or an activation and a residual: it uses the matrix
+            units there.
 
     Returns:
         [..., N] in the dtype of the product, or of its sum with the residual.
@@ -170,6 +173,12 @@ def linear(
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False
     flat, weight, *rest = alike("linear", **named)
+    one_end = activation == "none" or residual is None  # oneDNN rounds between two of them
+    half = half_dtype(flat, weight, *rest) if impl == "kernel" and one_end else None
+    if half is not None:
+        beside = None if residual is None else _flat(residual)
+        out = half_linear(half, flat, weight, *rest or (None,), activation, beside)
+        return out if x.ndim == 2 else out.view(shape)
     # an exported graph is for any number of rows, which the question would make one for good
     few = INTEL and not _library.is_exported() and flat.shape[0] < _FEW
     pytorchs = device != "cpu" or autocast or x.dtype.itemsize < 4 or few

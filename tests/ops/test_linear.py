@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from segkern.ops import linear
+from segkern.ops._half_linear import takes
 from segkern.ops.linear import ACTIVATIONS, linear_op_, linear_reference
 from support.comparison import DTYPES, assert_same, compare
 from support.inputs import linear_inputs
@@ -22,7 +23,7 @@ CASES = {  # inputs, activation, tensors given
     "several lengths of K": ({"shape": (30,), "K": 1700, "N": 20}, "gelu", 4),
     "several blocks and groups": ({"shape": (600,), "K": 300, "N": 500}, "none", 3),
 }
-CHECKED = [torch.float32, torch.float64]  # half precision is PyTorch's own
+CHECKED = [torch.float32, torch.float64]  # the products of others are PyTorch's or oneDNN's
 
 
 def run(function, activation, tensors):
@@ -38,7 +39,9 @@ def check(case, dtype, backward):
     inputs = linear_inputs(**sizes, dtype=dtype)[:given]
     grads = range(given) if backward else ()
     kernel, reference = (run(f, activation, given) for f in (linear, linear_reference))
-    if dtype in CHECKED and not inputs[0].is_cuda:
+    # of half precision oneDNN's, whose result is as exact, or the very layers of PyTorch
+    onednn = takes(dtype) and not backward and (activation == "none" or given < 4)
+    if not inputs[0].is_cuda and (dtype in CHECKED or onednn):
         compare(kernel, reference, inputs, grads)
     else:
         assert_same(kernel, reference, inputs, grads)
@@ -103,6 +106,51 @@ def test_autocast():
         want = torch.nn.functional.linear(*inputs[:3]).relu()
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, want)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.skipif(not takes(torch.bfloat16), reason="oneDNN has no bfloat16 on this CPU")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_half_precision_has_one_rounding(activation):
+    """With the activation inside; PyTorch's layers round before it, too."""
+    single = linear_inputs((64,), K=96, N=48)[:3]
+    half = [t.bfloat16() for t in single]
+    exact = linear_reference(*(t.double() for t in half), activation)
+    with torch.inference_mode():
+        out = linear(*half, activation)
+        assert ((out - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5).all()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(linear(*single, activation), out)
+            assert torch.equal(linear(half[0], *single[1:], activation), out)
+
+
+@pytest.mark.cpu_only
+def test_half_precision_where_onednns_layer_does_not_fit():
+    x, weight, bias, residual = (t.bfloat16() for t in linear_inputs((9,), K=16, N=8))
+    want = linear_reference(x, weight, bias, "relu")
+    trained = weight.clone().requires_grad_()
+    assert linear(x, trained, bias, "relu").grad_fn is not None
+    assert torch.equal(linear(x, trained, bias, "relu"), want)
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, weight, bias, "relu"), want)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.allclose(linear(x, weight, bias, "relu"), want, rtol=2.0**-7, atol=1e-2)
+    wide = linear(x, weight, bias, residual=residual.float())
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide, linear(x, weight, bias) + residual.float())
+    exported = torch.export.export(Layer(weight), (x,)).run_decompositions({})
+    assert "mkldnn" not in str(exported.graph)
+
+
+class Layer(torch.nn.Module):
+    """A module with the op."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, x):
+        return linear(x, self.weight)
 
 
 def test_a_residual_of_another_dtype_is_added_to_the_result():
