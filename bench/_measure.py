@@ -370,11 +370,11 @@ def _device() -> str:
     return platform.processor()
 
 
-def append(new: list[dict], path: Path = RESULTS) -> None:
+def append(new: list[dict], path: Path = RESULTS, columns: Sequence[str] = COLUMNS) -> None:
     """Appends rows to a CSV file; the header is written once."""
     fresh = not path.is_file()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
         if fresh:
             writer.writeheader()
         writer.writerows(new)

@@ -3,9 +3,9 @@
 Two servers of one model run side by side, each `segkern serve` in a process of its own; a client
 sends bursts of pictures of two sizes, 16 at once, to one after the other. A row is the time of a
 burst: pictures over it are pictures a second. Run as a script, it prints for each server p50, p95
-and p99 of single requests, and pictures a second:
+and p99 of single requests, and pictures a second; `--save` appends them to serve.csv:
 
-    python bench/bench_serve.py [--small]
+    python bench/bench_serve.py [--save] [--small]
 
 With `--small`, and without a process each, it only shows that this works.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _measure import DEVICE, OPTIONS, Work, pick
+from _measure import DEVICE, OPTIONS, Work, append, pick, provenance
 
 import segkern
 
@@ -34,6 +34,8 @@ httpx = pytest.importorskip("httpx")
 
 BATCHES = {"segkern": 8, "one by one": 1}
 AT_ONCE = 16
+SHARES = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}  # of single requests
+COLUMNS = ("date", "commit", "impl", "case", *SHARES, "pictures_s", "runs", "device", "threads")
 _open = ExitStack()  # servers
 
 
@@ -103,11 +105,14 @@ def build() -> Work:
     return Work({name: partial(burst, server(batch)) for name, batch in BATCHES.items()})
 
 
+def case() -> str:
+    count, ((H, W), _) = settings()
+    return f"{count} pictures {W}x{H} and {H}x{W}, {AT_ONCE} at once"
+
+
 @pytest.mark.parametrize("impl", BATCHES)
 def test_bursts(impl, measured):
-    count, ((H, W), _) = settings()
-    case = f"{count} pictures {W}x{H} and {H}x{W}, {AT_ONCE} at once"
-    measured("serve", case, "float32", impl, build)
+    measured("serve", case(), "float32", impl, build)
 
 
 def main() -> None:
@@ -115,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="does it run?")
     parser.add_argument("--runs", type=int, default=5, help="bursts to each server")
+    parser.add_argument("--save", action="store_true", help="append to serve.csv")
     given = parser.parse_args()
     OPTIONS.small = given.small
     seconds = {name: [] for name in BATCHES}
@@ -126,12 +132,21 @@ def main() -> None:
                 found = burst(server(batch))
                 rates[name].append(len(found) / (time.perf_counter() - start))
                 seconds[name].append(found)
-    print(f"{'':12}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'pictures/s':>12}")
+    shared = provenance() | {
+        "case": case(),
+        "runs": given.runs,
+        "threads": torch.get_num_threads(),
+    }
+    rows = []
     for name in BATCHES:
         every = np.concatenate(seconds[name][1:])  # the first burst warms up
-        shares = (1e3 * np.quantile(every, q) for q in (0.5, 0.95, 0.99))
-        rate = statistics.median(rates[name][1:])
-        print(f"{name:12}" + "".join(f"{x:9.1f}" for x in shares) + f"{rate:12.1f}")
+        times = {column: f"{1e3 * np.quantile(every, q):.1f}" for column, q in SHARES.items()}
+        rate = f"{statistics.median(rates[name][1:]):.2f}"
+        rows.append(shared | times | {"impl": name, "pictures_s": rate})
+    for row in rows:
+        print(", ".join(f"{name} {row[name]}" for name in ("impl", *SHARES, "pictures_s")))
+    if given.save:
+        append(rows, Path(__file__).with_name("serve.csv"), COLUMNS)
 
 
 if __name__ == "__main__":

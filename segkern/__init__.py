@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from . import _moved
+from . import _waiting as _waiting  # before torch is imported
 from . import ops as ops  # registers torch.ops.segkern; all else comes when it is first asked for
 
 if TYPE_CHECKING:  # the same as `_HOME`, for editors

@@ -46,7 +46,7 @@ FLOORS = {
     "io": "",
 }
 # what a user imports may take what it offers from any floor
-FACE = ("__init__", "__main__", "_moved")
+FACE = ("__init__", "__main__", "_moved", "_waiting")
 
 
 def run(*command, **variables):
@@ -192,6 +192,27 @@ def test_info_says_what_is_loaded():
     assert info["cpu kernels"] == "loaded"
     assert info["cuda kernels"] == "loaded" or info["cuda kernels"].startswith("missing: ")
     assert info["torch"] == torch.__version__.split("+")[0] or info["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "found"),
+    [
+        ("/usr/bin/segkern", {}, "20000"),
+        ("-m", {}, "20000"),  # what it is while `python -m segkern` imports the package
+        ("program.py", {}, None),
+        ("segkern", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("segkern", {"OMP_WAIT_POLICY": "active"}, None),
+    ],
+)
+def test_the_command_line_spins_shortly(command, given, found, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [command])
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    importlib.reload(segkern._waiting)
+    assert os.environ.get("GOMP_SPINCOUNT") == found
 
 
 def test_a_device_without_kernels_is_an_error_not_a_fallback(monkeypatch):
