@@ -4,6 +4,7 @@ Each line that it reads lets it make one more step, from reading its images on; 
 line. IMAGES are those of a step in each process.
 """
 
+import os
 import sys
 from dataclasses import replace
 
@@ -30,7 +31,7 @@ def config(case: str, images: int, folder: str):
         steps=10**6,
         log_every=10**9,
         device="cpu",
-        threads=1,
+        threads=int(os.environ["OMP_NUM_THREADS"]),
         **quiet,
     )
 

@@ -27,15 +27,23 @@ SCRIPT = Path(__file__).with_name("_train_steps.py")
 
 
 class Processes:
-    """So many processes that train together, or each alone; a call makes one step."""
+    """So many processes that train together, or each alone; a call makes one step.
 
-    def __init__(self, case: str, images: int, count: int, together: bool):
+    Args:
+        case: of _train_steps.py.
+        images: of a step in each process.
+        count: of processes.
+        together: they train one model.
+        variables: of their environment; OMP_NUM_THREADS is otherwise 1.
+    """
+
+    def __init__(self, case: str, images: int, count: int, together: bool, **variables: str):
         self.folder = tempfile.TemporaryDirectory(prefix="segkern-bench-")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        shared["WORLD_SIZE"] = str(count if together else 1)
+        shared |= {"WORLD_SIZE": str(count if together else 1)} | variables
         command = [sys.executable, SCRIPT, case, str(images)]
         self.all = [
             subprocess.Popen(

@@ -1,0 +1,64 @@
+"""A training step on all cores while another process keeps one of them busy.
+
+Threads that are done wait for the others by spinning, which takes time from the very thread that
+they wait for. "segkern" is a process as the commands of segkern start it (GOMP_SPINCOUNT=20000),
+"OpenMP's default" one that leaves the matter to OpenMP, "alone" the first without the other
+process. On two cores with one of them shared, 1.33 of "alone" would be its fair share.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from functools import partial
+
+import pytest
+from _measure import DEVICE, Work, pick
+from _train_steps import CASES
+from bench_processes import Processes
+
+CORES = str(len(os.sched_getaffinity(0)))
+SHORT = {"GOMP_SPINCOUNT": "20000"}
+IMPLS = {"segkern": (SHORT, True), "OpenMP's default": ({}, True), "alone": (SHORT, False)}
+STEPS = pick([(CASES[0], 2)], [(CASES[0], 8)], [])
+
+
+@pytest.fixture(scope="module")
+def running():
+    """What ends the processes of this file."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def build(case, images, running):
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    other.send_signal(signal.SIGSTOP)
+    running.callback(other.kill)
+
+    def step(processes: Processes, busy: bool) -> None:
+        if busy:
+            other.send_signal(signal.SIGCONT)
+        processes()
+        other.send_signal(signal.SIGSTOP)
+
+    impls = {}
+    kept = os.environ.pop("GOMP_SPINCOUNT", None)
+    for name, (variables, busy) in IMPLS.items():
+        processes = Processes(case, images, 1, False, OMP_NUM_THREADS=CORES, **variables)
+        running.callback(processes.end)
+        for _ in range(3):  # memory and moments are there then
+            processes()
+        impls[name] = partial(step, processes, busy)
+    if kept is not None:
+        os.environ["GOMP_SPINCOUNT"] = kept
+    return Work(impls)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="about cores of a CPU")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", STEPS, ids=lambda c: f"{c[0]} B={c[1]}")
+def test_busy(case, impl, measured, running):
+    case, images = case
+    name = f"training step B={images}, {CORES} threads, a core busy"
+    measured(f"busy {case}", name, "float32", impl, partial(build, case, images, running))
