@@ -180,6 +180,14 @@ def loss(
     return model.criterion(*given, targets, coarse)
 
 
+def scored(
+    model: nn.Module, pixel_values: Tensor, targets: Targets
+) -> tuple[PixelLogits | QueryLogits, Tensor, dict[str, Tensor]]:
+    """What a model predicts, and its `loss`, whose arguments and errors it has."""
+    found = model.predict(pixel_values)
+    return found, *loss(model, found, pixel_values, targets)
+
+
 def forward(
     model: nn.Module,
     pixel_values: Tensor,
@@ -204,10 +212,12 @@ def forward(
     if targets is not None and labels is not None:
         raise ValueError(f"{name}: targets must be given alone, got labels beside them")
     targets = given_targets(model, pixel_values, mask_labels, class_labels, targets)
-    found, out = model.predict(pixel_values), TwoHeadOutput()
+    out = TwoHeadOutput()
     if targets is not None:
-        out.loss, out.losses = loss(model, found, pixel_values, targets)
-    elif labels is not None:
+        found, out.loss, out.losses = model.scored(pixel_values, targets)
+    else:
+        found = model.predict(pixel_values)
+    if labels is not None:
         out.loss = loss_of_pixels(model, found, labels, pixel_values.shape[2:])
         out.losses = {"loss_bce": out.loss[None]}
     if semantic:

@@ -13,6 +13,7 @@ Differs: normalised embeddings divide by at least 1e-12, so that an embedding of
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +171,7 @@ class ViT(nn.Module):
 
 
 @torch.no_grad()
-def start_locally(encoder: ViT) -> None:
+def start_locally(encoder: ViT, gain: float = 1.0) -> None:
     """Weights from which half of the blocks, rounded up, mix patches as 3 x 3 convolutions do, and
     the others look at what is alike and near, for training from scratch.
 
@@ -187,23 +188,26 @@ def start_locally(encoder: ViT) -> None:
 
     Args:
         encoder: its heads have at least 8 channels.
+        gain: of the last layers of attention and feed-forward networks, which are added to the
+            states.
     """
     D, n = encoder.pos_embed.shape[2], encoder.blocks[0].attn.head_dim
-    rates = [2 * math.pi / wavelength for wavelength in (3, 5, 4, 7)[: n // 4]]
+    rates = _rates(n)
     used = 4 * len(rates)  # channels of positions: sine and cosine of both axes
     positions = encoder.pos_embed[0, -encoder.grid[0] * encoder.grid[1] :]  # those of patches
-    positions.zero_()[:, :used] = _waves(encoder.grid, rates).flatten(0, 1)
+    at = [torch.arange(n) for n in encoder.grid]
+    positions.zero_()[:, :used] = _waves(at, rates).flatten(0, 1)
     encoder.patch_embed["proj"].weight[:used] = 0
     encoder.patch_embed["proj"].bias[:used] = 0
-    gain = (3 * n**0.5) ** 0.5  # of q and of k: turned alike, they meet at 3 times |position|^2
+    sharp = (3 * n**0.5) ** 0.5  # of q and of k: turned alike, they meet at 3 times |position|^2
     for i, block in enumerate(encoder.blocks):
         attn = block.attn
         if i < (len(encoder.blocks) + 1) // 2:
             attn.qkv.weight[: 2 * D] = 0
             for head, first in enumerate(range(0, D, n)):
                 turn = _turn(rates, _NEIGHBOURS[head % len(_NEIGHBOURS)])
-                attn.qkv.weight[first : first + used, :used] = gain * turn
-                attn.qkv.weight[D + first : D + first + used, :used] = gain * torch.eye(used)
+                attn.qkv.weight[first : first + used, :used] = sharp * turn
+                attn.qkv.weight[D + first : D + first + used, :used] = sharp * torch.eye(used)
         else:
             for first in range(0, D, n):
                 m = 0.7 * (torch.randn(D, D) / D**0.5 + torch.eye(D))
@@ -211,26 +215,49 @@ def start_locally(encoder: ViT) -> None:
                 root = values[:n, None].sqrt()
                 attn.qkv.weight[first : first + n] = root * q.T[:n]
                 attn.qkv.weight[D + first : D + first + n] = root * k[:n]
-        _widen(block)
+        _widen(block, gain)
 
 
-def _widen(block: Block) -> None:
+@torch.no_grad()
+def start_at_places(queries: Tensor, encoder: ViT) -> None:
+    """Queries that start with the positions of places spread evenly over the image, in rows of as
+    many columns as rows or a few more, so that those of an encoder that starts locally look there.
+
+    Args:
+        queries: [Q, D], changed in place.
+        encoder: after `start_locally`.
+    """
+    rates, count = _rates(encoder.blocks[0].attn.head_dim), len(queries)
+    rows = math.isqrt(count)
+    shape = rows, -(-count // rows)
+    at = [(torch.arange(n) + 0.5) * side / n - 0.5 for n, side in zip(shape, encoder.grid)]
+    waves = _waves(at, rates).flatten(0, 1)[:count]
+    queries[:, : waves.shape[1]] = waves
+
+
+def _widen(block: Block, gain: float) -> None:
     """Values, projections and feed-forward weights that pass on what comes, at any width."""
     D = block.attn.qkv.in_features
     nn.init.normal_(block.attn.qkv.weight[2 * D :], std=D**-0.5)
-    for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
-        nn.init.normal_(layer.weight, std=0.5 * layer.in_features**-0.5)
+    for layer, by in ((block.attn.proj, gain), (block.mlp.fc1, 1.0), (block.mlp.fc2, gain)):
+        nn.init.normal_(layer.weight, std=0.5 * by * layer.in_features**-0.5)
 
 
 # rows and columns to the patches around one: the nearest first
 _NEIGHBOURS = ((0, 1), (1, 0), (0, -1), (-1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
 
 
-def _waves(grid: tuple[int, int], rates: list[float]) -> Tensor:
-    """[h, w, 4 rates]: for each rate sine and cosine of the row, sine and cosine of the column."""
-    rows, columns = (torch.arange(n)[:, None] * torch.tensor(rates) for n in grid)
+def _rates(channels: int) -> list[float]:
+    """Of the waves that fit into a head's channels."""
+    return [2 * math.pi / wavelength for wavelength in (3, 5, 4, 7)[: channels // 4]]
+
+
+def _waves(at: Sequence[Tensor], rates: list[float]) -> Tensor:
+    """[h, w, 4 rates]: for each rate sine and cosine of the row, sine and cosine of the column, at
+    rows [h] and columns [w]."""
+    h, w = map(len, at)
+    rows, columns = (x[:, None] * torch.tensor(rates) for x in at)
     rows, columns = (torch.stack((x.sin(), x.cos()), -1) for x in (rows, columns))
-    h, w = grid
     rows, columns = rows[:, None].expand(h, w, -1, 2), columns.expand(h, w, -1, 2)
     return torch.stack((rows, columns), -2).flatten(2)
 

@@ -17,7 +17,7 @@ from support.pictures import noise, write, write_coco
 QUICK = ["--steps", "2", "--batch-size", "2", "--evaluate-every", "2", "--evaluate-scenes", "2"]
 QUICK += ["--no-tensorboard", "--threads", "1", "--log-every", "1"]
 HEADS = {
-    "digits-seq2seg": ("seq2seg", "instance", {"class", "dice"}),
+    "digits-seq2seg": ("seq2seg", "instance", {"class", "mask", "dice", "true_class"}),
     "digits-seq2seg-semantic": ("seq2seg", "semantic", {"bce"}),
     "digits-unet": ("unet", "instance", {"class", "mask", "dice"}),
     "digits-unet-semantic": ("unet", "semantic", {"bce"}),

@@ -92,6 +92,9 @@ EXPORTED = {  # what differs in an export: kinds, heads and backbones
     "SegFormer": levels,
     "Seq2Seg, semantic": sequence,
     "Seq2Seg, instance": lambda: sequence(head="instance"),
+    "Seq2Seg, classes under masks": lambda: sequence(
+        head="instance", mask="fine", class_from="mask"
+    ),
     "U-Net, semantic": convolutions,
     "U-Net, instance": lambda: convolutions(head="instance"),
     "EoMT": tokens,

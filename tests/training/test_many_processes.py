@@ -47,7 +47,9 @@ KINDS = {
     "Segmenter": pixels,
     "SegFormer": levels,
     "Seq2Seg, semantic": sequence,
-    "Seq2Seg, instance": partial(sequence, head="instance", mask="fine"),
+    "Seq2Seg, instance": partial(
+        sequence, head="instance", mask="fine", class_from="mask", true_mask_weight=0.5
+    ),
     "U-Net, semantic": convolutions,
     "U-Net, instance": partial(convolutions, head="instance"),
     "EoMT": tokens,

@@ -7,6 +7,7 @@ from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD
 from .. import manners, two_heads
 
 MASKS = ("linear", "attention", "fine")
+CLASSES = ("query", "mask")
 
 
 @dataclass
@@ -27,17 +28,23 @@ class Seq2SegConfig:
         skip: semantic: the pixels come from the sum of the states of all layers, the embeddings'
             too, and not from the last alone.
         local_start: start with positions of waves and attention to the patches around each
-            (nn.vit.start_locally), which learns much sooner.
+            (nn.vit.start_locally), which learns much sooner; queries with those of places that are
+            spread over the image (start_at_places).
         num_queries: instance: Q; None for 6. None for semantic.
         mask: instance: "linear", a layer from the query's state to a mask of the whole image;
             "attention", how much the query asks for each patch, a mask of stride p; "fine", the
             query's embedding times features of stride 4 that are made of the patches' states.
         mask_size: (h, w) of the linear layer's masks.
         mask_channels: instance: of the features of "fine".
+        class_from: instance: "query", a query's class comes from its state alone; "mask", from the
+            states of the patches under its own mask, too.
         class_weight: weight of the class loss and cost.
         mask_weight: weight of the masks' focal loss and cost; 0 for none.
         dice_weight: weight of the masks' dice loss and cost.
         no_object_weight: weight of "no object" in the class loss.
+        true_mask_weight: instance, with class_from "mask": weight of a further loss in training,
+            of the classes that patches under the true masks give, whatever masks the queries have;
+            0 for none.
         shortest_edge: pixels, to which an image's short side is resized for prediction; None for
             the short side of image_size.
         longest_edge: pixels, the most that the long side may get; None for 4 shortest_edge.
@@ -70,10 +77,12 @@ class Seq2SegConfig:
     mask: str = "linear"
     mask_size: tuple[int, int] = (16, 16)
     mask_channels: int = 64
+    class_from: str = "query"
     class_weight: float = 0.1
     mask_weight: float = 0.0
     dice_weight: float = 1.0
     no_object_weight: float = 0.5
+    true_mask_weight: float = 0.0
     shortest_edge: int | None = None
     longest_edge: int | None = None
     id2label: dict[int, str] | None = None
@@ -102,6 +111,20 @@ class Seq2SegConfig:
         if self.mask not in MASKS:
             raise ValueError(
                 f"Seq2SegConfig: mask must be one of {', '.join(MASKS)}, got {self.mask!r}"
+            )
+        if self.class_from not in CLASSES:
+            raise ValueError(
+                f"Seq2SegConfig: class_from must be one of {', '.join(CLASSES)}, "
+                f"got {self.class_from!r}"
+            )
+        if not self.true_mask_weight >= 0:
+            raise ValueError(
+                f"Seq2SegConfig: true_mask_weight must be >= 0, got {self.true_mask_weight}"
+            )
+        if self.true_mask_weight and (self.task_head, self.class_from) != ("instance", "mask"):
+            raise ValueError(
+                "Seq2SegConfig: true_mask_weight must be 0 but for task_head 'instance' with "
+                f"class_from 'mask', got {self.true_mask_weight}"
             )
         heads = self.num_attention_heads
         if self.hidden_size % heads:

@@ -9,6 +9,12 @@ the mask logits.
                classes    = linear(q),  masks = linear(q)     q the queries' part of x_L
     or         masks      = linear(q) . linear(y) / sqrt(D)   y the patches' part: stride p
     or         masks      = linear(q) . unpatch(y)            stride 4
+    with class_from "mask":
+               s_n        = sigmoid(mean of the mask over patch n)
+               classes    = linear(q) + linear'(sum_n s_n y_n / (1 + sum_n s_n))
+    and in training a cross entropy more, of each true object, with true_mask_weight:
+               t_n        = share of patch n in its mask
+               classes    = bias of linear + linear'(sum_n t_n y_n / (1 + sum_n t_n))
 
 Source: Schmidt-Mengin, Image Segmentation as a Sequence Problem, 2021, written from its equations.
 The sum includes the state before the first layer, nearest to the pixels, as the states of a BERT
@@ -20,12 +26,15 @@ million weights count, have no effect and are left out.
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.bert import Bert, Unpatch
+from ...nn.criterion import normalizer
 from ...nn.linear import Linear
 from ...nn.mask_criterion import FullMaskCriterion
-from ...nn.vit import start_locally
+from ...nn.vit import start_at_places, start_locally
 from ...structures.logits import PixelLogits, QueryLogits
 from ...structures.roles import Role, parameter_roles
 from ...structures.targets import Targets
@@ -49,7 +58,8 @@ class Seq2Seg(nn.Module):
     device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
     class_head = (
         *("decoder.weight", "decoder.bias"),  # of the semantic head
-        *("class_embed.weight", "class_embed.bias", "criterion.empty_weight"),
+        *("class_embed.weight", "class_embed.bias", "patch_class_embed.weight"),
+        "criterion.empty_weight",
     )
 
     def __init__(self, config: Seq2SegConfig):
@@ -66,13 +76,18 @@ class Seq2Seg(nn.Module):
             config.dropout,
             config.input.channels,
         )
+        semantic = config.task_head == "semantic"
         if config.local_start:
-            start_locally(self.encoder)
-        if config.task_head == "semantic":
+            start_locally(self.encoder, 1.0 if semantic else 0.5)
+        if semantic:
             self.decoder = Unpatch(D, config.num_labels, p)
             return
         self.queries = nn.Embedding(config.num_queries, D)
+        if config.local_start:
+            start_at_places(self.queries.weight, self.encoder)
         self.class_embed = Linear(D, config.num_labels + 1)
+        if config.class_from == "mask":
+            self.patch_class_embed = Linear(D, config.num_labels + 1, bias=False)
         if config.mask == "linear":
             self.mask_embed = Linear(D, config.mask_size[0] * config.mask_size[1])
         elif config.mask == "attention":
@@ -114,21 +129,63 @@ class Seq2Seg(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
+        return self._prediction(pixel_values)[0]
+
+    def _prediction(
+        self, pixel_values: Tensor
+    ) -> tuple[PixelLogits | QueryLogits, tuple[Tensor, tuple[int, int]]]:
+        """As `predict`, and the last states of the patches [B, N, D] with their grid (h, w)."""
         image, config = two_heads.padded(self, pixel_values), self.config
         grid = image.shape[2] // config.patch_size, image.shape[3] // config.patch_size
         if config.task_head == "semantic":
             states = self.encoder(image)
             x = sum(states) if config.skip else states[-1]
-            return PixelLogits(self.decoder(x, grid), 1)
+            return PixelLogits(self.decoder(x, grid), 1), (states[-1], grid)
         *_, x = self.encoder(image, self.queries.weight)
         queries, patches = x.tensor_split([config.num_queries], 1)
         classes, masks = self.class_embed(queries), self.mask_embed(queries)
+        features = None
         if config.mask == "linear":
-            return QueryLogits(classes, masks.unflatten(2, config.mask_size))
-        if config.mask == "attention":
+            masks = masks.unflatten(2, config.mask_size)
+        elif config.mask == "attention":
+            masks = masks * config.hidden_size**-0.5
             features = self.mask_features(patches).mT.unflatten(2, grid)
-            return QueryLogits(classes, masks * config.hidden_size**-0.5, features)
-        return QueryLogits(classes, masks, self.mask_features(patches, grid))
+        else:
+            features = self.mask_features(patches, grid)
+        if config.class_from == "mask":
+            weights = self._weights_of_patches(masks, features, grid)
+            classes = classes + self._classes_under(weights, patches)
+        return QueryLogits(classes, masks, features), (patches, grid)
+
+    def _weights_of_patches(
+        self, masks: Tensor, features: Tensor | None, grid: tuple[int, int]
+    ) -> Tensor:
+        """How much each mask covers each patch, [B, Q, N] in (0, 1).
+
+        Args:
+            masks, features: as `predict` gives them.
+            grid: (h, w) patches of the sides, N in all.
+        """
+        if features is None:
+            logits = F.interpolate(masks, grid, mode="bilinear").flatten(2)
+        else:  # the mean of products with the features is the product with their mean
+            cells = self.config.patch_size // FINE if self.config.mask == "fine" else 1
+            logits = masks @ F.avg_pool2d(features, cells).flatten(2)
+        return logits.sigmoid()
+
+    def _classes_under(self, weights: Tensor, patches: Tensor) -> Tensor:
+        """Class logits [B, M, K + 1] of the patches [B, N, D] under M masks with such weights
+        [B, M, N]; those of a mask that covers nothing are 0."""
+        mean = weights @ patches / (1 + weights.sum(2, keepdim=True))
+        return self.patch_class_embed(mean)
+
+    def _true_class_loss(self, patches: Tensor, grid: tuple[int, int], targets: Targets) -> Tensor:
+        """[]: the mean cross entropy of the classes under the true masks."""
+        weights = F.interpolate(targets.masks.to(patches.dtype), grid, mode="area").flatten(2)
+        logits = self._classes_under(weights, patches) + self.class_embed.bias
+        each = F.cross_entropy(logits.mT, targets.labels, reduction="none")  # [B, T]
+        slots = torch.arange(each.shape[1], device=each.device)
+        return each.where(slots < targets.count[:, None], 0).sum() / normalizer(targets)
 
     def parameter_roles(self) -> dict[str, Role]:
         """Nothing is a backbone, as nothing comes pretrained; matrices are those of the blocks."""
@@ -143,12 +200,25 @@ class Seq2Seg(nn.Module):
 
         Returns:
             the weighted sum [], and its unweighted parts, [1] each: "loss_bce", or
-            "loss_cross_entropy", "loss_mask" where it has a weight, and "loss_dice".
+            "loss_cross_entropy", "loss_mask" where it has a weight, "loss_dice", and
+            "loss_true_class" where it has one.
 
         Raises:
             ValueError: targets without a map of labels, or a label out of range.
         """
-        return two_heads.loss(self, self.predict(pixel_values), pixel_values, targets)
+        return self.scored(pixel_values, targets)[1:]
+
+    def scored(
+        self, pixel_values: Tensor, targets: Targets
+    ) -> tuple[PixelLogits | QueryLogits, Tensor, dict[str, Tensor]]:
+        """What `predict` gives, and what `loss` does; arguments and errors are those of `loss`."""
+        found, (patches, grid) = self._prediction(pixel_values)
+        total, losses = two_heads.loss(self, found, pixel_values, targets)
+        if self.config.true_mask_weight:
+            value = self._true_class_loss(patches, grid, targets)
+            total = total + self.config.true_mask_weight * value
+            losses["loss_true_class"] = value[None]
+        return found, total, losses
 
     def forward(
         self,

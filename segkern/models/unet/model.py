@@ -100,6 +100,7 @@ class UNet(nn.Module):
     main_input_name = "pixel_values"
     from_pretrained = classmethod(manners.from_pretrained)
     device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
+    scored = two_heads.scored
     class_head = (
         *("classify.weight", "classify.bias"),  # of the semantic head
         *("class_embed.weight", "class_embed.bias", "criterion.empty_weight"),
@@ -218,7 +219,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: targets without a map of labels, or a label out of range.
         """
-        return two_heads.loss(self, self.predict(pixel_values), pixel_values, targets)
+        return self.scored(pixel_values, targets)[1:]
 
     def forward(
         self,

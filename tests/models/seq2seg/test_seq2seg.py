@@ -54,13 +54,22 @@ def plain(model, image):
     linear = {n: lambda v, m=m: v @ m.weight.mT + m.bias for n, m in model.named_children()}
     classes, masks = linear["class_embed"](q), linear["mask_embed"](q)
     if c.mask == "linear":
-        return classes, masks.view(*masks.shape[:2], *c.mask_size)
-    if c.mask == "attention":
+        masks = masks.view(*masks.shape[:2], *c.mask_size)
+    elif c.mask == "attention":
         masks = masks @ linear["mask_features"](x).mT / c.hidden_size**0.5
-        return classes, masks.unflatten(2, (h, w))
-    maps, m = x.mT.unflatten(2, (h, w)), model.mask_features
-    maps = F.conv_transpose2d(maps, m.weight, m.bias, stride=c.patch_size // 4)
-    return classes, torch.einsum("bqc,bchw->bqhw", masks, maps)
+        masks = masks.unflatten(2, (h, w))
+    else:
+        maps, m = x.mT.unflatten(2, (h, w)), model.mask_features
+        maps = F.conv_transpose2d(maps, m.weight, m.bias, stride=c.patch_size // 4)
+        masks = torch.einsum("bqc,bchw->bqhw", masks, maps)
+    if c.class_from == "mask":
+        cells = F.interpolate(masks, (h, w), mode="bilinear")
+        if c.mask == "fine":
+            cells = F.adaptive_avg_pool2d(masks, (h, w))
+        share = cells.sigmoid().flatten(2)
+        under = torch.einsum("bqn,bnd->bqd", share, x) / (1 + share.sum(2))[..., None]
+        classes = classes + under @ model.patch_class_embed.weight.mT
+    return classes, masks
 
 
 def gradients(loss, model):
@@ -96,8 +105,9 @@ def test_the_semantic_head_is_the_plain_one(skip, size):
 
 @pytest.mark.parametrize("size", IMAGES, ids=str)
 @pytest.mark.parametrize("mask", ["linear", "attention", "fine"])
-def test_the_instance_head_is_the_plain_one(mask, size):
-    model = shaken(built("instance", mask=mask))
+@pytest.mark.parametrize("class_from", ["query", "mask"])
+def test_the_instance_head_is_the_plain_one(class_from, mask, size):
+    model = shaken(built("instance", mask=mask, class_from=class_from))
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     masks, labels, packed, _ = targets_of(size)
     classes, logits = plain(model, image)
@@ -114,6 +124,57 @@ def test_the_instance_head_is_the_plain_one(mask, size):
     again = model(image, mask_labels=masks, class_labels=labels)
     assert torch.equal(again.loss, loss)
     torch.testing.assert_close(again.masks_queries_logits, logits, rtol=0, atol=1e-8)
+
+
+def true_class_loss(model, image, masks, labels):
+    """The mean cross entropy of the true objects, each from the patches under its own mask."""
+    states, grid = states_of(model, image)
+    total = 0
+    for y, truth, label in zip(states[-1][:, model.config.num_queries :], masks, labels):
+        share = F.adaptive_avg_pool2d(truth[:, None].double(), grid).flatten(1)
+        under = share @ y / (1 + share.sum(1, keepdim=True))
+        logits = under @ model.patch_class_embed.weight.mT + model.class_embed.bias
+        total = total + F.cross_entropy(logits, label, reduction="sum")
+    return total / sum(map(len, labels))
+
+
+@pytest.mark.parametrize("size", IMAGES, ids=str)
+def test_the_loss_of_classes_under_true_masks_is_the_plain_one(size):
+    settings = {"mask": "fine", "class_from": "mask", "true_mask_weight": 0.7}
+    model = shaken(built("instance", **settings))
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    masks, labels, packed, _ = targets_of(size)
+    classes, logits = plain(model, image)
+    want, *_ = instance_loss(classes, logits, logits, masks, labels, model.config)
+    true = true_class_loss(model, image, masks, labels)
+    want = want + 0.7 * true
+    loss, losses = model.loss(image, packed)
+    torch.testing.assert_close(loss, want, rtol=1e-8, atol=0)
+    torch.testing.assert_close(losses["loss_true_class"][0], true, rtol=1e-8, atol=0)
+    assert_same_gradients(gradients(loss, model), gradients(want, model))
+    assert torch.equal(model(image, targets=packed).loss, loss)
+    model.config.true_mask_weight = 0.0
+    assert "loss_true_class" not in model.loss(image, packed)[1]
+
+
+def test_a_mask_that_covers_nothing_adds_no_class():
+    model = built("instance", mask="fine", class_from="mask").eval()
+    with torch.no_grad():
+        model.mask_embed.weight.zero_()
+        model.mask_embed.bias.zero_()[0] = -1
+        model.mask_features.weight.zero_()
+        model.mask_features.bias.zero_()[0] = 1e3  # mask logits of -1000 everywhere
+        image = torch.randn(2, 3, 32, 40)
+        found = model.predict(image).classes
+        queries = model.encoder(image, model.queries.weight)[-1][:, : model.config.num_queries]
+        torch.testing.assert_close(found, model.class_embed(queries), rtol=0, atol=1e-6)
+
+
+def test_queries_of_a_local_start_begin_at_places():
+    model = built("instance", local_start=True, image_size=(48, 72))  # 6 x 9 patches, 6 queries
+    positions = model.encoder.pos_embed[0].unflatten(0, (6, 9))
+    centres = positions[1::3, 1::3].flatten(0, 1)  # of 2 x 3 parts of 3 x 3 patches
+    torch.testing.assert_close(model.queries.weight[:, :16], centres[:, :16])
 
 
 def test_recomputation_changes_nothing():
@@ -155,6 +216,12 @@ def test_its_settings_follow_from_the_head():
 BAD = [
     ({"task_head": "panoptic"}, "task_head must be 'semantic' or 'instance', got 'panoptic'"),
     ({"mask": "box"}, "mask must be one of linear, attention, fine, got 'box'"),
+    ({"class_from": "box"}, "class_from must be one of query, mask, got 'box'"),
+    ({"true_mask_weight": -1}, "true_mask_weight must be >= 0, got -1"),
+    (
+        {"true_mask_weight": 0.5, "task_head": "instance"},
+        "must be 0 but for task_head 'instance' with class_from 'mask', got 0.5",
+    ),
     ({"image_size": (30, 40)}, r"image_size must be \(H, W\), multiples of 8, got \(30, 40\)"),
     ({"hidden_size": 33}, r"hidden_size must be a multiple of num_attention_heads \(2\), got 33"),
     ({"num_attention_heads": 8, "local_start": True}, "at least 8 a head with local_start"),
