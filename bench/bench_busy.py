@@ -1,9 +1,9 @@
-"""A training step on all cores while another process keeps one of them busy.
+"""A training step on all cores while other processes keep one of them busy, or all.
 
 Threads that are done wait for the others by spinning, which takes time from the very thread that
 they wait for. "segkern" is a process as the commands of segkern start it (GOMP_SPINCOUNT=20000),
 "OpenMP's default" one that leaves the matter to OpenMP, "alone" the first without the other
-process. On two cores with one of them shared, 1.33 of "alone" would be its fair share.
+processes. On two cores a fair share would be 1.33 of "alone" beside one process, 2 beside two.
 """
 
 import os
@@ -21,7 +21,9 @@ from bench_processes import Processes
 CORES = str(len(os.sched_getaffinity(0)))
 SHORT = {"GOMP_SPINCOUNT": "20000"}
 IMPLS = {"segkern": (SHORT, True), "OpenMP's default": ({}, True), "alone": (SHORT, False)}
-STEPS = pick([(CASES[0], 2)], [(CASES[0], 8)], [])
+STEPS = pick(  # case, images, other processes
+    [(CASES[0], 2, 1)], [(CASES[0], 8, n) for n in sorted({1, int(CORES)})], []
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +33,19 @@ def running():
         yield stack
 
 
-def build(case, images, running):
-    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    other.send_signal(signal.SIGSTOP)
-    running.callback(other.kill)
+def build(case, images, count, running):
+    others = []
+    for _ in range(count):
+        others.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+        others[-1].send_signal(signal.SIGSTOP)
+        running.callback(others[-1].kill)
 
     def step(processes: Processes, busy: bool) -> None:
-        if busy:
+        for other in others * busy:
             other.send_signal(signal.SIGCONT)
         processes()
-        other.send_signal(signal.SIGSTOP)
+        for other in others:
+            other.send_signal(signal.SIGSTOP)
 
     impls = {}
     kept = os.environ.pop("GOMP_SPINCOUNT", None)
@@ -57,8 +62,9 @@ def build(case, images, running):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="about cores of a CPU")
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("case", STEPS, ids=lambda c: f"{c[0]} B={c[1]}")
+@pytest.mark.parametrize("case", STEPS, ids=lambda c: f"{c[0]} B={c[1]} beside {c[2]}")
 def test_busy(case, impl, measured, running):
-    case, images = case
-    name = f"training step B={images}, {CORES} threads, a core busy"
-    measured(f"busy {case}", name, "float32", impl, partial(build, case, images, running))
+    case, images, count = case
+    name = f"training step B={images}, {CORES} threads, beside {count} busy processes"
+    work = partial(build, case, images, count, running)
+    measured(f"busy {case}", name, "float32", impl, work)

@@ -1,6 +1,6 @@
 """How threads of an op wait for each other where the process is the command line.
 
-They spin, by default for so long that another process on the same cores costs several times its
+They spin, by default for so long that other processes on the same cores cost several times their
 share. OpenMP reads the variable when torch is imported, so that only the first import of all can
 set it, and it is the whole process's: in a program of others it is theirs to set.
 """
