@@ -18,9 +18,9 @@ def digits_oneformer(level: str = "mixed", size: tuple[int, int] = (64, 64)):
         size: height and width of a scene.
 
     Returns:
-        a `TrainConfig`. Not the paper's: Muon for the matrices, with which it knows the digits after
-        half as many steps, and half of the samples asked for instances, which else get a third of
-        the steps of a model of their own.
+        a `TrainConfig`. Not the paper's: Muon for the matrices, with which it knows the digits
+        after half as many steps, and half of the samples asked for instances, which else get a
+        third of the steps of a model of their own.
     """
     settings = {"optimizer": "muon", "momentum": 0.95, "task_shares": (1.0, 2.0, 1.0)}
     return digit_scenes(OneFormerConfig.tiny, level, "panoptic", size, steps=1800, **settings)
