@@ -5,7 +5,7 @@ import torch
 
 from segkern.ops import upscale
 from segkern.ops.upscale import as_product, masks_of, refined, upscale_reference
-from support.comparison import assert_same, compare
+from support.comparison import compare, promote
 from support.inputs import upscale_inputs
 
 CASES = {
@@ -54,8 +54,12 @@ def test_gradients(Q):
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("Q", [None, 4], ids=["map", "masks"])
-def test_half_precision_is_pytorchs(Q):
-    assert_same(upscale, in_parts, upscale_inputs(Q=Q, dtype=torch.bfloat16))
+def test_half_precision_is_as_exact_as_pytorchs(Q):
+    """Whose product is oneDNN's with the activation inside, where the CPU has it."""
+    inputs = upscale_inputs(Q=Q, dtype=torch.bfloat16)
+    exact = in_parts(*promote(inputs))
+    found, want = ((f(*inputs) - exact).abs().max() for f in (upscale, in_parts))
+    assert found <= 1.5 * want
     x, *rest = upscale_inputs(Q=Q)
     with torch.autocast("cpu", torch.bfloat16):
         found = upscale(x, *rest)
