@@ -364,7 +364,7 @@ def test_refuses_before_work_starts(whole, tmp_path):
         ),
         ({"void": "skip"}, "void must be one of background, ignore, got 'skip'"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
-        ({"task_shares": (0, 0, 0)}, "not all of them 0, got (0, 0, 0)"),
+        ({"task_shares": (0, 0, 0)}, r"not all of them 0, got \(0, 0, 0\)"),
         ({"task_shares": (1, -1, 1)}, "three finite numbers >= 0"),
         ({"task_shares": (1, float("nan"), 1)}, "three finite numbers >= 0"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\], got 1.5"),
