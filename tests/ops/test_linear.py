@@ -131,13 +131,19 @@ def test_half_precision_where_onednns_layer_does_not_fit():
     trained = weight.clone().requires_grad_()
     assert linear(x, trained, bias, "relu").grad_fn is not None
     assert torch.equal(linear(x, trained, bias, "relu"), want)
-    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, weight, bias, "relu"), want)
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.allclose(linear(x, weight, bias, "relu"), want, rtol=2.0**-7, atol=1e-2)
     wide = linear(x, weight, bias, residual=residual.float())
     assert wide.dtype == torch.float32
     assert torch.equal(wide, linear(x, weight, bias) + residual.float())
+
+
+@pytest.mark.cpu_only
+def test_compile_and_export_keep_pytorchs_layer_in_half_precision():
+    x, weight, bias, _ = (t.bfloat16() for t in linear_inputs((9,), K=16, N=8))
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    want = linear_reference(x, weight, bias, "relu")
+    assert torch.equal(compiled(x, weight, bias, "relu"), want)
     exported = torch.export.export(Layer(weight), (x,)).run_decompositions({})
     assert "mkldnn" not in str(exported.graph)
 
