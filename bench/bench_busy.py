@@ -48,15 +48,14 @@ def build(case, images, count, running):
             other.send_signal(signal.SIGSTOP)
 
     impls = {}
-    kept = os.environ.pop("GOMP_SPINCOUNT", None)
     for name, (variables, busy) in IMPLS.items():
-        processes = Processes(case, images, 1, False, OMP_NUM_THREADS=CORES, **variables)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("GOMP_SPINCOUNT", raising=False)
+            processes = Processes(case, images, 1, False, OMP_NUM_THREADS=CORES, **variables)
         running.callback(processes.end)
         for _ in range(3):  # memory and moments are there then
             processes()
         impls[name] = partial(step, processes, busy)
-    if kept is not None:
-        os.environ["GOMP_SPINCOUNT"] = kept
     return Work(impls)
 
 

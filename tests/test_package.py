@@ -215,6 +215,16 @@ def test_the_command_line_spins_shortly(command, given, found, monkeypatch):
     assert os.environ.get("GOMP_SPINCOUNT") == found
 
 
+def test_python_m_segkern_is_the_command_line(tmp_path):
+    told = "import atexit, os; atexit.register(lambda: print(os.environ['GOMP_SPINCOUNT']))"
+    (tmp_path / "sitecustomize.py").write_text(told)
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    kept["PYTHONPATH"] = f"{tmp_path}:{kept.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "segkern", "info"]
+    result = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True)
+    assert result.stdout.split()[-1] == "20000", result.stderr
+
+
 def test_a_device_without_kernels_is_an_error_not_a_fallback(monkeypatch):
     features, points = (t.to("meta") for t in point_sample_inputs())
     assert point_sample(features, points).shape == (2, 3, 50)  # shapes only: the fake

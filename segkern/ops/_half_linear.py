@@ -61,7 +61,7 @@ def half_linear(
     """act(x W^T + b), or x W^T + b + residual, of [M, K], [N, K], [N] and [M, N] in the dtype that
     `half_dtype` said; a residual of another dtype is added to the result."""
     op, x, weight = torch.ops.mkldnn._linear_pointwise, x.to(dtype), weight.to(dtype).contiguous()
-    bias = None if bias is None else bias.to(dtype)
+    bias = None if bias is None else bias.to(dtype).contiguous()  # read without its stride
     if residual is not None and residual.dtype == dtype:
         return op.binary(x, residual.contiguous(), weight, bias, "add")
     out = op(x, weight, bias, activation, [], "none" if activation == "gelu" else "")

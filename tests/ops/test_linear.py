@@ -180,20 +180,23 @@ def test_other_devices_take_pytorchs_product():
     assert linear(*inputs[:3], "gelu", inputs[3]).shape == (2, 7, 40)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("change", ["transposed", "steps", "expanded"])
-def test_any_strides(change):
+def test_any_strides(change, dtype):
     def strided(t):
-        if change == "transposed":
-            return t.t().contiguous().t()
         if change == "steps":
-            return t.repeat_interleave(2, 1)[:, ::2]
-        return t[:1].expand_as(t)
+            return t.repeat_interleave(2, -1)[..., ::2]
+        if change == "expanded" or t.ndim == 1:
+            return t[:1].expand_as(t)
+        return t.t().contiguous().t()
 
-    x, weight, bias, residual = linear_inputs((130,), K=70, N=50)
-    others = [strided(t) for t in (x, weight, residual)]
-    out = linear(others[0], others[1], bias, "relu", others[2])
-    want = linear(others[0].clone(), others[1].clone(), bias, "relu", others[2].clone())
-    torch.testing.assert_close(out, want, rtol=0, atol=0)
+    tensors = [strided(t) for t in linear_inputs((130,), K=70, N=50, dtype=dtype)]
+    dense = [t.contiguous() for t in tensors]
+    for activation, given in (("relu", 4), ("gelu", 3), ("none", 4)):
+        called = run(linear, activation, given)
+        torch.testing.assert_close(
+            called(*tensors[:given]), called(*dense[:given]), rtol=0, atol=0
+        )
 
 
 def test_the_last_tiles_read_and_write_nothing_beyond():
