@@ -1,8 +1,8 @@
 """A training step on all cores while other processes keep one of them busy, or all.
 
 Threads that are done wait for the others by spinning, which takes time from the very thread that
-they wait for. "segkern" is a process as the commands of segkern start it (GOMP_SPINCOUNT=20000),
-"OpenMP's default" one that leaves the matter to OpenMP, "alone" the first without the other
+they wait for. "segkern" is a process as the commands of segkern start it (GOMP_SPINCOUNT=2000),
+"OpenMP's default" one that leaves the matter to OpenMP, "alone" either of them without the other
 processes. On two cores a fair share would be 1.33 of "alone" beside one process, 2 beside two.
 """
 
@@ -19,8 +19,13 @@ from _train_steps import CASES
 from bench_processes import Processes
 
 CORES = str(len(os.sched_getaffinity(0)))
-SHORT = {"GOMP_SPINCOUNT": "20000"}
-IMPLS = {"segkern": (SHORT, True), "OpenMP's default": ({}, True), "alone": (SHORT, False)}
+SHORT = {"GOMP_SPINCOUNT": "2000"}
+IMPLS = {  # variables of the process, whether others are busy
+    "segkern": (SHORT, True),
+    "OpenMP's default": ({}, True),
+    "segkern, alone": (SHORT, False),
+    "OpenMP's default, alone": ({}, False),
+}
 STEPS = pick(  # case, images, other processes
     [(CASES[0], 2, 1)], [(CASES[0], 8, n) for n in sorted({1, int(CORES)})], []
 )

@@ -11,4 +11,4 @@ from pathlib import Path
 
 _COMMAND = Path(sys.argv[0] if sys.argv else "").name in ("segkern", "-m")  # python -m segkern
 if _COMMAND and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
