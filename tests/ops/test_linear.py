@@ -192,10 +192,12 @@ def test_any_strides(change, dtype):
 
     tensors = [strided(t) for t in linear_inputs((130,), K=70, N=50, dtype=dtype)]
     dense = [t.contiguous() for t in tensors]
+    # PyTorch's own products of half precision take other paths for other strides
+    bound = 0 if dtype in CHECKED else 2.0**-5
     for activation, given in (("relu", 4), ("gelu", 3), ("none", 4)):
         called = run(linear, activation, given)
         torch.testing.assert_close(
-            called(*tensors[:given]), called(*dense[:given]), rtol=0, atol=0
+            called(*tensors[:given]), called(*dense[:given]), rtol=bound, atol=bound
         )
 
 
