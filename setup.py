@@ -10,8 +10,8 @@ Python >= 3.11. No GPU is needed. Environment:
                         goes on, and `segkern info` has the reason
   SEGKERN_SANITIZE=address | thread   with the sanitizers of addresses and undefined behaviour, or
                         of races
-  SEGKERN_EMULATE=1     for tests: _C_cpu takes the CUDA sources, compiled for the host, in place
-                        of the C++ kernels of the same ops (csrc/cuda/emulate.h)
+  SEGKERN_EMULATE=1     for tests: _C_cpu is the CUDA sources, compiled for the host, and has
+                        their ops alone (csrc/cuda/emulate.h)
   SEGKERN_AVX2=1        for tests: no code for AVX-512, as on a CPU without it
   CUDA_HOME             the toolkit; else that of the nvcc on PATH, else /usr/local/cuda
   TORCH_CUDA_ARCH_LIST  default "7.5;8.0;9.0;10.0;12.0+PTX", as far as nvcc knows them
@@ -85,17 +85,16 @@ def sources(folder, suffix):
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
 
 
-def sources_emulated(cuda):
-    """The C++ kernels without those of the ops in `cuda`, whose sources a wrapper includes."""
+def sources_emulated():
+    """A wrapper of each CUDA source, and the schemas: the library has the ops of these alone."""
     folder = Path("build/emulate")
     folder.mkdir(parents=True, exist_ok=True)
     wrappers = []
-    for source in map(Path, cuda):
+    for source in map(Path, sources("cuda", ".cu")):
         wrapper = folder / f"{source.stem}.cpp"
         wrapper.write_text(f'#include "{ROOT / source}"\n')
         wrappers.append(str(wrapper))
-    stems = {Path(source).stem for source in cuda}
-    return [s for s in sources("cpu", ".cpp") if Path(s).stem not in stems] + wrappers
+    return ["csrc/cpu/schemas.cpp", *wrappers]
 
 
 def plan_cuda(torch):
@@ -149,7 +148,7 @@ def extensions():
     found = [
         cpp_extension.CppExtension(
             "segkern._C_cpu",
-            sources_emulated(sources("cuda", ".cu")) if EMULATE else sources("cpu", ".cpp"),
+            sources_emulated() if EMULATE else sources("cpu", ".cpp"),
             extra_compile_args=compile_flags + ["-DSEGKERN_EMULATE"] * EMULATE,
             extra_link_args=link_flags,
             py_limited_api=True,

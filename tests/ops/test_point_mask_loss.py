@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from segkern.ops import point_mask_loss, point_sample, random_points, unpack_bits
+from segkern.ops import point_mask_loss, random_points, unpack_bits
 from segkern.ops._void import void_cells
 from segkern.ops.point_mask_loss import point_mask_loss_reference
+from segkern.ops.point_sample import point_sample_reference
 from support.comparison import DTYPES, compare
 from support.inputs import point_mask_loss_inputs
 from support.void import counts_by_hand, random_void
@@ -60,10 +61,11 @@ def test_void_cuts_points_out():
     counts = counts_by_hand(points, void, 45)[0]
     points = points.double()
     candidates, rest = points[:, :120][:, counts[:120]], points[:, 120:][:, counts[120:]]
-    order = point_sample(logits[0], candidates)[0, 0].abs().argsort()
+    order = point_sample_reference(logits[0], candidates)[0, 0].abs().argsort()
     chosen = torch.cat((candidates[:, order[:30]], rest), 1)
     assert 30 < chosen.shape[1] < 40
-    x, t = point_sample(logits[0], chosen), point_sample(masks.double(), chosen)
+    x = point_sample_reference(logits[0], chosen)
+    t = point_sample_reference(masks.double(), chosen)
     want = torch.nn.functional.binary_cross_entropy_with_logits(x, t)
     for impl in ("kernel", "reference"):
         bce, dice = point_mask_loss(logits, masks, active, ids, seed, *FEW, void=void, impl=impl)
@@ -267,7 +269,7 @@ def test_ties_go_to_the_point_drawn_first(n):
     flat, active = torch.zeros_like(logits), torch.ones_like(active)  # every sample is exactly 0
     points = random_points(seed, torch.stack((ids, ids * 0, ids * 0), -1), 3 * n + n // 4)
     chosen = torch.cat((points[:, : 3 * n // 4], points[:, 3 * n :]), 1).double()
-    t = point_sample(masks.double(), chosen)
+    t = point_sample_reference(masks.double(), chosen)
     want = 1 - (t.sum() + 1) / (n / 2 + t.sum() + 1)
     got = point_mask_loss(flat, masks, active, ids, seed, n, 3.0, 0.75)[1]
     torch.testing.assert_close(got.squeeze(), want, rtol=1e-12, atol=0)

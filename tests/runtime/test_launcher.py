@@ -40,7 +40,9 @@ def workers(monkeypatch):
     monkeypatch.setattr(Worker, "all", ())
     monkeypatch.setattr(Worker, "sent", False)
     monkeypatch.setattr(launch.subprocess, "Popen", Worker)
-    return Worker
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where nohup runs the tests
+    yield Worker
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -55,7 +57,8 @@ def test_a_signal_to_the_launcher_goes_to_all(workers, monkeypatch, capsys, name
 
 
 def test_nohup_is_heeded(workers, monkeypatch):
-    before, kept = signal.signal(signal.SIGHUP, signal.SIG_IGN), []
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    kept = []
     send = workers.send_signal
 
     def seen(self, number):
@@ -63,10 +66,7 @@ def test_nohup_is_heeded(workers, monkeypatch):
         send(self, number)
 
     monkeypatch.setattr(workers, "send_signal", seen)
-    try:
-        assert launch.launch(["train"], 2) == 128 + signal.SIGTERM
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    assert launch.launch(["train"], 2) == 128 + signal.SIGTERM
     assert kept == [signal.SIG_IGN] * 2
 
 
