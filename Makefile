@@ -66,10 +66,11 @@ sdist: setup
 DEAR = tests/training tests/recipes tests/bench tests/deploy
 REST = $(filter-out $(DEAR),$(patsubst %/,%,$(wildcard tests/*/ tests/test_*.py)))
 slow: setup
-	$(PARALLEL) tests/kernels/test_triton.py -m "slow and not gpu"
+	$(PARALLEL) tests/kernels/test_triton.py -m "slow and not long and not gpu"
 	$(PARALLEL) --dist loadscope --no-loadscope-reorder $(DEAR) $(REST) --ignore tests/kernels/test_triton.py -m "slow and not long and not gpu"
 
-# what takes minutes more: every model as a file of every form, compiled packages, more kills
+# what takes minutes more: kernels compiled for every GPU, every model as a file of every form,
+# compiled packages, more kills
 long: setup
 	$(PARALLEL) tests -m "long and not gpu"
 

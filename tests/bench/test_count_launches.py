@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="no Triton on this platform")
+pytestmark = pytest.mark.slow
 BENCH = Path(__file__).parents[2] / "bench"
 SCRIPT = """
 import json

@@ -24,6 +24,7 @@ def quick(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_rows_and_figure(quick, tmp_path):
     plots.main(["--small", "--out", str(tmp_path / "out")])
     with (tmp_path / "out/plots.csv").open(newline="") as file:
@@ -45,6 +46,7 @@ def test_rows_and_figure(quick, tmp_path):
             assert min(picture.size) > 400
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_of_its_own():
     case = str(_models.weights("tiny", 8)), "inference"
     ours, theirs = (

@@ -231,7 +231,18 @@ SIZES = {
         for heads, b in ((3, 1), (6, 2), (24, 16))
     ],
 }
-SLOW = [pytest.mark.slow]
+CHECKED = 86, 90  # by `make check`: of the least and of the most shared memory
+
+
+def slow(arch):
+    """Marks of what is compiled for `arch`; `make long` has those that CHECKED leaves out."""
+    return [pytest.mark.slow] if arch in CHECKED else [pytest.mark.slow, pytest.mark.long]
+
+
+def marked(values):
+    return pytest.param(*values, marks=slow(values[-1]))
+
+
 # what is made for sm_89 differs from sm_86 in nothing but the name; kernels without tuning tables
 # are alike on all GPUs of some generations
 ALIKE = (random_points, resize_argmax, group_norm, norm_relu)  # no tuning: one kernel for all
@@ -257,7 +268,7 @@ def named(variant):
     op, arch, dtype = variant
     quick = arch == 90 and dtype == torch.bfloat16
     name = f"{op.__name__}-{str(dtype).removeprefix('torch.')}-{arch}"
-    return pytest.param(*variant, id=name, marks=() if quick else SLOW)
+    return pytest.param(*variant, id=name, marks=() if quick else slow(arch))
 
 
 def assert_fits(compiled, arch, folder, spills=0):
@@ -286,7 +297,7 @@ def test_compiles_and_fits(op, arch, dtype, tmp_path):
 # channels a head, and queries: 200 are more than the gradients take at once
 HEADS = [(D, Q, a) for D, Q in ((64, 200), (72, 100), (256, 100)) for a in (80, 86, 90, 100, 120)]
 HEADS = [*HEADS, (32, 200, 90), (32, 200, 100)]
-HEADS = [pytest.param(*h, marks=() if h == (64, 200, 90) else SLOW) for h in HEADS]
+HEADS = [pytest.param(*h, marks=() if h == (64, 200, 90) else slow(h[-1])) for h in HEADS]
 
 
 @pytest.mark.parametrize(("D", "Q", "arch"), HEADS)
@@ -297,7 +308,7 @@ def test_other_heads(D, Q, arch, tmp_path):
 
 
 QUICK = 86  # where rows are fewest, which the oldest supported Triton cannot multiply
-WIDE_HEADS = [pytest.param(a, marks=() if a == QUICK else SLOW) for a in (80, 86, 90, 100, 120)]
+WIDE_HEADS = [pytest.param(a, marks=() if a == QUICK else slow(a)) for a in (80, 86, 90, 100, 120)]
 
 
 @pytest.mark.parametrize("arch", WIDE_HEADS)
@@ -317,8 +328,7 @@ WIDE += [(torch.bfloat16, 128, 7, arch) for arch in (86, 90, 100, 120)]
 WIDE += [(torch.bfloat16, 64, 7, 90), (torch.bfloat16, 128, 12, 90)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "D", "window", "arch"), WIDE)
+@pytest.mark.parametrize(("dtype", "D", "window", "arch"), map(marked, WIDE))
 def test_windows_of_wide_heads(dtype, D, window, arch, tmp_path):
     with compiling(arch) as compiled:
         window_attn(dtype, H=2, D=D, window=window, shift=window // 2)
@@ -330,8 +340,7 @@ WIDE += [(torch.float32, 128, arch) for arch in (86, 90, 100)]
 WIDE += [(torch.bfloat16, D, arch) for D in (64, 128) for arch in (86, 90, 100)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "D", "arch"), WIDE)
+@pytest.mark.parametrize(("dtype", "D", "arch"), map(marked, WIDE))
 def test_neighbors_of_wide_heads(dtype, D, arch, tmp_path):
     with compiling(arch) as compiled:
         neighborhood_attn(dtype, H=2, D=D, kernel=11)
@@ -339,10 +348,9 @@ def test_neighbors_of_wide_heads(dtype, D, arch, tmp_path):
 
 
 WIDE = [(dtype, arch) for dtype in DTYPES[::2] for arch in (80, 86, 90, 100, 120)]
-WIDE = [pytest.param(*w, marks=SLOW) for w in WIDE]  # float32, bfloat16
 
 
-@pytest.mark.parametrize(("dtype", "arch"), WIDE)
+@pytest.mark.parametrize(("dtype", "arch"), map(marked, WIDE))
 def test_wide_windows(dtype, arch, tmp_path):
     with compiling(arch) as compiled:
         window_attn(dtype, window=12, shift=6)

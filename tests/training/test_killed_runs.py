@@ -159,6 +159,7 @@ def test_a_run_that_was_killed_in_its_first_checkpoint_starts_anew(tmp_path, mon
         loop.train(light(tmp_path, steps=1), progress=False)
 
 
+@pytest.mark.slow
 def test_a_killed_run(tmp_path):
     killed(tmp_path, 1, 3, True)
 

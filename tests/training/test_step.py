@@ -103,6 +103,7 @@ def test_fp16_resumes_with_its_scale(tmp_path):
     same(whole.model.state_dict(), again.model.state_dict())
 
 
+@pytest.mark.slow
 def test_the_compiled_loss_has_the_gradients_of_the_eager_one():
     eager = network("swin_tiny")
     eager.backbone.eval()  # dropped branches are drawn differently

@@ -170,7 +170,7 @@ def test_nan_pixels_do_not_stop_a_prediction(tiny):
 
 
 @pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])]
 )
 def test_compiles_without_graph_breaks(tiny, backend):
     torch._dynamo.reset()
