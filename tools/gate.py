@@ -1,5 +1,5 @@
 """Trains the small recipes side by side, a core each, and fails where one has not learned what it
-is there to show: python tools/gate.py OUT"""
+is there to show: python tools/gate.py OUT [RECIPE ...]"""
 
 import json
 import os
@@ -54,11 +54,13 @@ def run(gate: Gate, out: Path) -> dict[str, float]:
     return {name: found[name] or 0.0 for name in gate.least}
 
 
-def main(out: Path) -> int:
+def main(out: Path, *names: str) -> int:
+    known = {gate.recipe: gate for gate in GATES}
+    wanted = [known[name] for name in names or known]
     out.mkdir(parents=True, exist_ok=True)
     missed = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = [(gate, pool.submit(run, gate, out)) for gate in GATES]
+        runs = [(gate, pool.submit(run, gate, out)) for gate in wanted]
         for gate, future in runs:
             try:
                 found = future.result()
@@ -73,4 +75,4 @@ def main(out: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

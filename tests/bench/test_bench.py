@@ -59,6 +59,7 @@ def ran(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_file_has_benchmarks(ran):
     assert sorted({Path(b["fullname"].split("::")[0]).name for b in ran[1]}) == FILES
 
@@ -70,6 +71,7 @@ def test_files_of_a_model_are_timed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rows_are_whole(ran):
     assert_whole(ran[1])
 
@@ -95,6 +97,7 @@ def assert_whole(benchmarks):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_missing_peers_are_named(ran):
     for reason in (
         "torch-linear-assignment: loops over SciPy without a GPU",
