@@ -82,7 +82,7 @@ CUDA_OPS = $(call tests_of,$(wildcard csrc/cuda/*.cu))
 
 # the Triton kernels in place of the C++ ones, in Triton's interpreter (its bfloat16 products are
 # wrong); compiled kernels are in tests/kernels/test_triton.py. Left out is what takes minutes
-# there: differences of float64 for gradients that are compared as well, and large maps
+# there: gradcheck, whose gradients are compared as well, and large maps
 interpret: setup
 	TRITON_INTERPRET=1 $(PARALLEL) $(TRITON_OPS) -m "not slow and not gpu and not cpu_only" -k "not bfloat16 and not float64 and not opcheck and not compile and not gradcheck and not larger_maps"
 
@@ -99,14 +99,15 @@ define library
 	cd build && $(call with,$(1),$(2)) ../$(PY) -c "import segkern; assert '$(1)' in segkern.__file__"
 endef
 
-# The stages from here on leave out half precision, whose code is float32's between conversions.
+# The stages from here on leave out half precision, whose code is float32's between conversions,
+# and differences in float64 for gradients that are compared as well.
 
 # the op tests as on a CPU without AVX-512: the libraries capped, and ours built without it
 AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 avx2: setup
 	$(call library,avx2,,SEGKERN_AVX2=1)
 	! objdump -d build/avx2/lib/segkern/_C_cpu.abi3.so | grep -q zmm
-	$(AVX2) $(call with,avx2,) $(PARALLEL) $(OPS) --seed 1 -m "not slow and not gpu" -k "not compile and not opcheck and not bad and not float16"
+	$(AVX2) $(call with,avx2,) $(PARALLEL) $(OPS) --seed 1 -m "not slow and not gpu" -k "not compile and not opcheck and not gradcheck and not bad and not float16"
 
 # the op tests on kernels built with the address and undefined behaviour sanitizers, on inputs that
 # are others again; what float64 reads and writes is what float32 does. Loops are not disassembled
@@ -117,13 +118,13 @@ sanitize: setup
 # the CUDA sources run on the host, a fibre a thread, with the same sanitizers
 emulate: setup
 	$(call library,emulate,address,SEGKERN_EMULATE=1)
-	$(call with,emulate,address) $(PARALLEL) $(CUDA_OPS) -m "not slow and not gpu" -k "not compile and not opcheck and not float16"
+	$(call with,emulate,address) $(PARALLEL) $(CUDA_OPS) -m "not slow and not gpu" -k "not compile and not opcheck and not gradcheck and not float16"
 
 # and with the sanitizer of races, to which a fibre is a thread; a race ends its worker, and its
 # report is seen where that test runs without -n
 racecheck: setup
 	$(call library,racecheck,thread,SEGKERN_EMULATE=1)
-	$(call with,racecheck,thread) $(PARALLEL) $(CUDA_OPS) -m "not slow and not gpu" -k "(forward or gradients or scipy) and not float64"
+	$(call with,racecheck,thread) $(PARALLEL) $(CUDA_OPS) -m "not slow and not gpu" -k "(forward or gradients or scipy) and not float64 and not float16"
 
 # the same binary under the oldest supported torch; Python 3.12 where it is found
 PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) \
@@ -134,13 +135,11 @@ PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.1
 	touch $@
 
 oldest: setup .venv-oldest/installed
-	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n $(MAX_JOBS) $(OPS) tests/kernels/test_triton.py -m "not slow and not gpu" -k "not float16 and not float64"
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n $(MAX_JOBS) $(OPS) tests/kernels/test_triton.py -m "not slow and not gpu" -k "not gradcheck and not float16 and not float64"
 
-# the demo and two small recipes must have learned what they are there to show
-gate: demo
-	$(PY) -c "import json; m = json.load(open('demo/metrics.json')); \
-	  assert m['pq'] >= 0.8 and m['class_accuracy'] >= 0.9, m; print('demo:', m)"
-	$(PY) tools/gate.py build/gate digits-segformer digits-seq2seg
+# the demo's model and two small ones must have learned what they are there to show
+gate: setup
+	$(PY) tools/gate.py build/gate digits digits-segformer digits-seq2seg
 
 lint: setup
 	$(BIN)/ruff check .

@@ -41,8 +41,9 @@ def digits(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("task", ["instance", pytest.param("panoptic", marks=pytest.mark.long)])
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
 def test_a_small_model_learns_new_classes_from_48_pictures(task, digits, tmp_path):
     root, run, figures = tmp_path / "own", tmp_path / "run", tmp_path / "metrics.json"
     write_shapes(root, task)
