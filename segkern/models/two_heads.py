@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn import mask_classes
 from ..nn.pixel_bce import pixel_bce
 from ..ops._checks import expect, expect_integer, expect_labels, got
 from ..structures.labels import Labels, void_of
@@ -19,6 +20,7 @@ from ..structures.targets import Targets
 from .query_output import given_targets
 
 HEADS = ("semantic", "instance")
+CLASSES = ("query", "mask")
 
 
 @output
@@ -107,6 +109,17 @@ def check_settings(config, positive: str) -> None:
     for setting in ("class_weight", "mask_weight", "dice_weight", "no_object_weight"):
         if not getattr(config, setting) >= 0:
             raise ValueError(f"{name}: {setting} must be >= 0, got {getattr(config, setting)}")
+    if config.class_from not in CLASSES:
+        raise ValueError(
+            f"{name}: class_from must be one of {', '.join(CLASSES)}, got {config.class_from!r}"
+        )
+    if not config.true_mask_weight >= 0:
+        raise ValueError(f"{name}: true_mask_weight must be >= 0, got {config.true_mask_weight}")
+    if config.true_mask_weight and (config.task_head, config.class_from) != ("instance", "mask"):
+        raise ValueError(
+            f"{name}: true_mask_weight must be 0 but for task_head 'instance' with class_from "
+            f"'mask', got {config.true_mask_weight}"
+        )
     _ = config.input  # checks its own
 
 
@@ -183,9 +196,17 @@ def loss(
 def scored(
     model: nn.Module, pixel_values: Tensor, targets: Targets
 ) -> tuple[PixelLogits | QueryLogits, Tensor, dict[str, Tensor]]:
-    """What a model predicts, and its `loss`, whose arguments and errors it has."""
-    found = model.predict(pixel_values)
-    return found, *loss(model, found, pixel_values, targets)
+    """What a model predicts, and its `loss`, whose arguments and errors it has; with
+    true_mask_weight the part "loss_true_class", of the classes under the true masks."""
+    found, states, grid = model.prediction(pixel_values)
+    total, losses = loss(model, found, pixel_values, targets)
+    if model.config.true_mask_weight:
+        weights = mask_classes.true_cover(targets, grid, states.dtype)
+        logits = model.classes_of(mask_classes.mean_under(weights, states))
+        value = mask_classes.true_class_loss(logits, targets)
+        total = total + model.config.true_mask_weight * value
+        losses["loss_true_class"] = value[None]
+    return found, total, losses
 
 
 def forward(

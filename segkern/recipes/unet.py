@@ -36,10 +36,17 @@ def digits_unet(level: str = "easy", size: tuple[int, int] = (64, 64)):
         size: height and width of a scene, multiples of 16.
 
     Returns:
-        a `TrainConfig`. Not the paper's: 6 output channels, and focal loss beside dice.
+        a `TrainConfig`. Not the paper's: 24 output channels, focal loss beside dice, and classes
+        from what lies under a channel's mask and under the true masks.
     """
     model = replace(
-        UNetConfig.tiny(10, "instance"), image_size=size, channels=16, mask_weight=20.0
+        UNetConfig.tiny(10, "instance"),
+        image_size=size,
+        channels=16,
+        num_queries=24,
+        mask_weight=20.0,
+        class_from="mask",
+        true_mask_weight=1.0,
     )
     model.id2label = {k: str(k) for k in range(10)}
     return TrainConfig(

@@ -97,5 +97,6 @@ EXPORTED = {  # what differs in an export: kinds, heads and backbones
     ),
     "U-Net, semantic": convolutions,
     "U-Net, instance": lambda: convolutions(head="instance"),
+    "U-Net, classes under masks": lambda: convolutions(head="instance", class_from="mask"),
     "EoMT": tokens,
 }

@@ -51,7 +51,9 @@ KINDS = {
         sequence, head="instance", mask="fine", class_from="mask", true_mask_weight=0.5
     ),
     "U-Net, semantic": convolutions,
-    "U-Net, instance": partial(convolutions, head="instance"),
+    "U-Net, instance": partial(
+        convolutions, head="instance", class_from="mask", true_mask_weight=0.5
+    ),
     "EoMT": tokens,
 }
 COUNTS = {"1 and 9 targets": (1, 9), "no target in one": (3, 0), "no target": (0, 0)}

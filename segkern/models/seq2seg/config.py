@@ -7,7 +7,6 @@ from ...structures.labels import IMAGENET_MEAN, IMAGENET_STD
 from .. import manners, two_heads
 
 MASKS = ("linear", "attention", "fine")
-CLASSES = ("query", "mask")
 
 
 @dataclass
@@ -111,20 +110,6 @@ class Seq2SegConfig:
         if self.mask not in MASKS:
             raise ValueError(
                 f"Seq2SegConfig: mask must be one of {', '.join(MASKS)}, got {self.mask!r}"
-            )
-        if self.class_from not in CLASSES:
-            raise ValueError(
-                f"Seq2SegConfig: class_from must be one of {', '.join(CLASSES)}, "
-                f"got {self.class_from!r}"
-            )
-        if not self.true_mask_weight >= 0:
-            raise ValueError(
-                f"Seq2SegConfig: true_mask_weight must be >= 0, got {self.true_mask_weight}"
-            )
-        if self.true_mask_weight and (self.task_head, self.class_from) != ("instance", "mask"):
-            raise ValueError(
-                "Seq2SegConfig: true_mask_weight must be 0 but for task_head 'instance' with "
-                f"class_from 'mask', got {self.true_mask_weight}"
             )
         heads = self.num_attention_heads
         if self.hidden_size % heads:

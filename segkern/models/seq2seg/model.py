@@ -26,12 +26,10 @@ million weights count, have no effect and are left out.
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...nn import mask_classes
 from ...nn.bert import Bert, Unpatch
-from ...nn.criterion import normalizer
 from ...nn.linear import Linear
 from ...nn.mask_criterion import FullMaskCriterion
 from ...nn.vit import start_at_places, start_locally
@@ -56,6 +54,7 @@ class Seq2Seg(nn.Module):
     main_input_name = "pixel_values"
     from_pretrained = classmethod(manners.from_pretrained)
     device, dtype, num_parameters = manners.device, manners.dtype, manners.num_parameters
+    scored = two_heads.scored
     class_head = (
         *("decoder.weight", "decoder.bias"),  # of the semantic head
         *("class_embed.weight", "class_embed.bias", "patch_class_embed.weight"),
@@ -129,18 +128,18 @@ class Seq2Seg(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
-        return self._prediction(pixel_values)[0]
+        return self.prediction(pixel_values)[0]
 
-    def _prediction(
+    def prediction(
         self, pixel_values: Tensor
-    ) -> tuple[PixelLogits | QueryLogits, tuple[Tensor, tuple[int, int]]]:
+    ) -> tuple[PixelLogits | QueryLogits, Tensor, tuple[int, int]]:
         """As `predict`, and the last states of the patches [B, N, D] with their grid (h, w)."""
         image, config = two_heads.padded(self, pixel_values), self.config
         grid = image.shape[2] // config.patch_size, image.shape[3] // config.patch_size
         if config.task_head == "semantic":
             states = self.encoder(image)
             x = sum(states) if config.skip else states[-1]
-            return PixelLogits(self.decoder(x, grid), 1), (states[-1], grid)
+            return PixelLogits(self.decoder(x, grid), 1), states[-1], grid
         *_, x = self.encoder(image, self.queries.weight)
         queries, patches = x.tensor_split([config.num_queries], 1)
         classes, masks = self.class_embed(queries), self.mask_embed(queries)
@@ -153,39 +152,14 @@ class Seq2Seg(nn.Module):
         else:
             features = self.mask_features(patches, grid)
         if config.class_from == "mask":
-            weights = self._weights_of_patches(masks, features, grid)
-            classes = classes + self._classes_under(weights, patches)
-        return QueryLogits(classes, masks, features), (patches, grid)
+            stride = config.patch_size // FINE if config.mask == "fine" else 1
+            weights = mask_classes.cover(masks, features, grid, stride)
+            classes = classes + self.patch_class_embed(mask_classes.mean_under(weights, patches))
+        return QueryLogits(classes, masks, features), patches, grid
 
-    def _weights_of_patches(
-        self, masks: Tensor, features: Tensor | None, grid: tuple[int, int]
-    ) -> Tensor:
-        """How much each mask covers each patch, [B, Q, N] in (0, 1).
-
-        Args:
-            masks, features: as `predict` gives them.
-            grid: (h, w) patches of the sides, N in all.
-        """
-        if features is None:
-            logits = F.interpolate(masks, grid, mode="bilinear").flatten(2)
-        else:  # the mean of products with the features is the product with their mean
-            cells = self.config.patch_size // FINE if self.config.mask == "fine" else 1
-            logits = masks @ F.avg_pool2d(features, cells).flatten(2)
-        return logits.sigmoid()
-
-    def _classes_under(self, weights: Tensor, patches: Tensor) -> Tensor:
-        """Class logits [B, M, K + 1] of the patches [B, N, D] under M masks with such weights
-        [B, M, N]; those of a mask that covers nothing are 0."""
-        mean = weights @ patches / (1 + weights.sum(2, keepdim=True))
-        return self.patch_class_embed(mean)
-
-    def _true_class_loss(self, patches: Tensor, grid: tuple[int, int], targets: Targets) -> Tensor:
-        """[]: the mean cross entropy of the classes under the true masks."""
-        weights = F.interpolate(targets.masks.to(patches.dtype), grid, mode="area").flatten(2)
-        logits = self._classes_under(weights, patches) + self.class_embed.bias
-        each = F.cross_entropy(logits.mT, targets.labels, reduction="none")  # [B, T]
-        slots = torch.arange(each.shape[1], device=each.device)
-        return each.where(slots < targets.count[:, None], 0).sum() / normalizer(targets)
+    def classes_of(self, states: Tensor) -> Tensor:
+        """Class logits [B, T, K + 1] of the mean states [B, T, D] under the true masks."""
+        return self.patch_class_embed(states) + self.class_embed.bias
 
     def parameter_roles(self) -> dict[str, Role]:
         """Nothing is a backbone, as nothing comes pretrained; matrices are those of the blocks."""
@@ -207,18 +181,6 @@ class Seq2Seg(nn.Module):
             ValueError: targets without a map of labels, or a label out of range.
         """
         return self.scored(pixel_values, targets)[1:]
-
-    def scored(
-        self, pixel_values: Tensor, targets: Targets
-    ) -> tuple[PixelLogits | QueryLogits, Tensor, dict[str, Tensor]]:
-        """What `predict` gives, and what `loss` does; arguments and errors are those of `loss`."""
-        found, (patches, grid) = self._prediction(pixel_values)
-        total, losses = two_heads.loss(self, found, pixel_values, targets)
-        if self.config.true_mask_weight:
-            value = self._true_class_loss(patches, grid, targets)
-            total = total + self.config.true_mask_weight * value
-            losses["loss_true_class"] = value[None]
-        return found, total, losses
 
     def forward(
         self,

@@ -22,10 +22,14 @@ class UNetConfig:
         num_attention_heads: of these, that divide 2^depth C.
         dropout: probability in them, in [0, 1).
         num_queries: instance: Q, the output channels; None for 100. None for semantic.
+        class_from: instance: "query", a channel's class comes from the mean over the coarsest map;
+            "mask", from its states under the channel's own mask, too.
         class_weight: weight of the class loss and cost.
         mask_weight: weight of the masks' focal loss and cost; 0 for none.
         dice_weight: weight of the masks' dice loss and cost.
         no_object_weight: weight of "no object" in the class loss.
+        true_mask_weight: instance, with class_from "mask": weight of a further loss in training,
+            of the classes that the states under the true masks give; 0 for none.
         match_stride: masks are matched at this stride, in pixels.
         shortest_edge: pixels, to which an image's short side is resized for prediction; None for
             the short side of image_size.
@@ -52,10 +56,12 @@ class UNetConfig:
     num_attention_heads: int = 8
     dropout: float = 0.1
     num_queries: int | None = None
+    class_from: str = "query"
     class_weight: float = 1.0
     mask_weight: float = 0.0
     dice_weight: float = 1.0
     no_object_weight: float = 0.1
+    true_mask_weight: float = 0.0
     match_stride: int = 4
     shortest_edge: int | None = None
     longest_edge: int | None = None

@@ -7,6 +7,12 @@ Letters: B image, H W image size, C channels of the finest maps, L halvings, Q q
     y   = block(up(y), x_i), i = L-1 .. 0                   a block: conv, norm, relu, twice
     semantic:   logits = conv1x1(y), K channels
     Hungarian:  masks = conv1x1(y), Q channels;  classes = linear(mean over the map of bert(x_L))
+    with class_from "mask":
+                s_n = sigmoid(mean of the mask over place n of the coarsest map)
+                classes = linear(mean) + linear'(sum_n s_n bert(x_L)_n / (1 + sum_n s_n))
+    and in training a cross entropy more, of each true object, with true_mask_weight:
+                t_n = share of place n in its mask
+                classes = linear'(sum_n t_n bert(x_L)_n / (1 + sum_n t_n))
 
 Source: U-Net (Ronneberger et al., MICCAI 2015), with norms and borders of zeros; the Hungarian one
 and the table that gives it 7.8 million weights: Schmidt-Mengin, Image Segmentation as a Sequence
@@ -24,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...nn import mask_classes
 from ...nn.bert import Bert
 from ...nn.linear import Linear
 from ...nn.maps import keep_channels_last
@@ -104,6 +111,7 @@ class UNet(nn.Module):
     class_head = (
         *("classify.weight", "classify.bias"),  # of the semantic head
         *("class_embed.weight", "class_embed.bias", "criterion.empty_weight"),
+        *("map_class_embed.weight", "map_class_embed.bias"),
     )
 
     def __init__(self, config: UNetConfig):
@@ -127,6 +135,8 @@ class UNet(nn.Module):
             K, Q = config.num_labels, config.num_queries
             self.masks = nn.Conv2d(config.channels, Q, 1, bias=False)
             self.class_embed = Linear(widths[-1], Q * (K + 1))
+            if config.class_from == "mask":
+                self.map_class_embed = Linear(widths[-1], K + 1)
             self.criterion = FullMaskCriterion(
                 K,
                 config.class_weight,
@@ -191,13 +201,27 @@ class UNet(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape.
         """
+        return self.prediction(pixel_values)[0]
+
+    def prediction(
+        self, pixel_values: Tensor
+    ) -> tuple[PixelLogits | QueryLogits, Tensor, tuple[int, int]]:
+        """As `predict`, and the states [B, N, D] of the coarsest map with its size (h, w)."""
         coarsest, y = self.features(pixel_values)
+        states, grid = coarsest.flatten(2).mT, coarsest.shape[2:]
         if self.config.task_head == "semantic":
-            return PixelLogits(self.classify(y), 1)
+            return PixelLogits(self.classify(y), 1), states, grid
         classes = self.class_embed(coarsest.mean((2, 3)))
         classes = classes.unflatten(1, (self.config.num_queries, -1))
         masks = self.masks.weight.flatten(1).to(y.dtype).expand(y.shape[0], -1, -1)
-        return QueryLogits(classes, masks, y)
+        if self.config.class_from == "mask":
+            weights = mask_classes.cover(masks, y, grid, self.config.size_divisor)
+            classes = classes + self.map_class_embed(mask_classes.mean_under(weights, states))
+        return QueryLogits(classes, masks, y), states, grid
+
+    def classes_of(self, states: Tensor) -> Tensor:
+        """Class logits [B, T, K + 1] of the mean states [B, T, D] under the true masks."""
+        return self.map_class_embed(states)
 
     def parameter_roles(self) -> dict[str, Role]:
         """Nothing is a backbone, as nothing comes pretrained; matrices are those of the
@@ -214,7 +238,8 @@ class UNet(nn.Module):
 
         Returns:
             the weighted sum [], and its unweighted parts, [1] each: "loss_bce", or
-            "loss_cross_entropy", "loss_mask" where it has a weight, and "loss_dice".
+            "loss_cross_entropy", "loss_mask" where it has a weight, "loss_dice", and
+            "loss_true_class" where it has one.
 
         Raises:
             ValueError: targets without a map of labels, or a label out of range.

@@ -29,8 +29,8 @@ def plain_block(block, x):
     return x
 
 
-def plain(model, image):
-    """Logits [B, K, H, W], or class logits and mask logits of the padded image."""
+def plain_maps(model, image):
+    """The coarsest and the finest map of the padded image."""
     c, (H, W) = model.config, image.shape[2:]
     n = 2**c.depth
     x, maps = F.pad(image, (0, -W % n, 0, -H % n)), []
@@ -51,11 +51,39 @@ def plain(model, image):
     for i, (up, block) in enumerate(zip(model.up, model.decoder)):
         y = F.conv_transpose2d(y, up.weight, up.bias, stride=2)
         y = plain_block(block, torch.cat((y, maps[-2 - i]), 1))
+    return coarsest, y
+
+
+def classes_under(model, share, coarsest):
+    """Of what lies under masks that have such shares [B, M, h, w] of the places of a map."""
+    sums = torch.einsum("bmhw,bdhw->bmd", share, coarsest)
+    mean = sums / (1 + share.sum((2, 3)))[..., None]
+    return mean @ model.map_class_embed.weight.mT + model.map_class_embed.bias
+
+
+def plain(model, image):
+    """Logits [B, K, H, W], or class logits and mask logits of the padded image."""
+    c, (H, W) = model.config, image.shape[2:]
+    coarsest, y = plain_maps(model, image)
     if c.task_head == "semantic":
         y = F.conv2d(y, model.classify.weight, model.classify.bias)
         return y[:, :, :H, :W]
     classes = coarsest.mean((2, 3)) @ model.class_embed.weight.mT + model.class_embed.bias
-    return classes.view(len(image), c.num_queries, -1), F.conv2d(y, model.masks.weight)
+    classes, masks = classes.view(len(image), c.num_queries, -1), F.conv2d(y, model.masks.weight)
+    if c.class_from == "mask":
+        share = F.avg_pool2d(masks, 2**c.depth).sigmoid()
+        classes = classes + classes_under(model, share, coarsest)
+    return classes, masks
+
+
+def true_class_loss(model, image, masks, labels):
+    """The mean cross entropy of the true objects, each from what lies under its own mask."""
+    coarsest, total = plain_maps(model, image)[0], 0
+    for y, truth, label in zip(coarsest, masks, labels):
+        share = F.adaptive_avg_pool2d(truth[None].double(), y.shape[1:])
+        logits = classes_under(model, share, y[None])[0]
+        total = total + F.cross_entropy(logits, label, reduction="sum")
+    return total / sum(map(len, labels))
 
 
 def assert_same_gradients(loss, want, model):
@@ -66,6 +94,10 @@ def assert_same_gradients(loss, want, model):
 
 
 BUILDS = {"convolutions": {}, "transformer layers": BERT}
+HUNGARIAN = BUILDS | {
+    "classes under masks": {"class_from": "mask"},
+    "and under true masks": BERT | {"class_from": "mask", "true_mask_weight": 0.7},
+}
 IMAGES = [(32, 48), (27, 42)]
 
 
@@ -84,9 +116,9 @@ def test_the_semantic_head_is_the_plain_one(mode, kind, size):
 
 
 @pytest.mark.parametrize("size", IMAGES, ids=str)
-@pytest.mark.parametrize("kind", BUILDS)
+@pytest.mark.parametrize("kind", HUNGARIAN)
 def test_the_hungarian_head_is_the_plain_one(kind, size):
-    model = built("instance", **BUILDS[kind]).eval()
+    model = built("instance", **HUNGARIAN[kind]).eval()
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     masks, labels, packed, _ = targets_of(size)
     classes, logits = plain(model, image)
@@ -97,7 +129,13 @@ def test_the_hungarian_head_is_the_plain_one(kind, size):
     coarse = F.interpolate(logits, (h, w), mode="bilinear")
     want, *_ = instance_loss(classes, logits, coarse, masks, labels, model.config)
     loss, losses = model.loss(image, packed)
-    assert sorted(losses) == ["loss_cross_entropy", "loss_dice"]
+    parts = ["loss_cross_entropy", "loss_dice"]
+    if weight := model.config.true_mask_weight:
+        parts.append("loss_true_class")
+        true = true_class_loss(model, image, masks, labels)
+        torch.testing.assert_close(losses["loss_true_class"][0], true, rtol=1e-8, atol=0)
+        want = want + weight * true
+    assert sorted(losses) == parts
     torch.testing.assert_close(loss, want, rtol=1e-8, atol=0)
     assert_same_gradients(loss, want, model)
 
@@ -137,6 +175,8 @@ BAD = [
     ({"bert_layers": -1}, "bert_layers must be an integer of at least 0, got -1"),
     (BERT | {"num_attention_heads": 5}, r"coarsest maps \(32\), got 5"),
     ({"match_stride": 0}, "match_stride must be >= 1, got 0"),
+    ({"class_from": "box"}, "class_from must be one of query, mask, got 'box'"),
+    ({"true_mask_weight": 0.5, "task_head": "instance"}, "with class_from 'mask', got 0.5"),
 ]
 
 
