@@ -29,7 +29,7 @@ _DIGITS = {
 
 
 def digits_unet(level: str = "easy", size: tuple[int, int] = (64, 64)):
-    """A small Hungarian U-Net that finds handwritten digits: three minutes on one core.
+    """A small Hungarian U-Net that finds handwritten digits: three to four minutes on one core.
 
     Args:
         level: "easy", "hard" or "mixed".
