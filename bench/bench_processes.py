@@ -21,7 +21,7 @@ from _train_steps import CASES
 IMPLS = {"segkern": (2, True), "one process": (1, True), "two runs": (2, False)}
 SMALL, LARGE = CASES
 STEPS = pick(  # case, images of a step in each process
-    [(SMALL, 2)], [(SMALL, 8), (SMALL, 16), (LARGE, 2), (LARGE, 8)], []
+    [(SMALL, 2)], [(SMALL, 8), (SMALL, 16), (SMALL, 32), (LARGE, 2), (LARGE, 8)], []
 )
 SCRIPT = Path(__file__).with_name("_train_steps.py")
 

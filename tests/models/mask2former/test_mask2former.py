@@ -169,8 +169,9 @@ def test_nan_pixels_do_not_stop_a_prediction(tiny):
     assert tiny.eval()(x).masks_queries_logits.shape == (1, 8, 32, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])]
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)]
 )
 def test_compiles_without_graph_breaks(tiny, backend):
     torch._dynamo.reset()
