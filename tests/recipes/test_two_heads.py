@@ -19,7 +19,7 @@ QUICK += ["--no-tensorboard", "--threads", "1", "--log-every", "1"]
 HEADS = {
     "digits-seq2seg": ("seq2seg", "instance", {"class", "mask", "dice", "true_class"}),
     "digits-seq2seg-semantic": ("seq2seg", "semantic", {"bce"}),
-    "digits-unet": ("unet", "instance", {"class", "mask", "dice"}),
+    "digits-unet": ("unet", "instance", {"class", "mask", "dice", "true_class"}),
     "digits-unet-semantic": ("unet", "semantic", {"bce"}),
 }
 
