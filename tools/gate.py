@@ -55,6 +55,7 @@ def run(gate: Gate, out: Path) -> dict[str, float]:
             text=True,
         )
     found = json.loads(figures.read_text())
+    found |= found.get("things") or {}  # PQ of objects, without that of a background
     return {name: found[name] or 0.0 for name in gate.least}
 
 

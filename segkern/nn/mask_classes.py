@@ -33,7 +33,8 @@ def cover(
 
 
 def true_cover(targets: Targets, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The share of each place [B, T, N] that each true mask has."""
+    """The share of each place [B, T, N] that each true mask has, a mask of any size stretched to
+    the map, as the criterion stretches it: pad images and masks alike."""
     return F.interpolate(targets.masks.to(dtype), grid, mode="area").flatten(2)
 
 
