@@ -99,7 +99,7 @@ define library
 	cd build && $(call with,$(1),$(2)) ../$(PY) -c "import segkern; assert '$(1)' in segkern.__file__"
 endef
 
-# The stages from here on leave out half precision, whose code is float32's between conversions,
+# The stages from here on but racecheck leave out half precision, whose code is float32's between conversions,
 # and differences in float64 for gradients that are compared as well.
 
 # the op tests as on a CPU without AVX-512: the libraries capped, and ours built without it
